@@ -1,0 +1,115 @@
+"""One registry for everything that is chosen by name: fusers, backbone families.
+
+Names come from decorators inside layerfuse, and from Python entry points of other installed packages.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable, Iterable, Iterator
+from importlib import metadata
+from typing import Generic, TypeVar
+
+__all__ = ["Registry", "unknown_name_message"]
+
+T = TypeVar("T")
+
+
+def unknown_name_message(kind: str, name: str, known: Iterable[str]) -> str:
+    """Word the error for a name that is not known.
+
+    Args:
+        kind: what the name stands for, such as ``"fuser"``.
+        name: the name that was given.
+        known: every name that is allowed.
+
+    Returns:
+        A sentence with the nearest match, if there is one, and the full list.
+    """
+    names = sorted(known)
+    nearest = difflib.get_close_matches(name, names, n=1)
+    hint = f"; did you mean {nearest[0]!r}?" if nearest else "."
+    return f"{kind} {name!r} is unknown{hint} Known: {', '.join(names) or 'none'}."
+
+
+class Registry(Generic[T]):
+    """Maps names to classes.
+
+    Args:
+        kind: what is registered, for messages, such as ``"fuser"``.
+        group: entry point group in which other packages announce theirs, such as ``"layerfuse.fusers"``.
+    """
+
+    def __init__(self, kind: str, *, group: str) -> None:
+        self.kind = kind
+        self.group = group
+        self._entries: dict[str, type[T]] = {}
+        self._outside: dict[str, metadata.EntryPoint] | None = None
+
+    def register(self, name: str) -> Callable[[type[T]], type[T]]:
+        """Return a class decorator that registers a class under a name.
+
+        Args:
+            name: the name users write.
+
+        Returns:
+            A decorator that returns the class unchanged.
+
+        Raises:
+            ValueError: if the name is taken by another class.
+        """
+
+        def decorate(entry: type[T]) -> type[T]:
+            taken = self._entries.get(name)
+            # A notebook cell run twice defines the same class again; that is not a clash.
+            if taken is not None and (taken.__module__, taken.__qualname__) != (
+                entry.__module__,
+                entry.__qualname__,
+            ):
+                raise ValueError(
+                    f"{self.kind} {name!r} is already registered by {taken.__module__}.{taken.__qualname__}; "
+                    f"choose another name for {entry.__module__}.{entry.__qualname__}."
+                )
+            self._entries[name] = entry
+            return entry
+
+        return decorate
+
+    def get(self, name: str) -> type[T]:
+        """Return the class registered under a name, loading it from its package if need be.
+
+        Args:
+            name: a registered name or the name of an entry point in ``group``.
+
+        Returns:
+            The class.
+
+        Raises:
+            ValueError: if nothing has that name; the message gives the nearest match and the full list.
+        """
+        if name not in self._entries and name in self._entry_points():
+            self._entries[name] = self._entry_points()[name].load()
+        if name not in self._entries:
+            raise ValueError(unknown_name_message(self.kind, name, self.names()))
+        return self._entries[name]
+
+    def names(self) -> tuple[str, ...]:
+        """Every known name, sorted."""
+        return tuple(sorted({*self._entries, *self._entry_points()}))
+
+    def __contains__(self, name: object) -> bool:
+        """Tell whether a name is known."""
+        return name in self.names()
+
+    def __iter__(self) -> Iterator[str]:
+        """Iterate over the known names, sorted."""
+        return iter(self.names())
+
+    def __len__(self) -> int:
+        """Number of known names."""
+        return len(self.names())
+
+    def _entry_points(self) -> dict[str, metadata.EntryPoint]:
+        if self._outside is None:
+            self._outside = {point.name: point for point in metadata.entry_points(group=self.group)}
+        return self._outside
