@@ -1,11 +1,40 @@
-"""layerfuse: tap any layers of any Vision Transformer and fuse them into one set of visual tokens."""
+"""layerfuse: tap any layers of any Vision Transformer and fuse them into one set of visual tokens.
+
+    encoder = layerfuse.create_encoder("timm", "vit_large_patch14_clip_quickgelu_336.openai",
+                                       layers=(3, 8, 13, 18, 23), fuser="mmfuser")
+    tokens = encoder(images)  # (B, N, C)
+
+Shapes are written in the letters of `layerfuse.features`.
+"""
 
 from __future__ import annotations
 
+from layerfuse.backbones import BACKBONES, Backbone, create_backbone
+from layerfuse.encoder import FusedEncoder, create_encoder
 from layerfuse.features import FeatureMaps
+from layerfuse.fusers import FUSERS, Fuser, FuserCost, create_fuser
+from layerfuse.ops import deformable_attention
+from layerfuse.preprocessing import Preprocessing
 from layerfuse.registry import Registry
 from layerfuse.taps import resolve_layers, tap
 
 __version__ = "0.1.0"
 
-__all__ = ["FeatureMaps", "Registry", "__version__", "resolve_layers", "tap"]
+__all__ = [
+    "BACKBONES",
+    "FUSERS",
+    "Backbone",
+    "FeatureMaps",
+    "FusedEncoder",
+    "Fuser",
+    "FuserCost",
+    "Preprocessing",
+    "Registry",
+    "__version__",
+    "create_backbone",
+    "create_encoder",
+    "create_fuser",
+    "deformable_attention",
+    "resolve_layers",
+    "tap",
+]

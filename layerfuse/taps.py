@@ -1,7 +1,7 @@
 """Layer numbering, and tapping the blocks of a Vision Transformer with forward hooks.
 
-Layers are numbered as in Hugging Face ``hidden_states``: 0 is the embedding output that enters block 1, ``k`` the output
-of block ``k`` before any final norm; negative numbers count from the end (-1 = last block, -2 = penultimate).
+Layers are numbered as in Hugging Face ``hidden_states``: 0 is the embedding output that enters block 1, ``k`` the
+output of block ``k`` before any final norm; negative numbers count from the end (-1 = last block, -2 = penultimate).
 """
 
 from __future__ import annotations

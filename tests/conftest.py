@@ -36,7 +36,7 @@ def root() -> Path:
 
 @pytest.fixture(scope="session")
 def goldens() -> Path:
-    """The folder of recorded inputs and outputs of the published code (`LAYERFUSE_GOLDENS` or ../shared/goldens)."""
+    """The recorded inputs and outputs of the published code."""
     if not GOLDENS.is_dir():
         pytest.skip(f"goldens not found at {GOLDENS}; set LAYERFUSE_GOLDENS to their folder")
     return GOLDENS

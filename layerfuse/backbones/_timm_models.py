@@ -1,0 +1,129 @@
+"""Facts about timm's Vision Transformers, for the two families whose models hold one: timm and open_clip."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+from torch import nn
+
+from layerfuse.backbones.base import BackboneFacts, as_pair
+from layerfuse.preprocessing import Mode, Preprocessing, interpolation_name
+
+__all__ = ["cut_timm_tail", "resize_timm_model", "timm_facts"]
+
+_CROP_MODES: dict[str, Mode] = {"center": "crop", "squash": "squash", "border": "pad"}
+
+
+def timm_facts(model: nn.Module, *, path: str = "") -> BackboneFacts:
+    """Read the facts from a timm model.
+
+    Args:
+        model: a VisionTransformer, Eva, Beit, NaFlexVit or one built alike.
+        path: where the model lies inside the module that is tapped, ending in a dot.
+
+    Returns:
+        The facts.
+
+    Raises:
+        ValueError: if this is no plain Vision Transformer with one list of blocks over (B, P + N, C).
+    """
+    blocks = getattr(model, "blocks", None)
+    plain = isinstance(blocks, (nn.ModuleList, nn.Sequential)) and hasattr(model, "num_prefix_tokens")
+    if not plain or not hasattr(model, "reset_classifier"):
+        raise ValueError(
+            f"{type(model).__name__} is no Vision Transformer with one list of blocks over (B, P + N, C) tokens, so "
+            "layerfuse cannot tap it as a timm backbone; use a VisionTransformer, Eva, Beit or NaFlexVit model (CLIP, "
+            "SigLIP, EVA02, DINOv2, DINOv3, AIMv2, PE, BEiT, ...), or the 'module' family if its blocks do return tokens."
+        )
+    patch_size, image_size, any_size = _geometry(model)
+    return BackboneFacts(
+        blocks=f"{path}blocks",
+        embed_dim=_attribute(model, "embed_dim"),
+        num_prefix_tokens=_attribute(model, "num_prefix_tokens"),
+        patch_size=patch_size,
+        image_size=image_size,
+        any_size=any_size,
+        preprocessing=_preprocessing(model, image_size),
+    )
+
+
+def resize_timm_model(model: nn.Module, facts: BackboneFacts, image_size: tuple[int, int]) -> BackboneFacts:
+    """Make a timm model take another size, with timm's own resampling of position embeddings.
+
+    Args:
+        model: changed in place.
+        facts: of the model so far.
+        image_size: (height, width) in pixels.
+
+    Returns:
+        The new facts.
+
+    Raises:
+        ValueError: if the size is no multiple of the patch size, or the model cannot be resized.
+    """
+    if image_size == facts.image_size:
+        return facts
+    (height, width), (patch_height, patch_width) = image_size, facts.patch_size
+    if height % patch_height or width % patch_width:
+        raise ValueError(
+            f"image_size {height}x{width} is no multiple of the patch size {patch_height}x{patch_width}; take for "
+            f"example {max(1, round(height / patch_height)) * patch_height}x"
+            f"{max(1, round(width / patch_width)) * patch_width}."
+        )
+    setter = getattr(model, "set_input_size", None)
+    if setter is not None:
+        setter(img_size=image_size)
+    elif not facts.any_size:
+        raise ValueError(
+            f"{type(model).__name__} takes only {facts.image_size[0]}x{facts.image_size[1]} pixels and has no "
+            f"set_input_size, so image_size={image_size} is not possible; leave image_size out."
+        )
+    return replace(facts, image_size=image_size, preprocessing=replace(facts.preprocessing, size=image_size))
+
+
+def cut_timm_tail(model: nn.Module) -> None:
+    """Remove final norm, pooling and classifier, so that ``forward`` ends with the last block's tokens.
+
+    Args:
+        model: changed in place.
+    """
+    _attribute(model, "reset_classifier")(0, "")
+    for name in ("norm", "fc_norm", "head_drop"):
+        if isinstance(getattr(model, name, None), nn.Module):
+            setattr(model, name, nn.Identity())
+
+
+def _geometry(model: nn.Module) -> tuple[tuple[int, int], tuple[int, int], bool]:
+    if hasattr(model, "embeds"):  # NaFlexVit: patches of any grid
+        embeds: Any = model.embeds
+        patch_size = as_pair(embeds.patch_size)
+        rows, columns = embeds.pos_embed_grid_size or (16, 16)
+        return patch_size, (rows * patch_size[0], columns * patch_size[1]), True
+    embed: Any = model.patch_embed
+    image_size = as_pair(embed.img_size)
+    rows, columns = embed.grid_size
+    return (
+        (image_size[0] // rows, image_size[1] // columns),
+        image_size,
+        bool(getattr(model, "dynamic_img_size", False)),
+    )
+
+
+def _preprocessing(model: nn.Module, size: tuple[int, int]) -> Preprocessing:
+    from timm.data import resolve_model_data_config
+
+    config = resolve_model_data_config(model)
+    return Preprocessing(
+        size=size,
+        mean=tuple(config["mean"]),
+        std=tuple(config["std"]),
+        interpolation=interpolation_name(config["interpolation"]),
+        mode=_CROP_MODES.get(config["crop_mode"], "crop"),
+        crop_pct=config["crop_pct"],
+    )
+
+
+def _attribute(model: nn.Module, name: str) -> Any:
+    # nn.Module.__getattr__ is annotated as Tensor | Module, which plain attributes are not.
+    return getattr(model, name)

@@ -1,0 +1,218 @@
+"""Facts about the vision models of transformers, and how each is called."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from layerfuse.backbones.base import BackboneFacts, as_pair
+from layerfuse.preprocessing import (
+    CLIP_MEAN,
+    CLIP_STD,
+    HALF,
+    IMAGENET_MEAN,
+    IMAGENET_STD,
+    Mode,
+    Preprocessing,
+    interpolation_name,
+)
+from layerfuse.taps import find_blocks
+
+__all__ = [
+    "cut_transformers_tail",
+    "patchify",
+    "read_preprocessing",
+    "takes_patches",
+    "takes_position_flag",
+    "transformers_facts",
+]
+
+# Where the blocks are: names moved between major versions, so the first of these with the right length counts.
+_BLOCK_PATHS = ("encoder.layers", "encoder.layer", "model.layer", "layers", "layer", "vision_model.encoder.layers")
+# Class tokens before the patches; models with register tokens say so in their config.
+_CLASS_TOKENS = {
+    "clip_vision_model": 1,
+    "dinov2": 1,
+    "dinov2_with_registers": 1,
+    "dinov3_vit": 1,
+    "internvl_vision": 1,
+    "mlcd_vision_model": 1,
+    "mlcd": 1,
+    "vit": 1,
+    "aimv2_vision_model": 0,
+    "ijepa": 0,
+    "siglip2_vision_model": 0,
+    "siglip_vision_model": 0,
+}
+# These resize position embeddings (or have rotary ones) without being told.
+_RESIZE_THEMSELVES = ("dinov2", "dinov2_with_registers", "dinov3_vit", "internvl_vision", "siglip2_vision_model")
+# Statistics and resize for a checkpoint without preprocessor_config.json, as the released models have them.
+_CLIP_LIKE: tuple[Any, ...] = (CLIP_MEAN, CLIP_STD, "bicubic", "crop", 1.0)
+_DEFAULTS: dict[str, tuple[Any, ...]] = {
+    "clip_vision_model": _CLIP_LIKE,
+    "mlcd_vision_model": _CLIP_LIKE,
+    "mlcd": _CLIP_LIKE,
+    "aimv2_vision_model": _CLIP_LIKE,
+    "siglip_vision_model": (HALF, HALF, "bicubic", "squash", 1.0),
+    "siglip2_vision_model": (HALF, HALF, "bilinear", "squash", 1.0),
+    "vit": (HALF, HALF, "bilinear", "squash", 1.0),
+    "ijepa": (HALF, HALF, "bilinear", "squash", 1.0),
+    "dinov3_vit": (IMAGENET_MEAN, IMAGENET_STD, "bilinear", "squash", 1.0),
+    "internvl_vision": (IMAGENET_MEAN, IMAGENET_STD, "bicubic", "squash", 1.0),
+}
+_DEFAULT: tuple[Any, ...] = (IMAGENET_MEAN, IMAGENET_STD, "bicubic", "crop", 224 / 256)
+_TAIL_NORMS = ("post_layernorm", "layernorm", "norm", "rms_norm")
+
+
+def transformers_facts(model: nn.Module) -> BackboneFacts:
+    """Read the facts from a vision model of transformers.
+
+    Args:
+        model: a vision model with a ``config``, such as CLIPVisionModel.
+
+    Returns:
+        The facts; preprocessing is the released models' one.
+
+    Raises:
+        ValueError: if the number of class tokens of this model type is not known, or it has no list of blocks.
+    """
+    config: Any = getattr(model, "config", None)
+    kind = getattr(config, "model_type", type(model).__name__)
+    if kind not in _CLASS_TOKENS:
+        raise ValueError(
+            f"transformers model type {kind!r} is unknown to layerfuse; known: {', '.join(sorted(_CLASS_TOKENS))}. Tap "
+            "another one as ModuleBackbone(model, ...), which is told the number of prefix tokens and the patch size."
+        )
+    patch_size = as_pair(config.patch_size)
+    if takes_patches(model):  # no image size: a square number of position embeddings
+        edge = int(config.num_patches**0.5)
+        image_size = (edge * patch_size[0], edge * patch_size[1])
+    else:
+        image_size = as_pair(config.image_size)
+    native_aimv2 = kind == "aimv2_vision_model" and bool(config.is_native)
+    return BackboneFacts(
+        blocks=_block_path(model, config.num_hidden_layers),
+        embed_dim=config.hidden_size,
+        num_prefix_tokens=_CLASS_TOKENS[kind] + getattr(config, "num_register_tokens", 0),
+        patch_size=patch_size,
+        image_size=image_size,
+        any_size=kind in _RESIZE_THEMSELVES or takes_position_flag(model) or native_aimv2,
+        preprocessing=read_preprocessing({}, kind=kind, size=image_size),
+    )
+
+
+def takes_position_flag(model: nn.Module) -> bool:
+    """Tell whether position embeddings are resized only when the call asks for it.
+
+    Args:
+        model: a vision model.
+
+    Returns:
+        Whether ``forward`` takes ``interpolate_pos_encoding``.
+    """
+    return "interpolate_pos_encoding" in inspect.signature(model.forward).parameters
+
+
+def takes_patches(model: nn.Module) -> bool:
+    """Tell whether the model takes patches with their grid (SigLIP2 NaFlex) instead of images.
+
+    Args:
+        model: a vision model.
+
+    Returns:
+        Whether ``forward`` takes ``spatial_shapes``.
+    """
+    return "spatial_shapes" in inspect.signature(model.forward).parameters
+
+
+def patchify(images: torch.Tensor, patch_size: tuple[int, int]) -> torch.Tensor:
+    """Cut images into flat patches, channels last inside a patch, as SigLIP2's image processor does.
+
+    Args:
+        images: (B, 3, H * ph, W * pw).
+        patch_size: (ph, pw) in pixels.
+
+    Returns:
+        (B, N, ph * pw * 3), row-major over the grid.
+    """
+    batch_size, channels, height, width = images.shape
+    patch_height, patch_width = patch_size
+    rows, columns = height // patch_height, width // patch_width
+    cut = images.reshape(batch_size, channels, rows, patch_height, columns, patch_width)
+    return cut.permute(0, 2, 4, 3, 5, 1).reshape(batch_size, rows * columns, patch_height * patch_width * channels)
+
+
+def cut_transformers_tail(model: nn.Module) -> None:
+    """Remove final norm, pooling head and the mask token of masked pretraining.
+
+    Args:
+        model: changed in place.
+    """
+    for name in _TAIL_NORMS:
+        if isinstance(getattr(model, name, None), nn.Module):
+            setattr(model, name, nn.Identity())
+    if isinstance(getattr(model, "pooler", None), nn.Module):
+        model.pooler = None
+    if isinstance(getattr(model, "head", None), nn.Module):
+        model.head = None
+        model.use_head = False  # type: ignore[assignment]
+    # Used only with bool_masked_pos; without it the parameter would never get a gradient.
+    embeddings = getattr(model, "embeddings", None)
+    if isinstance(embeddings, nn.Module) and getattr(embeddings, "mask_token", None) is not None:
+        embeddings.mask_token = None
+
+
+def read_preprocessing(config: Mapping[str, Any], *, kind: str, size: tuple[int, int]) -> Preprocessing:
+    """Translate a ``preprocessor_config.json``.
+
+    Args:
+        config: its content; keys that are missing come from the released models of that type.
+        kind: model type.
+        size: (height, width) that the model takes, in pixels.
+
+    Returns:
+        The preprocessing.
+    """
+    mean, std, interpolation, mode, crop_pct = _DEFAULTS.get(kind, _DEFAULT)
+    resize = config.get("size")
+    if isinstance(resize, Mapping) or isinstance(resize, int):
+        mode, crop_pct = _resize_mode(resize, config, mode)
+    if config.get("do_normalize") is False:
+        mean, std = (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)
+    return Preprocessing(
+        size=size,
+        mean=tuple(config.get("image_mean", mean)),
+        std=tuple(config.get("image_std", std)),
+        interpolation=interpolation_name(config.get("resample", interpolation)),
+        mode=mode,
+        crop_pct=crop_pct,
+    )
+
+
+def _resize_mode(resize: Mapping[str, int] | int, config: Mapping[str, Any], default: Mode) -> tuple[Mode, float]:
+    if config.get("do_pad") is True:
+        return "pad", 1.0
+    edge = resize if isinstance(resize, int) else resize.get("shortest_edge")
+    if edge is None:
+        return "squash", 1.0
+    crops = config.get("do_center_crop", default == "crop")
+    if isinstance(resize, int) and not crops:
+        return "squash", 1.0
+    crop = config.get("crop_size", edge)
+    crop_edge = min(crop.values()) if isinstance(crop, Mapping) else crop
+    return "crop", min(1.0, crop_edge / edge)
+
+
+def _block_path(model: nn.Module, num_hidden_layers: int) -> str:
+    for path in _BLOCK_PATHS:
+        try:
+            blocks = model.get_submodule(path)
+        except AttributeError:
+            continue
+        if isinstance(blocks, nn.ModuleList) and len(blocks) == num_hidden_layers:
+            return path
+    return find_blocks(model)

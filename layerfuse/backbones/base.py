@@ -1,0 +1,357 @@
+"""What every backbone does, once: choose layers, cut off the rest, tap, split prefix tokens, return feature maps.
+
+A family (timm, open_clip, transformers, module) only states facts about its models (`BackboneFacts`) and how to build
+one. The model is cut after the deepest tapped block and always runs through its own ``forward``: hooks on a shorter model
+need no special case for ``torch.compile``, gradient checkpointing, FSDP2 and offloading, save the unused blocks' compute,
+and leave no parameter without gradient (docs/concepts.md).
+"""
+
+from __future__ import annotations
+
+import abc
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import nn
+
+from layerfuse.features import FeatureMaps, Grid
+from layerfuse.preprocessing import Preprocessing
+from layerfuse.registry import Registry
+from layerfuse.taps import BlockTaps, get_blocks, resolve_layers, split_prefix
+
+__all__ = ["BACKBONES", "Backbone", "BackboneFacts", "as_pair"]
+
+
+@dataclass(frozen=True)
+class BackboneFacts:
+    """What the base class must know about a model.
+
+    Args:
+        blocks: dotted path of the block list inside the model.
+        embed_dim: C, width of the blocks.
+        num_prefix_tokens: P, class and register tokens before the patch tokens.
+        patch_size: (height, width) of a patch, in pixels.
+        image_size: native (height, width), in pixels.
+        any_size: whether every multiple of the patch size can be taken, not only the native size.
+        preprocessing: of the pretrained model.
+    """
+
+    blocks: str
+    embed_dim: int
+    num_prefix_tokens: int
+    patch_size: tuple[int, int]
+    image_size: tuple[int, int]
+    any_size: bool
+    preprocessing: Preprocessing
+
+
+class Backbone(nn.Module, abc.ABC):
+    """A Vision Transformer of which some layers are tapped, and which ends after the deepest of them.
+
+    The model that is handed over is changed: the blocks after the deepest tapped layer, the final norm and the pooling
+    head are removed. `layerfuse.tap` leaves a model whole instead.
+
+    Args:
+        model: of the family's library.
+        layers: layer numbers in the order wanted: 0 = embeddings, k = output of block k, negatives from the end.
+        facts: about this model.
+        recipe: JSON-able arguments from which the family's ``_build`` makes the same architecture again, or None.
+
+    Attributes:
+        model: the shortened model.
+        layers: resolved layer numbers (>= 0), in the order asked.
+        num_blocks: number of blocks before shortening.
+        embed_dim: C.
+        patch_size: (height, width) of a patch, in pixels.
+        num_prefix_tokens: P.
+        image_size: native (height, width), in pixels.
+        preprocessing: how images are prepared; may be replaced.
+
+    Raises:
+        ValueError: if a layer is out of range or repeated.
+    """
+
+    family: ClassVar[str]
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        layers: int | Sequence[int],
+        facts: BackboneFacts,
+        recipe: Mapping[str, Any] | None,
+    ) -> None:
+        super().__init__()
+        blocks = get_blocks(model, facts.blocks)
+        self.model = model
+        self.num_blocks = len(list(blocks.children()))
+        self.layers = resolve_layers(layers, self.num_blocks)
+        self.embed_dim = facts.embed_dim
+        self.patch_size = facts.patch_size
+        self.num_prefix_tokens = facts.num_prefix_tokens
+        self.image_size = facts.image_size
+        self.any_size = facts.any_size
+        self.preprocessing = facts.preprocessing
+        self._recipe = None if recipe is None else dict(recipe)
+        self._frozen = False
+        _truncate(blocks, max(self.layers))
+        self._cut_tail(model)
+        self._taps = BlockTaps(blocks, self.layers)
+
+    @classmethod
+    @abc.abstractmethod
+    def from_name(
+        cls,
+        name: str,
+        *,
+        layers: int | Sequence[int],
+        pretrained: bool = True,
+        image_size: int | tuple[int, int] | None = None,
+        options: Mapping[str, Any] | None = None,
+    ) -> Backbone:
+        """Build a backbone by its name in the library.
+
+        Args:
+            name: as the library writes it.
+            layers: layer numbers, in the order wanted.
+            pretrained: load the library's weights; else random ones.
+            image_size: edge or (height, width) in pixels, if not the model's own.
+            options: for the library's own constructor.
+
+        Returns:
+            The backbone.
+
+        Raises:
+            ValueError: if the name, a layer, the image size or an option is not possible.
+        """
+
+    @classmethod
+    @abc.abstractmethod
+    def _rebuild(cls, recipe: Mapping[str, Any], *, layers: Sequence[int], preprocessing: Preprocessing) -> Backbone:
+        """Build the architecture of a recipe with random weights."""
+
+    @abc.abstractmethod
+    def _cut_tail(self, model: nn.Module) -> None:
+        """Remove what comes after the blocks: final norm, pooling, head."""
+
+    def _run(self, images: torch.Tensor) -> None:
+        """Call the model, for what its hooks store."""
+        self.model(images)
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any]) -> Backbone:
+        """Build the architecture that ``config`` describes, with random weights; nothing is downloaded.
+
+        Args:
+            config: another backbone's ``config``.
+
+        Returns:
+            A backbone with the same state dict keys and shapes.
+
+        Raises:
+            ValueError: if a key is unknown or missing, or the config is of another family.
+        """
+        keys = {"family", "layers", "preprocessing", "recipe"}
+        if set(config) != keys:
+            raise ValueError(
+                f"a backbone config has the keys {', '.join(sorted(keys))}; missing: "
+                f"{', '.join(sorted(keys - set(config))) or 'none'}, unknown: "
+                f"{', '.join(sorted(set(config) - keys)) or 'none'}."
+            )
+        if config["family"] != cls.family:
+            raise ValueError(
+                f"this config is of the backbone family {config['family']!r}, not {cls.family!r}; "
+                "use layerfuse.backbones.backbone_from_config, which chooses the family."
+            )
+        preprocessing = Preprocessing.from_dict(config["preprocessing"])
+        backbone = cls._rebuild(config["recipe"], layers=tuple(config["layers"]), preprocessing=preprocessing)
+        backbone.preprocessing = preprocessing
+        return backbone
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """JSON-able description from which `from_config` builds the same architecture.
+
+        Raises:
+            ValueError: if the model was made by code that layerfuse cannot call again, or has options that are no JSON.
+        """
+        if self._recipe is None:
+            raise ValueError(
+                f"this {self.family!r} backbone was made from a {type(self.model).__name__} that layerfuse cannot build "
+                f"again, so it has no config; make it with {type(self).__name__}.from_name(...) if it is to be saved."
+            )
+        config = {
+            "family": self.family,
+            "layers": list(self.layers),
+            "preprocessing": self.preprocessing.to_dict(),
+            "recipe": self._recipe,
+        }
+        try:
+            plain: dict[str, Any] = json.loads(json.dumps(config))
+        except TypeError as error:
+            raise ValueError(
+                f"the options of this {self.family!r} backbone cannot be written as JSON ({error}); use options made of "
+                "numbers, texts, lists and dictionaries if the backbone is to be saved."
+            ) from error
+        return plain
+
+    def forward(self, images: torch.Tensor) -> FeatureMaps:
+        """Run the blocks up to the deepest tapped layer.
+
+        Args:
+            images: (B, 3, height, width), prepared as ``preprocessing`` does it.
+
+        Returns:
+            L maps, each (B, N, C), with prefix tokens (B, P, C) split off, in the order asked.
+
+        Raises:
+            ValueError: if the images have a shape or size that the backbone cannot take.
+        """
+        if images.ndim != 4 or images.shape[1] != 3:
+            raise ValueError(
+                f"images have shape {tuple(images.shape)}; expected (B, 3, height, width): RGB, channels before height, "
+                "as backbone.preprocessing.batch makes them."
+            )
+        if not images.is_floating_point():
+            raise ValueError(
+                f"images have dtype {images.dtype}; expected a floating dtype: prepare them with backbone.preprocessing."
+            )
+        grid = self.grid(images.shape[2], images.shape[3])
+        self._taps.start()
+        self._run(images.to(self.dtype))
+        return self._wrap(self._taps.collect(), grid, batch_size=images.shape[0])
+
+    def _wrap(self, hidden: Sequence[torch.Tensor], grid: Grid, *, batch_size: int) -> FeatureMaps:
+        expected = (batch_size, self.num_prefix_tokens + grid[0] * grid[1], self.embed_dim)
+        for layer, states in zip(self.layers, hidden, strict=True):
+            if states.shape != expected:
+                raise ValueError(
+                    f"layer {layer} put out a tensor of shape {tuple(states.shape)}; expected (B, P + H * W, C) = "
+                    f"{expected} for {self.num_prefix_tokens} prefix tokens, a grid of {grid[0]}x{grid[1]} patches and "
+                    f"width {self.embed_dim}. Check num_prefix_tokens, patch_size and embed_dim, and that the blocks "
+                    "take and return (B, P + N, C)."
+                )
+        pairs = [split_prefix(states, self.num_prefix_tokens) for states in hidden]
+        return FeatureMaps(
+            maps=tuple(patches for _, patches in pairs),
+            layers=self.layers,
+            grids=(grid,) * len(pairs),
+            prefix=tuple(prefix for prefix, _ in pairs) if self.num_prefix_tokens else (),
+        )
+
+    def grid(self, height: int, width: int) -> Grid:
+        """Tell the grid of patches of an image size.
+
+        Args:
+            height: in pixels.
+            width: in pixels.
+
+        Returns:
+            (H, W), in patches.
+
+        Raises:
+            ValueError: if the backbone cannot take that size.
+        """
+        (patch_height, patch_width), native = self.patch_size, self.image_size
+        patches = f"{patch_height}x{patch_width} pixels"
+        if not self.any_size and (height, width) != native:
+            raise ValueError(
+                f"images of {height}x{width} pixels do not fit: this backbone (patches of {patches}) takes only "
+                f"{native[0]}x{native[1]}; prepare them with backbone.preprocessing, or build the backbone with "
+                f"image_size=({height}, {width}) if the model can be resized."
+            )
+        if height < patch_height or width < patch_width or height % patch_height or width % patch_width:
+            nearest = tuple(
+                max(1, round(edge / patch)) * patch
+                for edge, patch in zip((height, width), self.patch_size, strict=True)
+            )
+            raise ValueError(
+                f"images of {height}x{width} pixels do not fit: this backbone takes multiples of its patch size "
+                f"{patches} (natively {native[0]}x{native[1]}); the nearest is {nearest[0]}x{nearest[1]}. Prepare them "
+                "with backbone.preprocessing, or resize them."
+            )
+        return height // patch_height, width // patch_width
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the first floating parameter; images are cast to it."""
+        return next((p.dtype for p in self.model.parameters() if p.is_floating_point()), torch.get_default_dtype())
+
+    def freeze(self) -> Backbone:
+        """Turn gradients off for every parameter and stay in evaluation mode, whatever ``train()`` is called later.
+
+        Returns:
+            The same backbone.
+        """
+        self._frozen = True
+        self.requires_grad_(False)
+        return self.eval()
+
+    def train(self, mode: bool = True) -> Backbone:
+        """Set training mode, unless frozen."""
+        super().train(mode and not self._frozen)
+        return self
+
+    def set_gradient_checkpointing(self, enable: bool = True) -> None:
+        """Recompute block activations in the backward pass instead of keeping them.
+
+        Args:
+            enable: on or off.
+
+        Raises:
+            ValueError: if the model has no such switch.
+        """
+        switch = getattr(self.model, "set_grad_checkpointing", None)
+        if switch is None:
+            raise ValueError(
+                f"{type(self.model).__name__} has no set_grad_checkpointing method; wrap its blocks with "
+                "torch.utils.checkpoint in the model's own code."
+            )
+        switch(enable)
+
+    def extra_repr(self) -> str:
+        """The facts, for ``print(backbone)``."""
+        return (
+            f"family={self.family!r}, layers={self.layers}, num_blocks={self.num_blocks}, embed_dim={self.embed_dim}, "
+            f"patch_size={self.patch_size}, image_size={self.image_size}"
+        )
+
+
+class _NoBlock(nn.Module):
+    """Stands where block 1 was if only layer 0 is tapped: a place for the hook, and nothing to run."""
+
+    def forward(self, hidden_states: torch.Tensor, *positional: object, **named: object) -> torch.Tensor:
+        """Return the input, ignoring what blocks take besides (masks, rotary embeddings)."""
+        return hidden_states
+
+
+def _truncate(blocks: nn.Module, depth: int) -> None:
+    assert isinstance(blocks, (nn.ModuleList, nn.Sequential))
+    # In place: the parent may hold the list under several names.
+    del blocks[max(depth, 1) :]
+    if depth == 0:
+        blocks[0] = _NoBlock()
+
+
+def as_pair(size: int | Sequence[int]) -> tuple[int, int]:
+    """Write an edge, or (height, width), as (height, width).
+
+    Args:
+        size: one or two numbers.
+
+    Returns:
+        (height, width).
+
+    Raises:
+        ValueError: if there are more or fewer than two numbers, or one is not positive.
+    """
+    pair = (size, size) if isinstance(size, int) else tuple(int(edge) for edge in size)
+    if len(pair) != 2 or min(pair) < 1:
+        raise ValueError(f"size {size!r} is no size in pixels; give one edge, or (height, width), each >= 1.")
+    return pair[0], pair[1]
+
+
+BACKBONES: Registry[Backbone] = Registry("backbone family", group="layerfuse.backbones")

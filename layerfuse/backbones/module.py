@@ -1,0 +1,169 @@
+"""Backbones from any ``nn.Module``: the user says where the blocks are and how the tokens lie.
+
+An instance can be tapped as it is. To save and load such a backbone, its class is registered under a name::
+
+    @layerfuse.backbones.MODULES.register("my-vit")
+    class MyViT(nn.Module): ...
+
+    create_backbone("module", "my-vit", layers=(2, -1), pretrained=False,
+                    options={"embed_dim": 64, "num_prefix_tokens": 1, "patch_size": 14, "image_size": 224,
+                             "arguments": {"depth": 6}})
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from torch import nn
+
+from layerfuse.backbones.base import BACKBONES, Backbone, BackboneFacts, as_pair
+from layerfuse.preprocessing import IMAGENET_MEAN, IMAGENET_STD, Preprocessing
+from layerfuse.registry import Registry, unknown_name_message
+from layerfuse.taps import find_blocks
+
+__all__ = ["MODULES", "ModuleBackbone"]
+
+# A config names a registered class rather than an import path: a downloaded config must not choose what code runs.
+MODULES: Registry[nn.Module] = Registry("module", group="layerfuse.modules")
+
+_OPTIONS = ("embed_dim", "num_prefix_tokens", "patch_size", "image_size", "blocks", "tail", "any_size", "arguments")
+
+
+@BACKBONES.register("module")
+class ModuleBackbone(Backbone):
+    """Any module whose blocks take and return (B, P + N, C) and which is called with images (B, 3, height, width).
+
+    Args:
+        model: the module; it is changed (shortened).
+        layers: layer numbers, in the order wanted.
+        embed_dim: C, width of the blocks.
+        num_prefix_tokens: P, tokens before the patch tokens.
+        patch_size: edge or (height, width), in pixels.
+        image_size: native edge or (height, width), in pixels.
+        blocks: dotted path of the block list; found by structure if there is just one.
+        tail: dotted paths of modules after the blocks (final norm, head) that become ``nn.Identity``, so that they cost
+            nothing and hold no parameter without gradient.
+        any_size: whether the module takes every multiple of the patch size.
+        preprocessing: ImageNet's statistics and a centre crop if None.
+
+    Raises:
+        ValueError: if a layer, the block list or a path in ``tail`` is not there.
+    """
+
+    family = "module"
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        layers: int | Sequence[int],
+        embed_dim: int,
+        num_prefix_tokens: int,
+        patch_size: int | Sequence[int],
+        image_size: int | Sequence[int],
+        blocks: str | None = None,
+        tail: Sequence[str] = (),
+        any_size: bool = False,
+        preprocessing: Preprocessing | None = None,
+        _recipe: Mapping[str, Any] | None = None,
+    ) -> None:
+        self._tail = tuple(tail)
+        size = as_pair(image_size)
+        facts = BackboneFacts(
+            blocks=blocks if blocks is not None else find_blocks(model),
+            embed_dim=embed_dim,
+            num_prefix_tokens=num_prefix_tokens,
+            patch_size=as_pair(patch_size),
+            image_size=size,
+            any_size=any_size,
+            preprocessing=preprocessing or Preprocessing(size=size, mean=IMAGENET_MEAN, std=IMAGENET_STD),
+        )
+        super().__init__(model, layers=layers, facts=facts, recipe=_recipe)
+
+    @classmethod
+    def from_name(
+        cls,
+        name: str,
+        *,
+        layers: int | Sequence[int],
+        pretrained: bool = True,
+        image_size: int | tuple[int, int] | None = None,
+        options: Mapping[str, Any] | None = None,
+    ) -> ModuleBackbone:
+        """Build a registered module.
+
+        Args:
+            name: registered in `MODULES`.
+            layers: layer numbers, in the order wanted.
+            pretrained: must be False: layerfuse does not know your weights; load them into ``backbone.model``, or make
+                the module yourself and hand it over.
+            image_size: replaces the option of that name.
+            options: ``embed_dim``, ``num_prefix_tokens``, ``patch_size``, ``image_size``, and optionally ``blocks``,
+                ``tail``, ``any_size`` as for the class, and ``arguments``, a mapping for the module's constructor.
+
+        Returns:
+            The backbone.
+
+        Raises:
+            ValueError: if the name or an option is unknown, one is missing, or ``pretrained`` is True.
+        """
+        if pretrained:
+            raise ValueError(
+                f"module {name!r} has no pretrained weights that layerfuse knows; pass pretrained=False and load them "
+                "into backbone.model, or build the module and call ModuleBackbone(module, ...)."
+            )
+        given = dict(options or {})
+        if image_size is not None:
+            given["image_size"] = image_size
+        return cls._build(name, given, layers=layers, preprocessing=None)
+
+    @classmethod
+    def _rebuild(
+        cls, recipe: Mapping[str, Any], *, layers: Sequence[int], preprocessing: Preprocessing
+    ) -> ModuleBackbone:
+        return cls._build(recipe["name"], recipe["options"], layers=layers, preprocessing=preprocessing)
+
+    @classmethod
+    def _build(
+        cls,
+        name: str,
+        options: Mapping[str, Any],
+        *,
+        layers: int | Sequence[int],
+        preprocessing: Preprocessing | None,
+    ) -> ModuleBackbone:
+        for key in options:
+            if key not in _OPTIONS:
+                raise ValueError(unknown_name_message("module backbone option", key, _OPTIONS))
+        missing = [key for key in _OPTIONS[:4] if key not in options]
+        if missing:
+            raise ValueError(
+                f"module {name!r} needs the options {', '.join(_OPTIONS[:4])}; missing: {', '.join(missing)}."
+            )
+        model = MODULES.get(name)(**options.get("arguments", {}))
+        return cls(
+            model,
+            layers=layers,
+            embed_dim=options["embed_dim"],
+            num_prefix_tokens=options["num_prefix_tokens"],
+            patch_size=options["patch_size"],
+            image_size=options["image_size"],
+            blocks=options.get("blocks"),
+            tail=options.get("tail", ()),
+            any_size=options.get("any_size", False),
+            preprocessing=preprocessing,
+            _recipe={"name": name, "options": dict(options)},
+        )
+
+    def _cut_tail(self, model: nn.Module) -> None:
+        for path in self._tail:
+            parent, _, child = path.rpartition(".")
+            try:
+                model.get_submodule(path)
+            except AttributeError as error:
+                names = ", ".join(name for name, _ in model.named_children())
+                raise ValueError(
+                    f"{type(model).__name__} has no submodule {path!r} to cut off; its children: {names}."
+                ) from error
+            setattr(model.get_submodule(parent), child, nn.Identity())

@@ -1,0 +1,280 @@
+"""Backbones from open_clip: its native Vision Transformers (OpenAI's and LAION's CLIP), and timm models inside open_clip."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from torch import nn
+
+from layerfuse.backbones._timm_models import cut_timm_tail, resize_timm_model, timm_facts
+from layerfuse.backbones.base import BACKBONES, Backbone, BackboneFacts, as_pair
+from layerfuse.preprocessing import CLIP_MEAN, CLIP_STD, Mode, Preprocessing, interpolation_name
+from layerfuse.registry import unknown_name_message
+
+__all__ = ["OpenClipBackbone"]
+
+_MODES: dict[str, Mode] = {"shortest": "crop", "squash": "squash", "longest": "pad"}
+_CONFIG_FILE = "open_clip_config.json"
+_SCHEMES = ("hf-hub:", "local-dir:")
+# Of the CLIP model rather than of its vision tower.
+_OUTER_OPTIONS = ("quick_gelu", "embed_dim", "cache_dir")
+
+
+@BACKBONES.register("open_clip")
+class OpenClipBackbone(Backbone):
+    """The vision tower of an open_clip model.
+
+    Args:
+        model: ``open_clip.create_model(...).visual``: a VisionTransformer, or a TimmModel that holds one; changed.
+        layers: layer numbers, in the order wanted.
+        image_size: edge or (height, width) in pixels, if not the model's own; only for timm models inside open_clip.
+        preprocessing: the model's ``preprocess_cfg`` if None, or else OpenAI's statistics.
+
+    Raises:
+        ValueError: if the tower is no Vision Transformer, a layer is out of range, or the size is not possible.
+    """
+
+    family = "open_clip"
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        layers: int | Sequence[int],
+        image_size: int | tuple[int, int] | None = None,
+        preprocessing: Preprocessing | None = None,
+        _recipe: Mapping[str, Any] | None = None,
+    ) -> None:
+        facts = _facts(model)
+        # Copied: the caller's mapping stays as it is.
+        recipe = None if _recipe is None else dict(_recipe)
+        size = facts.image_size if image_size is None else as_pair(image_size)
+        if size != facts.image_size:
+            facts = _resized(model, facts, size)
+        if preprocessing is None:
+            preprocessing = _from_config(getattr(model, "preprocess_cfg", {}), size)
+        facts = replace(facts, preprocessing=replace(preprocessing, size=size))
+        if recipe is not None:
+            recipe["image_size"] = list(size)
+        super().__init__(model, layers=layers, facts=facts, recipe=recipe)
+
+    @classmethod
+    def from_name(
+        cls,
+        name: str,
+        *,
+        layers: int | Sequence[int],
+        pretrained: bool = True,
+        image_size: int | tuple[int, int] | None = None,
+        options: Mapping[str, Any] | None = None,
+    ) -> OpenClipBackbone:
+        """Build the vision tower of an open_clip model by name.
+
+        Args:
+            name: ``"model:tag"``, such as ``"ViT-L-14-336-quickgelu:openai"``; instead of a tag, a file of weights; or
+                ``"hf-hub:owner/name"``, or ``"local-dir:path"``. Without weights the tag may be left out.
+            layers: layer numbers, in the order wanted.
+            pretrained: load the tag's weights.
+            image_size: edge or (height, width) in pixels; position embeddings are resampled.
+            options: fields of ``open_clip.CLIPVisionCfg``, and ``quick_gelu``, ``embed_dim`` (of the projection),
+                ``cache_dir``.
+
+        Returns:
+            The backbone.
+
+        Raises:
+            ValueError: if name, tag, layer, size or an option is not possible.
+            ImportError: if open_clip is not installed.
+        """
+        open_clip = _import_open_clip()
+        given = dict(options or {})
+        _check_options(open_clip, given)
+        size = None if image_size is None else as_pair(image_size)
+        if name.startswith(_SCHEMES):
+            base, tag = name, None
+            config, described = _read_scheme(name)
+            preprocessing = _from_config(described, (1, 1))
+        else:
+            base, _, tag = name.partition(":")
+            config = _model_config(open_clip, base, tag, pretrained=pretrained)
+            preprocessing = _of_tag(open_clip, base, tag)
+        recipe = _recipe(config, given, size)
+        if pretrained:
+            model = _load(open_clip, base, tag, recipe, size=size, cache_dir=given.get("cache_dir"))
+        else:
+            model = _build(open_clip, recipe)
+        return cls(model, layers=layers, image_size=size, preprocessing=preprocessing, _recipe=recipe)
+
+    @classmethod
+    def _rebuild(
+        cls, recipe: Mapping[str, Any], *, layers: Sequence[int], preprocessing: Preprocessing
+    ) -> OpenClipBackbone:
+        model = _build(_import_open_clip(), recipe)
+        return cls(model, layers=layers, image_size=recipe["image_size"], preprocessing=preprocessing, _recipe=recipe)
+
+    def _cut_tail(self, model: nn.Module) -> None:
+        trunk = getattr(model, "trunk", None)
+        if isinstance(trunk, nn.Module):
+            cut_timm_tail(trunk)
+            model.head = nn.Identity()
+            return
+        model.ln_post = nn.Identity()
+        for name in ("attn_pool", "attn_pool_contrastive", "proj"):
+            setattr(model, name, None)
+
+
+def _import_open_clip() -> ModuleType:
+    try:
+        import open_clip
+    except ImportError as error:
+        raise ImportError(
+            "the backbone family 'open_clip' needs the package open_clip_torch; install it with "
+            "`pip install layerfuse[open-clip]`."
+        ) from error
+    module: ModuleType = open_clip
+    return module
+
+
+def _facts(model: nn.Module) -> BackboneFacts:
+    trunk = getattr(model, "trunk", None)
+    if isinstance(trunk, nn.Module):
+        return timm_facts(trunk, path="trunk.")
+    transformer: Any = getattr(model, "transformer", None)
+    if transformer is None or not hasattr(transformer, "resblocks") or not hasattr(model, "class_embedding"):
+        raise ValueError(
+            f"{type(model).__name__} is no Vision Transformer of open_clip; hand over "
+            "open_clip.create_model(...).visual of a ViT, or of a model with a timm ViT inside (EVA02, SigLIP, PE)."
+        )
+    tower: Any = model
+    size = as_pair(tower.image_size)
+    return BackboneFacts(
+        blocks="transformer.resblocks",
+        embed_dim=transformer.width,
+        num_prefix_tokens=1,
+        patch_size=as_pair(tower.patch_size),
+        image_size=size,
+        any_size=False,
+        preprocessing=Preprocessing(size=size, mean=CLIP_MEAN, std=CLIP_STD),
+    )
+
+
+def _resized(model: nn.Module, facts: BackboneFacts, size: tuple[int, int]) -> BackboneFacts:
+    trunk = getattr(model, "trunk", None)
+    if isinstance(trunk, nn.Module):
+        return resize_timm_model(trunk, facts, size)
+    raise ValueError(
+        f"this open_clip VisionTransformer takes only {facts.image_size[0]}x{facts.image_size[1]} pixels and cannot be "
+        f"resized to {size[0]}x{size[1]} once it is built; use OpenClipBackbone.from_name(..., image_size={size})."
+    )
+
+
+def _from_config(config: Mapping[str, Any], size: tuple[int, int]) -> Preprocessing:
+    return Preprocessing(
+        size=size,
+        mean=tuple(config.get("mean", CLIP_MEAN)),
+        std=tuple(config.get("std", CLIP_STD)),
+        interpolation=interpolation_name(config.get("interpolation", "bicubic")),
+        mode=_MODES[config.get("resize_mode", "shortest")],
+    )
+
+
+def _of_tag(open_clip: ModuleType, base: str, tag: str) -> Preprocessing:
+    # A built model without weights reports OpenAI's statistics for SigLIP too; only the tag's config knows better.
+    tags = open_clip.list_pretrained_tags_by_model(base)
+    chosen = tag if tag in tags else (tags[0] if tags else "")
+    return _from_config(open_clip.get_pretrained_cfg(base, chosen) if chosen else {}, (1, 1))
+
+
+def _check_options(open_clip: ModuleType, given: Mapping[str, Any]) -> None:
+    known = (*open_clip.CLIPVisionCfg.__dataclass_fields__, *_OUTER_OPTIONS)
+    for key in given:
+        if key not in known:
+            raise ValueError(unknown_name_message("open_clip option", key, known))
+
+
+def _model_config(open_clip: ModuleType, base: str, tag: str, *, pretrained: bool) -> dict[str, Any]:
+    config: dict[str, Any] | None = open_clip.get_model_config(base)
+    if config is None:
+        raise ValueError(unknown_name_message("open_clip model", base, open_clip.list_models()))
+    if pretrained and not tag:
+        tags = open_clip.list_pretrained_tags_by_model(base)
+        raise ValueError(
+            f"open_clip model {base!r} needs a tag that says which weights, as in '{base}:{(tags or ['file'])[0]}'; known "
+            f"tags: {', '.join(tags) or 'none'}; or pass pretrained=False."
+        )
+    return config
+
+
+def _read_scheme(name: str) -> tuple[dict[str, Any], dict[str, Any]]:
+    scheme, _, place = name.partition(":")
+    if scheme == "hf-hub":
+        from huggingface_hub import hf_hub_download
+
+        file = Path(hf_hub_download(place, _CONFIG_FILE))
+    else:
+        file = Path(place) / _CONFIG_FILE
+    if not file.is_file():
+        raise FileNotFoundError(
+            f"{place} holds no {_CONFIG_FILE}, so it is no open_clip model folder; give a folder that open_clip saved."
+        )
+    config = json.loads(file.read_text(encoding="utf-8"))
+    return config["model_cfg"], config.get("preprocess_cfg", {})
+
+
+def _recipe(config: Mapping[str, Any], given: Mapping[str, Any], size: tuple[int, int] | None) -> dict[str, Any]:
+    tower = {key: value for key, value in given.items() if key not in _OUTER_OPTIONS}
+    vision = {**config["vision_cfg"], **tower, "timm_model_pretrained": False}
+    if size is not None:
+        vision["image_size"] = list(size)
+    return {
+        "vision_cfg": vision,
+        "embed_dim": given.get("embed_dim", config["embed_dim"]),
+        "quick_gelu": given.get("quick_gelu", config.get("quick_gelu", False)),
+    }
+
+
+def _build(open_clip: ModuleType, recipe: Mapping[str, Any]) -> nn.Module:
+    # The public way to a vision tower without weights is a whole CLIP; its text tower is made as small as it can be.
+    text = {"context_length": 1, "vocab_size": 1, "width": 1, "heads": 1, "layers": 1}
+    clip = open_clip.CLIP(
+        embed_dim=recipe["embed_dim"],
+        vision_cfg=dict(recipe["vision_cfg"]),
+        text_cfg=text,
+        quick_gelu=recipe["quick_gelu"],
+    )
+    tower: nn.Module = clip.visual
+    return tower
+
+
+def _load(
+    open_clip: ModuleType,
+    base: str,
+    tag: str | None,
+    recipe: Mapping[str, Any],
+    *,
+    size: tuple[int, int] | None,
+    cache_dir: str | None,
+) -> nn.Module:
+    try:
+        clip = open_clip.create_model(
+            base,
+            pretrained=tag,
+            cache_dir=cache_dir,
+            force_image_size=size,
+            vision_cfg=dict(recipe["vision_cfg"]),
+            embed_dim=recipe["embed_dim"],
+            quick_gelu=recipe["quick_gelu"],
+        )
+    except RuntimeError as error:
+        tags = open_clip.list_pretrained_tags_by_model(base)
+        raise ValueError(
+            f"open_clip cannot load {tag!r} into {base!r}: {error} Known tags: {', '.join(tags) or 'none'}; a file of "
+            "weights is given by its path."
+        ) from error
+    tower: nn.Module = clip.visual
+    return tower

@@ -1,0 +1,142 @@
+"""Backbones from timm: CLIP, SigLIP, EVA02, DINOv2, DINOv3, AIMv2, Perception Encoder, BEiT and more, with one interface."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from torch import nn
+
+from layerfuse.backbones._timm_models import cut_timm_tail, resize_timm_model, timm_facts
+from layerfuse.backbones.base import BACKBONES, Backbone, as_pair
+from layerfuse.preprocessing import Preprocessing
+
+__all__ = ["TimmBackbone"]
+
+# Where weights come from is no part of the architecture.
+_SOURCES = ("checkpoint_path", "cache_dir", "pretrained_cfg", "pretrained_cfg_overlay")
+
+
+@BACKBONES.register("timm")
+class TimmBackbone(Backbone):
+    """A timm VisionTransformer, Eva, Beit, NaFlexVit or one built alike.
+
+    Args:
+        model: from ``timm.create_model``; it is changed (shortened).
+        layers: layer numbers, in the order wanted.
+        image_size: edge or (height, width) in pixels, if not the model's own; position embeddings are resampled.
+        preprocessing: from the model's ``pretrained_cfg`` if None.
+
+    Raises:
+        ValueError: if the model is no plain Vision Transformer, a layer is out of range, or the size is not possible.
+    """
+
+    family = "timm"
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        layers: int | Sequence[int],
+        image_size: int | tuple[int, int] | None = None,
+        preprocessing: Preprocessing | None = None,
+        _recipe: Mapping[str, Any] | None = None,
+    ) -> None:
+        facts = timm_facts(model)
+        recipe = _recipe if _recipe is not None else _recipe_of(model)
+        if image_size is not None:
+            facts = resize_timm_model(model, facts, as_pair(image_size))
+            recipe = None if recipe is None else {**recipe, "image_size": list(facts.image_size)}
+        super().__init__(model, layers=layers, facts=facts, recipe=recipe)
+        if preprocessing is not None:
+            self.preprocessing = preprocessing
+
+    @classmethod
+    def from_name(
+        cls,
+        name: str,
+        *,
+        layers: int | Sequence[int],
+        pretrained: bool = True,
+        image_size: int | tuple[int, int] | None = None,
+        options: Mapping[str, Any] | None = None,
+    ) -> TimmBackbone:
+        """Build a timm model by name.
+
+        Args:
+            name: with its tag, such as ``"vit_large_patch14_clip_quickgelu_336.openai"`` (without a tag timm takes its
+                default, which for CLIP is LAION's); or ``"hf-hub:owner/name"``, or ``"local-dir:path"``.
+            layers: layer numbers, in the order wanted.
+            pretrained: load the tag's weights.
+            image_size: edge or (height, width) in pixels; position embeddings are resampled.
+            options: for ``timm.create_model``: the model's constructor arguments (``dynamic_img_size=True`` lets a
+                VisionTransformer or Eva take every multiple of its patch size), or ``checkpoint_path`` for local weights.
+
+        Returns:
+            The backbone.
+
+        Raises:
+            ValueError: if name, tag, layer, size or an option is not possible.
+        """
+        given = dict(options or {})
+        model = _create(name, pretrained=pretrained, options=given)
+        architecture = {key: value for key, value in given.items() if key not in _SOURCES}
+        recipe = {"name": name, "options": architecture, "image_size": None}
+        # Hub and folder names would have to be read again; what they said is kept instead, where timm tells it.
+        if ":" in name:
+            recipe = _recipe_of(model) or recipe
+        return cls(model, layers=layers, image_size=image_size, _recipe=recipe)
+
+    @classmethod
+    def _rebuild(
+        cls, recipe: Mapping[str, Any], *, layers: Sequence[int], preprocessing: Preprocessing
+    ) -> TimmBackbone:
+        model = _create(recipe["name"], pretrained=False, options=recipe["options"])
+        return cls(
+            model, layers=layers, image_size=recipe["image_size"], preprocessing=preprocessing, _recipe=dict(recipe)
+        )
+
+    def _cut_tail(self, model: nn.Module) -> None:
+        cut_timm_tail(model)
+
+
+def _create(name: str, *, pretrained: bool, options: Mapping[str, Any]) -> nn.Module:
+    import timm
+
+    if ":" not in name:
+        _check_name(name)
+    try:
+        return timm.create_model(name, pretrained=pretrained, **{"num_classes": 0, **options})
+    except TypeError as error:
+        raise ValueError(
+            f"timm model {name!r} cannot be built with the options {dict(options)}: {error}. Options are the model's "
+            "constructor arguments; see help(timm.create_model) and the model's class."
+        ) from error
+
+
+def _check_name(name: str) -> None:
+    import timm
+
+    architecture, _, tag = name.partition(".")
+    if not timm.is_model(architecture):
+        known = timm.list_models()
+        nearest = difflib.get_close_matches(architecture, known, n=3, cutoff=0.5)
+        raise ValueError(
+            f"timm model {architecture!r} is unknown; did you mean {' or '.join(map(repr, nearest)) or 'another'}? Known: "
+            f"{len(known)} names, listed by timm.list_models('*vit*')."
+        )
+    tags = [full.partition(".")[2] for full in timm.list_pretrained(f"{architecture}.*")]
+    if tag and tag not in tags:
+        raise ValueError(
+            f"timm model {architecture!r} has no pretrained tag {tag!r}; known tags: {', '.join(tags) or 'none'}."
+        )
+
+
+def _recipe_of(model: nn.Module) -> dict[str, Any] | None:
+    # timm >= 1.0.31 notes the constructor's arguments; before, an instance does not tell how it was made.
+    name = getattr(model, "pretrained_cfg", {}).get("architecture")
+    arguments = getattr(model, "_model_args", None)
+    if not name or arguments is None:
+        return None
+    return {"name": name, "options": dict(arguments), "image_size": None}

@@ -1,0 +1,241 @@
+"""Backbones from transformers: CLIP, SigLIP, SigLIP2, DINOv2, DINOv3, AIMv2, ViT, InternViT, MLCD; by hub name or folder."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import nn
+
+from layerfuse.backbones._transformers_models import (
+    cut_transformers_tail,
+    patchify,
+    read_preprocessing,
+    takes_patches,
+    takes_position_flag,
+    transformers_facts,
+)
+from layerfuse.backbones.base import BACKBONES, Backbone, as_pair
+from layerfuse.preprocessing import Preprocessing
+from layerfuse.registry import unknown_name_message
+
+__all__ = ["TransformersBackbone"]
+
+logger = logging.getLogger(__name__)
+
+# Arguments of from_pretrained that say where and how to load; the other options are fields of the model's config.
+_LOADING = ("attn_implementation", "cache_dir", "dtype", "local_files_only", "revision", "subfolder", "token")
+# Of these, the ones that a config, too, is found with.
+_FINDING = ("cache_dir", "local_files_only", "revision", "subfolder", "token")
+# What a config notes besides the architecture: whose file it was read from, labels of a classifier that is not there.
+_NO_ARCHITECTURE = (
+    "_name_or_path",
+    "transformers_version",
+    "architectures",
+    "id2label",
+    "label2id",
+    "torch_dtype",
+    "dtype",
+)
+
+
+@BACKBONES.register("transformers")
+class TransformersBackbone(Backbone):
+    """A vision model of transformers.
+
+    Args:
+        model: such as CLIPVisionModel or Dinov2Model; a CLIPModel or SiglipModel is taken by its ``vision_model``. It is
+            changed (shortened).
+        layers: layer numbers, in the order wanted.
+        image_size: edge or (height, width) in pixels that counts as native, if not the model's own; the model resizes
+            its position embeddings in every call.
+        preprocessing: the released models' one if None.
+
+    Raises:
+        ValueError: if the model type is not known, a layer is out of range, or the size is not possible.
+    """
+
+    family = "transformers"
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        layers: int | Sequence[int],
+        image_size: int | tuple[int, int] | None = None,
+        preprocessing: Preprocessing | None = None,
+    ) -> None:
+        inner = getattr(model, "vision_model", None)
+        model = inner if isinstance(inner, nn.Module) and hasattr(inner, "config") else model
+        facts = transformers_facts(model)
+        self._own_size = facts.image_size
+        self._position_flag = takes_position_flag(model)
+        self._patches = takes_patches(model)
+        if image_size is not None and as_pair(image_size) != facts.image_size:
+            if not facts.any_size:
+                raise ValueError(
+                    f"{type(model).__name__} takes only {facts.image_size[0]}x{facts.image_size[1]} pixels, so "
+                    f"image_size={image_size} is not possible; leave image_size out."
+                )
+            facts = replace(facts, image_size=as_pair(image_size))
+        facts = replace(facts, preprocessing=replace(preprocessing or facts.preprocessing, size=facts.image_size))
+        # AutoModel chooses the class by the config, so the config is all that is needed to build the model again.
+        config: Any = model.config
+        fields = {key: value for key, value in config.to_dict().items() if key not in _NO_ARCHITECTURE}
+        recipe = {"config": fields, "image_size": list(facts.image_size)}
+        super().__init__(model, layers=layers, facts=facts, recipe=recipe)
+        self.grid(*self.image_size)
+
+    @classmethod
+    def from_name(
+        cls,
+        name: str,
+        *,
+        layers: int | Sequence[int],
+        pretrained: bool = True,
+        image_size: int | tuple[int, int] | None = None,
+        options: Mapping[str, Any] | None = None,
+    ) -> TransformersBackbone:
+        """Build a vision model by name.
+
+        Args:
+            name: on the hub, or a local folder; of a checkpoint with text and vision (CLIP, SigLIP) the vision part is
+                loaded. Without weights also a model type, such as ``"clip_vision_model"``.
+            layers: layer numbers, in the order wanted.
+            pretrained: load the checkpoint's weights.
+            image_size: edge or (height, width) in pixels, if not the model's own.
+            options: fields of the model's config (``{"num_hidden_layers": 2}``), and ``attn_implementation``, ``dtype``,
+                ``revision``, ``subfolder``, ``cache_dir``, ``local_files_only``, ``token``.
+
+        Returns:
+            The backbone.
+
+        Raises:
+            ValueError: if there is no such model, the checkpoint lacks weights, or an option or size is not possible.
+            ImportError: if transformers is not installed.
+        """
+        transformers = _import_transformers()
+        given = dict(options or {})
+        config = _read_config(transformers, name, given, pretrained=pretrained)
+        how = {key: given[key] for key in ("attn_implementation", "dtype") if key in given}
+        where = {key: given[key] for key in _FINDING if key in given}
+        if pretrained:
+            model = _load(transformers, name, config, {**how, **where})
+        else:
+            model = transformers.AutoModel.from_config(config, **how)
+        by_type = not pretrained and name in transformers.CONFIG_MAPPING
+        described = {} if by_type else _read_processor(transformers, name, where)
+        if not described and not by_type:
+            logger.warning("%s has no preprocessor config; using that of released %s models.", name, config.model_type)
+        size = transformers_facts(model).image_size
+        preprocessing = read_preprocessing(described, kind=config.model_type, size=size)
+        return cls(model, layers=layers, image_size=image_size, preprocessing=preprocessing)
+
+    @classmethod
+    def _rebuild(
+        cls, recipe: Mapping[str, Any], *, layers: Sequence[int], preprocessing: Preprocessing
+    ) -> TransformersBackbone:
+        transformers = _import_transformers()
+        fields = dict(recipe["config"])
+        config = transformers.AutoConfig.for_model(fields.pop("model_type"), **fields)
+        model = transformers.AutoModel.from_config(config)
+        return cls(model, layers=layers, image_size=tuple(recipe["image_size"]), preprocessing=preprocessing)
+
+    def _cut_tail(self, model: nn.Module) -> None:
+        cut_transformers_tail(model)
+
+    def _run(self, images: torch.Tensor) -> None:
+        if self._patches:
+            rows, columns = self.grid(images.shape[2], images.shape[3])
+            patches = patchify(images, self.patch_size)
+            shapes = torch.tensor([[rows, columns]] * images.shape[0], device=images.device)
+            mask = torch.ones(patches.shape[:2], dtype=torch.long, device=images.device)
+            self.model(patches, pixel_attention_mask=mask, spatial_shapes=shapes)
+        elif self._position_flag and tuple(images.shape[2:]) != self._own_size:
+            self.model(images, interpolate_pos_encoding=True)
+        else:
+            self.model(images)
+
+    def set_gradient_checkpointing(self, enable: bool = True) -> None:
+        """Recompute block activations in the backward pass instead of keeping them; works in training mode only.
+
+        Args:
+            enable: on or off.
+        """
+        model: Any = self.model
+        if not enable:
+            model.gradient_checkpointing_disable()
+            return
+        # Renamed in 5.23; 5.17 knows the older name only. Reentrant checkpoints run the blocks without gradient, so what
+        # the taps store would have none.
+        new = getattr(model, "activation_checkpointing_enable", None)
+        (new or model.gradient_checkpointing_enable)({"use_reentrant": False})
+
+
+def _import_transformers() -> ModuleType:
+    try:
+        import transformers
+    except ImportError as error:
+        raise ImportError(
+            "the backbone family 'transformers' needs the package transformers; install it with "
+            "`pip install layerfuse[transformers]`."
+        ) from error
+    module: ModuleType = transformers
+    return module
+
+
+def _read_config(transformers: ModuleType, name: str, options: Mapping[str, Any], *, pretrained: bool) -> Any:
+    if not pretrained and name in transformers.CONFIG_MAPPING:
+        config = transformers.AutoConfig.for_model(name)
+    else:
+        where = {key: options[key] for key in _FINDING if key in options}
+        try:
+            config = transformers.AutoConfig.from_pretrained(name, **where)
+        except (OSError, ValueError) as error:
+            types = "" if pretrained else " or a model type, such as 'clip_vision_model'"
+            raise ValueError(
+                f"transformers finds no model {name!r}; give a name on the hub, a local folder with config.json{types}. "
+                f"It says: {error}"
+            ) from error
+    config = getattr(config, "vision_config", config)
+    fields = {key: value for key, value in options.items() if key not in _LOADING}
+    known = config.to_dict()
+    for key in fields:
+        if key not in known:
+            raise ValueError(unknown_name_message(f"option of {type(config).__name__}", key, {*known, *_LOADING}))
+    known.pop("model_type")
+    return type(config)(**{**known, **fields}) if fields else config
+
+
+def _load(transformers: ModuleType, name: str, config: Any, arguments: Mapping[str, Any]) -> nn.Module:
+    # AutoModel chooses by the config, so with the vision config of a CLIP checkpoint only its vision part is built.
+    try:
+        model, report = transformers.AutoModel.from_pretrained(
+            name, config=config, output_loading_info=True, **arguments
+        )
+    except OSError as error:
+        raise ValueError(
+            f"transformers finds no weights for {name!r}; give a name on the hub or a folder with weights in safetensors, "
+            f"or pass pretrained=False. It says: {error}"
+        ) from error
+    missing = sorted(report["missing_keys"])
+    if missing:
+        raise ValueError(
+            f"{name!r} lacks weights of {type(model).__name__}, which would be left random: {', '.join(missing)}. Check that it "
+            "is a checkpoint of this model, or pass pretrained=False."
+        )
+    loaded: nn.Module = model
+    return loaded
+
+
+def _read_processor(transformers: ModuleType, name: str, where: Mapping[str, Any]) -> dict[str, Any]:
+    try:
+        described, _ = transformers.ImageProcessingMixin.get_image_processor_dict(name, **where)
+    except OSError:
+        return {}
+    found: dict[str, Any] = described
+    return found

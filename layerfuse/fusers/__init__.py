@@ -1,0 +1,23 @@
+"""Fusers: feature maps of several layers in, one set of visual tokens out. One file each, one import line each."""
+
+from __future__ import annotations
+
+from layerfuse.fusers.average import Average
+from layerfuse.fusers.base import FUSERS, Fuser, FuserCost, create_fuser, fuser_from_config
+from layerfuse.fusers.concat import Concat
+from layerfuse.fusers.mmfuser import MMFuser
+from layerfuse.fusers.scalar_mix import ScalarMix
+from layerfuse.fusers.select import Select
+
+__all__ = [
+    "FUSERS",
+    "Average",
+    "Concat",
+    "Fuser",
+    "FuserCost",
+    "MMFuser",
+    "ScalarMix",
+    "Select",
+    "create_fuser",
+    "fuser_from_config",
+]

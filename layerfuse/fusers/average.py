@@ -1,0 +1,35 @@
+"""The plain mean over layers: no parameters, no choice."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from layerfuse.features import FeatureMaps, Grid
+from layerfuse.fusers.base import FUSERS, Fuser
+
+__all__ = ["Average"]
+
+
+@FUSERS.register("average")
+class Average(Fuser):
+    """Average the maps; no parameters. All maps share one grid and one width.
+
+    Args:
+        in_channels: C of every map.
+        num_layers: number of maps L.
+    """
+
+    equal_channels = True
+
+    def __init__(self, in_channels: int | Sequence[int], num_layers: int) -> None:
+        super().__init__(in_channels, num_layers)
+
+    def fuse(self, features: FeatureMaps) -> torch.Tensor:
+        """Return the mean map: (B, N, C)."""
+        return torch.stack(features.maps).mean(0)
+
+    def flops(self, grids: Sequence[Grid]) -> int:
+        """One multiply-add per number read."""
+        return 2 * self.num_layers * self.num_tokens(grids) * self.out_channels

@@ -1,0 +1,59 @@
+"""All layers side by side on the channels, as ViP-LLaVA (arXiv:2312.00784) and Hugging Face's LLaVA layer lists do."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import nn
+
+from layerfuse.features import FeatureMaps, Grid
+from layerfuse.fusers.base import FUSERS, Fuser
+
+__all__ = ["Concat"]
+
+_NORMS = ("none", "layer")
+
+
+@FUSERS.register("concat")
+class Concat(Fuser):
+    """Concatenate the maps on channels, then optionally normalise and project. All maps share one grid.
+
+    Args:
+        in_channels: C of every map, or one number per map.
+        num_layers: number of maps L.
+        norm: ``"none"``, or ``"layer"``: LayerNorm over all concatenated channels, as in ViP-LLaVA.
+        out_channels: width of a final linear layer; if left out there is none, and C_out is the sum of the widths.
+
+    Raises:
+        ValueError: if the norm is unknown or ``out_channels`` below 1.
+    """
+
+    def __init__(
+        self,
+        in_channels: int | Sequence[int],
+        num_layers: int,
+        *,
+        norm: str = "none",
+        out_channels: int | None = None,
+    ) -> None:
+        super().__init__(in_channels, num_layers, options={"norm": norm, "out_channels": out_channels})
+        if norm not in _NORMS:
+            raise ValueError(f"norm {norm!r} of fuser 'concat' is unknown. Known: {', '.join(_NORMS)}.")
+        if out_channels is not None and out_channels < 1:
+            raise ValueError(f"out_channels is {out_channels}; expected at least 1, or None for no linear layer.")
+        width = sum(self.in_channels)
+        self.out_channels = width if out_channels is None else out_channels
+        self.norm: nn.Module = nn.LayerNorm(width) if norm == "layer" else nn.Identity()
+        self.proj: nn.Module = nn.Identity() if out_channels is None else nn.Linear(width, out_channels)
+
+    def fuse(self, features: FeatureMaps) -> torch.Tensor:
+        """Return the concatenated map: (B, N, C_out)."""
+        fused: torch.Tensor = self.proj(self.norm(torch.cat(features.maps, dim=-1)))
+        return fused
+
+    def flops(self, grids: Sequence[Grid]) -> int:
+        """Those of the linear layer, if there is one."""
+        if isinstance(self.proj, nn.Identity):
+            return 0
+        return 2 * self.num_tokens(grids) * sum(self.in_channels) * self.out_channels

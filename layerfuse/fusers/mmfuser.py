@@ -1,0 +1,187 @@
+"""MMFuser (arXiv:2410.11829, section 3): the deep map asks the shallow ones for detail, by deformable attention.
+
+With q the query map, f_1 ... f_{L-1} the others, LN layer norms, and g1, g2 learned scales per channel:
+
+    a   = cross_attention(LN_q(q), LN_f([f_1, ..., f_{L-1}]))
+    out = q + g1 * (a + g2 * self_attention(LN_1(a)))
+
+g1 = g2 = 0 at the start, so that a new block is the identity on its query map: it starts as LLaVA-1.5.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TypeVar
+
+import torch
+from torch import nn
+
+from layerfuse.features import FeatureMaps, Grid
+from layerfuse.fusers.base import FUSERS, Fuser
+from layerfuse.ops import MultiScaleDeformableAttention
+
+__all__ = ["MMFuser", "from_published_state_dict"]
+
+_T = TypeVar("_T")
+
+_PUBLISHED_SCALES = {"gamma1": "output_scale.scale", "gamma2": "self_scale.scale"}
+
+
+class ChannelScale(nn.Module):
+    """One learned factor per channel, zero at the start.
+
+    A module of its own, and no name with gamma or beta: transformers renames such parameters while it loads, and the
+    weights are then lost (huggingface/transformers#29554).
+
+    Args:
+        channels: C.
+    """
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.empty(channels))
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """All zero."""
+        nn.init.zeros_(self.scale)
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        """Scale the channels of (B, N, C) tokens."""
+        return tokens * self.scale
+
+
+@FUSERS.register("mmfuser")
+class MMFuser(Fuser):
+    """Enrich one map with details that deformable cross-attention finds in the others. Their grids may differ.
+
+    Args:
+        in_channels: C of every map; they share one width.
+        num_layers: number of maps L, at least 2: one query, L - 1 levels of values, in the order given.
+        num_heads: M; must divide C.
+        num_points: K, sampling points per head and level.
+        query_index: position of the query map among the L; negative counts from the end.
+        norm_eps: epsilon of the three layer norms.
+        implementation: path of the deformable attention: ``"auto"``, ``"gather"`` or ``"reference"``.
+
+    Raises:
+        ValueError: if there is no value map, no such query map, or the heads do not divide the channels.
+    """
+
+    equal_grids = False
+    equal_channels = True
+
+    def __init__(
+        self,
+        in_channels: int | Sequence[int],
+        num_layers: int,
+        *,
+        num_heads: int = 16,
+        num_points: int = 4,
+        query_index: int = -1,
+        norm_eps: float = 1e-6,
+        implementation: str = "auto",
+    ) -> None:
+        options = {
+            "num_heads": num_heads,
+            "num_points": num_points,
+            "query_index": query_index,
+            "norm_eps": norm_eps,
+            "implementation": implementation,
+        }
+        super().__init__(in_channels, num_layers, options=options)
+        if num_layers < 2:
+            raise ValueError(
+                f"fuser 'mmfuser' got num_layers={num_layers}; it needs at least 2, one query map and one value map. "
+                "For a single map use 'select'."
+            )
+        if not -num_layers <= query_index < num_layers:
+            raise ValueError(
+                f"query_index {query_index} is outside the {num_layers} maps; allowed: {-num_layers}..{num_layers - 1}."
+            )
+        channels = self.in_channels[0]
+        self.query_index = query_index % num_layers
+        self.query_norm = nn.LayerNorm(channels, eps=norm_eps)
+        self.feat_norm = nn.LayerNorm(channels, eps=norm_eps)
+        self.cross_attn = MultiScaleDeformableAttention(
+            channels,
+            num_heads=num_heads,
+            num_levels=num_layers - 1,
+            num_points=num_points,
+            implementation=implementation,
+        )
+        self.norm1 = nn.LayerNorm(channels, eps=norm_eps)
+        self.self_attn = MultiScaleDeformableAttention(
+            channels, num_heads=num_heads, num_points=num_points, implementation=implementation
+        )
+        self.self_scale = ChannelScale(channels)
+        self.output_scale = ChannelScale(channels)
+
+    def fuse(self, features: FeatureMaps) -> torch.Tensor:
+        """Enrich the query map: (B, N, C) on the query map's grid."""
+        query, query_grid = features.maps[self.query_index], features.grids[self.query_index]
+        values = torch.cat(self._values(features.maps), dim=1)
+        attended = self.cross_attn(
+            self.query_norm(query), query_grid, self.feat_norm(values), self._values(features.grids)
+        )
+        inner = self.norm1(attended)
+        refined = attended + self.self_scale(self.self_attn(inner, query_grid, inner, (query_grid,)))
+        fused: torch.Tensor = query + self.output_scale(refined)
+        return fused
+
+    def out_grid(self, grids: Sequence[Grid]) -> Grid:
+        """Return the query map's grid."""
+        return grids[self.query_index]
+
+    def flops(self, grids: Sequence[Grid]) -> int:
+        """Those of the projections and of the sampling, in both attentions."""
+        num_queries = self.num_tokens(grids)
+        num_values = sum(height * width for height, width in self._values(grids))
+        projections = self.cross_attn.matmul_flops(num_queries, num_values)
+        projections += self.self_attn.matmul_flops(num_queries, num_queries)
+        sampling = self.cross_attn.sampling_flops(num_queries) + self.self_attn.sampling_flops(num_queries)
+        return projections + sampling
+
+    def _values(self, items: Sequence[_T]) -> list[_T]:
+        """All but the query's."""
+        return [*items[: self.query_index], *items[self.query_index + 1 :]]
+
+
+def from_published_state_dict(state_dict: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Rename the weights of a published MMFuser block to ours.
+
+    Args:
+        state_dict: weights under the names of the published code (``MSCrossAttnBlock``), any outer prefix removed.
+
+    Returns:
+        The same tensors under the names of ``MMFuser``.
+
+    Raises:
+        ValueError: if gamma1 or gamma2 is absent, or other names are missing or unknown.
+    """
+    absent = [name for name in _PUBLISHED_SCALES if name not in state_dict]
+    if absent:
+        raise ValueError(
+            f"the published weights lack {', '.join(absent)}; without them the block would be the identity. Old "
+            "versions of transformers rename these parameters while loading: read the checkpoint's files themselves."
+        )
+    names = {name: _PUBLISHED_SCALES.get(name, name) for name in _published_names()}
+    missing = sorted(set(names) - set(state_dict))
+    unknown = sorted(set(state_dict) - set(names))
+    if missing or unknown:
+        raise ValueError(
+            f"these are not the weights of one published block: missing {', '.join(missing) or 'none'}; unknown "
+            f"{', '.join(unknown) or 'none'}. Remove any outer prefix, and leave other modules out."
+        )
+    return {ours: state_dict[published] for published, ours in names.items()}
+
+
+def _published_names() -> list[str]:
+    norms = ("query_norm", "feat_norm", "norm1")
+    projections = ("sampling_offsets", "attention_weights", "value_proj", "output_proj")
+    modules = [
+        *norms,
+        *(f"{attention}.{name}" for attention in ("cross_attn", "self_attn") for name in projections),
+    ]
+    return [*_PUBLISHED_SCALES, *(f"{module}.{kind}" for module in modules for kind in ("weight", "bias"))]

@@ -1,0 +1,49 @@
+"""One layer, unchanged: what LLaVA-1.5 (arXiv:2310.03744) does with the penultimate layer. The baseline."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from layerfuse.features import FeatureMaps, Grid
+from layerfuse.fusers.base import FUSERS, Fuser
+
+__all__ = ["Select"]
+
+
+@FUSERS.register("select")
+class Select(Fuser):
+    """Return one of the maps as it is; no parameters.
+
+    Args:
+        in_channels: C of every map, or one number per map.
+        num_layers: number of maps L.
+        index: position of the map among the L; negative counts from the end.
+
+    Raises:
+        ValueError: if there is no such map.
+    """
+
+    equal_grids = False
+
+    def __init__(self, in_channels: int | Sequence[int], num_layers: int, *, index: int = -1) -> None:
+        super().__init__(in_channels, num_layers, options={"index": index})
+        if not -num_layers <= index < num_layers:
+            raise ValueError(
+                f"index {index} is outside the {num_layers} maps; allowed: {-num_layers}..{num_layers - 1}."
+            )
+        self.index = index
+        self.out_channels = self.in_channels[index]
+
+    def fuse(self, features: FeatureMaps) -> torch.Tensor:
+        """Return the chosen map: (B, N, C)."""
+        return features.maps[self.index]
+
+    def out_grid(self, grids: Sequence[Grid]) -> Grid:
+        """Return the chosen map's grid."""
+        return grids[self.index]
+
+    def flops(self, grids: Sequence[Grid]) -> int:
+        """Nothing is computed."""
+        return 0

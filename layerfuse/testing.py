@@ -1,0 +1,260 @@
+"""Tiny random inputs and models, for layerfuse's tests and for those of projects that use it.
+
+Everything is offline, on the CPU, and the same for the same seed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from layerfuse.backbones import MODULES, Backbone, create_backbone
+from layerfuse.features import FeatureMaps, Grid
+from layerfuse.registry import unknown_name_message
+
+__all__ = ["TinyViT", "random_features", "random_images", "randomise_parameters", "tiny_backbone"]
+
+
+def random_images(
+    batch_size: int = 2, *, size: int | tuple[int, int] = 32, dtype: torch.dtype = torch.float32, seed: int = 0
+) -> torch.Tensor:
+    """Make normally distributed images, as a backbone takes them.
+
+    Args:
+        batch_size: number of images B.
+        size: one edge, or (height, width), in pixels.
+        dtype: of the result.
+        seed: images are equal for equal seeds.
+
+    Returns:
+        (B, 3, height, width) images.
+    """
+    height, width = (size, size) if isinstance(size, int) else size
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(batch_size, 3, height, width, generator=generator).to(dtype)
+
+
+def random_features(
+    channels: int | Sequence[int] = 32,
+    *,
+    num_layers: int | None = None,
+    grids: Grid | Sequence[Grid] = (4, 4),
+    batch_size: int = 2,
+    num_prefix_tokens: int = 0,
+    dtype: torch.dtype = torch.float32,
+    requires_grad: bool = False,
+    seed: int = 0,
+) -> FeatureMaps:
+    """Make normally distributed feature maps, as a fuser takes them.
+
+    Args:
+        channels: C of every map, or one number per map.
+        num_layers: number of maps L; if left out, as many as ``channels`` or ``grids`` has entries, else 5.
+        grids: (H, W) of every map in patches, or one pair per map.
+        batch_size: number of images B.
+        num_prefix_tokens: P; with 0 the result has no prefix tensors.
+        dtype: of the maps.
+        requires_grad: whether the maps are leaves that collect gradients.
+        seed: maps are equal for equal seeds.
+
+    Returns:
+        L maps with layers 1, 2, … L.
+
+    Raises:
+        ValueError: if ``num_layers``, ``channels`` and ``grids`` speak of different numbers of maps.
+    """
+    widths = None if isinstance(channels, int) else tuple(channels)
+    grid_list = None if isinstance(grids[0], int) else tuple(grids)
+    lengths = {len(entries) for entries in (widths, grid_list) if entries is not None}
+    if num_layers is not None:
+        lengths.add(num_layers)
+    if len(lengths) > 1:
+        raise ValueError(
+            f"num_layers={num_layers}, channels={channels} and grids={grids} name different numbers of maps; "
+            "give one number or one pair for all maps, or as many as there are maps."
+        )
+    count = lengths.pop() if lengths else 5
+    if widths is None:
+        widths = (channels,) * count  # type: ignore[assignment]
+    if grid_list is None:
+        grid_list = (grids,) * count  # type: ignore[assignment]
+    assert widths is not None and grid_list is not None
+    generator = torch.Generator().manual_seed(seed)
+
+    def draw(num_tokens: int, width: int) -> torch.Tensor:
+        tokens = torch.randn(batch_size, num_tokens, width, generator=generator).to(dtype)
+        return tokens.requires_grad_(requires_grad)
+
+    maps = tuple(draw(h * w, width) for (h, w), width in zip(grid_list, widths, strict=True))  # type: ignore[misc]
+    prefix = tuple(draw(num_prefix_tokens, width) for width in widths) if num_prefix_tokens else ()
+    return FeatureMaps(maps=maps, layers=tuple(range(1, count + 1)), grids=grid_list, prefix=prefix)  # type: ignore[arg-type]
+
+
+def randomise_parameters(module: nn.Module, *, std: float = 0.2, seed: int = 0) -> nn.Module:
+    """Overwrite every parameter with random numbers, so that no special start (zeros, identities) hides a fault.
+
+    Args:
+        module: changed in place.
+        std: standard deviation of the numbers; one-dimensional scales named ``weight`` (norms) get 1 added.
+        seed: parameters are equal for equal seeds.
+
+    Returns:
+        The same module.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in module.named_parameters():
+            noise = torch.randn(parameter.shape, generator=generator) * std
+            if parameter.ndim == 1 and name.rpartition(".")[2] == "weight":
+                noise += 1
+            parameter.copy_(noise)
+    return module
+
+
+@MODULES.register("tiny-vit")
+class TinyViT(nn.Module):
+    """The least that a Vision Transformer can be, in plain torch: what the ``module`` family is tried on.
+
+    Args:
+        embed_dim: C.
+        depth: number of blocks.
+        num_heads: of each block.
+        image_size: edge, in pixels.
+        patch_size: edge, in pixels.
+    """
+
+    def __init__(
+        self,
+        *,
+        embed_dim: int = 32,
+        depth: int = 3,
+        num_heads: int = 2,
+        image_size: int = 32,
+        patch_size: int = 8,
+    ) -> None:
+        super().__init__()
+        self.patches = nn.Conv2d(3, embed_dim, patch_size, patch_size)
+        self.class_token = nn.Parameter(torch.zeros(1, 1, embed_dim))
+        self.positions = nn.Parameter(torch.zeros(1, 1 + (image_size // patch_size) ** 2, embed_dim))
+        self.blocks = nn.ModuleList(
+            nn.TransformerEncoderLayer(
+                embed_dim, num_heads, 2 * embed_dim, dropout=0.0, activation="gelu", batch_first=True, norm_first=True
+            )
+            for _ in range(depth)
+        )
+        self.norm = nn.LayerNorm(embed_dim)
+        self.head = nn.Linear(embed_dim, 10)
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        """Classify images.
+
+        Args:
+            images: (B, 3, height, width).
+
+        Returns:
+            (B, 1 + N, 10) scores of every token.
+        """
+        patches = self.patches(images).flatten(2).transpose(1, 2)
+        tokens = torch.cat([self.class_token.expand(len(images), -1, -1), patches], dim=1) + self.positions
+        for block in self.blocks:
+            tokens = block(tokens)
+        scores: torch.Tensor = self.head(self.norm(tokens))
+        return scores
+
+
+def tiny_backbone(
+    family: str = "timm",
+    *,
+    layers: int | Sequence[int] = (1, 2, -1),
+    num_blocks: int = 3,
+    embed_dim: int = 32,
+    num_heads: int = 2,
+    image_size: int = 32,
+    patch_size: int = 8,
+    seed: int = 0,
+) -> Backbone:
+    """Build a CLIP-like backbone with one class token and random weights, in evaluation mode.
+
+    Args:
+        family: ``"timm"``, ``"open_clip"``, ``"transformers"`` or ``"module"``.
+        layers: layer numbers, in the order wanted.
+        num_blocks: number of blocks.
+        embed_dim: C.
+        num_heads: of each block; divides ``embed_dim``.
+        image_size: edge, in pixels.
+        patch_size: edge, in pixels.
+        seed: weights are equal for equal seeds.
+
+    Returns:
+        The backbone.
+
+    Raises:
+        ValueError: if there is no tiny model of that family.
+    """
+    builders = {
+        "timm": _timm_options,
+        "open_clip": _open_clip_options,
+        "transformers": _transformers_options,
+        "module": _module_options,
+    }
+    if family not in builders:
+        raise ValueError(unknown_name_message("tiny backbone of family", family, builders))
+    name, options = builders[family](num_blocks, embed_dim, num_heads, image_size, patch_size)
+    backbone = create_backbone(family, name, layers=layers, pretrained=False, options=options)
+    randomise_parameters(backbone, std=0.1, seed=seed)
+    return backbone.eval()
+
+
+_Named = tuple[str, dict[str, Any]]
+
+
+def _timm_options(num_blocks: int, embed_dim: int, num_heads: int, image_size: int, patch_size: int) -> _Named:
+    return "vit_base_patch16_clip_quickgelu_224.openai", {
+        "embed_dim": embed_dim,
+        "depth": num_blocks,
+        "num_heads": num_heads,
+        "img_size": image_size,
+        "patch_size": patch_size,
+    }
+
+
+def _open_clip_options(num_blocks: int, embed_dim: int, num_heads: int, image_size: int, patch_size: int) -> _Named:
+    return "ViT-B-16-quickgelu:openai", {
+        "width": embed_dim,
+        "layers": num_blocks,
+        "head_width": embed_dim // num_heads,
+        "image_size": image_size,
+        "patch_size": patch_size,
+    }
+
+
+def _transformers_options(num_blocks: int, embed_dim: int, num_heads: int, image_size: int, patch_size: int) -> _Named:
+    return "clip_vision_model", {
+        "hidden_size": embed_dim,
+        "num_hidden_layers": num_blocks,
+        "num_attention_heads": num_heads,
+        "intermediate_size": 2 * embed_dim,
+        "image_size": image_size,
+        "patch_size": patch_size,
+    }
+
+
+def _module_options(num_blocks: int, embed_dim: int, num_heads: int, image_size: int, patch_size: int) -> _Named:
+    return "tiny-vit", {
+        "embed_dim": embed_dim,
+        "num_prefix_tokens": 1,
+        "patch_size": patch_size,
+        "image_size": image_size,
+        "blocks": "blocks",
+        "tail": ["norm", "head"],
+        "arguments": {
+            "embed_dim": embed_dim,
+            "depth": num_blocks,
+            "num_heads": num_heads,
+            "image_size": image_size,
+            "patch_size": patch_size,
+        },
+    }

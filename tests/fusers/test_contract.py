@@ -1,0 +1,303 @@
+"""What holds for every fuser in the registry, and for one that a user writes in a file of their own."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import json
+import math
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from layerfuse.features import FeatureMaps, Grid
+from layerfuse.fusers import FUSERS, Fuser, create_fuser, fuser_from_config
+from layerfuse.registry import Registry
+from layerfuse.testing import random_features, randomise_parameters
+
+
+@FUSERS.register("test_gated")
+class Gated(Fuser):
+    """A fuser as a user would write it: the last map plus a bottleneck of each other one."""
+
+    equal_channels = True
+
+    def __init__(self, in_channels: int | Sequence[int], num_layers: int, *, bottleneck: int = 3) -> None:
+        super().__init__(in_channels, num_layers, options={"bottleneck": bottleneck})
+        width = self.in_channels[0]
+        self.down = nn.ModuleList(nn.Linear(width, bottleneck) for _ in range(num_layers))
+        self.up = nn.Linear(bottleneck, width)
+
+    def fuse(self, features: FeatureMaps) -> torch.Tensor:
+        mixed = torch.stack([down(x) for down, x in zip(self.down, features, strict=True)]).sum(0)
+        return features.maps[-1] + self.up(mixed)
+
+    def flops(self, grids: Sequence[Grid]) -> int:
+        bottleneck = self.up.in_features
+        return 2 * self.num_tokens(grids) * self.out_channels * bottleneck * (self.num_layers + 1)
+
+
+# Every fuser, in every form that computes something else. A new fuser gets one entry, or is tested with its defaults.
+FORMS: dict[str, list[dict[str, Any]]] = {
+    "select": [{}, {"index": 0}],
+    "concat": [{}, {"norm": "layer"}, {"out_channels": 6}, {"norm": "layer", "out_channels": 6}],
+    "mmfuser": [
+        {"num_heads": 2},
+        {"num_heads": 1, "num_points": 2, "query_index": 0},
+        {"num_heads": 4, "num_points": 3, "query_index": 1, "implementation": "reference"},
+    ],
+    "test_gated": [{}, {"bottleneck": 5}],
+}
+ALL_FORMS = [(name, options) for name in FUSERS.names() for options in FORMS.get(name, [{}])]
+IDS = [f"{name}-{json.dumps(options)}" for name, options in ALL_FORMS]
+# Registered while this file is tested only: tests of other files see the registry as users do.
+del FUSERS._entries["test_gated"]
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _registered() -> Iterator[None]:
+    FUSERS.register("test_gated")(Gated)
+    yield
+    del FUSERS._entries["test_gated"]
+
+
+every_form = pytest.mark.parametrize(("name", "options"), ALL_FORMS, ids=IDS)
+
+grids = st.tuples(st.integers(1, 5), st.integers(1, 5))
+# Widths that 1, 2 and 4 heads divide.
+widths = st.sampled_from([4, 8, 12, 20])
+
+
+def _build(name: str, options: dict[str, Any], *, in_channels: int = 8, num_layers: int = 3) -> Fuser:
+    fuser = create_fuser(name, in_channels=in_channels, num_layers=num_layers, options=options)
+    randomise_parameters(fuser)
+    return fuser
+
+
+def test_the_registry_holds_the_fusers_of_this_package() -> None:
+    assert {"average", "concat", "mmfuser", "scalar_mix", "select"} <= set(FUSERS.names())
+    assert isinstance(FUSERS, Registry) and FUSERS.group == "layerfuse.fusers"
+
+
+@every_form
+@settings(max_examples=12)
+@given(
+    grid=grids,
+    batch_size=st.integers(1, 3),
+    in_channels=widths,
+    num_layers=st.integers(2, 6),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float64]),
+    seed=st.integers(0, 100),
+)
+def test_output_has_the_promised_shape_and_dtype_and_reaches_every_parameter(
+    name: str,
+    options: dict[str, Any],
+    grid: Grid,
+    batch_size: int,
+    in_channels: int,
+    num_layers: int,
+    dtype: torch.dtype,
+    seed: int,
+) -> None:
+    fuser = _build(name, options, in_channels=in_channels, num_layers=num_layers).to(dtype)
+    features = random_features(
+        in_channels,
+        num_layers=num_layers,
+        grids=grid,
+        batch_size=batch_size,
+        dtype=dtype,
+        requires_grad=True,
+        seed=seed,
+    )
+    output = fuser(features)
+    assert output.shape == (batch_size, fuser.num_tokens(features.grids), fuser.out_channels)
+    assert math.prod(fuser.out_grid(features.grids)) == output.shape[1]
+    assert output.dtype == dtype
+    assert output.isfinite().all()
+    output.float().square().sum().backward()
+    for parameter_name, parameter in fuser.named_parameters():
+        assert parameter.grad is not None, parameter_name
+        assert parameter.grad.isfinite().all(), parameter_name
+    assert any(feature_map.grad is not None for feature_map in features.maps)
+
+
+@every_form
+def test_gradient_of_every_parameter_is_not_zero(name: str, options: dict[str, Any]) -> None:
+    fuser = _build(name, options)
+    fuser(random_features(8, num_layers=3, grids=(4, 5), requires_grad=True)).square().sum().backward()
+    for parameter_name, parameter in fuser.named_parameters():
+        assert parameter.grad is not None and parameter.grad.abs().sum() > 0, parameter_name
+
+
+@every_form
+@settings(max_examples=6)
+@given(grid=grids, batch_size=st.integers(2, 4), seed=st.integers(0, 100))
+def test_samples_of_a_batch_do_not_see_one_another(
+    name: str, options: dict[str, Any], grid: Grid, batch_size: int, seed: int
+) -> None:
+    fuser = _build(name, options).double()
+    features = random_features(
+        8, num_layers=3, grids=grid, batch_size=batch_size, dtype=torch.float64, requires_grad=True, seed=seed
+    )
+    output = fuser(features)
+    for sample in range(batch_size):
+        alone = dataclasses.replace(features, maps=tuple(x[sample : sample + 1] for x in features))
+        torch.testing.assert_close(fuser(alone), output[sample : sample + 1])
+    gradients = torch.autograd.grad(output[0].sum(), features.maps, allow_unused=True)
+    assert all(gradient is None or not gradient[1:].any() for gradient in gradients)
+
+
+@every_form
+def test_compiles_without_graph_breaks_on_changing_shapes(name: str, options: dict[str, Any]) -> None:
+    torch._dynamo.reset()
+    fuser = _build(name, options)
+    compiled = torch.compile(fuser, fullgraph=True, backend="eager")
+    for grid, batch_size in (((3, 4), 2), ((5, 2), 1), ((1, 1), 3)):
+        features = random_features(8, num_layers=3, grids=grid, batch_size=batch_size)
+        torch.testing.assert_close(compiled(features), fuser(features))
+
+
+@pytest.mark.slow
+def test_learned_fusers_give_the_same_output_and_gradients_under_inductor() -> None:
+    torch._dynamo.reset()
+    forms = [("scalar_mix", {}), ("concat", {"norm": "layer", "out_channels": 6}), ("mmfuser", {"num_heads": 2})]
+    fusers = nn.ModuleList(_build(name, options) for name, options in forms)
+    features = random_features(8, num_layers=3, grids=(3, 4))
+
+    def run_all(maps: FeatureMaps) -> list[torch.Tensor]:
+        return [fuser(maps) for fuser in fusers]
+
+    def with_gradients(run: Any) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+        outputs = run(features)
+        loss = torch.stack([output.square().mean() for output in outputs]).sum()
+        return outputs, list(torch.autograd.grad(loss, list(fusers.parameters())))
+
+    expected = with_gradients(run_all)
+    actual = with_gradients(torch.compile(run_all, fullgraph=True))
+    torch.testing.assert_close(actual, expected, atol=1e-5, rtol=1e-4)
+
+
+@every_form
+def test_state_dict_round_trip_restores_the_output(name: str, options: dict[str, Any]) -> None:
+    fuser, other = _build(name, options), create_fuser(name, in_channels=8, num_layers=3, options=options)
+    other.load_state_dict(copy.deepcopy(fuser.state_dict()))
+    features = random_features(8, num_layers=3, grids=(2, 5))
+    assert torch.equal(other(features), fuser(features))
+
+
+@every_form
+def test_config_survives_json_and_rebuilds_the_same_fuser(name: str, options: dict[str, Any]) -> None:
+    fuser = _build(name, options)
+    config = json.loads(json.dumps(fuser.config))
+    rebuilt = fuser_from_config(config)
+    assert type(rebuilt) is type(fuser)
+    assert rebuilt.config == fuser.config
+    rebuilt.load_state_dict(fuser.state_dict())
+    features = random_features(8, num_layers=3, grids=(3, 2))
+    assert torch.equal(rebuilt(features), fuser(features))
+
+
+@every_form
+@settings(max_examples=6)
+@given(grid=grids, in_channels=widths, num_layers=st.integers(2, 5))
+def test_cost_told_in_advance_is_what_is_paid(
+    name: str, options: dict[str, Any], grid: Grid, in_channels: int, num_layers: int
+) -> None:
+    with torch.device("meta"):
+        planned = create_fuser(name, in_channels=in_channels, num_layers=num_layers, options=options)
+        assert all(parameter.is_meta for parameter in planned.parameters())
+    cost = planned.cost([grid] * num_layers)
+    fuser = create_fuser(name, in_channels=in_channels, num_layers=num_layers, options=options)
+    features = random_features(in_channels, num_layers=num_layers, grids=grid, batch_size=1)
+    with FlopCounterMode(display=False) as counter:
+        output = fuser(features)
+    assert cost.parameters == sum(parameter.numel() for parameter in fuser.parameters())
+    assert (1, cost.num_tokens, cost.out_channels) == output.shape
+    num_tokens = math.prod(grid)
+    # Weighted sums run as element-wise work or embedding_bag, which the counter does not see.
+    sums = {
+        "average": 2 * num_layers * num_tokens * in_channels,
+        "scalar_mix": 2 * num_layers * num_tokens * in_channels,
+        "mmfuser": 2 * num_layers * num_tokens * in_channels * 4 * options.get("num_points", 4),
+    }
+    assert cost.flops == counter.get_total_flops() + sums.get(name, 0)
+
+
+@every_form
+def test_a_fuser_built_on_meta_can_be_materialised(name: str, options: dict[str, Any]) -> None:
+    with torch.device("meta"):
+        fuser = create_fuser(name, in_channels=8, num_layers=3, options=options)
+    fuser.to_empty(device="cpu")
+    with torch.no_grad():
+        for parameter in fuser.parameters():
+            parameter.fill_(float("nan"))
+    torch.manual_seed(3)
+    fuser.reset_parameters()
+    torch.manual_seed(3)
+    fresh = create_fuser(name, in_channels=8, num_layers=3, options=options)
+    assert all(parameter.isfinite().all() for parameter in fuser.parameters())
+    for ours, theirs in zip(fuser.parameters(), fresh.parameters(), strict=True):
+        # Equal for constants and rings; random ones share their spread.
+        torch.testing.assert_close(ours.std(correction=0), theirs.std(correction=0), rtol=0.5, atol=0)
+
+
+@every_form
+def test_parameters_suit_sharding_and_loading_by_other_libraries(name: str, options: dict[str, Any]) -> None:
+    for parameter_name, parameter in _build(name, options).named_parameters():
+        # transformers renames these while loading; FSDP2 refuses scalars.
+        assert "gamma" not in parameter_name and "beta" not in parameter_name
+        assert parameter.ndim > 0, parameter_name
+
+
+@every_form
+@given(num_layers=st.integers(2, 5), given_layers=st.integers(1, 6))
+@settings(max_examples=6)
+def test_a_wrong_number_of_maps_is_refused(
+    name: str, options: dict[str, Any], num_layers: int, given_layers: int
+) -> None:
+    assume(num_layers != given_layers)
+    fuser = create_fuser(name, in_channels=8, num_layers=num_layers, options=options)
+    features = random_features(8, num_layers=given_layers)
+    message = f"'{name}' got {given_layers} maps; it was built for num_layers={num_layers}. .*num_layers={given_layers}"
+    with pytest.raises(ValueError, match=message):
+        fuser(features)
+    with pytest.raises(ValueError, match=message):
+        fuser.cost(features.grids)
+
+
+@every_form
+def test_wrong_widths_are_refused(name: str, options: dict[str, Any]) -> None:
+    fuser = create_fuser(name, in_channels=8, num_layers=3, options=options)
+    with pytest.raises(ValueError, match="got maps of widths 12, 12, 12; it was built for 8, 8, 8. Build it with"):
+        fuser(random_features(12, num_layers=3))
+
+
+@every_form
+def test_differing_grids_are_fused_or_refused(name: str, options: dict[str, Any]) -> None:
+    fuser = _build(name, options)
+    features = random_features(8, grids=[(2, 3), (1, 1), (4, 2)])
+    if fuser.equal_grids:
+        with pytest.raises(ValueError, match="got maps of grids 2x3, 1x1, 4x2; it needs one grid for all maps"):
+            fuser(features)
+        with pytest.raises(ValueError, match="it needs one grid for all maps"):
+            fuser.cost(features.grids)
+    else:
+        assert fuser(features).shape == (2, fuser.num_tokens(features.grids), fuser.out_channels)
+
+
+@every_form
+def test_differing_widths_are_fused_or_refused(name: str, options: dict[str, Any]) -> None:
+    if FUSERS.get(name).equal_channels:
+        with pytest.raises(ValueError, match=f"'{name}' got maps of widths 8, 8, 4; it needs one width"):
+            create_fuser(name, in_channels=[8, 8, 4], num_layers=3, options=options)
+    else:
+        fuser = create_fuser(name, in_channels=[8, 8, 4], num_layers=3, options=options)
+        features = random_features([8, 8, 4])
+        assert fuser(features).shape == (2, fuser.num_tokens(features.grids), fuser.out_channels)
+        assert fuser_from_config(fuser.config).in_channels == (8, 8, 4)
