@@ -46,7 +46,7 @@ check: $(INSTALLED)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/python -m pytest tests/test_architecture.py
+	$(BIN)/python -m pytest tests/test_architecture.py tests/test_form.py
 
 assets: $(INSTALLED)
 	$(BIN)/python -m integrations.llava assets

@@ -18,7 +18,17 @@ from PIL import Image
 
 from layerfuse.registry import unknown_name_message
 
-__all__ = ["CLIP_MEAN", "CLIP_STD", "HALF", "IMAGENET_MEAN", "IMAGENET_STD", "Interpolation", "Mode", "Preprocessing"]
+__all__ = [
+    "CLIP_MEAN",
+    "CLIP_STD",
+    "HALF",
+    "IMAGENET_MEAN",
+    "IMAGENET_STD",
+    "Interpolation",
+    "Mode",
+    "Preprocessing",
+    "interpolation_name",
+]
 
 Mode = Literal["crop", "squash", "pad"]
 Interpolation = Literal["nearest", "bilinear", "bicubic", "lanczos", "box", "hamming"]
@@ -135,6 +145,13 @@ class Preprocessing:
             return self._cover_and_crop(rgb)
         return self._resize(self._pad(rgb) if self.mode == "pad" else rgb, self.size)
 
+    @property
+    def covering_size(self) -> tuple[int, int]:
+        """(height, width) that the scaled image covers before the centre crop, in pixels."""
+        # The 1e-6 undoes the rounding of quotients such as 224 / (224 / 256).
+        height, width = (math.floor(edge / self.crop_pct + 1e-6) for edge in self.size)
+        return height, width
+
     def to_dict(self) -> dict[str, Any]:
         """JSON-able fields, for `from_dict`."""
         return {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(self).items()}
@@ -184,8 +201,7 @@ class Preprocessing:
 
     def _cover_and_crop(self, image: Image.Image) -> Image.Image:
         width, height = image.size
-        # The 1e-6 undoes the rounding of quotients such as 224 / (224 / 256).
-        box_height, box_width = (math.floor(edge / self.crop_pct + 1e-6) for edge in self.size)
+        box_height, box_width = self.covering_size
         if box_height * width <= box_width * height:
             covered = (int(box_width * height / width), box_width)
         else:

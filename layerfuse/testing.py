@@ -6,7 +6,7 @@ Everything is offline, on the CPU, and the same for the same seed.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -67,7 +67,7 @@ def random_features(
         ValueError: if ``num_layers``, ``channels`` and ``grids`` speak of different numbers of maps.
     """
     widths = None if isinstance(channels, int) else tuple(channels)
-    grid_list = None if isinstance(grids[0], int) else tuple(grids)
+    grid_list = None if isinstance(grids[0], int) else tuple(cast("Sequence[Grid]", grids))
     lengths = {len(entries) for entries in (widths, grid_list) if entries is not None}
     if num_layers is not None:
         lengths.add(num_layers)
@@ -77,20 +77,17 @@ def random_features(
             "give one number or one pair for all maps, or as many as there are maps."
         )
     count = lengths.pop() if lengths else 5
-    if widths is None:
-        widths = (channels,) * count  # type: ignore[assignment]
-    if grid_list is None:
-        grid_list = (grids,) * count  # type: ignore[assignment]
-    assert widths is not None and grid_list is not None
+    all_widths = widths or (cast(int, channels),) * count
+    all_grids = grid_list or (cast(Grid, grids),) * count
     generator = torch.Generator().manual_seed(seed)
 
     def draw(num_tokens: int, width: int) -> torch.Tensor:
         tokens = torch.randn(batch_size, num_tokens, width, generator=generator).to(dtype)
         return tokens.requires_grad_(requires_grad)
 
-    maps = tuple(draw(h * w, width) for (h, w), width in zip(grid_list, widths, strict=True))  # type: ignore[misc]
-    prefix = tuple(draw(num_prefix_tokens, width) for width in widths) if num_prefix_tokens else ()
-    return FeatureMaps(maps=maps, layers=tuple(range(1, count + 1)), grids=grid_list, prefix=prefix)  # type: ignore[arg-type]
+    maps = [draw(grid[0] * grid[1], width) for grid, width in zip(all_grids, all_widths, strict=True)]
+    prefix = [draw(num_prefix_tokens, width) for width in all_widths] if num_prefix_tokens else []
+    return FeatureMaps(maps=tuple(maps), layers=tuple(range(1, count + 1)), grids=all_grids, prefix=tuple(prefix))
 
 
 def randomise_parameters(module: nn.Module, *, std: float = 0.2, seed: int = 0) -> nn.Module:

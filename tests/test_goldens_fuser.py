@@ -122,7 +122,15 @@ def _fresh_blocks() -> list[object]:
 @pytest.mark.parametrize(("entry", "channels"), _fresh_blocks())
 def test_a_new_block_starts_as_the_recorded_goldens(entry: dict, channels: int) -> None:
     num_points = entry["n_points"]
-    fuser = MMFuser(channels, 5, num_heads=entry["n_heads"], num_points=num_points, norm_eps=entry["layernorm_eps"])
+    num_logits = entry["parameters"]["cross_attn.attention_weights.bias"]["shape"][0]
+    num_layers = num_logits // (entry["n_heads"] * num_points) + 1
+    fuser = MMFuser(
+        channels,
+        num_layers,
+        num_heads=entry["n_heads"],
+        num_points=num_points,
+        norm_eps=entry["layernorm_eps"],
+    )
     ours = dict(fuser.named_parameters())
     names = from_published_names(fuser)
     assert set(names) == set(entry["parameters"])
@@ -136,12 +144,14 @@ def test_a_new_block_starts_as_the_recorded_goldens(entry: dict, channels: int) 
             torch.testing.assert_close(parameter, torch.tensor(recorded["values"]), atol=1e-6, rtol=0)
         else:
             bound = recorded["xavier_uniform_bound"]
-            assert 0.99 * bound < parameter.abs().max() <= bound, published
-            assert parameter.std().item() == pytest.approx(recorded["observed_std"], rel=0.03), published
+            # Both are random: how near they come depends on how many numbers there are.
+            count = parameter.numel()
+            assert (1 - 10 / count) * bound < parameter.abs().max() <= bound, published
+            assert parameter.std().item() == pytest.approx(recorded["observed_std"], rel=4 / count**0.5), published
     assert sum(parameter.numel() for parameter in fuser.parameters()) == entry["n_parameters"]
     assert [name for name, _ in fuser.named_buffers()] == entry["buffers"]
     norms = [module.eps for module in fuser.modules() if isinstance(module, torch.nn.LayerNorm)]
     assert norms == [entry["layernorm_eps"]] * 3
-    stack = torch.randn(5, 1, 16, channels)
-    features = FeatureMaps(maps=tuple(stack), layers=(1, 2, 3, 4, 5), grids=((4, 4),) * 5)
+    stack = torch.randn(num_layers, 1, 16, channels)
+    features = FeatureMaps(maps=tuple(stack), layers=tuple(range(num_layers)), grids=((4, 4),) * num_layers)
     assert torch.equal(fuser(features), stack[-1]) is entry["output_equals_query_exactly"]

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from layerfuse.backbones.base import BackboneFacts, as_pair
+from layerfuse.backbones.base import BackboneFacts, as_pair, checked_multiple
 from layerfuse.preprocessing import Mode, Preprocessing, interpolation_name
 
 __all__ = ["cut_timm_tail", "resize_timm_model", "timm_facts"]
@@ -34,7 +34,7 @@ def timm_facts(model: nn.Module, *, path: str = "") -> BackboneFacts:
         raise ValueError(
             f"{type(model).__name__} is no Vision Transformer with one list of blocks over (B, P + N, C) tokens, so "
             "layerfuse cannot tap it as a timm backbone; use a VisionTransformer, Eva, Beit or NaFlexVit model (CLIP, "
-            "SigLIP, EVA02, DINOv2, DINOv3, AIMv2, PE, BEiT, ...), or the 'module' family if its blocks do return tokens."
+            "SigLIP, EVA02, DINOv2, DINOv3, AIMv2, PE, BEiT), or the 'module' family if its blocks do return tokens."
         )
     patch_size, image_size, any_size = _geometry(model)
     return BackboneFacts(
@@ -64,13 +64,7 @@ def resize_timm_model(model: nn.Module, facts: BackboneFacts, image_size: tuple[
     """
     if image_size == facts.image_size:
         return facts
-    (height, width), (patch_height, patch_width) = image_size, facts.patch_size
-    if height % patch_height or width % patch_width:
-        raise ValueError(
-            f"image_size {height}x{width} is no multiple of the patch size {patch_height}x{patch_width}; take for "
-            f"example {max(1, round(height / patch_height)) * patch_height}x"
-            f"{max(1, round(width / patch_width)) * patch_width}."
-        )
+    checked_multiple(image_size, facts.patch_size)
     setter = getattr(model, "set_input_size", None)
     if setter is not None:
         setter(img_size=image_size)

@@ -152,17 +152,18 @@ def cut_transformers_tail(model: nn.Module) -> None:
     Args:
         model: changed in place.
     """
+    cut: Any = model
     for name in _TAIL_NORMS:
-        if isinstance(getattr(model, name, None), nn.Module):
-            setattr(model, name, nn.Identity())
-    if isinstance(getattr(model, "pooler", None), nn.Module):
-        model.pooler = None
-    if isinstance(getattr(model, "head", None), nn.Module):
-        model.head = None
-        model.use_head = False  # type: ignore[assignment]
+        if isinstance(getattr(cut, name, None), nn.Module):
+            setattr(cut, name, nn.Identity())
+    if isinstance(getattr(cut, "pooler", None), nn.Module):
+        cut.pooler = None
+    if isinstance(getattr(cut, "head", None), nn.Module):
+        cut.head = None
+        cut.use_head = False
     # Used only with bool_masked_pos; without it the parameter would never get a gradient.
-    embeddings = getattr(model, "embeddings", None)
-    if isinstance(embeddings, nn.Module) and getattr(embeddings, "mask_token", None) is not None:
+    embeddings: Any = getattr(cut, "embeddings", None)
+    if getattr(embeddings, "mask_token", None) is not None:
         embeddings.mask_token = None
 
 
@@ -179,7 +180,7 @@ def read_preprocessing(config: Mapping[str, Any], *, kind: str, size: tuple[int,
     """
     mean, std, interpolation, mode, crop_pct = _DEFAULTS.get(kind, _DEFAULT)
     resize = config.get("size")
-    if isinstance(resize, Mapping) or isinstance(resize, int):
+    if isinstance(resize, (Mapping, int)):
         mode, crop_pct = _resize_mode(resize, config, mode)
     if config.get("do_normalize") is False:
         mean, std = (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)

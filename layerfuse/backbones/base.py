@@ -1,9 +1,9 @@
 """What every backbone does, once: choose layers, cut off the rest, tap, split prefix tokens, return feature maps.
 
-A family (timm, open_clip, transformers, module) only states facts about its models (`BackboneFacts`) and how to build
-one. The model is cut after the deepest tapped block and always runs through its own ``forward``: hooks on a shorter model
-need no special case for ``torch.compile``, gradient checkpointing, FSDP2 and offloading, save the unused blocks' compute,
-and leave no parameter without gradient (docs/concepts.md).
+A family (timm, open_clip, transformers, module) only states facts about its models (`BackboneFacts`) and how to
+build one. The model is cut after the deepest tapped block and always runs through its own ``forward``: hooks on a
+shorter model need no special case for ``torch.compile``, gradient checkpointing, FSDP2 and offloading, save the unused
+blocks' compute, and leave no parameter without gradient.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from layerfuse.preprocessing import Preprocessing
 from layerfuse.registry import Registry
 from layerfuse.taps import BlockTaps, get_blocks, resolve_layers, split_prefix
 
-__all__ = ["BACKBONES", "Backbone", "BackboneFacts", "as_pair"]
+__all__ = ["BACKBONES", "Backbone", "BackboneFacts", "as_pair", "checked_multiple"]
 
 
 @dataclass(frozen=True)
@@ -180,8 +180,9 @@ class Backbone(nn.Module, abc.ABC):
         """
         if self._recipe is None:
             raise ValueError(
-                f"this {self.family!r} backbone was made from a {type(self.model).__name__} that layerfuse cannot build "
-                f"again, so it has no config; make it with {type(self).__name__}.from_name(...) if it is to be saved."
+                f"this {self.family!r} backbone was made from a {type(self.model).__name__} that layerfuse cannot "
+                f"build again, so it has no config; make it with {type(self).__name__}.from_name(...) if it is to be "
+                "saved."
             )
         config = {
             "family": self.family,
@@ -193,8 +194,8 @@ class Backbone(nn.Module, abc.ABC):
             plain: dict[str, Any] = json.loads(json.dumps(config))
         except TypeError as error:
             raise ValueError(
-                f"the options of this {self.family!r} backbone cannot be written as JSON ({error}); use options made of "
-                "numbers, texts, lists and dictionaries if the backbone is to be saved."
+                f"the options of this {self.family!r} backbone cannot be written as JSON ({error}); use options made "
+                "of numbers, texts, lists and dictionaries if the backbone is to be saved."
             ) from error
         return plain
 
@@ -212,12 +213,13 @@ class Backbone(nn.Module, abc.ABC):
         """
         if images.ndim != 4 or images.shape[1] != 3:
             raise ValueError(
-                f"images have shape {tuple(images.shape)}; expected (B, 3, height, width): RGB, channels before height, "
-                "as backbone.preprocessing.batch makes them."
+                f"images have shape {tuple(images.shape)}; expected (B, 3, height, width): RGB, channels before "
+                "height, as backbone.preprocessing.batch makes them."
             )
         if not images.is_floating_point():
             raise ValueError(
-                f"images have dtype {images.dtype}; expected a floating dtype: prepare them with backbone.preprocessing."
+                f"images have dtype {images.dtype}; expected a floating dtype: prepare them with "
+                "backbone.preprocessing."
             )
         grid = self.grid(images.shape[2], images.shape[3])
         self._taps.start()
@@ -263,11 +265,11 @@ class Backbone(nn.Module, abc.ABC):
                 f"{native[0]}x{native[1]}; prepare them with backbone.preprocessing, or build the backbone with "
                 f"image_size=({height}, {width}) if the model can be resized."
             )
-        if height < patch_height or width < patch_width or height % patch_height or width % patch_width:
-            nearest = tuple(
-                max(1, round(edge / patch)) * patch
-                for edge, patch in zip((height, width), self.patch_size, strict=True)
-            )
+        # The native size may leave a rest that the patch embedding drops: 384 pixels are 27 patches of 14 (SigLIP).
+        if (height, width) == native:
+            return height // patch_height, width // patch_width
+        nearest = _nearest((height, width), self.patch_size)
+        if nearest != (height, width):
             raise ValueError(
                 f"images of {height}x{width} pixels do not fit: this backbone takes multiples of its patch size "
                 f"{patches} (natively {native[0]}x{native[1]}); the nearest is {nearest[0]}x{nearest[1]}. Prepare them "
@@ -352,6 +354,33 @@ def as_pair(size: int | Sequence[int]) -> tuple[int, int]:
     if len(pair) != 2 or min(pair) < 1:
         raise ValueError(f"size {size!r} is no size in pixels; give one edge, or (height, width), each >= 1.")
     return pair[0], pair[1]
+
+
+def checked_multiple(image_size: tuple[int, int], patch_size: tuple[int, int]) -> tuple[int, int]:
+    """Check a size that a model is to be resized to.
+
+    Args:
+        image_size: (height, width), in pixels.
+        patch_size: (height, width), in pixels.
+
+    Returns:
+        The size.
+
+    Raises:
+        ValueError: if it is no multiple of the patch size; the message gives the nearest one.
+    """
+    nearest = _nearest(image_size, patch_size)
+    if nearest != image_size:
+        raise ValueError(
+            f"image_size {image_size[0]}x{image_size[1]} is no multiple of the patch size "
+            f"{patch_size[0]}x{patch_size[1]}; take for example {nearest[0]}x{nearest[1]}."
+        )
+    return image_size
+
+
+def _nearest(image_size: tuple[int, int], patch_size: tuple[int, int]) -> tuple[int, int]:
+    height, width = (max(1, round(edge / patch)) * patch for edge, patch in zip(image_size, patch_size, strict=True))
+    return height, width
 
 
 BACKBONES: Registry[Backbone] = Registry("backbone family", group="layerfuse.backbones")

@@ -1,4 +1,4 @@
-"""Backbones from open_clip: its native Vision Transformers (OpenAI's and LAION's CLIP), and timm models inside open_clip."""
+"""Backbones from open_clip: its own Vision Transformers (OpenAI's, LAION's CLIP), and the timm models inside it."""
 
 from __future__ import annotations
 
@@ -204,8 +204,8 @@ def _model_config(open_clip: ModuleType, base: str, tag: str, *, pretrained: boo
     if pretrained and not tag:
         tags = open_clip.list_pretrained_tags_by_model(base)
         raise ValueError(
-            f"open_clip model {base!r} needs a tag that says which weights, as in '{base}:{(tags or ['file'])[0]}'; known "
-            f"tags: {', '.join(tags) or 'none'}; or pass pretrained=False."
+            f"open_clip model {base!r} needs a tag that says which weights, as in '{base}:{(tags or ['file'])[0]}'; "
+            f"known tags: {', '.join(tags) or 'none'}; or pass pretrained=False."
         )
     return config
 

@@ -1,4 +1,4 @@
-"""Backbones from timm: CLIP, SigLIP, EVA02, DINOv2, DINOv3, AIMv2, Perception Encoder, BEiT and more, with one interface."""
+"""Backbones from timm: CLIP, SigLIP, EVA02, DINOv2, DINOv3, AIMv2, Perception Encoder, BEiT and more."""
 
 from __future__ import annotations
 
@@ -71,7 +71,8 @@ class TimmBackbone(Backbone):
             pretrained: load the tag's weights.
             image_size: edge or (height, width) in pixels; position embeddings are resampled.
             options: for ``timm.create_model``: the model's constructor arguments (``dynamic_img_size=True`` lets a
-                VisionTransformer or Eva take every multiple of its patch size), or ``checkpoint_path`` for local weights.
+                VisionTransformer or Eva take every multiple of its patch size), or ``checkpoint_path`` for local
+                weights.
 
         Returns:
             The backbone.
@@ -82,17 +83,19 @@ class TimmBackbone(Backbone):
         given = dict(options or {})
         model = _create(name, pretrained=pretrained, options=given)
         architecture = {key: value for key, value in given.items() if key not in _SOURCES}
-        recipe = {"name": name, "options": architecture, "image_size": None}
+        recipe: dict[str, Any] | None = {"name": name, "options": architecture, "image_size": None}
         # Hub and folder names would have to be read again; what they said is kept instead, where timm tells it.
         if ":" in name:
-            recipe = _recipe_of(model) or recipe
+            recipe = _recipe_of(model)
         return cls(model, layers=layers, image_size=image_size, _recipe=recipe)
 
     @classmethod
     def _rebuild(
         cls, recipe: Mapping[str, Any], *, layers: Sequence[int], preprocessing: Preprocessing
     ) -> TimmBackbone:
-        model = _create(recipe["name"], pretrained=False, options=recipe["options"])
+        # A config that came from elsewhere must not choose files to load either.
+        options = {key: value for key, value in recipe["options"].items() if key not in _SOURCES}
+        model = _create(recipe["name"], pretrained=False, options=options)
         return cls(
             model, layers=layers, image_size=recipe["image_size"], preprocessing=preprocessing, _recipe=dict(recipe)
         )
@@ -123,8 +126,8 @@ def _check_name(name: str) -> None:
         known = timm.list_models()
         nearest = difflib.get_close_matches(architecture, known, n=3, cutoff=0.5)
         raise ValueError(
-            f"timm model {architecture!r} is unknown; did you mean {' or '.join(map(repr, nearest)) or 'another'}? Known: "
-            f"{len(known)} names, listed by timm.list_models('*vit*')."
+            f"timm model {architecture!r} is unknown; did you mean {' or '.join(map(repr, nearest)) or 'another'}? "
+            f"Known: {len(known)} names, listed by timm.list_models('*vit*')."
         )
     tags = [full.partition(".")[2] for full in timm.list_pretrained(f"{architecture}.*")]
     if tag and tag not in tags:

@@ -1,4 +1,4 @@
-"""Backbones from transformers: CLIP, SigLIP, SigLIP2, DINOv2, DINOv3, AIMv2, ViT, InternViT, MLCD; by hub name or folder."""
+"""Backbones from transformers: CLIP, SigLIP, SigLIP2, DINOv2, DINOv3, AIMv2, ViT, InternViT, MLCD."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from layerfuse.backbones._transformers_models import (
     takes_position_flag,
     transformers_facts,
 )
-from layerfuse.backbones.base import BACKBONES, Backbone, as_pair
+from layerfuse.backbones.base import BACKBONES, Backbone, as_pair, checked_multiple
 from layerfuse.preprocessing import Preprocessing
 from layerfuse.registry import unknown_name_message
 
@@ -48,8 +48,8 @@ class TransformersBackbone(Backbone):
     """A vision model of transformers.
 
     Args:
-        model: such as CLIPVisionModel or Dinov2Model; a CLIPModel or SiglipModel is taken by its ``vision_model``. It is
-            changed (shortened).
+        model: such as CLIPVisionModel or Dinov2Model; a CLIPModel or SiglipModel is taken by its ``vision_model``. It
+            is changed (shortened).
         layers: layer numbers, in the order wanted.
         image_size: edge or (height, width) in pixels that counts as native, if not the model's own; the model resizes
             its position embeddings in every call.
@@ -81,14 +81,13 @@ class TransformersBackbone(Backbone):
                     f"{type(model).__name__} takes only {facts.image_size[0]}x{facts.image_size[1]} pixels, so "
                     f"image_size={image_size} is not possible; leave image_size out."
                 )
-            facts = replace(facts, image_size=as_pair(image_size))
+            facts = replace(facts, image_size=checked_multiple(as_pair(image_size), facts.patch_size))
         facts = replace(facts, preprocessing=replace(preprocessing or facts.preprocessing, size=facts.image_size))
         # AutoModel chooses the class by the config, so the config is all that is needed to build the model again.
         config: Any = model.config
         fields = {key: value for key, value in config.to_dict().items() if key not in _NO_ARCHITECTURE}
         recipe = {"config": fields, "image_size": list(facts.image_size)}
         super().__init__(model, layers=layers, facts=facts, recipe=recipe)
-        self.grid(*self.image_size)
 
     @classmethod
     def from_name(
@@ -108,8 +107,8 @@ class TransformersBackbone(Backbone):
             layers: layer numbers, in the order wanted.
             pretrained: load the checkpoint's weights.
             image_size: edge or (height, width) in pixels, if not the model's own.
-            options: fields of the model's config (``{"num_hidden_layers": 2}``), and ``attn_implementation``, ``dtype``,
-                ``revision``, ``subfolder``, ``cache_dir``, ``local_files_only``, ``token``.
+            options: fields of the model's config (``{"num_hidden_layers": 2}``), and ``attn_implementation``,
+                ``dtype``, ``revision``, ``subfolder``, ``cache_dir``, ``local_files_only``, ``token``.
 
         Returns:
             The backbone.
@@ -121,7 +120,7 @@ class TransformersBackbone(Backbone):
         transformers = _import_transformers()
         given = dict(options or {})
         config = _read_config(transformers, name, given, pretrained=pretrained)
-        how = {key: given[key] for key in ("attn_implementation", "dtype") if key in given}
+        how: dict[str, Any] = {key: given[key] for key in ("attn_implementation", "dtype") if key in given}
         where = {key: given[key] for key in _FINDING if key in given}
         if pretrained:
             model = _load(transformers, name, config, {**how, **where})
@@ -167,13 +166,13 @@ class TransformersBackbone(Backbone):
             enable: on or off.
         """
         model: Any = self.model
-        if not enable:
-            model.gradient_checkpointing_disable()
-            return
-        # Renamed in 5.23; 5.17 knows the older name only. Reentrant checkpoints run the blocks without gradient, so what
-        # the taps store would have none.
-        new = getattr(model, "activation_checkpointing_enable", None)
-        (new or model.gradient_checkpointing_enable)({"use_reentrant": False})
+        # Renamed in 5.23; 5.17 has the older names only.
+        prefix = "activation" if hasattr(model, "activation_checkpointing_enable") else "gradient"
+        if enable:
+            # Reentrant checkpoints run the blocks without gradient, so what the taps store would have none.
+            getattr(model, f"{prefix}_checkpointing_enable")({"use_reentrant": False})
+        else:
+            getattr(model, f"{prefix}_checkpointing_disable")()
 
 
 def _import_transformers() -> ModuleType:
@@ -198,7 +197,7 @@ def _read_config(transformers: ModuleType, name: str, options: Mapping[str, Any]
         except (OSError, ValueError) as error:
             types = "" if pretrained else " or a model type, such as 'clip_vision_model'"
             raise ValueError(
-                f"transformers finds no model {name!r}; give a name on the hub, a local folder with config.json{types}. "
+                f"transformers finds no model {name!r}; give a hub name, a local folder with config.json{types}. "
                 f"It says: {error}"
             ) from error
     config = getattr(config, "vision_config", config)
@@ -219,14 +218,14 @@ def _load(transformers: ModuleType, name: str, config: Any, arguments: Mapping[s
         )
     except OSError as error:
         raise ValueError(
-            f"transformers finds no weights for {name!r}; give a name on the hub or a folder with weights in safetensors, "
-            f"or pass pretrained=False. It says: {error}"
+            f"transformers finds no weights for {name!r}; give a name on the hub or a folder with weights in "
+            f"safetensors, or pass pretrained=False. It says: {error}"
         ) from error
     missing = sorted(report["missing_keys"])
     if missing:
         raise ValueError(
-            f"{name!r} lacks weights of {type(model).__name__}, which would be left random: {', '.join(missing)}. Check that it "
-            "is a checkpoint of this model, or pass pretrained=False."
+            f"{name!r} lacks weights of {type(model).__name__}, which would be left random: {', '.join(missing)}. "
+            "Check that it is a checkpoint of this model, or pass pretrained=False."
         )
     loaded: nn.Module = model
     return loaded

@@ -275,6 +275,8 @@ def fuser_from_config(config: Mapping[str, Any]) -> Fuser:
 
 def _own_options(fuser_class: type[Fuser]) -> dict[str, inspect.Parameter]:
     """Constructor arguments of a fuser beyond the two that all share."""
+    if fuser_class.__init__ is Fuser.__init__:
+        return {}  # no constructor of its own, no options of its own
     parameters = inspect.signature(fuser_class).parameters
     return {name: entry for name, entry in parameters.items() if name not in ("in_channels", "num_layers")}
 

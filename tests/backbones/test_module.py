@@ -1,0 +1,106 @@
+"""Backbones from a user's own module."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from layerfuse.backbones import ModuleBackbone, create_backbone
+from layerfuse.preprocessing import IMAGENET_MEAN, Preprocessing
+from layerfuse.testing import TinyViT, random_images, randomise_parameters
+
+FACTS: dict[str, Any] = {"embed_dim": 32, "num_prefix_tokens": 1, "patch_size": 8, "image_size": 32}
+
+
+def test_an_instance_is_tapped_where_the_blocks_are_found_by_structure() -> None:
+    model = randomise_parameters(TinyViT()).eval()
+    images = random_images()
+    stored: list[torch.Tensor] = []
+    handle = model.blocks[1].register_forward_hook(lambda module, args, output: stored.append(output))
+    with torch.no_grad():
+        model(images)
+        handle.remove()
+        features = ModuleBackbone(model, layers=2, **FACTS).eval()(images)
+    torch.testing.assert_close(torch.cat([features.prefix[0], features.maps[0]], dim=1), stored[0], rtol=0, atol=0)
+
+
+def test_the_tail_is_cut_off_by_path() -> None:
+    backbone = ModuleBackbone(TinyViT(), layers=-1, tail=("norm", "head"), **FACTS)
+    backbone(random_images()).maps[0].square().sum().backward()
+    assert all(parameter.grad is not None for parameter in backbone.parameters())
+
+
+def test_non_square_images_work_where_the_module_takes_them() -> None:
+    class Convolutional(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.patches = nn.Conv2d(3, 8, 4, 4)
+            self.blocks = nn.ModuleList(nn.Linear(8, 8) for _ in range(2))
+
+        def forward(self, images: torch.Tensor) -> torch.Tensor:
+            tokens = self.patches(images).flatten(2).transpose(1, 2)
+            for block in self.blocks:
+                tokens = block(tokens)
+            return tokens
+
+    backbone = ModuleBackbone(
+        Convolutional(), layers=(2, 0), embed_dim=8, num_prefix_tokens=0, patch_size=4, image_size=16, any_size=True
+    )
+    features = backbone(random_images(size=(8, 20)))
+    assert features.grids == ((2, 5), (2, 5))
+    assert features.prefix == ()
+    assert backbone.preprocessing.mean == IMAGENET_MEAN
+
+
+def test_an_own_preprocessing_is_taken() -> None:
+    preprocessing = Preprocessing(size=(32, 32), mean=(0.5,) * 3, std=(0.5,) * 3, mode="pad")
+    assert ModuleBackbone(TinyViT(), layers=1, preprocessing=preprocessing, **FACTS).preprocessing is preprocessing
+
+
+def test_a_wrong_number_of_prefix_tokens_is_told_from_the_shapes() -> None:
+    backbone = ModuleBackbone(TinyViT(), layers=1, **{**FACTS, "num_prefix_tokens": 2})
+    with pytest.raises(ValueError, match=r"layer 1 put out a tensor of shape \(2, 17, 32\); expected.*\(2, 18, 32\)"):
+        backbone(random_images())
+
+
+def test_a_block_list_that_is_not_there_is_an_error_that_lists_the_ones_found() -> None:
+    with pytest.raises(ValueError, match="TinyViT has no block list at 'encoder.layers'.*Found: blocks"):
+        ModuleBackbone(TinyViT(), layers=1, blocks="encoder.layers", **FACTS)
+
+
+def test_a_tail_that_is_not_there_is_an_error_that_lists_the_children() -> None:
+    with pytest.raises(ValueError, match="TinyViT has no submodule 'pool' to cut off; its children: patches, blocks"):
+        ModuleBackbone(TinyViT(), layers=1, tail=("pool",), **FACTS)
+
+
+def test_an_instance_has_no_config() -> None:
+    with pytest.raises(ValueError, match="made from a TinyViT that layerfuse cannot build again.*from_name"):
+        _ = ModuleBackbone(TinyViT(), layers=1, **FACTS).config
+
+
+def test_a_module_without_the_switch_has_no_gradient_checkpointing() -> None:
+    with pytest.raises(ValueError, match="TinyViT has no set_grad_checkpointing method"):
+        ModuleBackbone(TinyViT(), layers=1, **FACTS).set_gradient_checkpointing()
+
+
+def test_a_registered_module_is_built_at_another_size() -> None:
+    options = {**FACTS, "arguments": {"image_size": 48}}
+    backbone = create_backbone("module", "tiny-vit", layers=1, pretrained=False, image_size=48, options=options)
+    assert backbone(random_images(size=48)).grids == ((6, 6),)
+
+
+@pytest.mark.parametrize(
+    ("name", "pretrained", "options", "message"),
+    [
+        ("tiny-vit", True, FACTS, "module 'tiny-vit' has no pretrained weights"),
+        ("tiny-vitt", False, FACTS, "module 'tiny-vitt' is unknown; did you mean 'tiny-vit'"),
+        ("tiny-vit", False, {**FACTS, "patchsize": 8}, "option 'patchsize' is unknown; did you mean 'patch_size'"),
+        ("tiny-vit", False, {"embed_dim": 8}, "missing: num_prefix_tokens, patch_size, image_size"),
+    ],
+)
+def test_what_cannot_be_built_says_why(name: str, pretrained: bool, options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        create_backbone("module", name, layers=1, pretrained=pretrained, options=options)

@@ -1,0 +1,163 @@
+"""Who may import whom, and what stands in a registry's import lines; read from the source, nothing is imported."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+
+import pytest
+
+from tests.source_support import (
+    BY_MODULE,
+    LIBRARY,
+    ROOT,
+    Source,
+    assert_none,
+    offenders,
+    own,
+    sources,
+    third_party,
+    within,
+)
+
+FOUNDATION = {
+    "layerfuse.features": set(),
+    "layerfuse.registry": set(),
+    "layerfuse.taps": {"layerfuse.features", "layerfuse.registry"},
+    "layerfuse.ops": {"layerfuse.features", "layerfuse.registry", "layerfuse.ops"},
+}
+FUSERS_MAY_IMPORT = {"layerfuse.features", "layerfuse.registry", "layerfuse.ops", "layerfuse.fusers.base"}
+STDLIB_FREE = {"torch", "einops"}
+
+
+def test_the_library_is_found() -> None:
+    assert {"layerfuse", "layerfuse.features", "layerfuse.taps", "layerfuse.registry"} <= set(BY_MODULE)
+
+
+@pytest.mark.parametrize("part", sorted(FOUNDATION))
+def test_foundation_imports_torch_at_most(part: str) -> None:
+    def check(source: Source) -> Iterator[str]:
+        for entry in third_party(source, at_import_only=True):
+            if entry.package != "torch":
+                yield source.where(entry.line, f"imports {entry.module}")
+        for entry, module in own(source):
+            if not within(module, FOUNDATION[part]):
+                yield source.where(entry.line, f"imports {module}")
+
+    files = [source for source in LIBRARY if within(source.module, {part})]
+    assert files
+    assert_none(offenders(check, files), f"{part} may import torch and {sorted(FOUNDATION[part])}:")
+
+
+def test_layerfuse_never_imports_integrations() -> None:
+    def check(source: Source) -> Iterator[str]:
+        for entry, module in own(source, "integrations"):
+            yield source.where(entry.line, f"imports {module}")
+
+    assert_none(offenders(check, sources("layerfuse")), "layerfuse knows nothing of integrations:")
+
+
+def test_backbones_import_their_library_inside_functions_only() -> None:
+    def check(source: Source) -> Iterator[str]:
+        for entry in third_party(source, at_import_only=True):
+            if entry.package not in {"torch", "numpy", "PIL"}:
+                yield source.where(entry.line, f"imports {entry.module} when it is imported")
+
+    assert_none(offenders(check, sources("layerfuse/backbones")), "import a family's library where it is used:")
+
+
+def test_backbones_import_no_fuser() -> None:
+    def check(source: Source) -> Iterator[str]:
+        for entry, module in own(source):
+            if within(module, {"layerfuse.fusers", "layerfuse.encoder"}):
+                yield source.where(entry.line, f"imports {module}")
+
+    assert_none(offenders(check, sources("layerfuse/backbones")), "a backbone knows nothing of fusers:")
+
+
+def test_fusers_import_neither_backbones_nor_one_another() -> None:
+    def check(source: Source) -> Iterator[str]:
+        if source.path.name == "__init__.py":
+            return
+        for entry, module in own(source):
+            if not within(module, FUSERS_MAY_IMPORT):
+                yield source.where(entry.line, f"imports {module}")
+        for entry in third_party(source):
+            if entry.package not in STDLIB_FREE:
+                yield source.where(entry.line, f"imports {entry.module}")
+
+    rule = f"a fuser may import {sorted(STDLIB_FREE)} and {sorted(FUSERS_MAY_IMPORT)}:"
+    assert_none(offenders(check, sources("layerfuse/fusers")), rule)
+
+
+def test_integrations_use_public_names_of_layerfuse_only() -> None:
+    def check(source: Source) -> Iterator[str]:
+        for entry in source.imports:
+            if entry.package != "layerfuse":
+                continue
+            private = [part for part in (*entry.module.split("."), *entry.names) if part.startswith("_")]
+            if private and private != ["__version__"]:
+                yield source.where(entry.line, f"takes {', '.join(private)} from {entry.module}")
+            target = BY_MODULE.get(entry.module)
+            exported = target.exported if target is not None else None
+            for name in entry.names:
+                if exported is not None and name not in exported and f"{entry.module}.{name}" not in BY_MODULE:
+                    yield source.where(entry.line, f"{name} is not in {entry.module}.__all__")
+
+    assert_none(offenders(check, sources("integrations", "examples")), "use public names of layerfuse:")
+
+
+def test_integrations_is_a_namespace_folder() -> None:
+    assert not (ROOT / "integrations" / "__init__.py").exists()
+
+
+def test_declared_dependencies_are_those_that_are_imported() -> None:
+    text = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    core, extra = (_requirements(text, key) for key in ("dependencies", "llava"))
+    extra |= {"transformers"}
+    used = {package: _distributions(sources(package)) for package in ("layerfuse", "integrations")}
+    optional = {"open_clip_torch", "transformers", "matplotlib"}  # imported where they are used, each an extra
+    assert used["layerfuse"] - core == optional
+    # transformers brings tokenizers, jinja2 brings markupsafe.
+    assert used["integrations"] - core - extra <= {"tokenizers", "markupsafe"}
+    assert core - used["layerfuse"] == {"torchvision"}  # timm does not import without it
+
+
+def _distributions(files: list[Source]) -> set[str]:
+    names = {"PIL": "pillow", "yaml": "pyyaml", "skimage": "scikit-image", "open_clip": "open_clip_torch"}
+    return {names.get(entry.package, entry.package) for source in files for entry in third_party(source)}
+
+
+def _requirements(text: str, key: str) -> set[str]:
+    """Names of the distributions in a list of pyproject.toml; Python 3.10 has no tomllib."""
+    block = re.search(rf"^{key} = \[\n(.*?)^\]", text, re.DOTALL | re.MULTILINE)
+    assert block is not None
+    return set(re.findall(r'^\s*"([A-Za-z0-9_.-]+)', block[1], re.MULTILINE))
+
+
+# One file plus one import line
+
+
+@pytest.mark.parametrize("package", ["layerfuse/fusers", "layerfuse/backbones"])
+def test_every_file_of_a_registry_has_its_import_line(package: str) -> None:
+    init = BY_MODULE[package.replace("/", ".")]
+    imported = {entry.module for entry in init.imports}
+    imported |= {f"{entry.module}.{name}" for entry in init.imports for name in entry.names}
+    missing = [
+        source.relative
+        for source in sources(package)
+        if not source.path.name.startswith("_") and source.module not in imported
+    ]
+    assert_none(missing, f"{init.relative} lacks the import line of:")
+
+
+def test_every_task_has_its_import_line() -> None:
+    package = "integrations/llava/evaluation"
+    init = BY_MODULE[package.replace("/", ".")]
+    imported = {entry.module for entry in init.imports}
+    missing = [
+        source.relative
+        for source in sources(package)
+        if "@TASKS.register(" in source.text and source.module not in imported
+    ]
+    assert_none(missing, f"{init.relative} lacks the import line of:")

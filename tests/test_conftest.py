@@ -1,0 +1,35 @@
+"""The rule that a golden test may be skipped by a user, but not in CI."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+
+TEST = """
+def test_compares_with_a_recorded_value(goldens):
+    assert goldens.is_dir()
+"""
+
+
+@pytest.mark.parametrize(("required", "outcome", "code"), [("0", "1 skipped", 0), ("1", "1 error", 1)])
+def test_a_missing_golden_skips_unless_goldens_are_required(
+    required: str, outcome: str, code: int, tmp_path: Path
+) -> None:
+    (tmp_path / "conftest.py").write_text((ROOT / "tests" / "conftest.py").read_text(encoding="utf-8"))
+    (tmp_path / "test_recorded.py").write_text(TEST)
+    environment = os.environ | {
+        "LAYERFUSE_GOLDENS": str(tmp_path / "nowhere"),
+        "LAYERFUSE_REQUIRE_GOLDENS": required,
+        "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]),
+    }
+    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", str(tmp_path)]
+    result = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120)
+    assert result.returncode == code, result.stdout
+    assert outcome in result.stdout
+    assert ("LAYERFUSE_REQUIRE_GOLDENS is set" in result.stdout) == (required == "1")
