@@ -27,6 +27,7 @@ help:
 
 $(INSTALLED): pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@echo "installing into $(VENV), once; this takes some minutes"
 	$(BIN)/python -m pip install --disable-pip-version-check --quiet -e ".[all,dev]"
 	touch $@
 

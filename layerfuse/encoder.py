@@ -108,7 +108,7 @@ class FusedEncoder(
             os.replace(save_directory / f"{name}.part", save_directory / name)
 
     @classmethod
-    def _from_pretrained(
+    def _from_pretrained(  # type: ignore[override]  # named arguments where the mixin takes any
         cls,
         *,
         model_id: str,

@@ -10,6 +10,9 @@ import pytest
 import torch
 from hypothesis import settings
 
+# Read by huggingface_hub when it is first imported: a test that asks the hub fails at once instead of retrying.
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
 ROOT = Path(__file__).resolve().parents[1]
 GOLDENS = Path(os.environ.get("LAYERFUSE_GOLDENS", ROOT.parent / "shared" / "goldens"))
 REQUIRE_GOLDENS = os.environ.get("LAYERFUSE_REQUIRE_GOLDENS", "") not in ("", "0")

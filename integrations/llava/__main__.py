@@ -1,0 +1,45 @@
+"""`python -m integrations.llava COMMAND`: one command per job, each imported only when it is asked for."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import sys
+from collections.abc import Sequence
+
+# Command -> (module, what it does). Each module has `main(argv) -> exit code`.
+_COMMANDS = {
+    "train": ("integrations.llava.train_command", "train a recipe: --recipe NAME --output FOLDER [--key value ...]"),
+    "generate": ("integrations.llava.generate", "answer questions about images with a trained model"),
+    "evaluate": ("integrations.llava.evaluation", "score a trained model"),
+    "demo": ("integrations.llava.demo", "make data, train several fusers, compare them, write a report"),
+    "assets": (
+        "integrations.llava.assets_command",
+        "make the tiny pretrained backbone and language model anew",
+    ),
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command; the rest of the arguments is the command's own."""
+    parser = argparse.ArgumentParser(
+        prog="python -m integrations.llava",
+        description="MMFuser-LLaVA: train, answer, evaluate.",
+        epilog="commands:\n" + "\n".join(f"  {name:<10}{what}" for name, (_, what) in _COMMANDS.items()),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("command", choices=_COMMANDS, metavar="command", help="one of those below; each knows --help")
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    command = parser.parse_args(arguments[:1]).command
+    try:
+        module = importlib.import_module(_COMMANDS[command][0])
+    except ModuleNotFoundError as error:
+        if (error.name or "").startswith(("integrations", "layerfuse")):
+            raise
+        parser.error(f"{command} needs the package {error.name!r}; install it with: pip install 'layerfuse[llava]'")
+    result: int = module.main(arguments[1:])
+    return result
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,27 @@
+"""The command line of `make assets`: the embedded backbone and language model, made anew from their recipes."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+
+from .synthetic import BACKBONE_FOLDER
+from .synthetic.assets import PARTS, make_assets
+
+__all__ = ["main"]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Make the assets."""
+    parser = argparse.ArgumentParser(
+        prog="python -m integrations.llava assets",
+        description="Pretrain the embedded backbone and language model; minutes to hours on 2 CPU cores.",
+    )
+    parser.add_argument("--output", type=Path, default=BACKBONE_FOLDER.parent, help="folder (default: the package's)")
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS, help="what to make (default: both)")
+    arguments = parser.parse_args(argv)
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    print(f"assets: {make_assets(arguments.output, parts=arguments.parts)}")
+    return 0

@@ -1,0 +1,287 @@
+"""Charts as SVG, coloured by the page's style sheet so that they follow its light and dark scheme."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from markupsafe import Markup, escape
+
+__all__ = ["Column", "Interval", "Series", "interval_chart", "line_chart", "marker", "nice_ticks"]
+
+_HEIGHT = 300
+_LEFT, _RIGHT, _TOP, _BOTTOM = 58, 18, 14, 46
+_ROW_NAMES = 116
+_SHAPES = ("circle", "square", "triangle", "diamond", "cross")
+
+
+@dataclass(frozen=True)
+class Series:
+    """A line.
+
+    Attributes:
+        name: for tooltips.
+        points: (x, y) pairs.
+        slot: number of its colour and marker in the style sheet, from 0.
+        faint: raw values behind a smoothed line.
+        markers: whether points are marked.
+    """
+
+    name: str
+    points: Sequence[tuple[float, float]]
+    slot: int
+    faint: bool = False
+    markers: bool = False
+
+
+@dataclass(frozen=True)
+class Column:
+    """A single point on the x axis, with a name in place of a number.
+
+    Attributes:
+        name: written under the axis.
+        values: (y, slot) pairs.
+    """
+
+    name: str
+    values: Sequence[tuple[float, int]]
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A point with an error bar, in a row of its own.
+
+    Attributes:
+        row: name of the row; several intervals may share one.
+        name: for the tooltip.
+        value: where the point is.
+        error: half the length of the bar.
+        slot: number of its colour and marker.
+    """
+
+    row: str
+    name: str
+    value: float
+    error: float
+    slot: int
+
+
+def nice_ticks(low: float, high: float, count: int = 5) -> list[float]:
+    """Round numbers that cover a range: steps of 1, 2 or 5 times a power of ten."""
+    if not high > low:
+        high = low + 1
+    raw = (high - low) / max(1, count)
+    power = 10.0 ** math.floor(math.log10(raw))
+    step = next(factor * power for factor in (1, 2, 5, 10) if factor * power >= raw * 0.999)
+    first = math.floor(low / step + 1e-9)
+    last = math.ceil(high / step - 1e-9)
+    return [round(index * step, 10) for index in range(first, last + 1)]
+
+
+def line_chart(
+    series: Sequence[Series],
+    *,
+    title: str,
+    x_label: str,
+    y_label: str,
+    y_range: tuple[float, float] | None = None,
+    integer_x: bool = False,
+    level: tuple[str, float] | None = None,
+    columns: Sequence[Column] = (),
+    width: int = 520,
+) -> Markup:
+    """Draw lines over a common x axis.
+
+    Args:
+        series: at least one, each with at least one point.
+        title: for screen readers.
+        x_label: with unit.
+        y_label: with unit.
+        y_range: lowest and highest y; from the points if None.
+        integer_x: mark every whole x.
+        level: name and y of a dashed horizontal line.
+        columns: named points to the right of the lines.
+        width: of the drawing, in its own units; letters are 13 units high.
+
+    Returns:
+        An ``<svg>`` element.
+    """
+    points = [point for entry in series for point in entry.points]
+    x_low, x_high = min(x for x, _ in points), max(x for x, _ in points)
+    y_ticks = nice_ticks(*(y_range or (min(y for _, y in points), max(y for _, y in points))))
+    x_ticks = [float(x) for x in range(round(x_low), round(x_high) + 1)] if integer_x else nice_ticks(x_low, x_high, 6)
+    if not integer_x:
+        x_low, x_high = x_ticks[0], max(x_high, x_ticks[-2] if len(x_ticks) > 1 else x_high)
+    # Columns take one unit of x each, after a gap of a half.
+    span_high = x_high + (0.5 + len(columns) if columns else 0)
+    scale = _Scale(x_low, span_high, y_ticks[0], y_ticks[-1], width, padding=16 if integer_x else 0)
+    parts = [_axes(scale, [x for x in x_ticks if x <= x_high + 1e-9], y_ticks, x_label, y_label, x_high)]
+    if level is not None:
+        name, y = level
+        # Lines run above the level of chance, so its name stands below, unless the axis is there.
+        beside = scale.y(y) + 15 if scale.y(y) + 20 < _HEIGHT - _BOTTOM else scale.y(y) - 6
+        parts.append(
+            f'<line class="level" x1="{_LEFT}" x2="{width - _RIGHT}" y1="{scale.y(y):.1f}" y2="{scale.y(y):.1f}"/>'
+            + _text("note", _LEFT + 6, beside, name, anchor="start")
+        )
+    parts += [_line(entry, scale) for entry in series]
+    if columns:
+        edge = scale.x(x_high + 0.5)
+        parts.append(f'<line class="edge" x1="{edge:.1f}" x2="{edge:.1f}" y1="{_TOP}" y2="{_HEIGHT - _BOTTOM}"/>')
+    for index, column in enumerate(columns):
+        x = scale.x(x_high + 1 + index)
+        parts.append(_text("tick", x, _HEIGHT - _BOTTOM + 17, column.name))
+        parts += [marker(x, scale.y(y), slot, f"{column.name}: {y:.3g}") for y, slot in column.values]
+    return _svg(parts, title, width, _HEIGHT)
+
+
+def interval_chart(intervals: Sequence[Interval], *, title: str, x_label: str) -> Markup:
+    """Draw points with error bars around zero, one row a name.
+
+    Args:
+        intervals: at least one.
+        title: for screen readers.
+        x_label: with unit.
+
+    Returns:
+        An ``<svg>`` element.
+    """
+    rows = list(dict.fromkeys(interval.row for interval in intervals))
+    lanes = max(sum(interval.row == row for interval in intervals) for row in rows)
+    row_height = max(30, 15 * lanes + 8)
+    height = _TOP + row_height * len(rows) + _BOTTOM
+    finite = [interval.error if math.isfinite(interval.error) else 0.0 for interval in intervals]
+    reach = max(max(abs(i.value) + e for i, e in zip(intervals, finite, strict=True)), 1.0)
+    ticks = nice_ticks(-reach, reach, 8)
+    left, width = _ROW_NAMES, 640
+    unit = (width - left - _RIGHT) / (ticks[-1] - ticks[0])
+
+    def place(value: float) -> float:
+        return left + (value - ticks[0]) * unit
+
+    bottom = height - _BOTTOM
+    parts = []
+    for tick in ticks:
+        kind = "zero" if tick == 0 else "grid"
+        parts.append(f'<line class="{kind}" x1="{place(tick):.1f}" x2="{place(tick):.1f}" y1="{_TOP}" y2="{bottom}"/>')
+        parts.append(_text("tick", place(tick), bottom + 17, _signed(tick)))
+    parts.append(_text("label", (left + width - _RIGHT) / 2, height - 8, x_label))
+    for number, row in enumerate(rows):
+        centre = _TOP + row_height * (number + 0.5)
+        parts.append(_text("row", left - 12, centre + 4, row, anchor="end"))
+        own = [(i, e) for i, e in zip(intervals, finite, strict=True) if i.row == row]
+        for lane, (interval, error) in enumerate(own):
+            y = centre + 15 * (lane - (len(own) - 1) / 2)
+            low, high = place(interval.value - error), place(interval.value + error)
+            parts.append(
+                f'<line class="bar c{interval.slot % 8}" x1="{low:.1f}" x2="{high:.1f}" y1="{y:.1f}" y2="{y:.1f}"/>'
+            )
+            parts.append(marker(place(interval.value), y, interval.slot, interval.name))
+    return _svg(parts, title, width, height)
+
+
+@dataclass(frozen=True)
+class _Scale:
+    x_low: float
+    x_high: float
+    y_low: float
+    y_high: float
+    width: int
+    padding: float = 0.0
+
+    def x(self, value: float) -> float:
+        room = self.width - _LEFT - _RIGHT - 2 * self.padding
+        return _LEFT + self.padding + room * (value - self.x_low) / ((self.x_high - self.x_low) or 1.0)
+
+    def y(self, value: float) -> float:
+        height = _HEIGHT - _TOP - _BOTTOM
+        return _TOP + height * (1 - (value - self.y_low) / ((self.y_high - self.y_low) or 1.0))
+
+
+def _axes(
+    scale: _Scale, x_ticks: Sequence[float], y_ticks: Sequence[float], x_label: str, y_label: str, x_high: float
+) -> str:
+    bottom = _HEIGHT - _BOTTOM
+    parts = []
+    for tick in y_ticks:
+        y = scale.y(tick)
+        parts.append(f'<line class="grid" x1="{_LEFT}" x2="{scale.width - _RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>')
+        parts.append(_text("tick", _LEFT - 8, y + 4, _plain(tick), anchor="end"))
+    parts += [_text("tick", scale.x(tick), bottom + 17, _plain(tick)) for tick in x_ticks]
+    parts.append(f'<line class="axis" x1="{_LEFT}" x2="{scale.width - _RIGHT}" y1="{bottom}" y2="{bottom}"/>')
+    middle = (scale.x(scale.x_low) + scale.x(x_high)) / 2
+    parts.append(_text("label", middle, _HEIGHT - 8, x_label))
+    y = (_TOP + bottom) / 2
+    parts.append(_text("label", 14, y, y_label, extra=f' transform="rotate(-90 14 {y:.1f})"'))
+    return "".join(parts)
+
+
+def _line(entry: Series, scale: _Scale) -> str:
+    path = " ".join(f"{scale.x(x):.1f},{scale.y(y):.1f}" for x, y in entry.points)
+    css = f"line c{entry.slot % 8}{' faint' if entry.faint else ''}"
+    parts = [f'<polyline class="{css}" points="{path}"><title>{escape(entry.name)}</title></polyline>']
+    if entry.markers:
+        parts += [
+            marker(scale.x(x), scale.y(y), entry.slot, f"{entry.name}, {_plain(x)}: {y:.3g}") for x, y in entry.points
+        ]
+    return "".join(parts)
+
+
+def marker(x: float, y: float, slot: int, tooltip: str) -> Markup:
+    """Draw one mark; its shape, like its colour, follows from the slot, so that colour is never the only sign.
+
+    Args:
+        x: centre, in units of the surrounding ``<svg>``.
+        y: centre.
+        slot: number of colour and shape.
+        tooltip: shown by browsers on hovering.
+
+    Returns:
+        An SVG element.
+    """
+    shape = _SHAPES[slot % len(_SHAPES)]
+    hint = f"<title>{escape(tooltip)}</title>"
+    css = f'class="mark c{slot % 8}"'
+    if shape == "circle":
+        return Markup(f'<circle {css} cx="{x:.1f}" cy="{y:.1f}" r="4.5">{hint}</circle>')
+    r = 5.0
+    outlines = {
+        "square": [(-r, -r), (r, -r), (r, r), (-r, r)],
+        "triangle": [(0, -r - 1), (r, r - 1), (-r, r - 1)],
+        "diamond": [(0, -r - 1), (r + 1, 0), (0, r + 1), (-r - 1, 0)],
+        "cross": [
+            (-2, -r),
+            (2, -r),
+            (2, -2),
+            (r, -2),
+            (r, 2),
+            (2, 2),
+            (2, r),
+            (-2, r),
+            (-2, 2),
+            (-r, 2),
+            (-r, -2),
+            (-2, -2),
+        ],
+    }
+    corners = " ".join(f"{x + dx * 0.9:.1f},{y + dy * 0.9:.1f}" for dx, dy in outlines[shape])
+    return Markup(f'<polygon {css} points="{corners}">{hint}</polygon>')
+
+
+def _text(css: str, x: float, y: float, text: str, *, anchor: str = "middle", extra: str = "") -> str:
+    return f'<text class="{css}" text-anchor="{anchor}" x="{x:.1f}" y="{y:.1f}"{extra}>{escape(text)}</text>'
+
+
+def _plain(value: float) -> str:
+    return f"{value:,.10g}".replace(",", "\u202f")
+
+
+def _signed(value: float) -> str:
+    return "0" if value == 0 else f"{value:+.10g}".replace("-", "\u2212")
+
+
+def _svg(parts: Sequence[str], title: str, width: float, height: float) -> Markup:
+    head = f'<svg class="chart" viewBox="0 0 {width:g} {height:g}" role="img" aria-label="{escape(title)}">'
+    # The parts are built from numbers and escaped text only.
+    return Markup(head + "".join(parts) + "</svg>")

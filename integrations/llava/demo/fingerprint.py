@@ -1,0 +1,103 @@
+"""Which settings and which code a finished part came from, so that it is used again only if nothing has changed."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Mapping
+from functools import cache
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+__all__ = ["code_digest", "digest", "file_digest", "finished", "folder_digest", "forget", "mark_finished"]
+
+_PACKAGE = Path(__file__).resolve().parents[1]
+_LIBRARY = _PACKAGE.parents[1] / "layerfuse"
+_MARK = "demo.json"
+
+
+def digest(values: Mapping[str, Any]) -> str:
+    """Digest of JSON-able settings; the order of keys does not matter."""
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def file_digest(path: str | Path) -> str:
+    """Digest of a file's bytes."""
+    return hashlib.sha256(Path(path).read_bytes()).hexdigest()[:16]
+
+
+def folder_digest(path: str | Path) -> str:
+    """Digest of all files in a folder; of the name alone if there is no such folder, as for names on a hub."""
+    files = sorted(file for file in Path(path).rglob("*") if file.is_file())
+    return digest({"name": str(path), **{str(file): file_digest(file) for file in files}})
+
+
+@cache
+def code_digest(part: str) -> str:
+    """Digest of the code and the embedded weights that a part's result depends on.
+
+    Args:
+        part: ``"data"`` or ``"evaluation"`` for those folders' code, or ``"training"`` for all but evaluation, analysis
+            and the demo itself.
+
+    Returns:
+        It changes with any of these files, and with the versions of torch and transformers.
+    """
+    folders = {"data": _PACKAGE / "synthetic", "evaluation": _PACKAGE / "evaluation"}
+    if part in folders:
+        files: Iterable[Path] = folders[part].rglob("*.py")
+    else:
+        apart = (_PACKAGE / "evaluation", _PACKAGE / "demo", _LIBRARY / "analysis")
+        files = [
+            path
+            for folder in (_PACKAGE, _LIBRARY)
+            for path in folder.rglob("*")
+            if path.suffix in {".py", ".safetensors", ".json"} and not any(path.is_relative_to(f) for f in apart)
+        ]
+    files = sorted(path for path in files if path.is_file())
+    state = {str(path): file_digest(path) for path in files}
+    return digest({**state, **{name: metadata.version(name) for name in ("torch", "transformers")}})
+
+
+def finished(folder: Path, part: str, fingerprint: str) -> dict[str, Any] | None:
+    """Look a finished part up.
+
+    Args:
+        folder: of the run.
+        part: its name.
+        fingerprint: what the part has to have been made from.
+
+    Returns:
+        What was noted when it finished; None if it did not, or was made from something else.
+    """
+    entry = _read(folder).get(part)
+    return entry["notes"] if entry is not None and entry["fingerprint"] == fingerprint else None
+
+
+def mark_finished(folder: Path, part: str, fingerprint: str, notes: Mapping[str, Any]) -> None:
+    """Note that a part is finished.
+
+    Args:
+        folder: of the run.
+        part: its name.
+        fingerprint: what it was made from.
+        notes: JSON-able, such as the seconds it took.
+    """
+    marks = {**_read(folder), part: {"fingerprint": fingerprint, "notes": dict(notes)}}
+    scratch = folder / f".{_MARK}"
+    scratch.write_text(json.dumps(marks, indent=1), encoding="utf-8")
+    scratch.replace(folder / _MARK)
+
+
+def forget(folder: Path) -> None:
+    """Take back all that was noted in a folder, before it is written to: no half of it may look finished."""
+    (folder / _MARK).unlink(missing_ok=True)
+
+
+def _read(folder: Path) -> dict[str, Any]:
+    path = folder / _MARK
+    if not path.is_file():
+        return {}
+    marks: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return marks

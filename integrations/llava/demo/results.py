@@ -1,0 +1,174 @@
+"""What the demo found out, as plain data: the report is drawn from this and from nothing else."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from integrations.llava.evaluation import KindScores, ScoredAnswer
+
+__all__ = ["DemoResults", "Example", "Figure", "FuserRun", "PhotoAnswer", "Probe"]
+
+
+@dataclass(frozen=True)
+class FuserRun:
+    """One fuser, trained in both stages with one seed, and evaluated.
+
+    Attributes:
+        fuser: its name.
+        seed: of weights and sampling.
+        folder: the run folder, which `from_pretrained` reloads.
+        layers: tapped layers.
+        kinds: question kind -> scores on the test split.
+        answers: every test answer, in the order of the questions.
+        losses: stage -> (step, loss) pairs.
+        seconds: part (pretrain, finetune, evaluation) -> seconds it took when it was run.
+        cost: parameters, tokens, out_channels and flops of the fuser, see `layerfuse.fusers.FuserCost`.
+    """
+
+    fuser: str
+    seed: int
+    folder: str
+    layers: tuple[int, ...]
+    kinds: Mapping[str, KindScores]
+    answers: Sequence[ScoredAnswer]
+    losses: Mapping[str, Sequence[tuple[int, float]]]
+    seconds: Mapping[str, float]
+    cost: Mapping[str, int]
+
+    @property
+    def average(self) -> float:
+        """Accuracy averaged over the kinds of questions, between 0 and 1."""
+        return sum(scores.accuracy for scores in self.kinds.values()) / len(self.kinds)
+
+
+@dataclass(frozen=True)
+class Probe:
+    """What a linear classifier reads off single patch tokens.
+
+    Attributes:
+        title: what is read, such as ``"character in the cell"``.
+        num_cells: test cells that the accuracies are measured on.
+        chance: accuracy of always naming the commonest class.
+        layers: layer number -> accuracy.
+        fusers: fuser -> accuracy on its output.
+    """
+
+    title: str
+    num_cells: int
+    chance: float
+    layers: Mapping[int, float]
+    fusers: Mapping[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Figure:
+    """Feature maps of one image.
+
+    Attributes:
+        name: of the image.
+        image: PNG of the image.
+        maps: caption -> PNG, all on one colour scale.
+    """
+
+    name: str
+    image: bytes
+    maps: Mapping[str, bytes]
+
+
+@dataclass(frozen=True)
+class Example:
+    """One test image and what every fuser answered about it.
+
+    Attributes:
+        name: of the image.
+        image: PNG of the image.
+        answers: fuser -> scored answers, the same questions in the same order.
+    """
+
+    name: str
+    image: bytes
+    answers: Mapping[str, Sequence[ScoredAnswer]]
+
+
+@dataclass(frozen=True)
+class PhotoAnswer:
+    """An answer about the user's own photograph.
+
+    Attributes:
+        name: file name of the photograph.
+        image: PNG, made smaller.
+        prompt: the question.
+        answers: run name -> answer.
+    """
+
+    name: str
+    image: bytes
+    prompt: str
+    answers: Mapping[str, str]
+
+
+@dataclass(frozen=True)
+class DemoResults:
+    """Everything that a report shows.
+
+    Attributes:
+        runs: all fusers and seeds, fusers in the order asked.
+        chance: question kind -> accuracy without seeing the image.
+        probes: the first is the legibility of text.
+        figures: feature maps of the first test images.
+        examples: the first test images.
+        facts: label -> value: data, steps, sizes.
+        origin: command, commit, hardware, versions, date.
+        seconds: part of the demo -> seconds, besides the runs.
+        photo: the user's photograph, if there is one.
+    """
+
+    runs: Sequence[FuserRun]
+    chance: Mapping[str, float]
+    probes: Sequence[Probe] = ()
+    figures: Sequence[Figure] = ()
+    examples: Sequence[Example] = ()
+    facts: Mapping[str, str] = field(default_factory=dict)
+    origin: Mapping[str, str] = field(default_factory=dict)
+    seconds: Mapping[str, float] = field(default_factory=dict)
+    photo: PhotoAnswer | None = None
+
+    @property
+    def fusers(self) -> tuple[str, ...]:
+        """Names of the fusers, in the order asked."""
+        return tuple(dict.fromkeys(run.fuser for run in self.runs))
+
+    @property
+    def seeds(self) -> tuple[int, ...]:
+        """The seeds, in the order asked."""
+        return tuple(dict.fromkeys(run.seed for run in self.runs))
+
+    @property
+    def kinds(self) -> tuple[str, ...]:
+        """The kinds of questions, in the order of the test file."""
+        return tuple(self.runs[0].kinds)
+
+    def of(self, fuser: str) -> list[FuserRun]:
+        """All runs of one fuser, in the order of the seeds."""
+        return [run for run in self.runs if run.fuser == fuser]
+
+    def rows(self) -> list[dict[str, Any]]:
+        """One reproducible row per fuser, seed and kind: the lines of ``results.jsonl``."""
+        return [
+            {
+                **self.origin,
+                "fuser": run.fuser,
+                "seed": run.seed,
+                "layers": list(run.layers),
+                "kind": kind,
+                "num_questions": scores.num_questions,
+                **dict(scores.scores),
+                "chance": self.chance.get(kind),
+                "seconds": dict(run.seconds),
+                "fuser_cost": dict(run.cost),
+            }
+            for run in self.runs
+            for kind, scores in run.kinds.items()
+        ]

@@ -1,0 +1,93 @@
+"""The one generation loop that all tasks share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from PIL import Image, UnidentifiedImageError
+from tqdm.auto import tqdm
+
+from integrations.llava.evaluation.task import TASKS, Question
+
+__all__ = ["Answer", "check_images", "predict", "read_image"]
+
+Answer = Callable[[Sequence[Image.Image], Sequence[str]], Sequence[str]]
+"""Answers a batch: images and prompts of equal number give as many answers."""
+
+
+def read_image(path: str | Path) -> Image.Image:
+    """Read an image file as RGB.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        ValueError: if it is not an image that Pillow can read to its end.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"image {path} does not exist; give the path of a picture (PNG, JPEG, WebP, …).")
+    try:
+        with Image.open(path) as image:
+            return image.convert("RGB")
+    except (UnidentifiedImageError, OSError, SyntaxError, Image.DecompressionBombError) as error:
+        raise ValueError(
+            f"image {path} cannot be read ({error}); give a picture that is whole (PNG, JPEG, WebP, …)."
+        ) from error
+
+
+def check_images(questions: Sequence[Question], image_folder: str | Path) -> None:
+    """Check that every image of the questions is there, before a model is loaded.
+
+    Raises:
+        FileNotFoundError: naming the first missing files and their number.
+    """
+    folder = Path(image_folder)
+    names = dict.fromkeys(question.image for question in questions)
+    missing = [name for name in names if not (folder / name).is_file()]
+    if missing:
+        raise FileNotFoundError(
+            f"{len(missing)} of {len(names)} images are missing in {folder}: {', '.join(missing[:10])}"
+            f"{', …' if len(missing) > 10 else ''}. Give the folder that the question file's names are relative to."
+        )
+
+
+def predict(
+    questions: Sequence[Question], image_folder: str | Path, answer: Answer, *, batch_size: int = 32
+) -> list[dict[str, Any]]:
+    """Ask a model every question.
+
+    Questions are asked longest prompt first, so that a batch holds prompts of like length, and come back in order.
+
+    Args:
+        questions: of any mixture of tasks.
+        image_folder: where their images are.
+        answer: the model.
+        batch_size: questions at a time.
+
+    Returns:
+        Rows ``{"question_id", "prediction"}``, in the order of the questions.
+
+    Raises:
+        ValueError: if the batch size is below 1, an image cannot be read, or the model returns another number of
+            answers than it was asked questions.
+        FileNotFoundError: if an image is missing.
+    """
+    if batch_size < 1:
+        raise ValueError(f"batch_size={batch_size} is too small; ask at least 1 question at a time.")
+    check_images(questions, image_folder)
+    prompts = [TASKS.get(question.kind)().prompt(question) for question in questions]
+    order = sorted(range(len(questions)), key=lambda index: -len(prompts[index]))
+    answers: dict[int, str] = {}
+    with tqdm(total=len(order), desc="answers", unit="question", disable=None, leave=False) as progress:
+        for start in range(0, len(order), batch_size):
+            batch = order[start : start + batch_size]
+            images = [read_image(Path(image_folder) / questions[index].image) for index in batch]
+            given = list(answer(images, [prompts[index] for index in batch]))
+            if len(given) != len(batch):
+                raise ValueError(f"the model gave {len(given)} answers to {len(batch)} questions; expected one each.")
+            answers.update(zip(batch, given, strict=True))
+            progress.update(len(batch))
+    return [
+        {"question_id": question.question_id, "prediction": answers[index]} for index, question in enumerate(questions)
+    ]

@@ -1,0 +1,378 @@
+"""Prompt templates as data, and conversations rendered to text, ids and labels.
+
+A conversation becomes a list of pieces (text, image, end of answer). Every piece is tokenised on its own and knows
+whether it is supervised, so label spans are exact whatever a message says. Control tokens come from the template only:
+`</s>` or `<image>` typed by a person is text. The templates are those of LLaVA-1.5 (arXiv:2310.03744).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import tokenizers
+from transformers import PreTrainedTokenizerBase
+
+from layerfuse.registry import unknown_name_message
+
+__all__ = [
+    "IGNORE_INDEX",
+    "IMAGE_TAG",
+    "TEMPLATES",
+    "Message",
+    "Rendered",
+    "Template",
+    "TextEncoder",
+    "chat_template",
+    "get_template",
+    "render",
+]
+
+IGNORE_INDEX = -100
+"""Label of a position that is not supervised."""
+IMAGE_TAG = "<image>"
+"""Marks an image's place in a message."""
+
+Message = Mapping[str, str]
+"""A turn in LLaVA's format: {"from": "human" | "gpt", "value": text}."""
+
+
+@dataclass(frozen=True)
+class Template:
+    """How a conversation is written out.
+
+    Attributes:
+        name: what recipes and checkpoints call it.
+        system: text before the first turn.
+        user: name of the human's role.
+        assistant: name of the model's role.
+        answer_end: text after every answer; supervised.
+        end_token: whether the tokenizer's end-of-sequence token closes every answer; supervised.
+        caption_only: leave out the human's words, the system text and the roles: images, answer, nothing else.
+    """
+
+    name: str
+    system: str = ""
+    user: str = "USER"
+    assistant: str = "ASSISTANT"
+    answer_end: str = ""
+    end_token: bool = True
+    caption_only: bool = False
+
+    def to_dict(self) -> dict[str, Any]:
+        """Describe the template so that JSON can hold it."""
+        return dataclasses.asdict(self)
+
+
+_V1 = Template(
+    name="v1",
+    system=(
+        "A chat between a curious user and an artificial intelligence assistant. "
+        "The assistant gives helpful, detailed, and polite answers to the user's questions."
+    ),
+)
+TEMPLATES: Mapping[str, Template] = {
+    template.name: template
+    for template in (
+        _V1,
+        dataclasses.replace(_V1, name="brief", system=""),
+        Template(name="plain", answer_end="\n", end_token=False, caption_only=True),
+    )
+}
+"""`v1`: vicuna, as LLaVA-1.5 finetunes. `brief`: v1 without system text. `plain`: captions, as LLaVA-1.5 pretrains."""
+
+
+def get_template(name: str) -> Template:
+    """Look a template up.
+
+    Raises:
+        ValueError: if no template has that name; the message gives the nearest match and the full list.
+    """
+    if name not in TEMPLATES:
+        raise ValueError(unknown_name_message("prompt template", name, TEMPLATES))
+    return TEMPLATES[name]
+
+
+@dataclass(frozen=True)
+class _Piece:
+    """Part of a prompt; `text` is a control token's spelling unless `kind` is "text"."""
+
+    kind: Literal["text", "image", "end"]
+    text: str
+    supervised: bool = False
+
+
+@dataclass(frozen=True)
+class Rendered:
+    """A conversation, ready for the model but for the expansion of its image tokens.
+
+    Attributes:
+        prompt: the text, control tokens spelled out.
+        input_ids: T token ids; one image token per image.
+        labels: T labels: the id where it is supervised, else `IGNORE_INDEX`.
+    """
+
+    prompt: str
+    input_ids: list[int]
+    labels: list[int]
+
+    @property
+    def num_supervised(self) -> int:
+        """Number of positions with a label."""
+        return sum(label != IGNORE_INDEX for label in self.labels)
+
+
+class TextEncoder:
+    """Turns text into ids piece by piece: no control token is read out of it, no beginning is added unasked.
+
+    Args:
+        tokenizer: a fast tokenizer; it is read, never changed.
+
+    Raises:
+        ValueError: if the tokenizer has no fast implementation or no end-of-sequence token.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        backend = getattr(tokenizer, "backend_tokenizer", None)
+        if backend is None:
+            raise ValueError(
+                f"{type(tokenizer).__name__} has no fast implementation; save the tokenizer with a tokenizer.json."
+            )
+        if tokenizer.eos_token_id is None:
+            raise ValueError("the tokenizer has no eos_token; set one, since every answer ends with it.")
+        description = json.loads(backend.to_str())
+        self._prefix = _take_prefix(description)
+        description.update(post_processor=None, truncation=None, padding=None)
+        self._pieces = tokenizers.Tokenizer.from_str(json.dumps(description))
+        # A switch with a misleading name: it makes the four characters `</s>` text, not one special token.
+        self._pieces.encode_special_tokens = True
+        self.begin: list[int] = [token for token in tokenizer("").input_ids if token == tokenizer.bos_token_id]
+        self.end: int = tokenizer.eos_token_id
+        self.end_text: str = tokenizer.eos_token
+        self.begin_text: str = tokenizer.bos_token if self.begin else ""
+        unknown = tokenizer.unk_token_id
+        self._control = {token for token in tokenizer.all_special_ids if token != unknown}
+
+    def __call__(self, text: str, *, at_start: bool = False) -> list[int]:
+        """Encode a piece of text.
+
+        Args:
+            text: what to encode.
+            at_start: whether the piece stands at the beginning of the prompt or behind an image, where the published
+                code tokenises afresh and SentencePiece writes a blank first.
+
+        Returns:
+            The ids.
+
+        Raises:
+            ValueError: if the tokenizer's vocabulary spells a control token as plain text.
+        """
+        if not text:
+            return []
+        ids = self._pieces.encode(self._prefix + text if at_start else text).ids
+        if not self._control.isdisjoint(ids):
+            raise ValueError(
+                f"the tokenizer reads a control token out of the plain text {text[:80]!r}; rebuild it so that control "
+                "tokens are added tokens and its pre-tokenizer splits their spelling."
+            )
+        return ids
+
+
+def _take_prefix(description: dict[str, Any]) -> str:
+    """Switch off the blank that SentencePiece-like tokenizers write first, and return it."""
+    prefixed = False
+    for place in ("normalizer", "pre_tokenizer"):
+        step = description.get(place)
+        parts = (step or {}).get("normalizers") or (step or {}).get("pretokenizers") or ([step] if step else [])
+        for part in parts:
+            if part["type"] == "Metaspace":
+                prefixed |= part["prepend_scheme"] != "never"
+                part["prepend_scheme"] = "never"
+            elif part["type"] == "ByteLevel":
+                prefixed |= part["add_prefix_space"]
+                part["add_prefix_space"] = False
+            elif part["type"] == "Prepend":
+                prefixed = True
+                part.update(type="Replace", pattern={"String": " "}, content=part.pop("prepend"))
+    return " " if prefixed else ""
+
+
+def _place_images(messages: Sequence[Message], num_images: int) -> list[list[str]]:
+    """Split every message at its image tags.
+
+    With one image the published rule holds: the tag goes to the front of its message, on a line of its own, and the
+    message is stripped. With several images the place of a tag says which image is meant, so it stays.
+
+    Returns:
+        Per message, the texts around its image tags: k + 1 texts for k tags.
+    """
+    placed = []
+    for message in messages:
+        text = message["value"]
+        if num_images == 0 or message["from"] != "human" or IMAGE_TAG not in text:
+            placed.append([text])
+        elif num_images == 1:
+            rest = text.replace(IMAGE_TAG, "").strip()
+            placed.append(["", f"\n{rest}" if rest else ""])
+        else:
+            placed.append(text.split(IMAGE_TAG))
+    return placed
+
+
+def _text_and_images(parts: Sequence[str], before: str = "", after: str = "") -> list[_Piece]:
+    texts = [*parts]
+    texts[0] = before + texts[0]
+    texts[-1] += after
+    pieces = [_Piece("text", texts[0])]
+    for text in texts[1:]:
+        pieces += [_Piece("image", IMAGE_TAG), _Piece("text", text)]
+    return pieces
+
+
+def _answer(template: Template, encoder: TextEncoder, text: str) -> list[_Piece]:
+    pieces = [_Piece("text", text + template.answer_end, supervised=True)]
+    return [*pieces, _Piece("end", encoder.end_text, supervised=True)] if template.end_token else pieces
+
+
+def _chat(template: Template, encoder: TextEncoder, messages: Sequence[Message], num_images: int) -> list[_Piece]:
+    pieces = [_Piece("text", f"{template.system} " if template.system else "")]
+    for index, (message, parts) in enumerate(zip(messages, _place_images(messages, num_images), strict=True)):
+        last = index == len(messages) - 1
+        empty = parts == [""]
+        if message["from"] == "human":
+            # An empty message is written without blanks, as the published code does.
+            before, after = (f"{template.user}:", "") if empty else (f"{template.user}: ", " ")
+            pieces += _text_and_images(parts, before, after)
+            continue
+        pieces.append(_Piece("text", f"{template.assistant}:"))
+        if not empty or last:
+            pieces += _answer(template, encoder, "" if empty else " " + parts[0])
+    return pieces
+
+
+def _caption(template: Template, encoder: TextEncoder, messages: Sequence[Message], num_images: int) -> list[_Piece]:
+    if num_images == 0 or len(messages) > 2:
+        raise ValueError(
+            f"template {template.name!r} writes one caption behind its image, but the conversation has {num_images} "
+            f"images and {len(messages)} messages; give one question and one answer about an image, or use 'v1'."
+        )
+    human, *answers = messages
+    num_tags = max(human["value"].count(IMAGE_TAG), 1) if num_images > 1 else 1
+    images = [_Piece("image", IMAGE_TAG)] * num_tags
+    return images + [piece for answer in answers for piece in _answer(template, encoder, answer["value"])]
+
+
+def _merge(pieces: Sequence[_Piece]) -> list[_Piece]:
+    """Join neighbouring texts and drop empty ones; unequal supervision keeps pieces apart."""
+    merged: list[_Piece] = []
+    for piece in pieces:
+        if piece.kind == "text" and not piece.text:
+            continue
+        previous = merged[-1] if merged else None
+        if previous and previous.kind == piece.kind == "text" and previous.supervised == piece.supervised:
+            merged[-1] = dataclasses.replace(piece, text=previous.text + piece.text)
+        else:
+            merged.append(piece)
+    return merged
+
+
+def render(
+    messages: Sequence[Message],
+    *,
+    template: Template,
+    encoder: TextEncoder,
+    image_token_id: int,
+    num_images: int,
+    answer_next: bool = False,
+) -> Rendered:
+    """Write a conversation out and tokenise it.
+
+    Args:
+        messages: turns in LLaVA's format; a leading turn of the model is left out.
+        template: how to write them.
+        encoder: how to tokenise them.
+        image_token_id: id that stands for an image.
+        num_images: images that belong to the conversation; with 0, `<image>` is text.
+        answer_next: end where the model's next answer begins, as generation wants it.
+
+    Returns:
+        Prompt, ids and labels.
+
+    Raises:
+        ValueError: if the turns do not alternate, or the template cannot write them.
+    """
+    if messages and messages[0]["from"] == "gpt":
+        messages = messages[1:]
+    roles = [message["from"] for message in messages]
+    if not roles or roles != (["human", "gpt"] * len(roles))[: len(roles)]:
+        raise ValueError(
+            f"the turns of a conversation are {roles}; they have to alternate between 'human' and 'gpt' and begin "
+            "with 'human'."
+        )
+    write = _caption if template.caption_only else _chat
+    pieces = write(template, encoder, messages, num_images)
+    if answer_next and not template.caption_only:
+        pieces.append(_Piece("text", f"{template.assistant}:"))
+    prompt, ids, labels, at_start = "", list(encoder.begin), [IGNORE_INDEX] * len(encoder.begin), True
+    for piece in _merge(pieces):
+        if piece.kind == "text":
+            new = encoder(piece.text, at_start=at_start)
+        else:
+            new = [image_token_id if piece.kind == "image" else encoder.end]
+        prompt += piece.text
+        ids += new
+        labels += new if piece.supervised else [IGNORE_INDEX] * len(new)
+        at_start = piece.kind == "image"
+    return Rendered(prompt, ids, labels)
+
+
+def chat_template(template: Template, tokenizer: PreTrainedTokenizerBase) -> str:
+    """Write the template in Jinja, for `apply_chat_template` and the tools that call it.
+
+    For one image in front of the first question it gives the ids that `render` gives.
+
+    Args:
+        template: what to write.
+        tokenizer: decides how the line behind an image is spelled, see below.
+
+    Returns:
+        A Jinja template over messages with `role` and `content` (text, or a list of text and image parts).
+    """
+    if template.caption_only:
+        turns = "{{ parts(message) if message['role'] != 'user' else images(message) }}"
+        return _JINJA.format(line="", system="", turns=turns, generation="")
+    # `render` tokenises afresh behind an image; a tokenizer that writes its blank at the very first place only needs
+    # that blank spelled out to give the same ids.
+    expected = TextEncoder(tokenizer)("\nx", at_start=True)
+    plain = tokenizer(f"{IMAGE_TAG}\nx", add_special_tokens=False).input_ids[-len(expected) :]
+    line = "\\n" if plain == expected else " \\n"
+    end = tokenizer.eos_token if template.end_token else ""
+    turns = (
+        f"{{% if message['role'] == 'user' %}}{{{{ '{template.user}: ' + parts(message) + ' ' }}}}"
+        f"{{% else %}}{{{{ '{template.assistant}: ' + parts(message) + '{template.answer_end + end}' }}}}{{% endif %}}"
+    )
+    return _JINJA.format(
+        line=line,
+        system=_quote(f"{template.system} ") if template.system else "",
+        turns=turns,
+        generation="{% if add_generation_prompt %}{{ '" + template.assistant + ":' }}{% endif %}",
+    )
+
+
+def _quote(text: str) -> str:
+    return "{{ " + json.dumps(text, ensure_ascii=False) + " }}"
+
+
+_JINJA = (
+    "{{%- macro parts(message) -%}}"
+    "{{%- if message['content'] is string -%}}{{{{ message['content'] }}}}{{%- else -%}}"
+    "{{%- for part in message['content'] -%}}"
+    "{{%- if part['type'] == 'image' -%}}{{{{ '<image>{line}' }}}}{{%- else -%}}{{{{ part['text'] }}}}{{%- endif -%}}"
+    "{{%- endfor -%}}{{%- endif -%}}{{%- endmacro -%}}"
+    "{{%- macro images(message) -%}}"
+    "{{%- for part in message['content'] if part['type'] == 'image' -%}}<image>{{%- endfor -%}}{{%- endmacro -%}}"
+    "{system}{{%- for message in messages -%}}{turns}{{%- endfor -%}}{generation}"
+)

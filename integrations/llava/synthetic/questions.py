@@ -1,0 +1,116 @@
+"""Questions about a scene, each with one exact answer, and the caption.
+
+Kinds: `ocr` (what late layers of a backbone lose first), `counting`, `color`, `shape`, `box` (a tight box
+in LLaVA's form: `[x1, y1, x2, y2]`, fractions of the image's side with two decimals).
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+
+import numpy as np
+
+from .scene import SHAPES, Scene, SceneObject
+
+__all__ = ["CAPTION_PROMPT", "KINDS", "Question", "caption", "conversation", "format_box", "questions_of_kind"]
+
+CAPTION_PROMPT = "Describe the image."
+
+
+@dataclass(frozen=True)
+class Question:
+    """A question about one scene.
+
+    Attributes:
+        kind: one of `KINDS`.
+        text: the question.
+        answer: the answer as the model should write it.
+        box: for kind `box`, the exact box (x1, y1, x2, y2) as fractions of the side; else None.
+    """
+
+    kind: str
+    text: str
+    answer: str
+    box: tuple[float, float, float, float] | None = None
+
+
+def format_box(box: tuple[float, float, float, float]) -> str:
+    """Write a box in LLaVA's form, two decimals each."""
+    return "[" + ", ".join(f"{value:.2f}" for value in box) + "]"
+
+
+def caption(scene: Scene) -> str:
+    """Describe a scene in one line: photograph, objects in reading order, text."""
+    items = [f"a {item.size} {item.color} {item.shape}" for item in scene.objects]
+    return f"{scene.photograph} in the background, {', '.join(items)}, the text {scene.text.string}"
+
+
+def _ocr(scene: Scene) -> list[Question]:
+    return [Question("ocr", "What does the text say?", scene.text.string)]
+
+
+def _counting(scene: Scene) -> list[Question]:
+    counts = Counter(item.shape for item in scene.objects)
+    questions = [Question("counting", "How many objects are there?", str(len(scene.objects)))]
+    for shape in SHAPES:
+        plural = f"{shape}es" if shape.endswith("s") else f"{shape}s"
+        questions.append(Question("counting", f"How many {plural} are there?", str(counts[shape])))
+    return questions
+
+
+def _color(scene: Scene) -> list[Question]:
+    # "the circle" names an object only where there is one circle.
+    counts = Counter(item.shape for item in scene.objects)
+    single = [item for item in scene.objects if counts[item.shape] == 1]
+    return [Question("color", f"What color is the {item.shape}?", item.color) for item in single]
+
+
+def _shape(scene: Scene) -> list[Question]:
+    return [Question("shape", f"What shape is the {item.color} object?", item.shape) for item in scene.objects]
+
+
+def _box(scene: Scene) -> list[Question]:
+    return [_where(item) for item in scene.objects]
+
+
+def _where(item: SceneObject) -> Question:
+    text = f"Where is the {item.color} {item.shape}?"
+    return Question("box", text, format_box(item.box), item.box)
+
+
+_BY_KIND: dict[str, Callable[[Scene], list[Question]]] = {
+    "ocr": _ocr,
+    "counting": _counting,
+    "color": _color,
+    "shape": _shape,
+    "box": _box,
+}
+
+KINDS = tuple(_BY_KIND)
+"""Kinds of questions, in the order in which tables show them."""
+
+QUESTIONS_PER_IMAGE: Mapping[str, int] = MappingProxyType({"ocr": 1, "counting": 3, "color": 2, "shape": 2, "box": 2})
+"""Most questions of each kind in one training conversation."""
+
+
+def questions_of_kind(scene: Scene, kind: str) -> list[Question]:
+    """Return every question of a kind that the scene answers without ambiguity; may be empty for `color`.
+
+    Raises:
+        ValueError: if the kind is not one of `KINDS`.
+    """
+    if kind not in _BY_KIND:
+        raise ValueError(f"question kind {kind!r} is unknown; known: {', '.join(KINDS)}")
+    return _BY_KIND[kind](scene)
+
+
+def conversation(scene: Scene, rng: np.random.Generator) -> list[Question]:
+    """Draw the questions of one training conversation: up to ten, of all kinds, in random order."""
+    chosen: list[Question] = []
+    for kind, most in QUESTIONS_PER_IMAGE.items():
+        candidates = questions_of_kind(scene, kind)
+        chosen += [candidates[i] for i in rng.permutation(len(candidates))[:most]]
+    return [chosen[i] for i in rng.permutation(len(chosen))]

@@ -1,0 +1,102 @@
+"""Tiny random parts in the real formats: tokenizer, language model, backbone, images, LLaVA json."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from transformers import (
+    CLIPVisionConfig,
+    CLIPVisionModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerBase,
+)
+
+from integrations.llava.config import Recipe, load_recipe
+from tests.integrations.llava.tiny_parts import human_and_gpt, make_tokenizer, tiny_overrides
+
+
+@pytest.fixture(scope="session", params=["llama", "bytes"])
+def tokenizer(request: pytest.FixtureRequest) -> PreTrainedTokenizerBase:
+    """Both kinds of tokenizers."""
+    return make_tokenizer(request.param)
+
+
+@pytest.fixture(scope="session")
+def llm_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny Llama with its tokenizer, as transformers saves them."""
+    folder = tmp_path_factory.mktemp("llm")
+    tokenizer = make_tokenizer("llama")
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        initializer_range=0.2,
+        bos_token_id=1,
+        eos_token_id=2,
+    )
+    LlamaForCausalLM(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def backbone_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny CLIP vision model of 5 blocks on 32-pixel images: 16 patches."""
+    folder = tmp_path_factory.mktemp("backbone")
+    torch.manual_seed(0)
+    config = CLIPVisionConfig(
+        hidden_size=32, intermediate_size=48, num_hidden_layers=5, num_attention_heads=2, image_size=32, patch_size=8
+    )
+    CLIPVisionModel(config).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def data_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Eight images, `pretrain.json` with captions, `train.json` with conversations, some of them without image."""
+    folder = tmp_path_factory.mktemp("data")
+    random = np.random.default_rng(0)
+    pretrain: list[dict[str, Any]] = []
+    train: list[dict[str, Any]] = []
+    for index in range(8):
+        pixels = random.integers(0, 255, (24 + 2 * index, 30, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(folder / f"{index}.png")
+        image = {"id": f"i{index}", "image": f"{index}.png"}
+        pretrain.append(image | {"conversations": human_and_gpt("<image>\nDescribe.", f"number {index} on a wall")})
+        turns = human_and_gpt("<image>\nWhat number is it?", f"It is {index}.", "Sure?", "Yes." * (1 + index % 3))
+        train.append(image | {"conversations": turns})
+    train += [{"id": f"t{i}", "conversations": human_and_gpt("What is one?", f"A number, {i}.")} for i in range(4)]
+    (folder / "pretrain.json").write_text(json.dumps(pretrain))
+    (folder / "train.json").write_text(json.dumps(train))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_recipe(backbone_folder: Path, llm_folder: Path, data_folder: Path) -> Recipe:
+    """MMFuser's recipe at a size that trains in a second."""
+    overrides = tiny_overrides(backbone_folder, llm_folder, data_folder) | {
+        "model.layers": [1, 2, 3, 4],
+        "model.fuser_options": {"num_heads": 4},
+        "pretrain.gradient_checkpointing": False,
+        "finetune.gradient_checkpointing": False,
+    }
+    return load_recipe("mmfuser_7b", overrides)
+
+
+@pytest.fixture(scope="session")
+def run_folder(tiny_recipe: Recipe, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of both stages, three steps each."""
+    from integrations.llava.train import train
+
+    return train(tiny_recipe, tmp_path_factory.mktemp("run") / "mmfuser")

@@ -1,0 +1,194 @@
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+from integrations.llava.demo import main
+from integrations.llava.demo.settings import DemoSettings
+
+KINDS = ("ocr", "counting", "color", "shape", "box")
+
+
+@pytest.fixture(scope="module")
+def arguments(tiny_recipe: Path, tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    output = tmp_path_factory.mktemp("demo") / "run"
+    given = {"recipe": tiny_recipe, "output": output, "num-train": 4, "num-test": 3, "num-examples": 2}
+    return [word for flag, value in {**given, "num-probe-images": 40}.items() for word in (f"--{flag}", str(value))]
+
+
+@pytest.fixture(scope="module")
+def output(arguments: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    photo = tmp_path_factory.mktemp("photo") / "photo.jpg"
+    Image.effect_noise((90, 60), 80).convert("RGB").save(photo)
+    assert main([*arguments, "--image", str(photo), "--prompt", "What is <this>?"]) == 0
+    return Path(arguments[arguments.index("--output") + 1])
+
+
+def test_report_has_both_fusers_all_kinds_and_every_part(output: Path) -> None:
+    report = (output / "report.html").read_text()
+    for name in ("select", "mmfuser", "reading text", "counting", "colour", "shape", "locating (box)", "photo.jpg"):
+        assert name in report
+    for part in ("results", "examples", "photo", "probe", "maps", "losses", "cost", "origin"):
+        assert f'<section id="{part}">' in report
+    assert "What is &lt;this&gt;?" in report
+
+
+def test_report_needs_nothing_beside_it(output: Path) -> None:
+    report = (output / "report.html").read_text()
+    assert "http://" not in report
+    assert "https://" not in report
+    assert 'src="data:image/png;base64,' in report
+    assert 'src="images' not in report
+
+
+def test_rows_have_command_commit_hardware_and_numbers(output: Path) -> None:
+    rows = [json.loads(line) for line in (output / "results.jsonl").read_text().splitlines()]
+    assert [(row["fuser"], row["kind"]) for row in rows] == [(f, k) for f in ("select", "mmfuser") for k in KINDS]
+    for row in rows:
+        assert {"command", "commit", "hardware", "seed", "accuracy", "chance", "num_questions"} <= row.keys()
+        assert row["command"].startswith("python -m integrations.llava demo --recipe")
+    assert rows[0]["layers"] == [3]
+    assert rows[-1]["layers"] == [1, 2, 3]
+
+
+def test_run_folder_reloads_with_transformers_and_answers_the_same(output: Path) -> None:
+    from transformers import AutoModelForImageTextToText
+
+    import integrations.llava  # noqa: F401  (registers the model)
+    from integrations.llava.checkpoint import load_processor
+    from integrations.llava.generate import Answerer
+
+    folder = output / "runs" / "mmfuser-seed0"
+    rows = [json.loads(line) for line in (folder / "evaluation" / "predictions.jsonl").read_text().splitlines()]
+    answerer = Answerer(AutoModelForImageTextToText.from_pretrained(folder), load_processor(folder))
+    images = [Image.open(output / "data" / "images" / row["image"]).convert("RGB") for row in rows]
+    with torch.inference_mode():
+        answers = answerer(images, [row["text"] for row in rows], max_new_tokens=32)
+    assert answers == [row["prediction"] for row in rows]
+
+
+def test_second_run_trains_and_answers_nothing_anew(
+    output: Path, arguments: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = {path: path.stat().st_mtime_ns for path in (output / "runs").rglob("*") if path.is_file()}
+    from integrations.llava.demo import runs
+
+    monkeypatch.setattr(runs, "train", lambda *_, **__: pytest.fail("trained again"))
+    monkeypatch.setattr(runs, "evaluate", lambda *_, **__: pytest.fail("evaluated again"))
+    assert main(arguments) == 0
+    assert {path: path.stat().st_mtime_ns for path in (output / "runs").rglob("*") if path.is_file()} == before
+
+
+def test_other_steps_are_trained_anew(output: Path, arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    folder = output / "runs" / "select-seed0"
+    assert main([*arguments, "--fusers", "select", "--finetune-steps", "1"]) == 0
+    steps = [json.loads(line)["step"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert steps == [1, 2, 1]
+    printed = capsys.readouterr().out
+    assert all(kind in printed for kind in KINDS)
+    assert f"report: {output / 'report.html'}" in printed
+
+
+def test_data_is_drawn_anew_when_the_code_that_draws_it_has_changed(
+    output: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from integrations.llava.demo import demo
+
+    settings = DemoSettings(output=output.parent / "fresh", num_train=1, num_test=1)
+    settings.output.mkdir()
+    images = demo._make_data(settings) / "images"
+    (images / "mark").touch()
+    assert demo._make_data(settings) == images.parent
+    assert (images / "mark").exists()
+    monkeypatch.setattr(demo, "code_digest", lambda part: "changed")
+    demo._make_data(settings)
+    assert not (images / "mark").exists()
+
+
+def test_stopping_says_how_to_go_on(
+    tmp_path: Path, tiny_recipe: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def stop(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("integrations.llava.demo.demo.run_demo", stop)
+    assert main(["--recipe", str(tiny_recipe), "--output", str(tmp_path)]) == 130
+    assert "goes on from the last finished part" in capsys.readouterr().err
+
+
+def bad(tmp_path: Path, **changes: object) -> str:
+    """What the command says about settings that cannot work."""
+    from integrations.llava.demo.settings import check_settings
+
+    with pytest.raises((ValueError, OSError)) as error:
+        check_settings(replace(DemoSettings(output=tmp_path / "run"), **changes))  # type: ignore[arg-type]
+    return str(error.value)
+
+
+def test_unknown_fuser_is_refused_with_the_nearest(tmp_path: Path) -> None:
+    assert "fuser 'mmfusr' is unknown; did you mean 'mmfuser'?" in bad(tmp_path, fusers=("mmfusr",))
+
+
+def test_unknown_recipe_is_refused(tmp_path: Path) -> None:
+    assert "recipe 'tinny' is unknown" in bad(tmp_path, recipe="tinny")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"fusers": ()}, "a demo needs a fuser and a seed"),
+        ({"fusers": ("select", "select")}, "fuser select is given more than once; name each fuser once."),
+        ({"seeds": (1, 1)}, "seed 1 is given more than once"),
+        ({"seeds": (-1,)}, "seed -1 is negative; seeds are 0 or above."),
+        ({"num_train": 0}, "num_train is 0; it has to be at least 1."),
+    ],
+)
+def test_impossible_numbers_are_refused(tmp_path: Path, changes: dict[str, object], message: str) -> None:
+    assert message in bad(tmp_path, **changes)
+
+
+def test_image_without_prompt_is_refused(tmp_path: Path, tiny_recipe: Path) -> None:
+    changes = {"recipe": str(tiny_recipe), "image": tmp_path / "photo.jpg"}
+    assert "came without a prompt; also ask something" in bad(tmp_path, **changes)
+    assert "came without a prompt" in bad(tmp_path, **changes, prompt="  ")
+
+
+def test_prompt_without_image_is_refused(tmp_path: Path, tiny_recipe: Path) -> None:
+    assert "a prompt came without an image" in bad(tmp_path, recipe=str(tiny_recipe), prompt="How many?")
+
+
+def test_missing_or_unreadable_image_is_refused(tmp_path: Path, tiny_recipe: Path) -> None:
+    changes = {"recipe": str(tiny_recipe), "image": tmp_path / "photo.jpg", "prompt": "How many?"}
+    assert "photo.jpg does not exist" in bad(tmp_path, **changes)
+    (tmp_path / "photo.jpg").write_text("no picture")
+    assert "photo.jpg cannot be read" in bad(tmp_path, **changes)
+
+
+def test_output_that_is_a_file_is_refused(tmp_path: Path, tiny_recipe: Path) -> None:
+    (tmp_path / "file").write_text("")
+    changes = {"recipe": str(tiny_recipe)}
+    assert "is a file, or lies inside one" in bad(tmp_path, **changes, output=tmp_path / "file")
+    assert "is a file, or lies inside one" in bad(tmp_path, **changes, output=tmp_path / "file" / "run")
+
+
+def test_output_that_cannot_be_written_is_refused(
+    tmp_path: Path, tiny_recipe: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(**_: object) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    # Tests may run as root, who may write anywhere.
+    monkeypatch.setattr("integrations.llava.demo.settings.tempfile.TemporaryFile", refuse)
+    assert "cannot be written to (Permission denied)" in bad(tmp_path, recipe=str(tiny_recipe))
+
+
+def test_command_line_words_mistakes_without_traceback(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    with pytest.raises(SystemExit) as stop:
+        main(["--fusers", "mmfusr", "--output", str(tmp_path)])
+    assert stop.value.code == 2
+    assert "did you mean 'mmfuser'" in capsys.readouterr().err

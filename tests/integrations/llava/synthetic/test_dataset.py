@@ -1,0 +1,133 @@
+"""The embedded data set on disk."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from integrations.llava.synthetic import dataset, make_dataset
+from integrations.llava.synthetic.dataset import scene_at
+from integrations.llava.synthetic.questions import CAPTION_PROMPT, KINDS
+from integrations.llava.synthetic.scene import IMAGE_SIZE
+
+NUM = {"train": 12, "val": 3, "test": 5}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_dataset(tmp_path_factory.mktemp("data") / "made", seed=7, num_train=12, num_val=3, num_test=5)
+
+
+def _digest(folder: Path) -> dict[str, str]:
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+
+
+def _rows(folder: Path, split: str) -> list[dict[str, object]]:
+    return [json.loads(line) for line in (folder / f"{split}.jsonl").read_text().splitlines()]
+
+
+def test_folder_holds_every_image_and_nothing_else(folder: Path) -> None:
+    names = {path.name for path in (folder / "images").iterdir()}
+    assert names == {f"{split}_{index:06d}.png" for split, count in NUM.items() for index in range(count)}
+    others = {path.name for path in folder.iterdir()}
+    assert others == {"images", "settings.json", "pretrain.json", "train.json", "val.jsonl", "test.jsonl"}
+    for name in names:
+        with Image.open(folder / "images" / name) as image:
+            assert (image.mode, image.size) == ("RGB", (IMAGE_SIZE, IMAGE_SIZE))
+
+
+def test_pretrain_has_one_caption_an_image(folder: Path) -> None:
+    records = json.loads((folder / "pretrain.json").read_text())
+    assert [record["image"] for record in records] == [f"train_{index:06d}.png" for index in range(12)]
+    for record in records:
+        human, gpt = record["conversations"]
+        assert human == {"from": "human", "value": f"<image>\n{CAPTION_PROMPT}"}
+        assert gpt["from"] == "gpt" and gpt["value"]
+
+
+def test_train_conversations_alternate_and_show_the_image_once(folder: Path) -> None:
+    for record in json.loads((folder / "train.json").read_text()):
+        messages = record["conversations"]
+        assert [message["from"] for message in messages] == ["human", "gpt"] * (len(messages) // 2)
+        assert len(messages) >= 10
+        assert messages[0]["value"].startswith("<image>\n")
+        assert sum("<image>" in message["value"] for message in messages) == 1
+
+
+@pytest.mark.parametrize("split", ["val", "test"])
+def test_evaluation_asks_at_most_one_question_of_each_kind_an_image(folder: Path, split: str) -> None:
+    rows = _rows(folder, split)
+    assert [row["question_id"] for row in rows] == list(range(len(rows)))
+    asked = [(row["image"], row["kind"]) for row in rows]
+    assert len(set(asked)) == len(asked)
+    assert {kind for _, kind in asked} == set(KINDS)
+    for row in rows:
+        assert set(row) == {"question_id", "image", "text", "kind", "answer"}
+        if row["kind"] == "box":
+            assert isinstance(row["answer"], list) and len(row["answer"]) == 4
+        else:
+            assert isinstance(row["answer"], str)
+
+
+def test_answers_belong_to_the_image_they_stand_beside(folder: Path) -> None:
+    for row in _rows(folder, "test"):
+        if row["kind"] == "ocr":
+            assert row["answer"] == scene_at(7, "test", int(str(row["image"])[5:11])).text.string
+
+
+def test_splits_share_no_string() -> None:
+    strings = {split: {scene_at(7, split, index).text.string for index in range(150)} for split in NUM}
+    assert not strings["train"] & (strings["val"] | strings["test"])
+    assert not strings["val"] & strings["test"]
+
+
+def test_same_seed_gives_the_same_files_and_another_seed_others(folder: Path, tmp_path: Path) -> None:
+    again = make_dataset(tmp_path / "again", seed=7, num_train=12, num_val=3, num_test=5)
+    other = make_dataset(tmp_path / "other", seed=8, num_train=12, num_val=3, num_test=5)
+    assert _digest(again) == _digest(folder)
+    assert _digest(other)["train.json"] != _digest(folder)["train.json"]
+
+
+def test_more_training_images_leave_the_first_ones_as_they_were(folder: Path, tmp_path: Path) -> None:
+    larger = make_dataset(tmp_path / "larger", seed=7, num_train=20, num_val=3, num_test=5)
+    small, large = _digest(folder), _digest(larger)
+    assert {name: large[name] for name in small if name.startswith("images")} == {
+        name: digest for name, digest in small.items() if name.startswith("images")
+    }
+
+
+def test_an_existing_data_set_is_kept_and_made_again_only_for_other_settings(tmp_path: Path) -> None:
+    made = make_dataset(tmp_path / "data", num_train=2, num_val=1, num_test=1)
+    mark = made / "images" / "mark"
+    mark.touch()
+    make_dataset(made, num_train=2, num_val=1, num_test=1)
+    assert mark.exists()
+    make_dataset(made, num_train=3, num_val=1, num_test=1)
+    assert not mark.exists()
+
+
+def test_an_interrupted_run_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def stop(*arguments: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(dataset, "render", stop)
+    with pytest.raises(KeyboardInterrupt):
+        make_dataset(tmp_path / "data", num_train=2, num_val=1, num_test=1)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_empty_split_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="num_val is 0; every split needs at least 1 image"):
+        make_dataset(tmp_path / "data", num_train=2, num_val=0, num_test=1)
+
+
+def test_a_folder_with_other_things_is_not_overwritten(tmp_path: Path) -> None:
+    (tmp_path / "thesis.tex").touch()
+    with pytest.raises(ValueError, match="not empty and was not made by make_dataset"):
+        make_dataset(tmp_path)
+    assert (tmp_path / "thesis.tex").exists()

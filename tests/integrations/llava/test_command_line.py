@@ -1,0 +1,94 @@
+"""`python -m integrations.llava`: quick help, one command per job, errors in a sentence."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from integrations.llava import __main__ as command_line
+from integrations.llava.train_command import main as train_main
+from tests.integrations.llava.tiny_parts import tiny_overrides
+
+
+def test_help_loads_neither_torch_nor_transformers(root: Path) -> None:
+    code = (
+        "import runpy, sys\n"
+        "sys.argv = ['-m']\n"
+        "import integrations.llava\n"
+        "sys.argv = ['integrations.llava', '--help']\n"
+        "try: runpy.run_module('integrations.llava', run_name='__main__')\n"
+        "except SystemExit as end: print(end.code, 'torch' in sys.modules, 'transformers' in sys.modules)\n"
+    )
+    out = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, check=True).stdout
+
+    assert all(command in out for command in ("train", "generate", "evaluate", "demo", "assets"))
+    assert out.endswith("0 False False\n")
+
+
+def test_python_m_prints_help(root: Path) -> None:
+    command = [sys.executable, "-m", "integrations.llava", "--help"]
+
+    assert "commands:" in subprocess.run(command, cwd=root, capture_output=True, text=True, check=True).stdout
+
+
+def test_every_command_leads_to_a_main_function() -> None:
+    import importlib
+
+    for module, _ in command_line._COMMANDS.values():
+        assert callable(importlib.import_module(module).main)
+
+
+def test_an_unknown_command_lists_the_known(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        command_line.main(["trian"])
+    assert "train" in capsys.readouterr().err
+
+
+def test_a_missing_package_is_named_with_the_way_to_install_it(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(command_line._COMMANDS, "train", ("package_that_is_not_there", ""))
+    with pytest.raises(SystemExit, match="2"):
+        command_line.main(["train"])
+    assert "train needs the package 'package_that_is_not_there'; install it with" in capsys.readouterr().err
+
+
+def test_train_runs_a_recipe_with_overrides(
+    backbone_folder: Path, llm_folder: Path, data_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["train", "--recipe", "llava15_7b", "--output", str(tmp_path / "run"), "--stages", "pretrain"]
+    for key, value in tiny_overrides(backbone_folder, llm_folder, data_folder).items():
+        arguments += [f"--{key}", str(value)]
+
+    assert command_line.main(arguments) == 0
+    assert (tmp_path / "run" / "model.safetensors").is_file()
+    assert f"run: {tmp_path / 'run'}" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--recipe", "mmfuser7b"], "did you mean 'mmfuser_7b'"),
+        (["--recipe", "mmfuser_7b", "--finetune.learning_rat", "1"], "did you mean 'finetune.learning_rate'"),
+        (["--recipe", "mmfuser_7b", "stray"], "'stray' is not a key"),
+        (["--recipe", "mmfuser_7b"], "stage pretrain has no data"),
+        (["--recipe", "mmfuser_7b", "--pretrain.data.path", "nowhere.json"], "nowhere.json does not exist"),
+    ],
+)
+def test_train_explains_what_is_wrong(
+    arguments: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        train_main(["--output", str(tmp_path / "run"), *arguments])
+    assert message in capsys.readouterr().err
+
+
+def test_the_package_offers_its_public_names() -> None:
+    import integrations.llava as package
+
+    assert all(hasattr(package, name) for name in package.__all__)
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        _ = package.nothing

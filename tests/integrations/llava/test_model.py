@@ -1,0 +1,304 @@
+"""The model: saved and loaded exactly, generating, with every backbone family; what it refuses."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForImageTextToText, LlamaConfig, LlamaForCausalLM
+
+import integrations.llava
+from integrations.llava.checkpoint import load_adapter, load_model, save_adapter
+from integrations.llava.model import FusedLlavaForConditionalGeneration, build_model, num_image_tokens
+from integrations.llava.train import set_trainable
+from layerfuse.backbones import create_backbone
+from layerfuse.fusers import create_fuser
+from layerfuse.testing import random_images, randomise_parameters
+
+VOCABULARY, IMAGE = 50, 49
+TINY_VIT = {"embed_dim": 32, "depth": 4, "num_heads": 2}
+BACKBONES = {
+    "timm CLIP": ("timm", "vit_base_patch16_clip_quickgelu_224", TINY_VIT),
+    "timm EVA02": ("timm", "eva02_base_patch14_224", TINY_VIT),
+    "timm DINOv3": ("timm", "vit_small_patch16_dinov3", TINY_VIT),
+}
+
+
+def make_model(
+    family: str, name: str, options: dict[str, int], *, fuser: str = "mmfuser"
+) -> FusedLlavaForConditionalGeneration:
+    torch.manual_seed(0)
+    size = None if family == "transformers" else 4 * (14 if "patch14" in name else 16)
+    pretrained = family == "transformers"
+    backbone = create_backbone(family, name, layers=(1, 2, 3), pretrained=pretrained, image_size=size, options=options)
+    heads = {"num_heads": 4} if fuser == "mmfuser" else {}
+    fuser_module = create_fuser(fuser, in_channels=32, num_layers=3, options=heads)
+    llm = LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=VOCABULARY - 1,
+            hidden_size=32,
+            intermediate_size=48,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            num_key_value_heads=2,
+            initializer_range=0.2,
+        )
+    )
+    model = build_model(backbone, fuser_module, llm, image_token_id=IMAGE)
+    randomise_parameters(model.model.fuser)
+    return model.eval()
+
+
+@pytest.fixture(params=[*BACKBONES, "transformers CLIP"])
+def model(request: pytest.FixtureRequest, backbone_folder: Path) -> FusedLlavaForConditionalGeneration:
+    if request.param in BACKBONES:
+        return make_model(*BACKBONES[request.param])
+    return make_model("transformers", str(backbone_folder), {})
+
+
+def inputs(model: FusedLlavaForConditionalGeneration, num_images: int = 2) -> dict[str, torch.Tensor]:
+    tokens = [IMAGE] * model.config.image_seq_length
+    ids = torch.tensor([[1, *tokens, 5, 6, 7, 8]] * num_images)
+    size = tuple(model.config.vision_config.image_size)
+    return {
+        "input_ids": ids,
+        "pixel_values": random_images(num_images, size=size),
+        "attention_mask": torch.ones_like(ids),
+    }
+
+
+def labels(model: FusedLlavaForConditionalGeneration) -> torch.Tensor:
+    ids = inputs(model)["input_ids"]
+    return ids.masked_fill(ids == IMAGE, -100)
+
+
+def test_a_saved_model_loads_with_bit_identical_logits(
+    model: FusedLlavaForConditionalGeneration, tmp_path: Path
+) -> None:
+    batch = inputs(model)
+    with torch.no_grad():
+        expected = model(**batch).logits
+    model.save_pretrained(tmp_path)
+    for loaded in (AutoModelForImageTextToText.from_pretrained(tmp_path), load_model(tmp_path)):
+        assert isinstance(loaded, FusedLlavaForConditionalGeneration)
+        with torch.no_grad():
+            assert torch.equal(loaded(**batch).logits, expected)
+
+
+def test_vision_loaded_in_bfloat16_equals_vision_converted(
+    model: FusedLlavaForConditionalGeneration, tmp_path: Path
+) -> None:
+    pixels = inputs(model)["pixel_values"]
+    model.save_pretrained(tmp_path)
+    loaded = load_model(tmp_path, dtype=torch.bfloat16)
+    with torch.no_grad():
+        expected = model.to(torch.bfloat16).get_image_features(pixels).last_hidden_state
+        assert torch.equal(loaded.get_image_features(pixels).last_hidden_state, expected)
+
+
+def test_images_change_the_logits_only_behind_them(model: FusedLlavaForConditionalGeneration) -> None:
+    batch = inputs(model)
+    with torch.no_grad():
+        first = model(**batch).logits
+        second = model(**batch | {"pixel_values": batch["pixel_values"] + 1}).logits
+
+    assert torch.equal(first[:, 0], second[:, 0])
+    assert not torch.allclose(first[:, -1], second[:, -1])
+
+
+@pytest.fixture
+def small() -> FusedLlavaForConditionalGeneration:
+    return make_model(*BACKBONES["timm CLIP"])
+
+
+def test_number_of_image_tokens_is_the_fusers(small: FusedLlavaForConditionalGeneration) -> None:
+    assert small.config.image_seq_length == num_image_tokens(small.model.vision_tower.backbone, small.model.fuser) == 16
+    assert small.get_image_features(random_images(3, size=64)).pooler_output[0].shape == (16, 32)
+
+
+def test_another_number_of_image_tokens_is_an_error(small: FusedLlavaForConditionalGeneration) -> None:
+    batch = inputs(small)
+
+    with pytest.raises((ValueError, RuntimeError), match="Image features and image tokens do not match"):
+        small(**batch | {"pixel_values": batch["pixel_values"][:1]})
+
+
+def test_the_image_token_is_never_predicted(small: FusedLlavaForConditionalGeneration) -> None:
+    logits = small(**inputs(small)).logits
+
+    assert logits.shape[-1] == VOCABULARY
+    assert (logits.softmax(-1)[..., IMAGE] == 0).all()
+
+
+def test_generation_with_cache_equals_generation_without(small: FusedLlavaForConditionalGeneration) -> None:
+    batch = inputs(small)
+    options = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0, "eos_token_id": VOCABULARY}
+
+    assert torch.equal(small.generate(**batch, **options), small.generate(**batch, **options, use_cache=False))
+
+
+def test_a_frozen_backbone_keeps_no_graph_and_stays_in_evaluation_mode(
+    small: FusedLlavaForConditionalGeneration,
+) -> None:
+    set_trainable(small, ("fuser", "projector"))
+    small.train()
+    maps: list[torch.Tensor] = []
+    handle = small.model.vision_tower.register_forward_hook(lambda *arguments: maps.extend(arguments[2].maps))
+    small(**inputs(small), labels=labels(small)).loss.backward()
+    handle.remove()
+
+    assert not any(feature.requires_grad for feature in maps)
+    assert not small.model.vision_tower.training and small.model.fuser.training
+    assert all(parameter.grad is not None for parameter in small.model.fuser.parameters())
+
+
+def test_activation_checkpointing_changes_no_gradient(small: FusedLlavaForConditionalGeneration) -> None:
+    set_trainable(small, ("fuser", "projector", "llm"))
+    small.train()
+    gradients = []
+    for checkpointing in (False, True):
+        if checkpointing:
+            switch = getattr(small, "activation_checkpointing_enable", small.gradient_checkpointing_enable)
+            switch({"use_reentrant": False})
+        small.zero_grad()
+        small(**inputs(small), labels=labels(small)).loss.backward()
+        gradients.append({name: p.grad.clone() for name, p in small.named_parameters() if p.grad is not None})
+
+    assert gradients[0].keys() == gradients[1].keys()
+    for name, gradient in gradients[0].items():
+        torch.testing.assert_close(gradients[1][name], gradient, rtol=1e-6, atol=1e-8)
+
+
+def test_compiled_without_graph_breaks_gives_the_same_logits(small: FusedLlavaForConditionalGeneration) -> None:
+    batch = inputs(small)
+    with torch.no_grad():
+        expected = small(**batch).logits
+        compiled = torch.compile(small, fullgraph=True, backend="eager")(**batch).logits
+
+    torch.testing.assert_close(compiled, expected)
+
+
+def test_a_trainable_backbone_gets_gradients(small: FusedLlavaForConditionalGeneration) -> None:
+    set_trainable(small, ("backbone", "fuser", "projector"))
+    small.train()
+    small(**inputs(small), labels=labels(small)).loss.backward()
+
+    assert small.model.vision_tower.training
+    assert all(parameter.grad is not None for parameter in small.model.vision_tower.parameters())
+
+
+def test_a_batch_without_images_gives_fuser_and_projector_zero_gradients(
+    small: FusedLlavaForConditionalGeneration,
+) -> None:
+    set_trainable(small, ("fuser", "projector", "llm"))
+    ids = torch.tensor([[1, 5, 6, 7]])
+    expected = small(input_ids=ids, labels=ids).loss
+    small.train()
+    loss = small(input_ids=ids, labels=ids).loss
+    loss.backward()
+
+    assert torch.equal(loss, expected)
+    for part in (small.model.fuser, small.model.multi_modal_projector):
+        assert all(parameter.grad is not None and not parameter.grad.any() for parameter in part.parameters())
+
+
+def test_building_draws_no_parameter_anew() -> None:
+    torch.manual_seed(0)
+    backbone = create_backbone(
+        "timm", BACKBONES["timm CLIP"][1], layers=(1, 2), pretrained=False, image_size=64, options=TINY_VIT
+    )
+    fuser = create_fuser("mmfuser", in_channels=32, num_layers=2, options={"num_heads": 4})
+    llm = LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=VOCABULARY, hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=2
+        )
+    )
+    before = {
+        prefix: {name: tensor.clone() for name, tensor in module.state_dict().items()}
+        for prefix, module in {"vision_tower.backbone": backbone, "fuser": fuser, "language_model": llm.model}.items()
+    }
+    model = build_model(backbone, fuser, llm, image_token_id=IMAGE)
+
+    for prefix, tensors in before.items():
+        module = model.model.get_submodule(prefix)
+        for name, tensor in module.state_dict().items():
+            assert torch.equal(tensor, tensors[name]), f"{prefix}.{name}"
+    assert torch.equal(model.lm_head.weight, llm.lm_head.weight)
+
+
+def test_a_fuser_for_other_layers_is_refused() -> None:
+    backbone = create_backbone(
+        "timm", BACKBONES["timm CLIP"][1], layers=(1, 2), pretrained=False, image_size=64, options=TINY_VIT
+    )
+    fuser = create_fuser("average", in_channels=32, num_layers=3)
+
+    with pytest.raises(ValueError, match=r"fuser 'average' was built for maps of widths .* num_layers=2"):
+        build_model(
+            backbone,
+            fuser,
+            LlamaForCausalLM(
+                LlamaConfig(
+                    vocab_size=9, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1
+                )
+            ),
+            image_token_id=9,
+        )
+
+
+def test_weights_that_do_not_cover_the_model_are_listed_key_by_key(
+    small: FusedLlavaForConditionalGeneration, tmp_path: Path
+) -> None:
+    small.save_pretrained(tmp_path)
+    file = tmp_path / "model.safetensors"
+    weights = load_file(file)
+    missing = ["model.multi_modal_projector.linear_1.weight", next(name for name in weights if ".fuser." in name)]
+    changed = {name: tensor for name, tensor in weights.items() if name not in missing} | {
+        "model.odd.weight": torch.ones(2)
+    }
+    save_file(changed, file, metadata={"format": "pt"})
+
+    for load in (load_model, integrations.llava.load_model, AutoModelForImageTextToText.from_pretrained):
+        with pytest.raises(ValueError, match="do not fit the model its config describes") as error:
+            load(tmp_path)
+        for name in (*missing, "model.odd.weight"):
+            assert name in str(error.value)
+
+
+def test_a_folder_without_model_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=r"holds no config.json"):
+        load_model(tmp_path)
+
+
+def test_a_model_of_another_kind_is_refused(llm_folder: Path) -> None:
+    with pytest.raises(ValueError, match="holds a 'llama' model; expected 'layerfuse_llava'"):
+        load_model(llm_folder)
+
+
+def test_an_adapter_holds_fuser_and_projector_exactly(
+    small: FusedLlavaForConditionalGeneration, tmp_path: Path
+) -> None:
+    path = save_adapter(small, ("fuser", "projector"), tmp_path / "stage" / "adapter.safetensors")
+    expected = {name: tensor.clone() for name, tensor in small.state_dict().items()}
+    assert set(load_file(path)) == {name for name in expected if ".fuser." in name or "projector" in name}
+    randomise_parameters(small.model.fuser, seed=1)
+    randomise_parameters(small.model.multi_modal_projector, seed=1)
+    load_adapter(small, ("fuser", "projector"), path)
+
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in small.state_dict().items())
+
+
+def test_an_adapter_that_does_not_fit_is_refused(small: FusedLlavaForConditionalGeneration, tmp_path: Path) -> None:
+    path = tmp_path / "adapter.safetensors"
+    with pytest.raises(FileNotFoundError, match="run the stage that writes it"):
+        load_adapter(small, ("fuser",), path)
+    path.write_bytes(b"not a safetensors file at all")
+    with pytest.raises(ValueError, match="not a whole safetensors file"):
+        load_adapter(small, ("fuser",), path)
+    save_adapter(small, ("projector",), path)
+    with pytest.raises(ValueError, match=r"Missing: model.fuser.*unexpected: model.multi_modal_projector"):
+        load_adapter(small, ("fuser",), path)
+    save_file({"model.multi_modal_projector.linear_1.weight": torch.ones(1)}, path)
+    with pytest.raises(ValueError, match=r"of another shape: model.multi_modal_projector.linear_1.weight"):
+        load_adapter(small, ("projector",), path)

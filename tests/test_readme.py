@@ -1,0 +1,98 @@
+"""What README and docs say is true: code blocks run, links lead somewhere, commands and files exist."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
+BLOCK = re.compile(r"^```python\n(.*?)^```", re.DOTALL | re.MULTILINE)
+LINK = re.compile(r"\[[^\]]*\]\(([^)\s]+)\)")
+
+
+def name(page: Path) -> str:
+    return page.relative_to(ROOT).as_posix()
+
+
+def code(page: Path) -> str:
+    """All Python blocks of a page, one after another, as a reader would type them."""
+    return "\n".join(BLOCK.findall(page.read_text(encoding="utf-8")))
+
+
+def anchor(heading: str) -> str:
+    """The anchor that a heading gets on the usual hosts."""
+    return re.sub(r"[^\w\- ]", "", heading.strip().lower()).replace(" ", "-")
+
+
+def run(text: str, folder: Path) -> str:
+    environment = os.environ | {
+        "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]),
+        "HF_HUB_OFFLINE": "1",
+        "OMP_NUM_THREADS": "1",
+    }
+    result = subprocess.run(
+        [sys.executable, "-c", text], cwd=folder, env=environment, capture_output=True, text=True, timeout=300
+    )
+    assert result.returncode == 0, f"{result.stdout}\n{result.stderr}\nin\n{text}"
+    return result.stdout
+
+
+def test_readme_example_prints_the_shape_of_fused_tokens_for_three_libraries(tmp_path: Path) -> None:
+    lines = run(code(ROOT / "README.md"), tmp_path).splitlines()
+    for family in ("timm", "open_clip", "transformers"):
+        assert any(re.match(rf"{family} .*\(1, \d+, \d+\)$", line) for line in lines), lines
+    # What README shows below the example is what it prints.
+    assert "\n".join(lines) in (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if page.name != "README.md" and code(page)], ids=name)
+def test_python_blocks_of_a_page_run_in_order(page: Path, tmp_path: Path) -> None:
+    run(code(page), tmp_path)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name)
+def test_links_of_a_page_lead_somewhere(page: Path) -> None:
+    broken = []
+    for target in LINK.findall(page.read_text(encoding="utf-8")):
+        if target.startswith(("http://", "https://")):
+            continue
+        path, _, fragment = target.partition("#")
+        file = (page.parent / path).resolve() if path else page
+        if not file.exists():
+            broken.append(target)
+        elif fragment and file.suffix == ".md":
+            headings = re.findall(r"^#+ (.*)$", file.read_text(encoding="utf-8"), re.MULTILINE)
+            if fragment not in map(anchor, headings):
+                broken.append(target)
+    assert broken == []
+
+
+def test_readme_names_commands_that_exist() -> None:
+    targets = set(re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE))
+    named = {command for page in PAGES for command in re.findall(r"\bmake ([a-z]+)\b(?! a)", _consoles(page))}
+    assert {"demo", "test"} <= named
+    assert named <= targets
+
+
+def _consoles(page: Path) -> str:
+    text = page.read_text(encoding="utf-8")
+    return "\n".join(re.findall(r"^```console\n(.*?)^```", text, re.DOTALL | re.MULTILINE))
+
+
+def test_layout_tree_names_files_that_exist() -> None:
+    tree = re.search(r"^```text\n(layerfuse/.*?)^```", (ROOT / "README.md").read_text(encoding="utf-8"), re.S | re.M)
+    assert tree is not None
+    missing, parent = [], Path()
+    for line in tree[1].splitlines():
+        entry = line.split("  ")[0].strip() or line.split()[0]
+        path = parent / entry if line.startswith(" ") else Path(entry)
+        parent = parent if line.startswith(" ") else Path(entry)
+        if not (ROOT / path).exists():
+            missing.append(path.as_posix())
+    assert missing == []
