@@ -29,7 +29,7 @@ def test_a_missing_golden_skips_unless_goldens_are_required(
         "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]),
     }
     command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", str(tmp_path)]
-    result = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120)
+    result = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=600)
     assert result.returncode == code, result.stdout
     assert outcome in result.stdout
     assert ("LAYERFUSE_REQUIRE_GOLDENS is set" in result.stdout) == (required == "1")

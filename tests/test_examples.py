@@ -8,7 +8,6 @@ import sys
 from pathlib import Path
 
 import pytest
-from PIL import Image
 
 ROOT = Path(__file__).resolve().parents[1]
 EXAMPLES = ROOT / "examples"
@@ -17,7 +16,11 @@ EXAMPLES = ROOT / "examples"
 RUNS: dict[str, tuple[list[str], list[str]]] = {
     "tap_layers.py": (["--layers", "2", "0", "-2"], ["layer 2: map (2, 196, 192)", "11 of 12 blocks; same maps: True"]),
     "fuse_in_ten_lines.py": ([], ["image (1, 3, 224, 224) -> tokens (1, 196, 192)", "FuserCost("]),
-    "compare_fusers.py": (["--time", "--channels", "64", "--grid", "4", "6"], ["mmfuser", "select", "concat"]),
+    # The published size of MMFuser at LLaVA-1.5's width.
+    "compare_fusers.py": (
+        ["--time"],
+        ["mmfuser         5,190,592     576      1024", "select                  0", "concat"],
+    ),
     "train_tiny_llava.py": (
         ["--output", "out", "--num-train", "16", "--steps", "1", "1"],
         ["reloaded FusedLlavaForConditionalGeneration with fuser mmfuser", "answered: "],
@@ -34,7 +37,7 @@ def run(name: str, arguments: list[str], folder: Path) -> str:
         "OMP_NUM_THREADS": "1",
     }
     command = [sys.executable, str(EXAMPLES / name), *arguments]
-    result = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=300)
+    result = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=600)
     assert result.returncode == 0, f"{name} failed:\n{result.stdout}\n{result.stderr}"
     return result.stdout
 
@@ -48,12 +51,3 @@ def test_example_prints_what_it_promises(name: str, tmp_path: Path) -> None:
     arguments, expected = RUNS[name]
     output = run(name, arguments, tmp_path)
     assert [text for text in expected if text not in output] == [], output
-
-
-def test_fuse_in_ten_lines_takes_a_picture_of_ones_own(tmp_path: Path) -> None:
-    Image.new("RGB", (50, 30), (200, 30, 30)).save(tmp_path / "photo.png")
-    assert "tokens (1, 196, 192)" in run("fuse_in_ten_lines.py", ["photo.png"], tmp_path)
-
-
-def test_compare_fusers_knows_the_published_size_of_mmfuser(tmp_path: Path) -> None:
-    assert "5,190,592" in run("compare_fusers.py", [], tmp_path)

@@ -37,7 +37,7 @@ def run(text: str, folder: Path) -> str:
         "OMP_NUM_THREADS": "1",
     }
     result = subprocess.run(
-        [sys.executable, "-c", text], cwd=folder, env=environment, capture_output=True, text=True, timeout=300
+        [sys.executable, "-c", text], cwd=folder, env=environment, capture_output=True, text=True, timeout=600
     )
     assert result.returncode == 0, f"{result.stdout}\n{result.stderr}\nin\n{text}"
     return result.stdout

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+from einops import rearrange
 from torch import nn
 
 from layerfuse.backbones.base import BackboneFacts, as_pair
@@ -139,11 +140,8 @@ def patchify(images: torch.Tensor, patch_size: tuple[int, int]) -> torch.Tensor:
     Returns:
         (B, N, ph * pw * 3), row-major over the grid.
     """
-    batch_size, channels, height, width = images.shape
-    patch_height, patch_width = patch_size
-    rows, columns = height // patch_height, width // patch_width
-    cut = images.reshape(batch_size, channels, rows, patch_height, columns, patch_width)
-    return cut.permute(0, 2, 4, 3, 5, 1).reshape(batch_size, rows * columns, patch_height * patch_width * channels)
+    height, width = patch_size
+    return rearrange(images, "b c (row h) (column w) -> b (row column) (h w c)", h=height, w=width)
 
 
 def cut_transformers_tail(model: nn.Module) -> None:

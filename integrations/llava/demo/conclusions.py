@@ -126,9 +126,13 @@ def conclude(results: DemoResults) -> list[str]:
 def _sentence(own: Sequence[Difference], reference: str) -> str:
     total = next(difference for difference in own if difference.kind == AVERAGE)
     kinds = [difference for difference in own if difference.kind != AVERAGE]
+    if not any(difference.points for difference in kinds):
+        return f"{total.fuser} and {reference} answer equally many questions of every kind right."
     size = f"{abs(total.points):.1f} points (standard error {total.error:.1f})"
     if total.clear:
         head = f"{total.fuser} is {'ahead of' if total.points > 0 else 'behind'} {reference} by {size} on average"
+    elif abs(total.points) < 0.05:
+        head = f"{total.fuser} is level with {reference} on average (standard error {total.error:.1f} points)"
     else:
         where = "above" if total.points > 0 else "below"
         head = f"{total.fuser} is {size} {where} {reference} on average, not clearly different from it"

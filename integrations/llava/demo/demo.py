@@ -7,10 +7,8 @@ import json
 import logging
 import os
 import platform
-import shlex
 import shutil
 import subprocess
-import sys
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -44,7 +42,7 @@ def run_demo(settings: DemoSettings, *, command: str | None = None) -> tuple[Dem
 
     Args:
         settings: what to run.
-        command: noted in the report as the way to get the same; this process's own if None.
+        command: noted in the report as the way to get the same; this call if None.
 
     Returns:
         The results, and the path of ``report.html``.
@@ -85,7 +83,7 @@ def run_demo(settings: DemoSettings, *, command: str | None = None) -> tuple[Dem
         figures=figures,
         examples=examples,
         facts=_facts(settings, recipe, runs[0], models[settings.fusers[0]]),
-        origin=_origin(command),
+        origin=_origin(command or f"run_demo({settings})"),
         seconds={part: seconds for part, seconds in clock.seconds.items() if seconds >= 0.05},
         photo=_answer_photo(settings, runs),
     )
@@ -156,10 +154,9 @@ def _facts(settings: DemoSettings, recipe: Recipe, run: FuserRun, model: torch.n
     }
 
 
-def _origin(command: str | None) -> Mapping[str, str]:
-    own = shlex.join(["python", "-m", "integrations.llava", "demo", *sys.argv[2:]])
+def _origin(command: str) -> Mapping[str, str]:
     return {
-        "command": command or own,
+        "command": command,
         "commit": _commit(),
         "hardware": _hardware(),
         "versions": f"layerfuse {__version__}, torch {torch.__version__}, Python {platform.python_version()}",

@@ -1,7 +1,7 @@
 """The embedded backbone: a tiny CLIP vision transformer, pretrained contrastively on coarse captions.
 
 As in CLIP (arXiv:2103.00020), an image is matched with its caption among those of a batch. The captions
-say what the photograph shows, how many objects there are, and which colours and shapes occur; they never
+say what the photograph shows, how many objects there are, and which ("red circle"); they never
 mention the string, nor where anything is. So nothing rewards late layers for keeping the characters.
 """
 
@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import nn
-from torch.nn import functional as F  # noqa: N812
+from torch.nn import functional as F
 from tqdm.auto import tqdm
 from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModel
 
@@ -61,13 +61,12 @@ class BackboneRecipe:
 
 
 def coarse_words(scene: Scene) -> list[str]:
-    """Return the words of a scene's coarse caption: photograph, number, colours and shapes."""
+    """Return the words of a scene's coarse caption: photograph, number, and what objects there are."""
     words = [scene.photograph, str(len(scene.objects))]
-    words += sorted({item.color for item in scene.objects}) + sorted({item.shape for item in scene.objects})
-    return words
+    return words + sorted(f"{item.color} {item.shape}" for item in scene.objects)
 
 
-_WORDS = (*PHOTOGRAPHS, "2", "3", "4", "5", *COLORS, *SHAPES)
+_WORDS = (*PHOTOGRAPHS, "2", "3", "4", "5", *(f"{color} {shape}" for color in COLORS for shape in SHAPES))
 
 
 class _TextEncoder(nn.Module):

@@ -3,7 +3,7 @@
 folder/
   settings.json            what it was made from
   images/                  train_000000.png …, val_000000.png …, test_000000.png …
-  pretrain.json            one caption a training image (stage `pretrain`)
+  pretrain.json            one dense caption a training image (stage `pretrain`)
   train.json               one conversation of many short questions a training image (stage `finetune`)
   val.jsonl, test.jsonl    one question a line: question_id, image, text, kind, answer
 """
@@ -22,14 +22,15 @@ import numpy as np
 from tqdm.auto import tqdm
 
 from .photographs import SPLITS
-from .questions import CAPTION_PROMPT, KINDS, Question, caption, conversation, questions_of_kind
+from .questions import KINDS, Question, conversation, questions_of_kind
 from .rendering import render
 from .scene import Scene, sample_scene
+from .writing import DENSE_CAPTION_PROMPT, dense_caption
 
 __all__ = ["make_dataset", "scene_at"]
 
 # Raised whenever the same seed starts to mean other pictures or words.
-_VERSION = 1
+_VERSION = 2
 
 
 def scene_at(seed: int, split: str, index: int) -> Scene:
@@ -90,7 +91,7 @@ def _write(folder: Path, settings: dict[str, int], counts: dict[str, int], seed:
     pretrain: list[dict[str, Any]] = []
     train: list[dict[str, Any]] = []
     for index, name, scene in _images(folder, "train", counts["train"], seed):
-        pretrain.append(_record(index, name, [(CAPTION_PROMPT, caption(scene))]))
+        pretrain.append(_record(index, name, [(DENSE_CAPTION_PROMPT, dense_caption(scene))]))
         turns = conversation(scene, _rng(seed, "train", index, purpose=1))
         train.append(_record(index, name, [(turn.text, turn.answer) for turn in turns]))
     (folder / "pretrain.json").write_text(json.dumps(pretrain, indent=1), encoding="utf-8")

@@ -1,4 +1,4 @@
-"""The embedded language model: a tiny Llama, pretrained on scenes written out as text.
+r"""The embedded language model: a tiny Llama, pretrained on scenes written out as text.
 
 A sample is what LLaVA will show the model later, except that each visual token is the cell word of what its cell
 shows: `USER: [cat][cat][K][7][P][cat]…\\nWhat does the text say? ASSISTANT: K7P</s>USER: …`. So the model can
@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import nn
-from torch.nn import functional as F  # noqa: N812
+from torch.nn import functional as F
 from tqdm.auto import tqdm
 from transformers import AttentionInterface, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
 
@@ -25,7 +25,14 @@ from .questions import CAPTION_PROMPT, Question, caption, conversation, question
 from .scene import sample_scene
 from .tokenizer import CELL_WORDS, build_tokenizer, cell_description
 from .training import deterministic, make_optimizer, make_schedule
-from .writing import Sample, SceneWriter, embed_written
+from .writing import (
+    DENSE_CAPTION_PROMPT,
+    Sample,
+    SceneWriter,
+    dense_caption,
+    embed_written,
+    stands_for_image,
+)
 
 __all__ = ["LanguageModelRecipe", "Phase", "pretrain_language_model"]
 
@@ -113,14 +120,14 @@ def _turns(questions: Sequence[Question]) -> list[tuple[str, str]]:
 
 
 def _pool(recipe: LanguageModelRecipe, writer: SceneWriter) -> list[Sample]:
-    """Write training scenes: captions in template `plain`, conversations in `v1` and `brief`."""
+    """Write training scenes: dense captions in template `plain`, conversations in `v1` and `brief`."""
     samples: list[Sample] = []
     for index in tqdm(range(recipe.num_samples), desc="llm: scenes", disable=None):
         rng = np.random.default_rng([recipe.seed, index])
         scene = sample_scene(rng, "train")
         kind = index % 5
         if kind == 0:
-            samples.append(writer.write(scene, [(CAPTION_PROMPT, caption(scene))], "plain"))
+            samples.append(writer.write(scene, [(DENSE_CAPTION_PROMPT, dense_caption(scene))], "plain"))
             continue
         turns = _turns(conversation(scene, rng))
         if rng.random() < 0.1:
@@ -155,13 +162,13 @@ def _build(recipe: LanguageModelRecipe, tokenizer: PreTrainedTokenizerBase) -> L
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
-        attn_implementation=_ATTENTION,
         # One table for reading and writing: a looked-up cell word is then close to the words that answer.
         tie_word_embeddings=True,
     )
     model = LlamaForCausalLM(config)
+    model.set_attn_implementation(_ATTENTION)
     _start_by_looking_up(model)
-    table = model.get_input_embeddings().weight
+    table = model.get_parameter("model.embed_tokens.weight")
     with torch.no_grad():
         table.normal_(0, _EMBEDDING_SPREAD)
         for word in CELL_WORDS:
@@ -240,12 +247,12 @@ def _blur(
         mixing: largest share of the other cell word.
         noise: largest noise, in units of the cell words' standard deviation.
     """
-    is_cell = ((input_ids >= cells.min()) & (input_ids <= cells.max())).unsqueeze(-1)
+    in_image = stands_for_image(input_ids, cells).unsqueeze(-1)
     other = cells[torch.randint(len(cells), input_ids.shape)]
     share = mixing * torch.rand(*input_ids.shape, 1)
     mixed = torch.lerp(embeddings, F.embedding(other, table), share)
     spread = table[cells].detach().std() * noise * torch.rand(len(input_ids), 1, 1)
-    return torch.where(is_cell, mixed + spread * torch.randn_like(mixed), embeddings)
+    return torch.where(in_image, mixed + spread * torch.randn_like(mixed), embeddings)
 
 
 def _train(recipe: LanguageModelRecipe, writer: SceneWriter) -> LlamaForCausalLM:
@@ -290,7 +297,7 @@ def _run_phase(
     for step in progress:
         input_ids, labels = _collate(_batch(samples, recipe.batch_size))
         with torch.autocast("cpu", dtype=torch.bfloat16, enabled=recipe.bfloat16):
-            table = model.get_input_embeddings().weight
+            table = model.get_parameter("model.embed_tokens.weight")
             # Exact words first, while look-ups form; the full blur from half-way on.
             blur = 0.0 if phase.boxes_only else min(1.0, 2 * step / num_steps)
             mixing, noise = blur * recipe.mixing, blur * recipe.noise

@@ -49,7 +49,7 @@ def answer_accuracy(
             written = model.generate(
                 inputs_embeds=embeddings, attention_mask=torch.ones_like(ids), max_new_tokens=14, do_sample=False
             )
-            answer = tokenizer.decode(written[0], skip_special_tokens=True)
+            (answer,) = tokenizer.batch_decode(written, skip_special_tokens=True)
             right[kind].append(is_right(answer, question))
     return {kind: float(np.mean(right[kind])) for kind in KINDS}
 

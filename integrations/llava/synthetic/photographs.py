@@ -7,7 +7,7 @@ so that no pixel of a training crop is part of a validation or test crop.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -97,7 +97,7 @@ def split_region(split: str, height: int, width: int) -> tuple[int, int, int, in
     return (0, column, row, width) if split == "val" else (row, column, height, width)
 
 
-@lru_cache(maxsize=None)
+@cache
 def _resized_region(photograph: str, split: str, reduction: int, smallest: int) -> np.ndarray:
     """Return the split's rectangle, resized, as (H, W, 3) uint8; every side holds at least `smallest` pixels."""
     with Image.open(photograph_path(photograph)) as image:

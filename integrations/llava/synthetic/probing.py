@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 import torch
-from torch.nn import functional as F  # noqa: N812
+from torch.nn import functional as F
 
 from .rendering import render_array
 from .scene import CHARACTERS, COLORS, GRID, SHAPES, Scene, sample_scene

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -9,7 +10,9 @@ import pytest
 from integrations.llava.demo.cli import table
 from integrations.llava.demo.conclusions import AVERAGE, baseline, conclude, differences, estimate
 from integrations.llava.demo.report import render_report, write_report
-from tests.integrations.llava.demo.made_up import KINDS, make_results
+from integrations.llava.demo.results import DemoResults
+from integrations.llava.evaluation import score_answers, summarise
+from tests.integrations.llava.demo.made_up import KINDS, make_questions, make_results, make_run
 
 VOID = {"meta", "img", "input", "br", "hr", "link"}
 
@@ -103,6 +106,19 @@ def test_equal_fusers_are_called_equal() -> None:
     assert conclude(make_results({"select": 1.0, "mmfuser": 1.0}))[1] == (
         "mmfuser and select answer equally many questions of every kind right."
     )
+
+
+def test_fusers_that_win_and_lose_alike_are_called_level() -> None:
+    own = [make_questions(1)[0], make_questions(1)[1]]
+    first, second = (
+        score_answers(own, [{"question_id": 0, "prediction": a}, {"question_id": 1, "prediction": b}])
+        for a, b in (("K7F", "9"), ("XXX", "3"))
+    )
+    runs = [
+        replace(make_run(fuser, 0, 0.5), answers=answers, kinds=summarise(answers))
+        for fuser, answers in (("select", first), ("mmfuser", second))
+    ]
+    assert "mmfuser is level with select on average" in conclude(DemoResults(runs=runs, chance={}))[1]
 
 
 def test_single_fuser_is_compared_with_nothing() -> None:

@@ -11,8 +11,9 @@ from PIL import Image
 
 from integrations.llava.synthetic import dataset, make_dataset
 from integrations.llava.synthetic.dataset import scene_at
-from integrations.llava.synthetic.questions import CAPTION_PROMPT, KINDS
+from integrations.llava.synthetic.questions import KINDS
 from integrations.llava.synthetic.scene import IMAGE_SIZE
+from integrations.llava.synthetic.writing import DENSE_CAPTION_PROMPT, dense_caption
 
 NUM = {"train": 12, "val": 3, "test": 5}
 
@@ -44,10 +45,10 @@ def test_folder_holds_every_image_and_nothing_else(folder: Path) -> None:
 def test_pretrain_has_one_caption_an_image(folder: Path) -> None:
     records = json.loads((folder / "pretrain.json").read_text())
     assert [record["image"] for record in records] == [f"train_{index:06d}.png" for index in range(12)]
-    for record in records:
+    for index, record in enumerate(records):
         human, gpt = record["conversations"]
-        assert human == {"from": "human", "value": f"<image>\n{CAPTION_PROMPT}"}
-        assert gpt["from"] == "gpt" and gpt["value"]
+        assert human == {"from": "human", "value": f"<image>\n{DENSE_CAPTION_PROMPT}"}
+        assert gpt == {"from": "gpt", "value": dense_caption(scene_at(7, "train", index))}
 
 
 def test_train_conversations_alternate_and_show_the_image_once(folder: Path) -> None:
