@@ -118,9 +118,11 @@ def assemble(config: ModelConfig) -> Assembled:
         image_size=config.image_size,
         options=config.backbone_options,
     )
-    fuser = create_fuser(
-        config.fuser, in_channels=backbone.embed_dim, num_layers=len(config.layers), options=config.fuser_options
-    )
+    # Forked, so that runs which differ in nothing but the fuser start from the same projector.
+    with torch.random.fork_rng():
+        fuser = create_fuser(
+            config.fuser, in_channels=backbone.embed_dim, num_layers=len(config.layers), options=config.fuser_options
+        )
     tokenizer = AutoTokenizer.from_pretrained(config.llm)
     image_token_id = add_image_token(tokenizer)
     llm = AutoModelForCausalLM.from_pretrained(config.llm, dtype=torch.float32, attn_implementation=config.attention)

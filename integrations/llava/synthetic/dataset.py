@@ -30,7 +30,7 @@ from .writing import DENSE_CAPTION_PROMPT, dense_caption
 __all__ = ["make_dataset", "scene_at"]
 
 # Raised whenever the same seed starts to mean other pictures or words.
-_VERSION = 2
+_VERSION = 3
 
 
 def scene_at(seed: int, split: str, index: int) -> Scene:

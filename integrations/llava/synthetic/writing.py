@@ -16,7 +16,15 @@ from ..prompts import IGNORE_INDEX, TextEncoder, get_template, render
 from .scene import GRID, Scene
 from .tokenizer import CELL_WORDS, IMAGE_TOKEN, scene_words
 
-__all__ = ["DENSE_CAPTION_PROMPT", "Sample", "SceneWriter", "dense_caption", "embed_written", "place_codes", "stands_for_image"]
+__all__ = [
+    "DENSE_CAPTION_PROMPT",
+    "Sample",
+    "SceneWriter",
+    "dense_caption",
+    "embed_written",
+    "place_codes",
+    "stands_for_image",
+]
 
 
 DENSE_CAPTION_PROMPT = "Write the image out."
