@@ -7,7 +7,6 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from einops import rearrange
 from torch import nn
 
 from layerfuse.backbones.base import BackboneFacts, as_pair
@@ -140,6 +139,8 @@ def patchify(images: torch.Tensor, patch_size: tuple[int, int]) -> torch.Tensor:
     Returns:
         (B, N, ph * pw * 3), row-major over the grid.
     """
+    from einops import rearrange
+
     height, width = patch_size
     return rearrange(images, "b c (row h) (column w) -> b (row column) (h w c)", h=height, w=width)
 

@@ -39,6 +39,8 @@ __all__ = ["LanguageModelRecipe", "Phase", "pretrain_language_model"]
 _ATTENTION = "layerfuse_plain_causal"
 # Larger than the layers' own start, so that attention does not drown what a token is.
 _EMBEDDING_SPREAD = 0.1
+# One sample in so many is a dense caption, the others are conversations.
+_DENSE_EVERY = {"all": 5, "dense": 2}
 _LOG = logging.getLogger(__name__)
 
 
@@ -53,6 +55,8 @@ class Phase:
         place_spread: standard deviation of the place codes added to cell words; 0 for none.
         boxes_only: ask for the boxes of all objects and nothing else, about unblurred words. Mixed with other
             questions, boxes stayed at chance for 1,500 steps; alone they were learned within 400.
+        dense_captions: ask for the scene word by word in every other sample, and let place codes be of any strength up
+            to `place_spread`: visual tokens will carry theirs only once training has brought them out.
     """
 
     name: str
@@ -60,6 +64,7 @@ class Phase:
     learning_rate: float
     place_spread: float = 0.0
     boxes_only: bool = False
+    dense_captions: bool = False
 
 
 @dataclass(frozen=True)
@@ -92,6 +97,7 @@ class LanguageModelRecipe:
         Phase("places", num_steps=1500, learning_rate=2e-3, place_spread=0.1),
         Phase("boxes", num_steps=500, learning_rate=3e-3, place_spread=0.2, boxes_only=True),
         Phase("all", num_steps=800, learning_rate=2e-3, place_spread=0.2),
+        Phase("dense captions", num_steps=600, learning_rate=2e-3, place_spread=0.2, dense_captions=True),
     )
     mixing: float = 0.3
     noise: float = 0.4
@@ -119,20 +125,19 @@ def _turns(questions: Sequence[Question]) -> list[tuple[str, str]]:
     return [(question.text, question.answer) for question in questions]
 
 
-def _pool(recipe: LanguageModelRecipe, writer: SceneWriter) -> list[Sample]:
+def _pool(recipe: LanguageModelRecipe, writer: SceneWriter, *, dense_every: int) -> list[Sample]:
     """Write training scenes: dense captions in template `plain`, conversations in `v1` and `brief`."""
     samples: list[Sample] = []
     for index in tqdm(range(recipe.num_samples), desc="llm: scenes", disable=None):
         rng = np.random.default_rng([recipe.seed, index])
         scene = sample_scene(rng, "train")
-        kind = index % 5
-        if kind == 0:
+        if index % dense_every == 0:
             samples.append(writer.write(scene, [(DENSE_CAPTION_PROMPT, dense_caption(scene))], "plain"))
             continue
         turns = _turns(conversation(scene, rng))
         if rng.random() < 0.1:
             turns = [(CAPTION_PROMPT, caption(scene)), *turns[:5]]
-        samples.append(writer.write(scene, turns, "v1" if kind < 2 else "brief"))
+        samples.append(writer.write(scene, turns, "v1" if index % 5 < 2 else "brief"))
     # Equal lengths stay in random order: Python's sort keeps the order in which they were drawn.
     return sorted(samples, key=lambda sample: len(sample.input_ids))
 
@@ -259,14 +264,18 @@ def _train(recipe: LanguageModelRecipe, writer: SceneWriter) -> LlamaForCausalLM
     """Run the phases of language modelling, with a loss on answers only, and return the trained model."""
     AttentionInterface.register(_ATTENTION, _causal_attention)
     model = _build(recipe, writer.tokenizer)
-    samples = _pool(recipe, writer)
-    boxes = _box_pool(recipe, writer) if any(phase.boxes_only for phase in recipe.phases) else []
+    pools: dict[str, list[Sample]] = {}
     for number, phase in enumerate(recipe.phases):
         if number:
             # Phases hand over in the precision that weights are stored in, so that each can be run by itself.
             model.half().float()
             torch.manual_seed(recipe.seed + number)
-        _run_phase(model, recipe, phase, writer, boxes if phase.boxes_only else samples)
+        kind = "boxes" if phase.boxes_only else "dense" if phase.dense_captions else "all"
+        if kind not in pools:
+            pools[kind] = (
+                _box_pool(recipe, writer) if kind == "boxes" else _pool(recipe, writer, dense_every=_DENSE_EVERY[kind])
+            )
+        _run_phase(model, recipe, phase, writer, pools[kind])
     return _finished(model)
 
 
@@ -301,7 +310,8 @@ def _run_phase(
             # Exact words first, while look-ups form; the full blur from half-way on.
             blur = 0.0 if phase.boxes_only else min(1.0, 2 * step / num_steps)
             mixing, noise = blur * recipe.mixing, blur * recipe.noise
-            embeddings = embed_written(model, input_ids, cells, spread=phase.place_spread)
+            spread = phase.place_spread * (torch.rand(()).item() if phase.dense_captions else 1.0)
+            embeddings = embed_written(model, input_ids, cells, spread=spread)
             embeddings = _blur(embeddings, input_ids, table, cells, mixing=mixing, noise=noise)
             # Padding is on the right, so causal attention alone hides it.
             hidden = model.model(inputs_embeds=embeddings, use_cache=False).last_hidden_state
