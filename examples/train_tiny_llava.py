@@ -13,9 +13,9 @@ from pathlib import Path
 
 from transformers import AutoModelForImageTextToText
 
-from integrations.llava.config import load_recipe
 from integrations.llava.evaluation import read_image, read_questions
 from integrations.llava.generate import load_answerer
+from integrations.llava.recipe_files import load_recipe
 from integrations.llava.synthetic import make_dataset
 from integrations.llava.train import train
 

@@ -23,7 +23,7 @@ _PUBLIC = {
     "load_answerer": "generate",
     "load_model": "checkpoint",
     "load_processor": "checkpoint",
-    "load_recipe": "config",
+    "load_recipe": "recipe_files",
 }
 
 __all__ = list(_PUBLIC)

@@ -1,40 +1,14 @@
-"""Recipes: everything a training run is made of, as typed data.
-
-A recipe is a YAML file in `recipes/` (or anywhere). Values given on the command line or in code win over the file. An
-unknown key is an error that names the nearest right one. Paths that begin with `./` or `../` are meant from the
-recipe file's own folder; all others as the process sees them.
-"""
+"""Recipes: everything a training run is made of, as typed data. `recipe_files` reads and writes them."""
 
 from __future__ import annotations
 
-import dataclasses
-import difflib
-import re
-import typing
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any, Literal, cast
-
-import draccus
-import yaml
+from typing import Any, Literal, cast, get_args
 
 from layerfuse.registry import unknown_name_message
 
-__all__ = [
-    "PARTS",
-    "STAGES",
-    "DataConfig",
-    "ModelConfig",
-    "Recipe",
-    "StageConfig",
-    "dump_recipe",
-    "load_recipe",
-    "parse_overrides",
-    "recipe_names",
-]
-
-RECIPE_FOLDER = Path(__file__).parent / "recipes"
+__all__ = ["ENGINES", "PARTS", "STAGES", "DataConfig", "LoraConfig", "ModelConfig", "Recipe", "StageConfig"]
 
 PARTS: Mapping[str, tuple[str, ...]] = {
     "backbone": ("model.vision_tower.",),
@@ -46,6 +20,10 @@ PARTS: Mapping[str, tuple[str, ...]] = {
 
 STAGES = ("pretrain", "finetune")
 """The stages of a run, in order."""
+
+Engine = Literal["ddp", "fsdp2", "zero2", "zero3"]
+ENGINES: tuple[str, ...] = get_args(Engine)
+"""How several processes share a run: torch's DDP and FSDP2, DeepSpeed's ZeRO-2 and ZeRO-3."""
 
 ImageMode = Literal["pad", "crop", "squash"]
 
@@ -64,7 +42,11 @@ class ModelConfig:
         fuser: name of the fuser.
         fuser_options: the fuser's own arguments.
         projector: kind of projector.
-        llm: folder or hub name of a causal language model with its tokenizer.
+        llm: folder or hub name of a causal language model.
+        llm_pretrained: load its weights; False builds `llm_architecture` with random ones.
+        llm_architecture: transformers' config of the language model (`model_type`, `hidden_size`, …). Used where
+            nothing can be loaded: for random weights, and by a dry run that does not reach the hub.
+        tokenizer: folder or hub name of the tokenizer; None for the language model's own.
         attention: transformers' name of the attention implementation.
     """
 
@@ -78,6 +60,9 @@ class ModelConfig:
     fuser_options: dict[str, Any] = field(default_factory=dict)
     projector: Literal["mlp2x_gelu"] = "mlp2x_gelu"
     llm: str = "lmsys/vicuna-7b-v1.5"
+    llm_pretrained: bool = True
+    llm_architecture: dict[str, Any] = field(default_factory=dict)
+    tokenizer: str | None = None
     attention: str = "sdpa"
 
 
@@ -92,6 +77,7 @@ class DataConfig:
         max_length: tokens, images expanded; longer samples are cut.
         cache_images: MiB of prepared images kept in memory, so that small data sets are decoded once.
         check_images: decode every image before training starts; "size" only reads headers, "none" trusts the files.
+        bad_samples: "fail" stops at a sample that cannot be used; "skip" leaves it out, counts it and says so.
     """
 
     path: str = ""
@@ -100,6 +86,27 @@ class DataConfig:
     max_length: int = 2048
     cache_images: int = 256
     check_images: Literal["decode", "size", "none"] = "size"
+    bad_samples: Literal["fail", "skip"] = "fail"
+
+
+@dataclass(frozen=True)
+class LoraConfig:
+    """Low-rank adaptation (LoRA, arXiv:2106.09685) of the language model, through peft.
+
+    Attributes:
+        rank: of the adapters; 0 trains the language model's own weights.
+        alpha: the adapters' output is scaled by alpha / rank.
+        dropout: share of the adapters' inputs set to zero in training.
+        target_modules: names of the linear layers that get an adapter.
+        quantize: store the frozen weights in 4 bits ("nf4", QLoRA, arXiv:2305.14314) or 8 bits ("int8"), through
+            bitsandbytes.
+    """
+
+    rank: int = 0
+    alpha: float = 16.0
+    dropout: float = 0.0
+    target_modules: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+    quantize: Literal["none", "int8", "nf4"] = "none"
 
 
 @dataclass(frozen=True)
@@ -110,19 +117,26 @@ class StageConfig:
         trainable: parts that learn; names from `PARTS`. All others are frozen.
         template: name of the prompt template.
         data: the samples.
+        lora: train the language model through adapters.
         learning_rate: peak learning rate.
-        fuser_learning_rate: peak learning rate of the fuser; None for the same.
-        batch_size: samples per device and step.
-        gradient_accumulation: steps whose gradients are summed before the optimizer moves.
+        learning_rates: peak learning rates of parts that have their own, such as {"fuser": 1e-4}.
+        batch_size: samples per optimizer step, over all processes.
+        micro_batch_size: samples per process at a time; gradients of several are summed until `batch_size` is
+            reached. None: as many as one process has to take in a step.
+        loss_average: "micro_batch" averages the means of the micro batches, as the published code does; "token"
+            weighs every supervised token alike.
         epochs: passes over the data; ignored if `max_steps` is given.
         max_steps: optimizer steps.
         warmup_ratio: part of the steps over which the learning rate rises.
         weight_decay: for weights outside norms; never for biases.
         scheduler: transformers' name of the learning rate schedule.
         max_grad_norm: gradients are scaled down to this norm; 0 leaves them alone.
-        precision: of the computation; parameters stay float32 under "fp32" and "bf16".
+        precision: of the computation. Trained parameters stay float32; frozen ones take the precision's type.
         gradient_checkpointing: recompute the language model's activations, to save memory.
         group_by_modality: batch samples of one modality and like lengths together.
+        engine: how several processes share the run; one process needs none.
+        save_every: optimizer steps between two checkpoints; None writes one only when the run is told to stop.
+        keep_checkpoints: the newest checkpoints that stay while a stage runs.
         num_workers: processes that prepare samples; 0 prepares them in the training process.
         log_every: steps between two log entries; losses are kept for every step.
         seed: of the sampler and of new weights.
@@ -131,10 +145,12 @@ class StageConfig:
     trainable: tuple[str, ...]
     template: str
     data: DataConfig = field(default_factory=DataConfig)
+    lora: LoraConfig = field(default_factory=LoraConfig)
     learning_rate: float = 1e-3
-    fuser_learning_rate: float | None = None
+    learning_rates: dict[str, float] = field(default_factory=dict)
     batch_size: int = 16
-    gradient_accumulation: int = 1
+    micro_batch_size: int | None = None
+    loss_average: Literal["micro_batch", "token"] = "micro_batch"
     epochs: float = 1.0
     max_steps: int | None = None
     warmup_ratio: float = 0.03
@@ -144,15 +160,44 @@ class StageConfig:
     precision: Literal["fp32", "bf16"] = "fp32"
     gradient_checkpointing: bool = False
     group_by_modality: bool = False
+    engine: Engine = "ddp"
+    save_every: int | None = None
+    keep_checkpoints: int = 1
     num_workers: int = 0
     log_every: int = 10
     seed: int = 42
 
     def __post_init__(self) -> None:
-        """Refuse parts that do not exist."""
-        for part in self.trainable:
+        """Refuse parts that do not exist and batches that cannot be."""
+        for part in (*self.trainable, *self.learning_rates):
             if part not in PARTS:
-                raise ValueError(unknown_name_message("trainable part", part, PARTS))
+                raise ValueError(unknown_name_message("part", part, PARTS))
+        for name in ("batch_size", "micro_batch_size", "save_every", "keep_checkpoints", "max_steps"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name}={value} is too small; give at least 1.")
+
+    def batches(self, num_processes: int = 1) -> tuple[int, int]:
+        """Divide a step's samples among processes.
+
+        Args:
+            num_processes: how many share the run.
+
+        Returns:
+            Samples per process at a time, and how many times a process does that in one optimizer step.
+
+        Raises:
+            ValueError: if `batch_size` cannot be divided like that; possible values are named.
+        """
+        per_process, left = divmod(self.batch_size, num_processes)
+        micro = self.micro_batch_size or per_process
+        if left or not per_process or per_process % micro:
+            raise ValueError(
+                f"batch_size={self.batch_size} cannot be divided among {num_processes} processes in micro batches of "
+                f"{self.micro_batch_size or 'equal size'}; batch_size has to be a multiple of processes times "
+                f"micro_batch_size. Set micro_batch_size to a divisor of batch_size / processes."
+            )
+        return micro, per_process // micro
 
 
 def _pretrain() -> StageConfig:
@@ -190,180 +235,3 @@ class Recipe:
         if name not in STAGES:
             raise ValueError(unknown_name_message("stage", name, STAGES))
         return cast(StageConfig, getattr(self, name))
-
-
-class _Loader(yaml.SafeLoader):
-    """YAML 1.1 reads `2e-5` as text; here it is a number."""
-
-
-_Loader.add_implicit_resolver(  # type: ignore[no-untyped-call]
-    "tag:yaml.org,2002:float",
-    re.compile(r"^[-+]?(?:\d[\d_]*\.?[\d_]*|\.\d[\d_]*)(?:[eE][-+]?\d+)$"),
-    list("-+0123456789."),
-)
-
-
-def recipe_names() -> tuple[str, ...]:
-    """Names of the recipes that come with the package, sorted."""
-    return tuple(sorted(path.stem for path in RECIPE_FOLDER.glob("*.yaml")))
-
-
-def load_recipe(recipe: str | Path, overrides: Mapping[str, Any] | None = None) -> Recipe:
-    """Read a recipe.
-
-    Args:
-        recipe: name of a recipe of this package, or path of a YAML file.
-        overrides: dotted key -> value, such as {"finetune.learning_rate": 1e-5}; they win over the file.
-
-    Returns:
-        The recipe, every value typed and every default filled in.
-
-    Raises:
-        ValueError: if the recipe, a key or a value is not allowed; keys are suggested.
-        FileNotFoundError: if the file does not exist.
-    """
-    path = _find(recipe)
-    values = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader) or {}
-    if not isinstance(values, dict):
-        raise ValueError(f"{path} holds a {type(values).__name__}; a recipe is a mapping of keys to values.")
-    values = _anchor(_with_base(values, path), path.parent)
-    return _decode({"name": path.stem} | values, overrides or {}, origin=str(path))
-
-
-def _with_base(values: dict[str, Any], path: Path) -> dict[str, Any]:
-    """Resolve `base: other.yaml`: a variant shows only what differs."""
-    base = values.pop("base", None)
-    if base is None:
-        return values
-    base_path = path.parent / base
-    if not base_path.is_file():
-        raise FileNotFoundError(f"{path} derives from {base_path}, which does not exist.")
-    inherited = yaml.load(base_path.read_text(encoding="utf-8"), Loader=_Loader)
-    return _merge(_anchor(_with_base(inherited, base_path), base_path.parent), values)
-
-
-def _find(recipe: str | Path) -> Path:
-    path = Path(recipe)
-    if path.suffix in (".yaml", ".yml"):
-        if not path.is_file():
-            raise FileNotFoundError(f"recipe file {path} does not exist.")
-        return path
-    if str(recipe) not in recipe_names():
-        message = unknown_name_message("recipe", str(recipe), recipe_names())
-        raise ValueError(f"{message} A file of your own ends in .yaml.")
-    return RECIPE_FOLDER / f"{recipe}.yaml"
-
-
-def _decode(values: Mapping[str, Any], overrides: Mapping[str, Any], *, origin: str) -> Recipe:
-    merged = _merge(_plain(draccus.encode(Recipe())), values)
-    for key, value in overrides.items():
-        nested: Any = value
-        for part in reversed(key.split(".")):
-            nested = {part: nested}
-        merged = _merge(merged, nested)
-    _check_keys(merged, origin)
-    try:
-        return draccus.decode(Recipe, merged)
-    except draccus.utils.DecodingError as error:
-        raise ValueError(f"{origin}: {error}") from error
-    except draccus.utils.ParsingError as error:
-        # A value refused by a class of ours arrives wrapped; its own message is the one that helps.
-        raise ValueError(f"{origin}: {error.__cause__ or error}") from error
-
-
-def _check_keys(values: Mapping[str, Any], origin: str) -> None:
-    known = dict(_fields(Recipe))
-    for key, kind in known.items():
-        section = _lookup(values, key) if dataclasses.is_dataclass(kind) else {}
-        if not isinstance(section, Mapping):
-            raise ValueError(f"{origin}: {key!r} is a section with keys of its own; it cannot be {section!r}.")
-    for key in _keys(values, known):
-        if key not in known:
-            nearest = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
-            hint = f" did you mean {nearest[0]!r}?" if nearest else ""
-            section = key.rpartition(".")[0]
-            siblings = [name for name in known if name.rpartition(".")[0] == section] or list(known)
-            raise ValueError(f"{origin}: unknown key {key!r};{hint} Known here: {', '.join(siblings)}.")
-
-
-def _lookup(values: Mapping[str, Any], key: str) -> Any:
-    value: Any = values
-    for part in key.split("."):
-        value = value.get(part, {}) if isinstance(value, Mapping) else {}
-    return value
-
-
-def _fields(cls: type, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    hints = typing.get_type_hints(cls)
-    for item in dataclasses.fields(cls):
-        yield prefix + item.name, hints[item.name]
-        if dataclasses.is_dataclass(hints[item.name]):
-            yield from _fields(hints[item.name], f"{prefix}{item.name}.")
-
-
-def _keys(values: Mapping[str, Any], known: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
-    for name, value in values.items():
-        yield f"{prefix}{name}"
-        if isinstance(value, Mapping) and dataclasses.is_dataclass(known.get(f"{prefix}{name}")):
-            yield from _keys(value, known, f"{prefix}{name}.")
-
-
-def _merge(base: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str, Any]:
-    merged = dict(base)
-    for key, value in values.items():
-        old = merged.get(key)
-        merged[key] = _merge(old, value) if isinstance(old, Mapping) and isinstance(value, Mapping) else value
-    return merged
-
-
-def _anchor(value: Any, folder: Path) -> Any:
-    if isinstance(value, Mapping):
-        return {key: _anchor(entry, folder) for key, entry in value.items()}
-    if isinstance(value, str) and value.startswith(("./", "../")):
-        return str((folder / value).resolve())
-    return value
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return {key: _plain(entry) for key, entry in value.items()}
-    return [_plain(entry) for entry in value] if isinstance(value, list | tuple) else value
-
-
-def parse_overrides(arguments: Sequence[str]) -> dict[str, Any]:
-    """Read `--section.key value` pairs; several values, or none for a switch, are allowed.
-
-    Args:
-        arguments: what stands on the command line behind the command's own options.
-
-    Returns:
-        Dotted key -> value, values read as YAML.
-
-    Raises:
-        ValueError: if an argument stands where a `--key` is expected.
-    """
-    overrides: dict[str, Any] = {}
-    key: str | None = None
-    values: list[str] = []
-
-    def store() -> None:
-        if key is not None:
-            read = [yaml.load(value, Loader=_Loader) for value in values]
-            overrides[key] = True if not read else read[0] if len(read) == 1 else read
-
-    for argument in arguments:
-        name, equals, value = argument.partition("=")
-        if name.startswith("--"):
-            store()
-            key, values = name[2:].replace("-", "_"), [value] if equals else []
-        elif key is None:
-            raise ValueError(f"{argument!r} is not a key; overrides look like --finetune.learning_rate 2e-5.")
-        else:
-            values.append(argument)
-    store()
-    return overrides
-
-
-def dump_recipe(recipe: Recipe) -> str:
-    """Write a recipe as YAML with every value spelled out; `load_recipe` reads it back as the same recipe."""
-    return yaml.safe_dump(_plain(draccus.encode(recipe)), sort_keys=False, allow_unicode=True)

@@ -32,11 +32,12 @@ from layerfuse.fusers import create_fuser
 from layerfuse.preprocessing import Preprocessing
 
 from .checkpoint import load_adapter, save_adapter, save_model, write_text
-from .config import PARTS, STAGES, ModelConfig, Recipe, StageConfig, dump_recipe
+from .config import PARTS, STAGES, ModelConfig, Recipe, StageConfig
 from .data import Collator, ConversationDataset, Sample, check_samples, read_samples
 from .model import FusedLlavaForConditionalGeneration, build_model
 from .processing import add_image_token, build_processor
 from .prompts import TextEncoder, get_template
+from .recipe_files import dump_recipe
 from .trainer import LlavaTrainer, RunLog
 
 __all__ = ["Assembled", "assemble", "set_trainable", "train"]
@@ -215,7 +216,7 @@ def _run_stage(
         args=_arguments(config, output / name),
         train_dataset=dataset,
         data_collator=Collator(tokenizer.pad_token_id),
-        fuser_learning_rate=config.fuser_learning_rate,
+        learning_rates=config.learning_rates,
         group_by_modality=config.group_by_modality,
         callbacks=list(callbacks),
     )
@@ -228,10 +229,11 @@ def _run_stage(
 
 def _arguments(config: StageConfig, folder: Path) -> TrainingArguments:
     cuda = torch.cuda.is_available()
+    micro_batch_size, accumulation = config.batches()
     return TrainingArguments(
         output_dir=str(folder),
-        per_device_train_batch_size=config.batch_size,
-        gradient_accumulation_steps=config.gradient_accumulation,
+        per_device_train_batch_size=micro_batch_size,
+        gradient_accumulation_steps=accumulation,
         num_train_epochs=config.epochs,
         max_steps=config.max_steps if config.max_steps is not None else -1,
         learning_rate=config.learning_rate,

@@ -9,7 +9,8 @@ from collections.abc import Sequence
 
 from transformers.utils import logging as transformers_logging
 
-from .config import STAGES, load_recipe, parse_overrides, recipe_names
+from .config import STAGES
+from .recipe_files import load_recipe, parse_overrides, recipe_names
 from .train import train
 
 __all__ = ["main"]

@@ -1,4 +1,4 @@
-"""transformers' Trainer with a sampler that groups by modality and length, and a learning rate for the fuser.
+"""transformers' Trainer with a sampler that groups by modality and length, and learning rates by part.
 
 The sampler gives the index lists of the published code (LLaVA-1.5, `llava/train/llava_trainer.py`), its oddity of the
 last batches included, so that runs can be compared batch by batch.
@@ -127,16 +127,16 @@ class ModalityLengthSampler(Sampler[int]):
 
 
 def parameter_groups(
-    model: nn.Module, *, learning_rate: float, fuser_learning_rate: float | None, weight_decay: float
+    model: nn.Module, *, learning_rate: float, learning_rates: Mapping[str, float] | None = None, weight_decay: float
 ) -> list[dict[str, Any]]:
-    """Sort trainable parameters into groups: with or without weight decay, fuser or not.
+    """Sort trainable parameters into groups: by part, where it has its own learning rate, with or without decay.
 
     Biases and everything inside norms are never decayed.
 
     Args:
         model: the whole model.
         learning_rate: peak learning rate.
-        fuser_learning_rate: the fuser's own; None for the same.
+        learning_rates: part -> its own peak learning rate.
         weight_decay: of the parameters that are decayed.
 
     Returns:
@@ -148,39 +148,36 @@ def parameter_groups(
         if "Norm" in type(module).__name__
         for name, _ in module.named_parameters(recurse=False)
     }
-    groups: dict[tuple[bool, bool], dict[str, Any]] = {}
-    for in_fuser in (False, True):
-        for decayed in (True, False):
-            groups[in_fuser, decayed] = {
-                "params": [],
-                "names": [],
-                "weight_decay": weight_decay if decayed else 0.0,
-                "lr": fuser_learning_rate if in_fuser and fuser_learning_rate is not None else learning_rate,
-            }
+    rates = {"": learning_rate, **(learning_rates or {})}
+    groups: dict[tuple[str, bool], dict[str, Any]] = {
+        (part, decayed): {"params": [], "names": [], "weight_decay": weight_decay if decayed else 0.0, "lr": rate}
+        for part, rate in rates.items()
+        for decayed in (True, False)
+    }
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
-        in_fuser = fuser_learning_rate is not None and any(prefix in name for prefix in PARTS["fuser"])
-        group = groups[in_fuser, name not in norms and "bias" not in name]
+        part = next((part for part in rates if part and any(prefix in name for prefix in PARTS[part])), "")
+        group = groups[part, name not in norms and "bias" not in name]
         group["params"].append(parameter)
         group["names"].append(name)
     return [group for group in groups.values() if group["params"]]
 
 
 class LlavaTrainer(Trainer):
-    """Trainer with LLaVA's sampler and a learning rate of the fuser's own.
+    """Trainer with LLaVA's sampler and learning rates by part.
 
     Args:
-        fuser_learning_rate: peak learning rate of the fuser; None for the same as all others.
+        learning_rates: part -> its own peak learning rate.
         group_by_modality: use `ModalityLengthSampler`; the data set needs `lengths`.
         **kwargs: Trainer's.
     """
 
     def __init__(
-        self, *, fuser_learning_rate: float | None = None, group_by_modality: bool = False, **kwargs: Any
+        self, *, learning_rates: Mapping[str, float] | None = None, group_by_modality: bool = False, **kwargs: Any
     ) -> None:
         super().__init__(**kwargs)
-        self.fuser_learning_rate = fuser_learning_rate
+        self.learning_rates = learning_rates
         self.group_by_modality = group_by_modality
         self.losses: list[torch.Tensor] = []
         """Loss of every micro batch since the last log entry, not yet brought to the CPU."""
@@ -193,7 +190,7 @@ class LlavaTrainer(Trainer):
             groups = parameter_groups(
                 whole,
                 learning_rate=self.args.learning_rate,
-                fuser_learning_rate=self.fuser_learning_rate,
+                learning_rates=self.learning_rates,
                 weight_decay=self.args.weight_decay,
             )
             cls, options = self.get_optimizer_cls_and_kwargs(self.args)

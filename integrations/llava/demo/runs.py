@@ -13,7 +13,7 @@ from typing import Any
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from integrations.llava.checkpoint import load_model
-from integrations.llava.config import Recipe, dump_recipe
+from integrations.llava.config import Recipe
 from integrations.llava.demo.fingerprint import (
     code_digest,
     digest,
@@ -26,6 +26,7 @@ from integrations.llava.demo.fingerprint import (
 from integrations.llava.demo.results import FuserRun
 from integrations.llava.evaluation import evaluate, read_predictions, read_questions, score_answers, summarise
 from integrations.llava.model import FusedLlavaForConditionalGeneration
+from integrations.llava.recipe_files import dump_recipe
 from integrations.llava.synthetic.questions import KINDS
 from integrations.llava.train import train
 

@@ -7,8 +7,9 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
-from integrations.llava.config import Recipe, load_recipe
+from integrations.llava.config import Recipe
 from integrations.llava.evaluation import read_image
+from integrations.llava.recipe_files import load_recipe
 from layerfuse.fusers import FUSERS
 
 __all__ = ["DemoSettings", "check_settings", "run_recipe"]

@@ -18,7 +18,8 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from integrations.llava.config import Recipe, load_recipe
+from integrations.llava.config import Recipe
+from integrations.llava.recipe_files import load_recipe
 from tests.integrations.llava.tiny_parts import human_and_gpt, make_tokenizer, tiny_overrides
 
 

@@ -8,16 +8,8 @@ import pytest
 import yaml
 from transformers import AutoTokenizer
 
-from integrations.llava.config import (
-    PARTS,
-    RECIPE_FOLDER,
-    Recipe,
-    StageConfig,
-    dump_recipe,
-    load_recipe,
-    parse_overrides,
-    recipe_names,
-)
+from integrations.llava.config import PARTS, Recipe, StageConfig
+from integrations.llava.recipe_files import RECIPE_FOLDER, dump_recipe, load_recipe, parse_overrides, recipe_names
 from integrations.llava.train import train
 from tests.integrations.llava.tiny_parts import tiny_overrides
 
@@ -60,7 +52,7 @@ def test_published_numbers_of_mmfuser_7b() -> None:
     assert recipe.model.layers == (-22, -17, -12, -7, -2)
     assert recipe.pretrain.learning_rate == 1e-3
     assert recipe.finetune.learning_rate == 2e-5
-    assert (recipe.pretrain.batch_size * 8, recipe.finetune.batch_size * 8) == (256, 128)
+    assert (recipe.pretrain.batch_size, recipe.finetune.batch_size) == (256, 128)
     assert (recipe.pretrain.template, recipe.finetune.template) == ("plain", "v1")
     assert (recipe.pretrain.data.image_mode, recipe.finetune.data.image_mode) == ("crop", "pad")
     assert recipe.finetune.group_by_modality and not recipe.pretrain.group_by_modality
@@ -126,7 +118,7 @@ def test_relative_paths_are_meant_from_the_recipe_file(tmp_path: Path) -> None:
         ({"pretrain.data.pth": "x"}, "did you mean 'pretrain.data.path'"),
         ({"finetune.batch_size": "many"}, "`finetune.batch_size`: Couldn't parse 'many' into an int"),
         ({"finetune.data.image_mode": "stretch"}, "one of: pad, crop, squash"),
-        ({"finetune.trainable": ["fusr"]}, "trainable part 'fusr' is unknown; did you mean 'fuser'"),
+        ({"finetune.trainable": ["fusr"]}, "part 'fusr' is unknown; did you mean 'fuser'"),
         ({"model": 3}, "'model' is a section"),
     ],
 )

@@ -12,8 +12,9 @@ from safetensors.torch import load_file
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from integrations.llava.checkpoint import load_model
-from integrations.llava.config import PARTS, Recipe, load_recipe
+from integrations.llava.config import PARTS, Recipe
 from integrations.llava.data import read_samples
+from integrations.llava.recipe_files import load_recipe
 from integrations.llava.train import assemble, set_trainable, train
 
 
@@ -96,12 +97,12 @@ def test_finetune_can_start_from_an_earlier_pretrain(tiny_recipe: Recipe, run_fo
 
 def test_accumulated_micro_batches_give_the_loss_of_one_batch(tiny_recipe: Recipe, tmp_path: Path) -> None:
     losses = []
-    for batch_size, accumulation in ((4, 1), (2, 2)):
+    for micro_batch_size in (4, 2):
         stage = dataclasses.replace(
-            tiny_recipe.pretrain, batch_size=batch_size, gradient_accumulation=accumulation, max_steps=2
+            tiny_recipe.pretrain, micro_batch_size=micro_batch_size, loss_average="token", max_steps=2
         )
         folder = train(
-            dataclasses.replace(tiny_recipe, pretrain=stage), tmp_path / str(accumulation), stages=["pretrain"]
+            dataclasses.replace(tiny_recipe, pretrain=stage), tmp_path / str(micro_batch_size), stages=["pretrain"]
         )
         losses.append([json.loads(line)["loss"] for line in (folder / "metrics.jsonl").read_text().splitlines()])
 

@@ -85,8 +85,8 @@ class _Model(nn.Module):
         self.model["language_model"]["frozen"].requires_grad_(False)
 
 
-def groups_of(fuser_learning_rate: float | None) -> list[tuple[float, float, list[str]]]:
-    groups = parameter_groups(_Model(), learning_rate=1.0, fuser_learning_rate=fuser_learning_rate, weight_decay=0.1)
+def groups_of(learning_rates: dict[str, float] | None) -> list[tuple[float, float, list[str]]]:
+    groups = parameter_groups(_Model(), learning_rate=1.0, learning_rates=learning_rates, weight_decay=0.1)
     return [(group["lr"], group["weight_decay"], group["names"]) for group in groups]
 
 
@@ -108,5 +108,10 @@ def test_biases_and_norms_are_not_decayed_and_frozen_parameters_left_out() -> No
 
 
 def test_the_fuser_has_a_learning_rate_of_its_own() -> None:
-    assert [(rate, decay) for rate, decay, _ in groups_of(0.5)] == [(1.0, 0.1), (1.0, 0.0), (0.5, 0.1), (0.5, 0.0)]
-    assert groups_of(0.5)[2][2] == ["model.fuser.attention.weight"]
+    assert [(rate, decay) for rate, decay, _ in groups_of({"fuser": 0.5})] == [
+        (1.0, 0.1),
+        (1.0, 0.0),
+        (0.5, 0.1),
+        (0.5, 0.0),
+    ]
+    assert groups_of({"fuser": 0.5})[2][2] == ["model.fuser.attention.weight"]

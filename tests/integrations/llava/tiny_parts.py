@@ -60,7 +60,14 @@ def tiny_overrides(backbone: Path, llm: Path, data: Path) -> dict[str, Any]:
         "finetune.data.path": str(data / "train.json"),
     }
     for stage in ("pretrain", "finetune"):
-        small = {"max_steps": 3, "batch_size": 4, "num_workers": 0, "precision": "fp32", "log_every": 2}
+        small = {
+            "max_steps": 3,
+            "batch_size": 4,
+            "micro_batch_size": 4,
+            "num_workers": 0,
+            "precision": "fp32",
+            "log_every": 2,
+        }
         overrides |= {f"{stage}.{key}": value for key, value in small.items()}
         overrides[f"{stage}.data.image_folder"] = str(data)
     return overrides

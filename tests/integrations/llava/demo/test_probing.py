@@ -34,7 +34,7 @@ def test_chance_is_the_share_of_the_commonest_class() -> None:
 
 
 def test_probe_covers_every_layer_from_the_embeddings_on(tiny_recipe: object) -> None:
-    from integrations.llava.config import load_recipe
+    from integrations.llava.recipe_files import load_recipe
 
     config: ModelConfig = load_recipe(str(tiny_recipe)).model
     backbone = all_layers_backbone(config)
