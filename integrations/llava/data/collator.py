@@ -1,0 +1,57 @@
+"""Samples joined to a batch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
+
+import torch
+
+from integrations.llava.prompts import IGNORE_INDEX
+
+__all__ = ["Collator"]
+
+
+class Collator:
+    """Joins samples to a batch.
+
+    Args:
+        pad_token_id: fills short samples up.
+        side: where: "right" for training, "left" for generation.
+    """
+
+    def __init__(self, pad_token_id: int, *, side: Literal["right", "left"] = "right") -> None:
+        self.pad_token_id = pad_token_id
+        self.side = side
+
+    def __call__(self, samples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+        """Pad and stack.
+
+        Args:
+            samples: as `ConversationDataset` gives them; `labels` and `id` may be left out of all.
+
+        Returns:
+            `input_ids`, `attention_mask`, `labels` (B, T); `pixel_values` (images, 3, height, width) if there are any;
+            `sample_ids`, B texts, where samples have an `id`; `skipped`, why samples are void, if any is.
+        """
+        ids = [sample["input_ids"] for sample in samples]
+        batch: dict[str, Any] = {
+            "input_ids": self._pad(ids, self.pad_token_id),
+            "attention_mask": self._pad([torch.ones_like(row) for row in ids], 0),
+        }
+        if "labels" in samples[0]:
+            batch["labels"] = self._pad([sample["labels"] for sample in samples], IGNORE_INDEX)
+        pixels = torch.cat([sample["pixel_values"] for sample in samples])
+        if len(pixels):
+            batch["pixel_values"] = pixels
+        if "id" in samples[0]:
+            batch["sample_ids"] = [sample["id"] for sample in samples]
+        skipped = [sample["skipped"] for sample in samples if "skipped" in sample]
+        if skipped:
+            batch["skipped"] = skipped
+        return batch
+
+    def _pad(self, rows: Sequence[torch.Tensor], value: int) -> torch.Tensor:
+        return torch.nn.utils.rnn.pad_sequence(
+            list(rows), batch_first=True, padding_value=value, padding_side=self.side
+        )
