@@ -78,11 +78,13 @@ TEMPLATES: Mapping[str, Template] = {
     template.name: template
     for template in (
         _V1,
+        dataclasses.replace(_V1, name="llava_v1", system=_V1.system.replace("user", "human")),
         dataclasses.replace(_V1, name="brief", system=""),
         Template(name="plain", answer_end="\n", end_token=False, caption_only=True),
     )
 }
-"""`v1`: vicuna, as LLaVA-1.5 finetunes. `brief`: v1 without system text. `plain`: captions, as LLaVA-1.5 pretrains."""
+"""`v1`: vicuna, as LLaVA-1.5 finetunes. `llava_v1`: the same about a "human". `brief`: v1 without system text. `plain`:
+captions, as LLaVA-1.5 pretrains."""
 
 
 def get_template(name: str) -> Template:

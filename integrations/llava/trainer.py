@@ -1,129 +1,45 @@
-"""transformers' Trainer with a sampler that groups by modality and length, and learning rates by part.
+"""transformers' Trainer with LLaVA's samplers, learning rates by part, a choice of loss average, and a guard.
 
-The sampler gives the index lists of the published code (LLaVA-1.5, `llava/train/llava_trainer.py`), its oddity of the
-last batches included, so that runs can be compared batch by batch.
+What is averaged over what decides what a supervised token weighs. The published code takes the mean of each micro
+batch, then of all micro batches and processes; LLaVA-1.5's numbers come from that. Trainer's own way weighs all
+supervised tokens of an optimizer step alike.
 """
 
 from __future__ import annotations
 
+import itertools
 import json
+import logging
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
+from accelerate.utils import gather_object
 from torch import nn
+from torch.distributed.tensor import DTensor
 from torch.utils.data import Sampler
-from torch.utils.tensorboard import SummaryWriter
-from tqdm.auto import tqdm
-from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import TrainingArguments
 
+from .checkpoint import write_text
+from .checkpointing import CheckpointingTrainer
 from .config import PARTS
+from .optimizer_steps import BrokenBatch, NonFiniteLossError, OptimizerStep
+from .prompts import IGNORE_INDEX
+from .run_log import RunLog
+from .sampler import ModalityLengthSampler, ShuffleSampler, modality_length_indices
 
-__all__ = ["LlavaTrainer", "ModalityLengthSampler", "RunLog", "modality_length_indices", "parameter_groups"]
+__all__ = [
+    "LlavaTrainer",
+    "ModalityLengthSampler",
+    "NonFiniteLossError",
+    "RunLog",
+    "modality_length_indices",
+    "parameter_groups",
+]
 
-
-def modality_length_indices(
-    lengths: Sequence[int], *, batch_size: int, world_size: int = 1, generator: torch.Generator | None = None
-) -> list[int]:
-    """Order samples so that a global batch holds one modality and like lengths.
-
-    Args:
-        lengths: of every sample; negative for samples without image, never 0.
-        batch_size: samples per process and step.
-        world_size: number of processes.
-        generator: source of randomness; the global one if None.
-
-    Returns:
-        Every index once.
-
-    Raises:
-        ValueError: if a length is 0, since its sign then says nothing.
-    """
-    if not all(lengths):
-        raise ValueError(
-            f"sample {list(lengths).index(0)} has length 0; lengths are positive, or negative without image."
-        )
-    with_image = [index for index, length in enumerate(lengths) if length > 0]
-    without = [index for index, length in enumerate(lengths) if length < 0]
-    if not with_image or not without:
-        # Published: signs stay, so that samples without image come shortest first.
-        return _length_grouped(lengths, batch_size, world_size, generator)
-    global_batch = batch_size * world_size
-    batches: list[list[int]] = []
-    rest: list[int] = []
-    for indices in (with_image, without):
-        order = _length_grouped([abs(lengths[index]) for index in indices], batch_size, world_size, generator)
-        ordered = [indices[position] for position in order]
-        chunks = [ordered[start : start + global_batch] for start in range(0, len(ordered), global_batch)]
-        # Published: the last batch of each modality is set aside, also if it is full.
-        rest += chunks.pop()
-        batches += chunks
-    shuffled = [batches[position] for position in torch.randperm(len(batches), generator=generator).tolist()]
-    return [index for batch in [*shuffled, sorted(rest)] for index in batch]
-
-
-def _length_grouped(
-    lengths: Sequence[int], batch_size: int, world_size: int, generator: torch.Generator | None
-) -> list[int]:
-    """Shuffle, then deal each global batch out to the processes so that all get about the same number of words."""
-    order = torch.randperm(len(lengths), generator=generator).tolist()
-    global_batch = batch_size * world_size
-    dealt: list[int] = []
-    for start in range(0, len(order), global_batch):
-        batch = sorted(order[start : start + global_batch], key=lambda index: lengths[index], reverse=True)
-        for share in _even_shares(batch, lengths, world_size):
-            dealt += share
-    return dealt
-
-
-def _even_shares(batch: Sequence[int], lengths: Sequence[int], num_shares: int) -> list[list[int]]:
-    if len(batch) % num_shares:
-        return [list(batch[share::num_shares]) for share in range(num_shares)]
-    size = len(batch) // num_shares
-    shares: list[list[int]] = [[] for _ in range(num_shares)]
-    totals: list[float] = [0] * num_shares
-    for index in batch:
-        smallest = totals.index(min(totals))
-        shares[smallest].append(index)
-        totals[smallest] = totals[smallest] + lengths[index] if len(shares[smallest]) < size else math.inf
-    return shares
-
-
-class ModalityLengthSampler(Sampler[int]):
-    """Yields `modality_length_indices`, anew in every epoch.
-
-    Args:
-        lengths: of every sample; negative for samples without image.
-        batch_size: samples per process and step.
-        world_size: number of processes.
-        seed: order of epoch e depends on seed and e only, so that a resumed run meets the same batches.
-    """
-
-    def __init__(self, lengths: Sequence[int], *, batch_size: int, world_size: int = 1, seed: int = 0) -> None:
-        self.lengths = lengths
-        self.batch_size = batch_size
-        self.world_size = world_size
-        self.seed = seed
-        self.epoch = 0
-
-    def set_epoch(self, epoch: int) -> None:
-        """Choose the epoch; accelerate calls this."""
-        self.epoch = epoch
-
-    def __len__(self) -> int:
-        """Number of samples."""
-        return len(self.lengths)
-
-    def __iter__(self) -> Iterator[int]:
-        """Iterate over the indices of one epoch."""
-        generator = torch.Generator().manual_seed(self.seed + self.epoch)
-        return iter(
-            modality_length_indices(
-                self.lengths, batch_size=self.batch_size, world_size=self.world_size, generator=generator
-            )
-        )
+_log = logging.getLogger(__name__)
 
 
 def parameter_groups(
@@ -164,23 +80,44 @@ def parameter_groups(
     return [group for group in groups.values() if group["params"]]
 
 
-class LlavaTrainer(Trainer):
-    """Trainer with LLaVA's sampler and learning rates by part.
+class LlavaTrainer(CheckpointingTrainer):
+    """Trainer with LLaVA's samplers, learning rates by part, and a loss that is averaged as asked.
+
+    A batch may carry `sample_ids` and `skipped` (why samples were left out), lists of text; they never reach the model.
 
     Args:
+        args: as for Trainer.
         learning_rates: part -> its own peak learning rate.
+        loss_average: "micro_batch": micro batches and processes weigh alike, whatever they supervise; "token": every
+            supervised token of an optimizer step weighs alike.
         group_by_modality: use `ModalityLengthSampler`; the data set needs `lengths`.
         **kwargs: Trainer's.
     """
 
     def __init__(
-        self, *, learning_rates: Mapping[str, float] | None = None, group_by_modality: bool = False, **kwargs: Any
+        self,
+        *,
+        args: TrainingArguments,
+        learning_rates: Mapping[str, float] | None = None,
+        loss_average: Literal["micro_batch", "token"] = "micro_batch",
+        group_by_modality: bool = False,
+        **kwargs: Any,
     ) -> None:
-        super().__init__(**kwargs)
+        if args.n_gpu > 1:
+            _log.warning(
+                "%d GPUs are visible, but one process trains on one: use torchrun --nproc_per_node %d to train on all.",
+                args.n_gpu,
+                args.n_gpu,
+            )
+            # Else Trainer would wrap the model in DataParallel, which tears images from their texts.
+            args._n_gpu = 1
+        super().__init__(args=args, **kwargs)
         self.learning_rates = learning_rates
+        self.loss_average = loss_average
         self.group_by_modality = group_by_modality
-        self.losses: list[torch.Tensor] = []
-        """Loss of every micro batch since the last log entry, not yet brought to the CPU."""
+        self._step = OptimizerStep(0, 0.0, [])
+        self._made: list[OptimizerStep] = []
+        self._broken: OptimizerStep | None = None
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """Build AdamW over `parameter_groups`."""
@@ -198,9 +135,9 @@ class LlavaTrainer(Trainer):
         return self.optimizer
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int] | None:
-        if not self.group_by_modality:
-            return super()._get_train_sampler(train_dataset)
         dataset: Any = train_dataset if train_dataset is not None else self.train_dataset
+        if not self.group_by_modality:
+            return ShuffleSampler(len(dataset), seed=self.args.seed)
         return ModalityLengthSampler(
             dataset.lengths,
             batch_size=self.args.train_batch_size,
@@ -209,84 +146,134 @@ class LlavaTrainer(Trainer):
             seed=self.args.seed,
         )
 
-    def get_batch_samples(self, *args: Any, **kwargs: Any) -> tuple[list[Any], torch.Tensor | int | None]:
-        """As Trainer, but a batch in which nothing is supervised divides by one, not by zero."""
-        batches, num_items = super().get_batch_samples(*args, **kwargs)
-        if isinstance(num_items, torch.Tensor):
-            num_items = num_items.clamp(min=1)
-        return batches, num_items
+    def get_batch_samples(
+        self, epoch_iterator: Iterator[dict[str, Any]], num_batches: int, device: torch.device
+    ) -> tuple[list[dict[str, Any]], torch.Tensor | None]:
+        """Fetch the micro batches of an optimizer step, and take out what is not for the model.
+
+        Returns:
+            The micro batches, and what their losses are divided by: the number of supervised tokens over all of them
+            and all processes, or None where each has its own mean.
+        """
+        batches = list(itertools.islice(epoch_iterator, num_batches))
+        assert self.optimizer is not None
+        self._step = OptimizerStep(
+            number=self.state.global_step + 1,
+            learning_rate=float(self.optimizer.param_groups[0]["lr"]),
+            sample_ids=[batch.pop("sample_ids", []) for batch in batches],
+        )
+        for why in [why for batch in batches for why in batch.pop("skipped", [])]:
+            self._step.num_skipped += 1
+            _log.warning("step %d: skipped %s", self._step.number, why)
+        if self.loss_average == "micro_batch":
+            return batches, None
+        supervised = sum((_num_supervised(batch["labels"]) for batch in batches), torch.tensor(0))
+        total = self.accelerator.reduce(supervised.to(device), reduction="sum")
+        return batches, total.clamp(min=1)
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: torch.Tensor | int | None = None,
+    ) -> Any:
+        """Compute the loss of a micro batch; stop at the last one of a step if any is NaN or infinite.
+
+        Args:
+            model: the whole model, as the engine has wrapped it.
+            inputs: the micro batch.
+            return_outputs: return the model's outputs, too.
+            num_items_in_batch: what the sum of the tokens' losses is divided by; None: their own number. A micro batch
+                in which nothing is supervised has loss 0.
+
+        Raises:
+            NonFiniteLossError: in every process, before gradients are computed.
+        """
+        own = _num_supervised(inputs["labels"]).clamp(min=1)
+        outputs = model(**inputs, num_items_in_batch=own if num_items_in_batch is None else num_items_in_batch)
+        loss = outputs["loss"]
+        if num_items_in_batch is not None:
+            # Every engine takes the mean over processes.
+            loss = loss * self.accelerator.num_processes
+        if model.training:
+            self._step.losses.append(loss.detach())
+            if self.accelerator.sync_gradients:
+                self._stop_if_loss_broke(self._step)
+        return (loss, outputs) if return_outputs else loss
 
     def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
-        """As Trainer, and keep the loss."""
+        """As Trainer, and keep what is known of the step."""
         loss = super().training_step(*args, **kwargs)
-        self.losses.append(loss.detach())
+        if self.accelerator.sync_gradients:
+            self._made.append(self._step)
         return loss
 
+    def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
+        norm = super()._get_grad_norm(model, grad_norm=grad_norm)
+        self._made[-1].grad_norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
+        return norm
 
-class RunLog(TrainerCallback):
-    """Writes every step's loss to a JSON lines file and to TensorBoard, and shows a progress bar in a terminal.
+    def take_rows(self) -> list[dict[str, float]]:
+        """Hand over the optimizer steps since the last call; every process has to call this.
 
-    Args:
-        trainer: whose losses are written.
-        folder: gets `metrics.jsonl`, appended to, and TensorBoard files under `logs/<stage>`.
-        stage: name of the stage, written into every line.
-    """
-
-    def __init__(self, trainer: LlavaTrainer, folder: Path, stage: str) -> None:
-        self.trainer = trainer
-        self.folder = folder
-        self.stage = stage
-        self.writer: SummaryWriter | None = None
-        self.bar: tqdm[Any] | None = None
-
-    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """Open bar and files."""
-        if state.is_world_process_zero:
-            self.writer = SummaryWriter(str(self.folder / "logs" / self.stage))
-            self.bar = tqdm(
-                total=state.max_steps, desc=self.stage, unit="step", disable=None, initial=state.global_step
-            )
-
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """Move the bar."""
-        if self.bar is not None:
-            self.bar.update(state.global_step - self.bar.n)
-
-    def on_log(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        logs: Mapping[str, float] | None = None,
-        **_: Any,
-    ) -> None:
-        """Write the steps since the last entry."""
-        rows = self._rows(args, state, logs or {})
-        if not rows or self.writer is None or self.bar is None:
-            return
-        with (self.folder / "metrics.jsonl").open("a", encoding="utf-8") as file:
-            file.writelines(json.dumps(row) + "\n" for row in rows)
-        for row in rows:
-            for key in row.keys() - {"stage", "step"}:
-                self.writer.add_scalar(key, row[key], row["step"])
-        self.bar.set_postfix(loss=f"{rows[-1]['loss']:.4f}", refresh=False)
-
-    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """Close bar and files."""
-        if self.bar is not None and self.writer is not None:
-            self.bar.close()
-            self.writer.close()
-
-    def _rows(self, args: TrainingArguments, state: TrainerState, logs: Mapping[str, float]) -> list[dict[str, Any]]:
-        kept, self.trainer.losses = self.trainer.losses, []
-        if not kept:
+        Returns:
+            For each step `step`, `loss` (the step's over all processes), `learning_rate`, `grad_norm` where it is
+            known, and `skipped` where samples were left out.
+        """
+        steps, self._made = self._made, []
+        if not steps:
             return []
-        losses = torch.stack(kept).float().cpu().tolist()
-        accumulation = args.gradient_accumulation_steps
-        per_step = [sum(losses[start : start + accumulation]) for start in range(0, len(losses), accumulation)]
-        first = state.global_step - len(per_step) + 1
-        rows: list[dict[str, Any]] = [
-            {"stage": self.stage, "step": first + offset, "loss": loss} for offset, loss in enumerate(per_step)
-        ]
-        rows[-1] |= {key: float(logs[key]) for key in ("learning_rate", "grad_norm", "epoch") if key in logs}
+        own = torch.stack([torch.stack([self._loss_of(step), self._tensor(step.num_skipped)]) for step in steps])
+        totals = self.accelerator.reduce(own, reduction="sum").tolist()
+        rows = []
+        for step, (loss, skipped) in zip(steps, totals, strict=True):
+            row: dict[str, float] = {"step": step.number, "loss": loss / self.accelerator.num_processes}
+            row["learning_rate"] = step.learning_rate
+            if step.grad_norm is not None:
+                row["grad_norm"] = float(step.grad_norm)
+                if not math.isfinite(row["grad_norm"]):
+                    self._broken = self._broken or step
+            rows.append(row | ({"skipped": int(skipped)} if skipped else {}))
         return rows
+
+    def stop_if_gradients_broke(self) -> None:
+        """Stop if a step that `take_rows` has handed over had gradients that are NaN or infinite.
+
+        Raises:
+            NonFiniteLossError: in every process, since all know the norm.
+        """
+        if self._broken is not None:
+            step, self._broken = self._broken, None
+            self._stop(step, range(len(step.losses)), grad_norm=float(step.grad_norm or 0))
+
+    def _stop_if_loss_broke(self, step: OptimizerStep) -> None:
+        broken = ~torch.stack(step.losses).isfinite()
+        if self.accelerator.reduce(broken.sum().float(), reduction="sum").item():
+            # Steps that were made but not yet written are written now.
+            self.callback_handler.on_log(self.args, self.state, self.control, {})
+            self._stop(step, broken.nonzero().flatten().tolist())
+
+    def _stop(self, step: OptimizerStep, indices: Any, *, grad_norm: float | None = None) -> None:
+        own = [
+            BrokenBatch(self.args.process_index, float(step.losses[index]), tuple(step.sample_ids[index]))
+            for index in indices
+        ]
+        error = NonFiniteLossError(step.number, gather_object(own), grad_norm=grad_norm)
+        if self.is_world_process_zero():
+            file = Path(self.args.output_dir or ".") / "non_finite_loss.json"
+            file.parent.mkdir(parents=True, exist_ok=True)
+            write_text(file, json.dumps(error.to_dict(), indent=2) + "\n")
+        raise error
+
+    def _loss_of(self, step: OptimizerStep) -> torch.Tensor:
+        losses = torch.stack(step.losses).float()
+        return losses.mean() if self.loss_average == "micro_batch" else losses.sum()
+
+    def _tensor(self, value: float) -> torch.Tensor:
+        return torch.tensor(value, dtype=torch.float32, device=self.args.device)
+
+
+def _num_supervised(labels: torch.Tensor) -> torch.Tensor:
+    """Count the tokens with a label; the first has none before it that could predict it."""
+    return (labels[..., 1:] != IGNORE_INDEX).sum()

@@ -1,75 +1,29 @@
-"""Sampler and parameter groups."""
+"""Parameter groups, what a loss is averaged over, and the guard against broken numbers."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+import logging
+import os
+import subprocess
+import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
-import torch
-from hypothesis import given
-from hypothesis import strategies as st
 from torch import nn
+from transformers import TrainingArguments
 
-from integrations.llava.trainer import ModalityLengthSampler, modality_length_indices, parameter_groups
-
-lengths = st.lists(st.integers(-300, 300).filter(bool), min_size=1, max_size=60)
-
-
-def indices(values: Sequence[int], batch_size: int, world_size: int = 1, seed: int = 0) -> list[int]:
-    generator = torch.Generator().manual_seed(seed)
-    return modality_length_indices(values, batch_size=batch_size, world_size=world_size, generator=generator)
-
-
-@given(values=lengths, batch_size=st.integers(1, 8), world_size=st.integers(1, 3))
-def test_every_sample_comes_once(values: list[int], batch_size: int, world_size: int) -> None:
-    assert sorted(indices(values, batch_size, world_size)) == list(range(len(values)))
-
-
-@given(values=lengths, batch_size=st.integers(1, 6), world_size=st.integers(1, 3))
-def test_global_batches_hold_one_modality_but_for_the_last_ones(
-    values: list[int], batch_size: int, world_size: int
-) -> None:
-    size = batch_size * world_size
-    order = indices(values, batch_size, world_size)
-    whole = max(0, -(-sum(v > 0 for v in values) // size) - 1) + max(0, -(-sum(v < 0 for v in values) // size) - 1)
-
-    for number in range(whole):
-        batch = order[number * size : (number + 1) * size]
-        assert len({values[index] > 0 for index in batch}) == 1
-
-
-def test_index_lists_are_those_of_the_goldens(goldens: Path) -> None:
-    cases = json.loads((goldens / "trajectory" / "sampler.json").read_text())
-
-    assert len(cases) == 9
-    for case in cases:
-        seed = case["torch_manual_seed"]
-        if "raises" in case or "indices" not in case:
-            with pytest.raises(ValueError, match="has length 0"):
-                indices(case["lengths"], case["batch_size"], case["world_size"], seed)
-        else:
-            assert indices(case["lengths"], case["batch_size"], case["world_size"], seed) == case["indices"], case[
-                "note"
-            ]
-
-
-def test_a_length_of_zero_is_refused() -> None:
-    with pytest.raises(ValueError, match="sample 1 has length 0"):
-        indices([3, 0], 1)
-
-
-def test_epochs_differ_and_repeat() -> None:
-    sampler = ModalityLengthSampler(range(1, 30), batch_size=4, seed=3)
-    first = list(sampler)
-    sampler.set_epoch(1)
-    second = list(sampler)
-    sampler.set_epoch(0)
-
-    assert len(sampler) == 29
-    assert first != second
-    assert list(sampler) == first
+from integrations.llava.trainer import NonFiniteLossError, parameter_groups
+from tests.integrations.llava.toy_training import (
+    BREAKS_GRADIENTS,
+    BREAKS_LOSS,
+    Toy,
+    ToyTrainer,
+    item,
+    read_rows,
+    toy_trainer,
+)
 
 
 class _Model(nn.Module):
@@ -115,3 +69,153 @@ def test_the_fuser_has_a_learning_rate_of_its_own() -> None:
         (0.5, 0.0),
     ]
     assert groups_of({"fuser": 0.5})[2][2] == ["model.fuser.attention.weight"]
+
+
+def train_toy(folder: Path, *samples: dict[str, Any], **arguments: Any) -> list[dict[str, Any]]:
+    toy_trainer(folder, samples, **arguments).train()
+    return read_rows(folder)
+
+
+@pytest.mark.parametrize(("loss_average", "expected"), [("micro_batch", (2 + 5) / 2), ("token", (1 + 3 + 5) / 3)])
+def test_a_steps_loss_and_gradient_are_averaged_as_asked(loss_average: str, expected: float, tmp_path: Path) -> None:
+    samples = item("a", 1, 3), item("b", 5)
+    (row,) = train_toy(tmp_path, *samples, loss_average=loss_average, gradient_accumulation_steps=2)
+
+    assert row == {
+        "stage": "toy",
+        "step": 1,
+        "loss": pytest.approx(expected),
+        "learning_rate": 0.125,
+        "grad_norm": pytest.approx(expected),
+    }
+
+
+@pytest.mark.parametrize(("loss_average", "expected"), [("micro_batch", 1.0), ("token", 2.0)])
+def test_a_micro_batch_in_which_nothing_is_supervised_has_loss_zero(
+    loss_average: str, expected: float, tmp_path: Path
+) -> None:
+    samples = item("a", 7, supervised=0), item("b", 2)
+    (row,) = train_toy(tmp_path, *samples, loss_average=loss_average, gradient_accumulation_steps=2)
+
+    assert row["loss"] == pytest.approx(expected)
+    assert row["grad_norm"] == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("loss_average", ["micro_batch", "token"])
+def test_a_step_in_which_nothing_is_supervised_changes_nothing(loss_average: str, tmp_path: Path) -> None:
+    (row,) = train_toy(tmp_path, item("a", 7, supervised=0), loss_average=loss_average)
+
+    assert (row["loss"], row["grad_norm"]) == (0, 0)
+
+
+def test_the_last_step_of_an_epoch_averages_over_the_micro_batches_it_has(tmp_path: Path) -> None:
+    samples = [item(name, number) for name, number in (("a", 2), ("b", 4), ("c", 6))]
+    rows = train_toy(tmp_path, *samples, gradient_accumulation_steps=2, learning_rate=0.0)
+
+    assert [row["loss"] for row in rows] == pytest.approx([3, 6])
+
+
+def test_skipped_samples_are_counted_and_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    samples = item("a", 2), item("b", supervised=0, skipped="b: image x.png: missing"), item("c", 4)
+    with caplog.at_level(logging.WARNING, logger="integrations.llava"):
+        rows = train_toy(tmp_path, *samples)
+
+    assert [row.get("skipped") for row in rows] == [None, 1, None]
+    assert [record.getMessage() for record in caplog.records] == [
+        "step 2: skipped b: image x.png: missing",
+        "stage toy: 1 samples were skipped",
+    ]
+
+
+def test_an_infinite_loss_stops_the_run_before_the_weights_move_and_names_its_samples(tmp_path: Path) -> None:
+    samples = item("a", 1), item("b", 1), item("c", 1), item("bad", BREAKS_LOSS)
+    trainer = toy_trainer(tmp_path, samples, gradient_accumulation_steps=2, logging_steps=10)
+
+    with pytest.raises(NonFiniteLossError, match=r"step 2: the loss is inf in process 0 for samples bad\.") as caught:
+        trainer.train()
+    assert [(batch.process, batch.sample_ids) for batch in caught.value.batches] == [(0, ("bad",))]
+    assert _weight(trainer) == 1 - 0.125
+    assert json.loads((tmp_path / "toy" / "non_finite_loss.json").read_text()) == {
+        "step": 2,
+        "grad_norm": None,
+        "micro_batches": [{"process": 0, "loss": "inf", "sample_ids": ["bad"]}],
+    }
+    # Steps that were made are written, though it was not their turn yet.
+    assert [row["step"] for row in read_rows(tmp_path)] == [1]
+
+
+def test_broken_gradients_stop_the_run_before_a_checkpoint_is_written(tmp_path: Path) -> None:
+    samples = item("a", 1), item("bad", BREAKS_GRADIENTS), item("c", 1)
+    trainer = toy_trainer(tmp_path, samples, logging_steps=10, save_strategy="steps", save_steps=1)
+
+    with pytest.raises(NonFiniteLossError, match=r"step 2: the gradients' norm is nan, though the loss is .* bad\."):
+        trainer.train()
+    assert [path.name for path in (tmp_path / "toy").glob("checkpoint-*")] == ["checkpoint-1"]
+    assert json.loads((tmp_path / "toy" / "non_finite_loss.json").read_text())["grad_norm"] == "nan"
+    assert [row["step"] for row in read_rows(tmp_path)] == [1, 2]
+
+
+def test_samples_without_ids_break_without_ids(tmp_path: Path) -> None:
+    trainer = toy_trainer(tmp_path, [item("a", BREAKS_LOSS)])
+    collate = trainer.data_collator
+    trainer.data_collator = lambda samples: {k: v for k, v in collate(samples).items() if k != "sample_ids"}
+
+    with pytest.raises(NonFiniteLossError, match=r"for samples \(without ids\)"):
+        trainer.train()
+
+
+def _weight(trainer: ToyTrainer) -> float:
+    assert isinstance(trainer.model, Toy)
+    return float(trainer.model.weight.detach())
+
+
+def test_one_process_uses_one_gpu_and_says_how_to_use_all(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    arguments = TrainingArguments(output_dir=str(tmp_path), use_cpu=True)
+    arguments._n_gpu = 4
+    ToyTrainer(model=Toy(), args=arguments, train_dataset=[item("a", 1)])
+
+    assert arguments.n_gpu == 1
+    assert "torchrun --nproc_per_node 4" in caplog.text
+
+
+@pytest.fixture(scope="module")
+def two_processes(tmp_path_factory: pytest.TempPathFactory, root: Path) -> dict[str, Any]:
+    """What `toy_worker.py` finds when two processes share its runs."""
+    folder = tmp_path_factory.mktemp("two")
+    worker = Path(__file__).with_name("toy_worker.py")
+    command = ["torch.distributed.run", "--nproc-per-node=2", "--master-port=0", "--rdzv-backend=c10d"]
+    environment = {**os.environ, "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run(
+        [sys.executable, "-m", *command, "--rdzv-endpoint=localhost:0", str(worker), str(folder)],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    found = {path.stem: json.loads(path.read_text()) for path in folder.glob("*.json")}
+    # Not the exit code: torch's threads now and then abort a process that is done.
+    assert found.keys() == {"micro_batch", "token", "broken-0", "broken-1"}, done.stderr
+    return found
+
+
+@pytest.mark.parametrize(("loss_average", "expected"), [("micro_batch", (2 + 5) / 2), ("token", (1 + 3 + 5) / 3)])
+def test_the_logged_loss_is_that_of_all_processes(
+    loss_average: str, expected: float, two_processes: dict[str, Any]
+) -> None:
+    (row,) = two_processes[loss_average]
+
+    assert row["loss"] == pytest.approx(expected)
+    assert row["grad_norm"] == pytest.approx(expected)
+    assert row["skipped"] == 2
+
+
+def test_a_loss_that_breaks_in_one_process_stops_all_with_the_ids_of_its_samples(
+    two_processes: dict[str, Any],
+) -> None:
+    for process in (0, 1):
+        assert two_processes[f"broken-{process}"] == {
+            "message": two_processes["broken-0"]["message"],
+            "weight": 1.0,
+        }
+    assert "inf in process 1 for samples bad." in two_processes["broken-0"]["message"]

@@ -1,0 +1,112 @@
+"""What two processes run for test_distributed.py: one start, several runs, results left in files.
+
+torchrun --nproc-per-node 2 tests/integrations/llava/distributed_worker.py FOLDER ENGINE …
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import accelerate.state
+import torch
+from accelerate.utils import DistributedType
+from torch.distributed.tensor import DTensor
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from integrations.llava import train as training
+from integrations.llava.interruption import RunInterrupted
+from integrations.llava.recipe_files import load_recipe
+
+
+class AskToStop(TrainerCallback):
+    """Sends SIGTERM to the second process in the middle of a step."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_substep_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        self.on_pre_optimizer_step(args, state, control)
+
+    def on_pre_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        if state.global_step + 1 == self.step and args.process_index == args.world_size - 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+
+class IsSharded(TrainerCallback):
+    """Fails unless every trained parameter is a DTensor: accelerate may fall back to DDP without a word."""
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: torch.nn.Module, **_: Any
+    ) -> None:
+        assert all(isinstance(parameter, DTensor) for parameter in model.parameters() if parameter.requires_grad)
+
+
+@contextmanager
+def engines_on_cpu() -> Iterator[None]:
+    """Let accelerate use FSDP2 and DeepSpeed on CPUs: it leaves these out of the machines that it knows them on."""
+    plain = accelerate.state.AcceleratorState.__init__
+
+    def patched(self: Any, *args: Any, fsdp_plugin: Any = None, deepspeed_plugin: Any = None, **options: Any) -> None:
+        plain(self, *args, fsdp_plugin=fsdp_plugin, deepspeed_plugin=deepspeed_plugin, **options)
+        if fsdp_plugin is not None:
+            self.distributed_type = DistributedType.FSDP
+            self.fsdp_plugin = fsdp_plugin
+        elif deepspeed_plugin is not None:
+            self.distributed_type = DistributedType.DEEPSPEED
+            plugins = deepspeed_plugin if isinstance(deepspeed_plugin, dict) else {"default": deepspeed_plugin}
+            for plugin in plugins.values():
+                plugin.set_mixed_precision("no")
+            next(iter(plugins.values())).select(_from_accelerator_state=True)
+            self.deepspeed_plugins = deepspeed_plugin
+
+    with (
+        mock.patch.object(accelerate.state.AcceleratorState, "__init__", patched),
+        mock.patch.object(training, "check_engine", lambda *_, **__: None),
+    ):
+        yield
+
+
+def run(
+    folder: Path, name: str, engine: str, *, stop_at: int | None = None, go_on: bool = True, grouped: bool = True
+) -> None:
+    """Finetune with an engine; if told so, stop on request at a step, and go on."""
+    overrides = {"finetune.engine": engine, "finetune.group_by_modality": grouped}
+    recipe = load_recipe(folder / "recipe.yaml", overrides)
+    checks: list[TrainerCallback] = [IsSharded()] if engine == "fsdp2" else []
+
+    def start(*callbacks: TrainerCallback) -> None:
+        adapter = folder / "adapter.safetensors"
+        training.train(recipe, folder / name, stages=["finetune"], adapter=adapter, callbacks=[*checks, *callbacks])
+
+    if stop_at is not None:
+        try:
+            start(AskToStop(stop_at))
+        except RunInterrupted as stop:
+            (folder / f"{name}.stopped").write_text(str(stop))
+    if go_on:
+        start()
+
+
+def main() -> None:
+    """Run everything with each engine; the folder holds recipe.yaml and adapter.safetensors."""
+    folder = Path(sys.argv[1])
+    for engine in sys.argv[2:]:
+        with engines_on_cpu():
+            run(folder, engine, engine)
+            run(folder, f"{engine}_resumed", engine, stop_at=3)
+            run(folder, f"{engine}_left", engine, stop_at=3, go_on=False)
+            run(folder, f"{engine}_mixed", engine, grouped=False)
+    torch.distributed.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
