@@ -114,7 +114,7 @@ def test_integrations_is_a_namespace_folder() -> None:
 def test_declared_dependencies_are_those_that_are_imported() -> None:
     text = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
     core, extra = (_requirements(text, key) for key in ("dependencies", "llava"))
-    extra |= {"transformers"}
+    extra |= {"transformers"}.union(*(_requirements(text, key) for key in ("lora", "quantize", "deepspeed")))
     used = {package: _distributions(sources(package)) for package in ("layerfuse", "integrations")}
     optional = {"open_clip_torch", "transformers", "matplotlib"}  # imported where they are used, each an extra
     assert used["layerfuse"] - core == optional
@@ -130,7 +130,7 @@ def _distributions(files: list[Source]) -> set[str]:
 
 def _requirements(text: str, key: str) -> set[str]:
     """Names of the distributions in a list of pyproject.toml; Python 3.10 has no tomllib."""
-    block = re.search(rf"^{key} = \[\n(.*?)^\]", text, re.DOTALL | re.MULTILINE)
+    block = re.search(rf"^{key} = \[(.*?)\](?: #.*)?$", text, re.DOTALL | re.MULTILINE)
     assert block is not None
     return set(re.findall(r'^\s*"([A-Za-z0-9_.-]+)', block[1], re.MULTILINE))
 

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import logging
 import sys
 from collections.abc import Sequence
 
 # Command -> (module, what it does). Each module has `main(argv) -> exit code`.
 _COMMANDS = {
     "train": ("integrations.llava.train_command", "train a recipe: --recipe NAME --output FOLDER [--key value ...]"),
-    "generate": ("integrations.llava.generate", "answer questions about images with a trained model"),
+    "generate": ("integrations.llava.generate_command", "answer questions about images with a trained model"),
+    "chat": ("integrations.llava.chat_command", "talk with a trained model about images, in the terminal"),
+    "convert": ("integrations.llava.convert_command", "bring a checkpoint into another layout; merge LoRA adapters"),
+    "data": ("integrations.llava.data_command", "check a data file and its images before training"),
     "evaluate": ("integrations.llava.evaluation", "score a trained model"),
     "demo": ("integrations.llava.demo", "make data, train several fusers, compare them, write a report"),
     "assets": (
@@ -30,6 +34,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("command", choices=_COMMANDS, metavar="command", help="one of those below; each knows --help")
     arguments = list(sys.argv[1:] if argv is None else argv)
+    # Imported by peft whether it is needed or not, it speaks of kernels that nobody asked for.
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     command = parser.parse_args(arguments[:1]).command
     try:
         module = importlib.import_module(_COMMANDS[command][0])

@@ -176,6 +176,10 @@ class StageConfig:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name}={value} is too small; give at least 1.")
+        if self.lora.rank and "llm" not in self.trainable:
+            raise ValueError(f"lora.rank={self.lora.rank}, but 'llm' is not among the trainable parts; add it.")
+        if self.lora.quantize != "none" and not self.lora.rank:
+            raise ValueError(f"lora.quantize={self.lora.quantize!r} needs adapters to train; set lora.rank.")
 
     def batches(self, num_processes: int = 1) -> tuple[int, int]:
         """Divide a step's samples among processes.

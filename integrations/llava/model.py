@@ -28,8 +28,11 @@ from transformers import (
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from layerfuse.backbones import Backbone, backbone_from_config
+from layerfuse.encoder import check_fuser_fits
 from layerfuse.features import FeatureMaps
 from layerfuse.fusers import Fuser, fuser_from_config
+
+from .generation import GeneratesFromImages
 
 __all__ = [
     "FusedLlavaConfig",
@@ -110,6 +113,8 @@ class LayerfuseVisionModel(_LoadsWhole):
     config_class = LayerfuseVisionConfig
     main_input_name = "pixel_values"
     base_model_prefix = "vision_tower"
+    # A backbone's library chooses its attention; a choice for the whole model is the language model's alone.
+    _supports_sdpa = _supports_flash_attn = _supports_flex_attn = _supports_attention_backend = True
 
     def __init__(self, config: LayerfuseVisionConfig, backbone: Backbone | None = None) -> None:
         super().__init__(config)
@@ -260,7 +265,7 @@ class FusedLlavaModel(_LoadsWhole, LlavaModel):
         return super().forward(input_ids=input_ids, pixel_values=pixel_values, inputs_embeds=inputs_embeds, **kwargs)
 
 
-class FusedLlavaForConditionalGeneration(_LoadsWhole, LlavaForConditionalGeneration):
+class FusedLlavaForConditionalGeneration(_LoadsWhole, GeneratesFromImages, LlavaForConditionalGeneration):
     """The whole model: images and text in, text out.
 
     Args:
@@ -288,6 +293,7 @@ def build_model(
     *,
     image_token_id: int,
     prompt_template: dict[str, Any] | None = None,
+    dtype: torch.dtype | None = None,
 ) -> FusedLlavaForConditionalGeneration:
     """Assemble a model from ready parts; their modules are used, not copied.
 
@@ -297,6 +303,7 @@ def build_model(
         llm: a causal language model of transformers; its embedding grows if it has no row for the image token.
         image_token_id: the tokenizer's id of `<image>`.
         prompt_template: stored with the checkpoint.
+        dtype: of backbone, fuser and projector; None for the language model's.
 
     Returns:
         The model.
@@ -304,13 +311,7 @@ def build_model(
     Raises:
         ValueError: if the fuser does not fit the backbone.
     """
-    widths = (backbone.embed_dim,) * len(backbone.layers)
-    if tuple(fuser.in_channels) != widths:
-        raise ValueError(
-            f"fuser {fuser.name!r} was built for maps of widths {tuple(fuser.in_channels)}; the backbone taps layers "
-            f"{backbone.layers} of widths {widths}. Build the fuser with in_channels={backbone.embed_dim} and "
-            f"num_layers={len(widths)}."
-        )
+    check_fuser_fits(fuser, backbone)
     embedding: Any = llm.get_input_embeddings()
     if image_token_id >= embedding.num_embeddings:
         llm.resize_token_embeddings(image_token_id + 1, mean_resizing=False)
@@ -336,7 +337,7 @@ def build_model(
     llm.set_attn_implementation(attention)
     # Not the language model: its rotary table has to stay float32.
     for part in (model.model.vision_tower, model.model.fuser, model.model.multi_modal_projector):
-        part.to(llm.dtype)
+        part.to(dtype or llm.dtype)
     return model
 
 

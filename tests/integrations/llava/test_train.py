@@ -143,8 +143,8 @@ def test_a_folder_with_a_run_is_kept_unless_told_otherwise(tiny_recipe: Recipe, 
     folder = train(tiny_recipe, tmp_path / "run", stages=["pretrain"])
     (folder / "notes.txt").write_text("mine")
 
-    with pytest.raises(ValueError, match="already holds a run"):
-        train(tiny_recipe, folder)
+    with pytest.raises(ValueError, match="already holds a finished run"):
+        train(tiny_recipe, folder, stages=["pretrain"])
     train(tiny_recipe, folder, stages=["pretrain"], overwrite=True)
     assert (folder / "notes.txt").read_text() == "mine"
     assert len((folder / "metrics.jsonl").read_text().splitlines()) == 3

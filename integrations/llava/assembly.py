@@ -1,0 +1,147 @@
+"""The model of a recipe: built from its parts, each part trained or frozen, in the precision it is used in."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from layerfuse.backbones import create_backbone
+from layerfuse.fusers import create_fuser
+
+from .config import PARTS, LoraConfig, ModelConfig, StageConfig
+from .model import FusedLlavaForConditionalGeneration, build_model
+from .processing import add_image_token
+from .quantization import quantization_config
+
+__all__ = ["Assembled", "assemble", "assemble_stage", "set_trainable"]
+
+
+@dataclass(frozen=True)
+class Assembled:
+    """A model and what belongs to it."""
+
+    model: FusedLlavaForConditionalGeneration
+    tokenizer: PreTrainedTokenizerBase
+    image_token_id: int
+
+
+def assemble(
+    config: ModelConfig, *, llm_dtype: torch.dtype = torch.float32, lora: LoraConfig | None = None
+) -> Assembled:
+    """Build the model that a recipe describes.
+
+    Args:
+        config: names the parts.
+        llm_dtype: of the language model; the other parts are float32.
+        lora: quantises the language model, if it says so; adapters are added later.
+
+    Returns:
+        The model on the CPU (a quantised language model where bitsandbytes puts it), everything trainable.
+
+    Raises:
+        ValueError: if a name, layer or option is not possible, or tokenizer and language model do not fit.
+    """
+    backbone = create_backbone(
+        config.family,
+        config.backbone,
+        layers=config.layers,
+        pretrained=config.backbone_pretrained,
+        image_size=config.image_size,
+        options=config.backbone_options,
+    )
+    # Forked, so that runs which differ in nothing but the fuser start from the same projector.
+    with torch.random.fork_rng():
+        fuser = create_fuser(
+            config.fuser, in_channels=backbone.embed_dim, num_layers=len(config.layers), options=config.fuser_options
+        )
+    tokenizer = AutoTokenizer.from_pretrained(config.tokenizer or config.llm)
+    llm = _language_model(config, llm_dtype, lora)
+    embedding: Any = llm.get_input_embeddings()
+    vocabulary = embedding.num_embeddings
+    if len(tokenizer) > vocabulary:
+        raise ValueError(
+            f"the tokenizer of {config.tokenizer or config.llm} has {len(tokenizer)} tokens, but the language model "
+            f"has embeddings for {vocabulary}; set model.tokenizer, or vocab_size in model.llm_architecture."
+        )
+    image_token_id = add_image_token(tokenizer)
+    model = build_model(backbone, fuser, llm, image_token_id=image_token_id, dtype=torch.float32)
+    return Assembled(model, tokenizer, image_token_id)
+
+
+def _language_model(config: ModelConfig, dtype: torch.dtype, lora: LoraConfig | None) -> PreTrainedModel:
+    model: PreTrainedModel
+    quantized = quantization_config(lora.quantize, dtype) if lora is not None else None
+    if config.llm_pretrained:
+        model = AutoModelForCausalLM.from_pretrained(
+            config.llm,
+            dtype=dtype,
+            attn_implementation=config.attention,
+            quantization_config=quantized,
+        )
+        return model
+    if "model_type" not in config.llm_architecture:
+        raise ValueError(
+            "model.llm_pretrained is false, so model.llm_architecture has to describe the language model: model_type, "
+            "hidden_size, num_hidden_layers, … as transformers names them."
+        )
+    if quantized is not None:
+        raise ValueError("quantised weights need a pretrained language model; set model.llm_pretrained to true.")
+    architecture = AutoConfig.for_model(**config.llm_architecture)
+    model = AutoModelForCausalLM.from_config(architecture, dtype=dtype, attn_implementation=config.attention)
+    return model
+
+
+def assemble_stage(config: ModelConfig, stage: StageConfig, *, quantized: bool = True) -> Assembled:
+    """Build the model as a stage trains it: adapters added, parts frozen, each in its precision.
+
+    Args:
+        config: names the parts.
+        stage: says what learns, and how precisely.
+        quantized: store a quantised stage's language model so; False to merge adapters into whole weights.
+
+    Returns:
+        The model. Trained parameters are float32; frozen ones have the type the stage computes in.
+
+    Raises:
+        ValueError: as `assemble`.
+    """
+    lora = stage.lora if stage.lora.rank else None
+    frozen = torch.bfloat16 if stage.precision == "bf16" else torch.float32
+    llm_learns = "llm" in stage.trainable and lora is None
+    assembled = assemble(config, llm_dtype=torch.float32 if llm_learns else frozen, lora=lora if quantized else None)
+    model = assembled.model
+    if lora is not None:
+        from .lora import add_lora
+
+        add_lora(model, lora)
+    set_trainable(model, stage.trainable, adapters_only=lora is not None)
+    for parameter in model.parameters():
+        # Quantised weights are integers.
+        if parameter.is_floating_point():
+            parameter.data = parameter.data.to(torch.float32 if parameter.requires_grad else frozen)
+    return assembled
+
+
+def set_trainable(model: nn.Module, parts: Sequence[str], *, adapters_only: bool = False) -> dict[str, dict[str, int]]:
+    """Let some parts learn and freeze all others.
+
+    Args:
+        model: changed in place.
+        parts: names from `PARTS`.
+        adapters_only: of the language model, only its LoRA adapters learn.
+
+    Returns:
+        Per part, its number of trainable and of frozen parameters.
+    """
+    counts = {part: {"trainable": 0, "frozen": 0} for part in PARTS}
+    for name, parameter in model.named_parameters():
+        part = next(part for part, prefixes in PARTS.items() if name.startswith(prefixes))
+        learns = part in parts and not (adapters_only and part == "llm" and ".lora_" not in name)
+        parameter.requires_grad_(learns)
+        counts[part]["trainable" if learns else "frozen"] += parameter.numel()
+    return counts

@@ -1,0 +1,295 @@
+"""Checkpoints of a running stage: written whole or not at all, readable by any number of processes.
+
+    <stage>/checkpoint-<step>/
+        trained.safetensors           every trained parameter, whole, under its name
+        optimizer-<state>.safetensors the optimizer's states (exp_avg, exp_avg_sq, step, …), one file each
+        scheduler.pt, rng_state*.pth, trainer_state.json    as transformers' Trainer writes them
+
+Frozen parameters are not in it: they come from where the run took them. One layout serves one process, DDP and FSDP2,
+so that a run goes on with another number of processes; nothing in it unpickles code. DeepSpeed writes its own files
+into the same folder and reads them back with the same number of processes only.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import re
+import shutil
+import warnings
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import nn
+from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.optim import Optimizer
+from transformers import Trainer
+
+__all__ = [
+    "CheckpointingTrainer",
+    "check_disk_space",
+    "latest_checkpoint",
+    "load_state",
+    "load_trained",
+    "save_state",
+    "state_bytes",
+    "trained_state",
+]
+
+_TRAINED = "trained.safetensors"
+_SCHEDULER = "scheduler.pt"
+_SCRATCH = ".saving"
+_ADAMW_STATES = 2
+
+
+def latest_checkpoint(folder: str | Path) -> Path | None:
+    """Find the newest checkpoint of a stage, or None."""
+    found = [
+        (int(match[1]), path)
+        for path in Path(folder).glob("checkpoint-*")
+        if (match := re.fullmatch(r"checkpoint-(\d+)", path.name))
+    ]
+    return max(found)[1] if found else None
+
+
+def state_bytes(model: nn.Module) -> int:
+    """Bytes that a checkpoint of a model takes: its trained parameters and AdamW's two states of each, in float32."""
+    trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    return trained * 4 * (1 + _ADAMW_STATES)
+
+
+def check_disk_space(folder: str | Path, needed: int, what: str) -> None:
+    """Make sure that something fits before it is written.
+
+    Args:
+        folder: where it will be written; its nearest existing parent is asked.
+        needed: bytes.
+        what: for the message, such as "a checkpoint".
+
+    Raises:
+        OSError: if the disk has less room; nothing was written or removed.
+    """
+    place = Path(folder).absolute()
+    while not place.exists():
+        place = place.parent
+    free = shutil.disk_usage(place).free
+    if free < needed:
+        raise OSError(
+            errno.ENOSPC,
+            f"{what} needs {needed / 2**30:.2f} GiB, but the disk of {folder} has {free / 2**30:.2f} GiB left. Nothing "
+            "was removed; make room, then start the same command again",
+        )
+
+
+def save_state(model: nn.Module, optimizer: Optimizer, folder: Path, *, write: bool = True) -> None:
+    """Write trained parameters and optimizer states.
+
+    Sharded tensors are gathered one after the other; every process has to call this.
+
+    Args:
+        model: the wrapped or plain model.
+        optimizer: of its trained parameters.
+        folder: exists.
+        write: whether this process writes; the others only take part in gathering.
+    """
+    names = _trained(model)
+    kinds = sorted({kind for parameter in names.values() for kind in optimizer.state.get(parameter, ())})
+    if write:
+        save_file(trained_state(model), folder / _TRAINED)
+    else:
+        trained_state(model, keep=False)
+    for kind in kinds:
+        tensors = {}
+        for name, parameter in names.items():
+            # A parameter that never had a gradient has no state.
+            if kind in optimizer.state.get(parameter, {}):
+                whole = _whole(optimizer.state[parameter][kind])
+                if write:
+                    tensors[name] = whole
+        if write:
+            save_file(tensors, folder / f"optimizer-{kind}.safetensors")
+
+
+def trained_state(model: nn.Module, *, keep: bool = True) -> dict[str, torch.Tensor]:
+    """Gather the trained parameters of a model whose engine may have taken them apart; every process has to call this.
+
+    Args:
+        model: the wrapped or plain model.
+        keep: whether this process wants them; the others only take part in gathering.
+
+    Returns:
+        Name -> whole parameter, on the CPU; empty if not kept.
+    """
+    state = {}
+    for name, parameter in _trained(model).items():
+        with _gathered(parameter):
+            whole = _whole(parameter.detach())
+        if keep:
+            state[name] = whole
+    return state
+
+
+def load_trained(model: nn.Module, state: Mapping[str, torch.Tensor]) -> None:
+    """Put what `trained_state` gathered into a plain model that trains the same parameters.
+
+    Raises:
+        ValueError: if it trains others; all names are listed.
+    """
+    names = _trained(model)
+    _check_names("the trained parameters", names, state)
+    with torch.no_grad():
+        for name, parameter in names.items():
+            parameter.copy_(state[name])
+
+
+def load_state(model: nn.Module, optimizer: Optimizer, folder: Path) -> None:
+    """Read what `save_state` wrote, into a model that may be sharded in another way.
+
+    Args:
+        model: changed in place.
+        optimizer: changed in place.
+        folder: the checkpoint.
+
+    Raises:
+        ValueError: if the files do not hold exactly the trained parameters of this model; all names are listed.
+    """
+    names = _trained(model)
+    # Fused and capturable AdamW count steps on the device, the others on the CPU.
+    on_device = {
+        parameter
+        for group in optimizer.param_groups
+        for parameter in group["params"]
+        if group.get("fused") or group.get("capturable")
+    }
+    with torch.no_grad():
+        for name, value in _read(folder / _TRAINED, names):
+            names[name].copy_(_placed_like(names[name], value))
+        for path in sorted(folder.glob("optimizer-*.safetensors")):
+            kind = path.stem.removeprefix("optimizer-")
+            for name, value in _read(path, names, all_of_them=False):
+                parameter = names[name]
+                if value.ndim == parameter.ndim:
+                    value = _placed_like(parameter, value)
+                elif parameter in on_device:
+                    value = value.to(parameter.device)
+                optimizer.state[parameter][kind] = value
+
+
+def _read(
+    path: Path, names: Mapping[str, nn.Parameter], *, all_of_them: bool = True
+) -> Iterator[tuple[str, torch.Tensor]]:
+    with safe_open(path, framework="pt") as file:
+        stored = set(file.keys())
+        _check_names(f"checkpoint {path}", names if all_of_them else names.keys() & stored, stored)
+        for name in sorted(stored):
+            yield name, file.get_tensor(name)
+
+
+def _check_names(what: str, expected: Iterable[str], found: Iterable[str]) -> None:
+    missing, unexpected = sorted({*expected} - {*found}), sorted({*found} - {*expected})
+    if missing or unexpected:
+        raise ValueError(
+            f"{what} came from another model or stage. Missing: {', '.join(missing) or 'none'}; unexpected: "
+            f"{', '.join(unexpected) or 'none'}. Continue with the recipe that began the run."
+        )
+
+
+def _whole(value: torch.Tensor) -> torch.Tensor:
+    """Gather a sharded tensor, a collective of all processes; copy it to the CPU."""
+    return (value.full_tensor() if isinstance(value, DTensor) else value).cpu().contiguous()
+
+
+def _gathered(parameter: nn.Parameter) -> AbstractContextManager[Any]:
+    """Put a parameter that ZeRO-3 has taken apart together while the block runs."""
+    if not hasattr(parameter, "ds_id"):
+        return nullcontext()
+    import deepspeed
+
+    gathered: AbstractContextManager[Any] = deepspeed.zero.GatheredParameters([parameter])
+    return gathered
+
+
+def _trained(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Name trained parameters as the plain model does; DDP and compile put a module around it."""
+    return {
+        re.sub(r"(^|\.)(module|_orig_mod)\.", r"\1", name): parameter
+        for name, parameter in model.named_parameters()
+        if parameter.requires_grad
+    }
+
+
+def _placed_like(parameter: nn.Parameter, value: torch.Tensor) -> torch.Tensor:
+    if not isinstance(parameter, DTensor):
+        return value.to(parameter.device)
+    mesh = parameter.device_mesh
+    # Every process has read the tensor: each keeps its own share, nothing is sent.
+    return distribute_tensor(value.to(mesh.device_type), mesh, parameter.placements, src_data_rank=None)
+
+
+class CheckpointingTrainer(Trainer):
+    """Trainer whose checkpoints appear whole, and whose old ones go only once the new one is in place."""
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        self.store_flos()
+        folder = Path(self.args.output_dir or "")
+        final, scratch = folder / f"checkpoint-{self.state.global_step}", folder / _SCRATCH
+        main = self.is_world_process_zero()
+        if main:
+            shutil.rmtree(scratch, ignore_errors=True)
+            assert isinstance(self.model, nn.Module)
+            check_disk_space(folder, state_bytes(self.model), f"checkpoint {final.name}")
+            scratch.mkdir(parents=True)
+        self.accelerator.wait_for_everyone()
+        try:
+            self._write(scratch, main)
+            self.accelerator.wait_for_everyone()
+            if main:
+                shutil.rmtree(final, ignore_errors=True)
+                os.replace(scratch, final)
+                self._remove_old(folder)
+        finally:
+            if main:
+                shutil.rmtree(scratch, ignore_errors=True)
+
+    def _write(self, scratch: Path, main: bool) -> None:
+        assert self.lr_scheduler is not None
+        if self.is_deepspeed_enabled:
+            self.model_wrapped.save_checkpoint(str(scratch))  # type: ignore[operator]
+        else:
+            save_state(self.model_wrapped, _plain(self.optimizer), scratch, write=main)
+        self._save_rng_state(str(scratch))
+        if main:
+            torch.save(self.lr_scheduler.state_dict(), scratch / _SCHEDULER)
+            self.state.save_to_json(str(scratch / "trainer_state.json"))
+
+    def _remove_old(self, folder: Path) -> None:
+        steps = sorted(folder.glob("checkpoint-*"), key=lambda path: int(path.name.rpartition("-")[2]))
+        for old in steps[: -(self.args.save_total_limit or 1)]:
+            shutil.rmtree(old)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        """Leave the weights to `_load_optimizer_and_scheduler`, which comes when the model is wrapped or sharded."""
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if checkpoint is None or self.is_deepspeed_enabled:
+            super()._load_optimizer_and_scheduler(checkpoint)
+            return
+        optimizer, scheduler = _plain(self.optimizer), self.lr_scheduler
+        assert scheduler is not None
+        load_state(self.model_wrapped, optimizer, Path(checkpoint))
+        state = torch.load(Path(checkpoint) / _SCHEDULER, weights_only=True)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="Please also save or load the state of the optimizer")
+            scheduler.load_state_dict(state)
+        for group, rate in zip(optimizer.param_groups, scheduler.get_last_lr(), strict=True):
+            group["lr"] = rate
+
+
+def _plain(optimizer: Any) -> Optimizer:
+    """Take accelerate's wrapper off."""
+    return getattr(optimizer, "optimizer", optimizer)  # type: ignore[no-any-return]

@@ -1,0 +1,190 @@
+"""Two processes (gloo, CPU) train as one does: DDP and FSDP2, text-only batches, stopped and resumed runs.
+
+One start of two processes does everything (`distributed_worker.py`); the tests read what it left.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from integrations.llava.config import Recipe
+from integrations.llava.interruption import EXIT_REQUEUE
+from integrations.llava.recipe_files import dump_recipe
+from integrations.llava.run_folder import RunFolder
+from integrations.llava.train import train
+
+ENGINES = ("ddp", "fsdp2")
+STEPS = 6
+
+
+def losses(folder: Path) -> list[float]:
+    """Losses of finetune, in order; every step has to be there once."""
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    rows = [row for row in rows if row["stage"] == "finetune" and "loss" in row]
+    assert [row["step"] for row in rows] == list(range(1, len(rows) + 1))
+    return [row["loss"] for row in rows]
+
+
+def start(root: Path, *arguments: str, **variables: str) -> subprocess.Popen[str]:
+    """Start Python with the project's root on its path."""
+    path = os.pathsep.join([str(root), os.environ.get("PYTHONPATH", "")])
+    return subprocess.Popen(
+        [sys.executable, *arguments],
+        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": path} | variables,
+        cwd=root,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+    )
+
+
+def launch(root: Path, *arguments: str) -> subprocess.Popen[str]:
+    """Start two processes as torchrun does."""
+    launcher = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--rdzv-backend", "c10d"]
+    return start(root, *launcher, "--rdzv-endpoint", "localhost:0", *arguments)
+
+
+def launch_apart(root: Path, *arguments: str) -> list[subprocess.Popen[str]]:
+    """Start two processes as a scheduler's own launcher does (srun): each knows its rank."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = str(free.getsockname()[1])
+    common = {"MASTER_ADDR": "localhost", "MASTER_PORT": port, "WORLD_SIZE": "2"}
+    return [start(root, *arguments, RANK=rank, LOCAL_RANK=rank, **common) for rank in ("0", "1")]
+
+
+def train_with(engines: Sequence[str], folder: Path, root: Path) -> None:
+    worker = launch(root, str(Path(__file__).with_name("distributed_worker.py")), str(folder), *engines)
+    output, _ = worker.communicate(timeout=300)
+    assert worker.returncode == 0, output
+
+
+def finetuned(recipe: Recipe, **changes: object) -> Recipe:
+    return dataclasses.replace(recipe, finetune=dataclasses.replace(recipe.finetune, **changes))  # type: ignore[arg-type]
+
+
+@pytest.fixture(scope="module")
+def recipe(tiny_recipe: Recipe) -> Recipe:
+    """Finetune on images and text-only samples: 12 samples, 3 steps an epoch, two epochs."""
+    return finetuned(tiny_recipe, batch_size=4, micro_batch_size=2, max_steps=STEPS, log_every=1, engine="ddp")
+
+
+@pytest.fixture(scope="module")
+def runs(recipe: Recipe, root: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Everything the worker trains, and `single` and `mixed`, the same runs in one process."""
+    folder = tmp_path_factory.mktemp("runs")
+    (folder / "recipe.yaml").write_text(dump_recipe(recipe))
+    train(recipe, folder / "before", stages=["pretrain"])
+    shutil.copy(folder / "before" / "pretrain" / "adapter.safetensors", folder)
+    for name, grouped in (("single", True), ("mixed", False)):
+        variant = finetuned(recipe, group_by_modality=grouped)
+        train(variant, folder / name, stages=["finetune"], adapter=folder / "adapter.safetensors")
+    train_with(ENGINES, folder, root)
+    return folder
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_two_processes_give_the_losses_and_weights_of_one(engine: str, runs: Path) -> None:
+    torch.testing.assert_close(losses(runs / engine), losses(runs / "single"), atol=2e-6, rtol=0)
+    ours, single = (load_file(runs / name / "model.safetensors") for name in (engine, "single"))
+    assert ours.keys() == single.keys()
+    for name, tensor in single.items():
+        torch.testing.assert_close(ours[name], tensor, atol=1e-4, rtol=0, msg=lambda text, name=name: f"{name}: {text}")
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_a_process_without_images_waits_for_none(engine: str, runs: Path, data_folder: Path) -> None:
+    """Not grouped, a step gives one process images and the other one none, and some steps give neither any."""
+    assert any("image" not in sample for sample in json.loads((data_folder / "train.json").read_text()))
+    torch.testing.assert_close(losses(runs / f"{engine}_mixed"), losses(runs / "mixed"), atol=2e-6, rtol=0)
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_a_stopped_run_goes_on_with_the_same_bits(engine: str, runs: Path) -> None:
+    stopped = (runs / f"{engine}_resumed.stopped").read_text()
+
+    assert "stage finetune stopped on request at step 3 of 6" in stopped
+    assert losses(runs / f"{engine}_resumed") == losses(runs / engine)
+    resumed, whole = (load_file(runs / name / "model.safetensors") for name in (f"{engine}_resumed", engine))
+    assert all(torch.equal(resumed[name], whole[name]) for name in whole)
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_a_run_of_two_processes_goes_on_in_one(engine: str, runs: Path, recipe: Recipe, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    shutil.copytree(runs / f"{engine}_left", folder)
+    assert [path.name for path in (folder / "finetune").iterdir()] == ["checkpoint-3"]
+    train(recipe, folder, stages=["finetune"], adapter=runs / "adapter.safetensors")
+
+    assert losses(folder)[:3] == losses(runs / engine)[:3]
+    torch.testing.assert_close(losses(folder), losses(runs / "single"), atol=2e-6, rtol=0)
+    assert RunFolder(folder).finished == ("finetune",)
+
+
+@pytest.mark.skipif(
+    find_spec("deepspeed") is None, reason="needs DeepSpeed, an extra that compiles code when first used"
+)
+def test_deepspeed_gives_the_losses_and_weights_of_one_process(
+    runs: Path, root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("DS_ACCELERATOR", "cpu")
+    engines = ("zero2", "zero3")
+    train_with(engines, runs, root)
+
+    single = load_file(runs / "single" / "model.safetensors")
+    for engine in engines:
+        torch.testing.assert_close(losses(runs / engine), losses(runs / "single"), atol=2e-6, rtol=0)
+        torch.testing.assert_close(losses(runs / f"{engine}_mixed"), losses(runs / "mixed"), atol=2e-6, rtol=0)
+        assert losses(runs / f"{engine}_resumed") == losses(runs / engine)
+        torch.testing.assert_close(load_file(runs / engine / "model.safetensors"), single, atol=1e-4, rtol=0)
+
+
+def test_a_run_killed_in_mid_epoch_and_started_again_has_the_losses_of_one_that_was_left_alone(
+    recipe: Recipe, runs: Path, root: Path, tmp_path: Path
+) -> None:
+    """Two processes from the command line: SIGTERM, then the same command again, now from torchrun."""
+    samples = json.loads(Path(recipe.finetune.data.path).read_text()) * 20
+    (tmp_path / "data.json").write_text(json.dumps(samples))
+    data = dataclasses.replace(recipe.finetune.data, path=str(tmp_path / "data.json"))
+    long = finetuned(recipe, data=data, max_steps=40)
+    assert len(samples) > 40 * long.finetune.batch_size, "the whole run lies within one epoch"
+    (tmp_path / "recipe.yaml").write_text(dump_recipe(long))
+    stages = ["--stages", "finetune", "--adapter", str(runs / "adapter.safetensors")]
+    command = ["-m", "integrations.llava", "train", "--recipe", str(tmp_path / "recipe.yaml"), *stages]
+    killed = launch_apart(root, *command, "--output", str(tmp_path / "killed"))
+    metrics = tmp_path / "killed" / "metrics.jsonl"
+    deadline = time.monotonic() + 120
+    while not (metrics.is_file() and len(metrics.read_text().splitlines()) > 4):
+        assert all(process.poll() is None for process in killed), [process.communicate()[0] for process in killed]
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    # One is enough: the other hears of it.
+    killed[1].send_signal(signal.SIGTERM)
+    outputs = [process.communicate(timeout=60)[0] for process in killed]
+    first = losses(tmp_path / "killed")
+    assert [process.returncode for process in killed] == [EXIT_REQUEUE] * 2, outputs
+    assert 4 < len(first) < 40
+
+    for name in ("killed", "alone"):
+        again = launch(root, *command, "--output", str(tmp_path / name))
+        output, _ = again.communicate(timeout=120)
+        assert again.returncode == 0, output
+    assert losses(tmp_path / "killed") == losses(tmp_path / "alone")
+    assert losses(tmp_path / "killed")[: len(first)] == first
+    ours, whole = (load_file(tmp_path / name / "model.safetensors") for name in ("killed", "alone"))
+    assert all(torch.equal(ours[name], whole[name]) for name in whole)

@@ -1,0 +1,224 @@
+"""Runs that survive: stopped on request, killed while saving, out of disk space; and folders that are used again."""
+
+from __future__ import annotations
+
+import dataclasses
+import errno
+import json
+import os
+import shutil
+import signal
+import threading
+import time
+from collections import namedtuple
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import nn
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from integrations.llava import checkpointing, train_command
+from integrations.llava.checkpointing import check_disk_space, load_state, save_state
+from integrations.llava.config import Recipe
+from integrations.llava.interruption import EXIT_REQUEUE, RunInterrupted
+from integrations.llava.recipe_files import dump_recipe
+from integrations.llava.run_folder import RunFolder
+from integrations.llava.train import train
+
+Usage = namedtuple("Usage", "total used free")
+
+
+class StopAt(TrainerCallback):
+    """Sends this process a signal in the middle of a step of a stage."""
+
+    def __init__(self, stage: str, step: int, number: int = signal.SIGTERM) -> None:
+        self.stage, self.step, self.number = stage, step, number
+
+    def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        if Path(args.output_dir).name == self.stage and state.global_step + 1 == self.step:
+            os.kill(os.getpid(), self.number)
+
+
+class _Fail(StopAt):
+    """Raises instead."""
+
+    def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        if Path(args.output_dir).name == self.stage and state.global_step + 1 == self.step:
+            raise RuntimeError("power cut")
+
+
+def rows(folder: Path) -> list[tuple[str, int, float]]:
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [(row["stage"], row["step"], row["loss"]) for row in lines if "loss" in row]
+
+
+def both_stages(recipe: Recipe, **changes: Any) -> Recipe:
+    stages = {name: dataclasses.replace(recipe.stage(name), **changes) for name in ("pretrain", "finetune")}
+    return dataclasses.replace(recipe, **stages)
+
+
+@pytest.mark.parametrize("accumulated", [False, True])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_a_run_stopped_twice_ends_with_the_same_bits(
+    number: int, accumulated: bool, tiny_recipe: Recipe, tmp_path: Path
+) -> None:
+    recipe = both_stages(tiny_recipe, max_steps=5, micro_batch_size=2 if accumulated else 4)
+    whole = train(recipe, tmp_path / "whole")
+    for stage, step in (("pretrain", 2), ("finetune", 4)):
+        with pytest.raises(RunInterrupted, match=f"stage {stage} stopped on request at step {step} of 5"):
+            train(recipe, tmp_path / "stopped", callbacks=[StopAt(stage, step, number)])
+        assert [path.name for path in (tmp_path / "stopped" / stage).iterdir()] == [f"checkpoint-{step}"]
+    stopped = train(recipe, tmp_path / "stopped")
+
+    assert rows(stopped) == rows(whole)
+    weights, expected = load_file(stopped / "model.safetensors"), load_file(whole / "model.safetensors")
+    assert all(torch.equal(weights[name], expected[name]) for name in expected)
+    assert RunFolder(stopped).finished == ("pretrain", "finetune")
+    assert not list(stopped.glob("*/checkpoint-*"))
+
+
+def test_a_run_that_died_goes_on_from_its_newest_checkpoint(tiny_recipe: Recipe, tmp_path: Path) -> None:
+    recipe = both_stages(tiny_recipe, max_steps=5, save_every=2, log_every=3)
+    whole = train(recipe, tmp_path / "whole")
+    with pytest.raises(RuntimeError, match="power cut"):
+        train(recipe, tmp_path / "died", callbacks=[_Fail("finetune", 5)])
+    assert [path.name for path in (tmp_path / "died" / "finetune").iterdir()] == ["checkpoint-4"]
+
+    assert rows(train(recipe, tmp_path / "died")) == rows(whole)
+
+
+def test_the_newest_checkpoints_are_kept_and_hold_what_is_trained(tiny_recipe: Recipe, tmp_path: Path) -> None:
+    recipe = both_stages(tiny_recipe, max_steps=5, save_every=1, keep_checkpoints=2)
+    with pytest.raises(RuntimeError, match="power cut"):
+        train(recipe, tmp_path / "run", callbacks=[_Fail("pretrain", 5)])
+    folder = tmp_path / "run" / "pretrain"
+
+    assert sorted(path.name for path in folder.iterdir()) == ["checkpoint-3", "checkpoint-4"]
+    for name in ("trained", "optimizer-exp_avg", "optimizer-exp_avg_sq"):
+        keys = load_file(folder / "checkpoint-4" / f"{name}.safetensors").keys()
+        assert keys and all(key.startswith(("model.fuser.", "model.multi_modal_projector.")) for key in keys)
+
+
+def test_a_checkpoint_that_could_not_be_written_leaves_the_one_before(
+    tiny_recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = both_stages(tiny_recipe, max_steps=4, save_every=2)
+    saved = checkpointing.save_file
+
+    def full(tensors: dict[str, torch.Tensor], path: Path) -> None:
+        if "optimizer" in path.name and (tmp_path / "run" / "pretrain" / "checkpoint-2").exists():
+            raise OSError(errno.ENOSPC, "No space left on device")
+        saved(tensors, path)
+
+    monkeypatch.setattr(checkpointing, "save_file", full)
+    with pytest.raises(OSError, match="No space left"):
+        train(recipe, tmp_path / "run")
+    assert [path.name for path in (tmp_path / "run" / "pretrain").iterdir()] == ["checkpoint-2"]
+    monkeypatch.undo()
+    assert rows(train(recipe, tmp_path / "run")) == rows(train(recipe, tmp_path / "whole"))
+
+
+def test_a_full_disk_is_reported_before_anything_is_removed(
+    tiny_recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: Usage(100, 90, 10))
+    with pytest.raises(OSError, match=r"stage pretrain with its checkpoints and model needs 0.00 GiB, but the disk"):
+        train(tiny_recipe, tmp_path / "run")
+    monkeypatch.undo()
+
+    recipe = both_stages(tiny_recipe, max_steps=4, save_every=1)
+    calls: list[str] = []
+
+    def fills_up(_: Path) -> Usage:
+        calls.append("")
+        return Usage(100, 90, 10 if len(calls) > 2 else 10**12)
+
+    monkeypatch.setattr(shutil, "disk_usage", fills_up)
+    with pytest.raises(OSError, match=r"checkpoint checkpoint-2 needs .* Nothing was removed; make room"):
+        train(recipe, tmp_path / "other")
+    assert [path.name for path in (tmp_path / "other" / "pretrain").iterdir()] == ["checkpoint-1"]
+
+
+def test_room_is_looked_for_where_a_folder_will_be_made(tmp_path: Path) -> None:
+    check_disk_space(tmp_path / "a" / "b", 1, "a checkpoint")
+    with pytest.raises(OSError, match="a checkpoint needs"):
+        check_disk_space(tmp_path / "a" / "b", 2**70, "a checkpoint")
+
+
+def test_a_checkpoint_of_another_model_is_refused(tmp_path: Path) -> None:
+    first, second = nn.Linear(2, 2), nn.Linear(2, 2, bias=False)
+    optimizer = torch.optim.AdamW(first.parameters())
+    save_state(first, optimizer, tmp_path)
+
+    with pytest.raises(ValueError, match=r"trained.safetensors came from another model .*unexpected: bias"):
+        load_state(second, torch.optim.AdamW(second.parameters()), tmp_path)
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_optimizer_states_come_back_as_they_were(fused: bool, tmp_path: Path) -> None:
+    def made() -> tuple[nn.Module, torch.optim.Optimizer]:
+        torch.manual_seed(0)
+        model = nn.Linear(3, 2)
+        return model, torch.optim.AdamW(model.parameters(), fused=fused)
+
+    model, optimizer = made()
+    for _ in range(3):
+        model(torch.ones(1, 3)).sum().backward()
+        optimizer.step()
+    save_state(model, optimizer, tmp_path)
+    again, fresh = made()
+    load_state(again, fresh, tmp_path)
+
+    for ours, theirs in zip(again.parameters(), model.parameters(), strict=True):
+        assert torch.equal(ours, theirs)
+        assert fresh.state[ours].keys() == optimizer.state[theirs].keys()
+        for kind, value in optimizer.state[theirs].items():
+            assert torch.equal(fresh.state[ours][kind], value)
+
+
+def test_stages_can_be_run_one_by_one_in_a_folder(tiny_recipe: Recipe, tmp_path: Path) -> None:
+    for stage in ("pretrain", "finetune"):
+        train(tiny_recipe, tmp_path / "apart", stages=[stage])
+    train(tiny_recipe, tmp_path / "at_once")
+
+    assert rows(tmp_path / "apart") == rows(tmp_path / "at_once")
+
+
+def test_a_folder_with_another_or_a_finished_run_is_refused(tiny_recipe: Recipe, tmp_path: Path) -> None:
+    folder = train(tiny_recipe, tmp_path / "run", stages=["pretrain"])
+    with pytest.raises(ValueError, match=r"already holds a finished run of this recipe \(pretrain\)"):
+        train(tiny_recipe, folder, stages=["pretrain"])
+    other = dataclasses.replace(tiny_recipe.finetune, learning_rate=0.5)
+    with pytest.raises(
+        ValueError, match=r"another recipe, which differs in finetune.learning_rate \(.* then, 0.5 now\)"
+    ):
+        train(dataclasses.replace(tiny_recipe, finetune=other), folder)
+
+
+def test_what_only_changes_a_run_s_speed_may_change_when_it_goes_on(tiny_recipe: Recipe, tmp_path: Path) -> None:
+    train(tiny_recipe, tmp_path / "run", stages=["pretrain"])
+    changed = dataclasses.replace(tiny_recipe.finetune, micro_batch_size=2, num_workers=1, engine="zero2")
+
+    train(dataclasses.replace(tiny_recipe, finetune=changed), tmp_path / "run")
+    assert RunFolder(tmp_path / "run").finished == ("pretrain", "finetune")
+
+
+def test_the_command_line_returns_a_code_to_requeue_on(tiny_recipe: Recipe, tmp_path: Path) -> None:
+    (tmp_path / "recipe.yaml").write_text(dump_recipe(both_stages(tiny_recipe, max_steps=500, log_every=1)))
+    folder = tmp_path / "run"
+
+    def stop_soon() -> None:
+        while not (folder / "metrics.jsonl").is_file():
+            time.sleep(0.01)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    watcher = threading.Thread(target=stop_soon)
+    watcher.start()
+    code = train_command.main(["--recipe", str(tmp_path / "recipe.yaml"), "--output", str(folder)])
+    watcher.join()
+
+    assert code == EXIT_REQUEUE == 75
+    assert RunFolder(folder).checkpoint("pretrain") is not None
