@@ -175,9 +175,13 @@ def bench_encoder(session: Session, *, batch_size: int, dtype: torch.dtype, runs
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--only", choices=("op", "block", "encoder"), action="append", help="repeat for several")
+    parser.add_argument(
+        "--only", choices=("op", "block", "encoder", "train"), action="append", help="repeat for several"
+    )
     parser.add_argument("--batch-sizes", type=int, nargs="+", help="default: 1 4 on the CPU, 1 16 on CUDA")
     parser.add_argument("--runs", type=int, default=None, help="timed calls; default: 5 on the CPU, 30 on CUDA")
+    parser.add_argument("--recipe", default="mmfuser_7b", help="what train makes a step of; needs the llava extra")
+    parser.add_argument("--gpu", default="h200", help="the GPU that train's estimate reckons with")
     parser.add_argument("--threads", type=int, help="CPU threads; default: torch's own choice")
     parser.add_argument("--no-compile", action="store_true", help="leave torch.compile out")
     parser.add_argument("--seed", type=int, default=0)
@@ -195,7 +199,7 @@ def main() -> None:
     path = arguments.output or ROOT / "benchmarks" / "results" / f"{device}.jsonl"
     session = Session(device=device, seed=arguments.seed, note=arguments.note, path=path)
     runs = arguments.runs or (5 if device == "cpu" else 30)
-    parts = arguments.only or ["op", "block", "encoder"]
+    parts = arguments.only or ["op", "block", "encoder", *(["train"] if device == "cuda" else [])]
     compiled = not arguments.no_compile
     for dtype in (torch.float32,) if device == "cpu" else (torch.float32, torch.bfloat16):
         for batch_size in arguments.batch_sizes or ([1, 4] if device == "cpu" else [1, 16]):
@@ -206,6 +210,10 @@ def main() -> None:
             # A batch of images through ViT-L takes a CPU half a minute, and tells no more than one image does.
             if "encoder" in parts and (device == "cuda" or batch_size == 1):
                 bench_encoder(session, batch_size=batch_size, dtype=dtype, runs=runs)
+    if "train" in parts:
+        from training import bench_training_step
+
+        bench_training_step(session, recipe=arguments.recipe, gpu=arguments.gpu, runs=3)
 
 
 if __name__ == "__main__":
