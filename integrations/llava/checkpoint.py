@@ -2,55 +2,29 @@
 
 from __future__ import annotations
 
-import os
-import shutil
-import tempfile
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import nn
-from transformers import AutoConfig, AutoProcessor, LlavaProcessor
+from transformers import AutoProcessor, LlavaProcessor
 
+from .atomic import atomic_folder
 from .config import PARTS
+from .convert.names import our_adapter
 from .model import FusedLlavaConfig, FusedLlavaForConditionalGeneration
+from .quantization import Quantization, quantization_config
+from .weight_files import CONFIG_FILE, read_json, stored_tensors
 
-__all__ = ["atomic_folder", "load_adapter", "load_model", "load_processor", "save_adapter", "save_model", "write_text"]
-
-_CONFIG_FILE = "config.json"
-
-
-@contextmanager
-def atomic_folder(folder: str | Path) -> Iterator[Path]:
-    """Give a scratch folder whose files move into `folder` when the block ends without error.
-
-    The config moves last: a folder with a config has its weights. Files of other names stay where they are.
-
-    Args:
-        folder: made if need be.
-
-    Yields:
-        The scratch folder, on the same file system.
-    """
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    scratch = Path(tempfile.mkdtemp(prefix=".saving-", dir=folder))
-    try:
-        yield scratch
-        for path in sorted(scratch.iterdir(), key=lambda path: path.name == _CONFIG_FILE):
-            os.replace(path, folder / path.name)
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a text file beside its place, then rename it."""
-    scratch = path.with_name(f".{path.name}.saving")
-    scratch.write_text(text, encoding="utf-8")
-    os.replace(scratch, path)
+__all__ = [
+    "load_adapter",
+    "load_config",
+    "load_model",
+    "load_processor",
+    "save_adapter",
+    "save_model",
+]
 
 
 def save_model(model: FusedLlavaForConditionalGeneration, processor: LlavaProcessor, folder: str | Path) -> Path:
@@ -65,15 +39,41 @@ def save_model(model: FusedLlavaForConditionalGeneration, processor: LlavaProces
     return Path(folder)
 
 
+def load_config(folder: str | Path) -> FusedLlavaConfig:
+    """Read the config of a model that `save_model` wrote.
+
+    Raises:
+        FileNotFoundError: if the folder holds no model.
+        ValueError: if it holds another kind of model.
+    """
+    folder = Path(folder)
+    if not (folder / CONFIG_FILE).is_file():
+        raise FileNotFoundError(f"{folder} holds no {CONFIG_FILE}; give a folder that a finished training run wrote.")
+    kind = read_json(folder / CONFIG_FILE).get("model_type")
+    if kind != FusedLlavaConfig.model_type:
+        raise ValueError(
+            f"{folder} holds a {kind!r} model; expected {FusedLlavaConfig.model_type!r}, as `python -m "
+            "integrations.llava train` writes it. Models of MMFuser, LLaVA-1.5 and transformers' LLaVA can be "
+            f"converted: python -m integrations.llava convert --from {folder} --to NEW_FOLDER"
+        )
+    config: FusedLlavaConfig = FusedLlavaConfig.from_pretrained(folder)
+    return config
+
+
 def load_model(
-    folder: str | Path, *, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32
+    folder: str | Path,
+    *,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype = torch.float32,
+    quantize: Quantization = "none",
 ) -> FusedLlavaForConditionalGeneration:
     """Load a model that `save_model` wrote.
 
     Args:
         folder: the folder.
         device: where to put the model.
-        dtype: of its parameters.
+        dtype: of its parameters, and of the computation with quantised ones.
+        quantize: "int8" or "nf4" stores the language model's linear layers in 8 or 4 bits, through bitsandbytes.
 
     Returns:
         The model, in evaluation mode.
@@ -81,20 +81,22 @@ def load_model(
     Raises:
         FileNotFoundError: if the folder holds no model.
         ValueError: if it holds another kind of model, or weights that do not cover the model; every key is listed.
+        ImportError: if bitsandbytes is needed and not installed.
     """
-    folder = Path(folder)
-    if not (folder / _CONFIG_FILE).is_file():
-        raise FileNotFoundError(f"{folder} holds no {_CONFIG_FILE}; give a folder that a finished training run wrote.")
-    config = AutoConfig.from_pretrained(folder)
-    if not isinstance(config, FusedLlavaConfig):
-        raise ValueError(
-            f"{folder} holds a {config.model_type!r} model; expected {FusedLlavaConfig.model_type!r}, as "
-            "`python -m integrations.llava train` writes it."
-        )
-    model: FusedLlavaForConditionalGeneration = FusedLlavaForConditionalGeneration.from_pretrained(
-        folder, config=config, dtype=dtype
+    config = load_config(folder)
+    model: FusedLlavaForConditionalGeneration
+    if quantize == "none":
+        model = FusedLlavaForConditionalGeneration.from_pretrained(folder, config=config, dtype=dtype)
+        return model.to(device).eval()  # type: ignore[no-any-return, arg-type]
+    # Quantised weights cannot be moved afterwards, so they are loaded to where they belong.
+    model = FusedLlavaForConditionalGeneration.from_pretrained(
+        folder,
+        config=config,
+        dtype=dtype,
+        quantization_config=quantization_config(quantize, dtype),
+        device_map={"": device},
     )
-    return model.to(device).eval()  # type: ignore[no-any-return, arg-type]
+    return model.eval()
 
 
 def load_processor(folder: str | Path) -> LlavaProcessor:
@@ -115,42 +117,40 @@ def save_adapter(model: nn.Module, parts: Sequence[str], path: str | Path) -> Pa
         The path.
     """
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    scratch = path.with_name(f".{path.name}.saving")
-    save_file(_state_of(model, parts), scratch, metadata={"format": "pt", "parts": ",".join(parts)})
-    os.replace(scratch, path)
+    with atomic_folder(path.parent) as scratch:
+        save_file(_state_of(model, parts), scratch / path.name, metadata={"format": "pt", "parts": ",".join(parts)})
     return path
 
 
 def load_adapter(model: nn.Module, parts: Sequence[str], path: str | Path) -> None:
-    """Load what `save_adapter` wrote into a model.
+    """Load fuser and projector into a model: what `save_adapter` wrote, or the published code's stage 1.
 
     Args:
         model: the whole model, changed in place.
         parts: the parts that the file has to cover.
-        path: the file.
+        path: a `.safetensors` file, or one that `torch.save` wrote (`mm_projector.bin`), read without running code.
 
     Raises:
         FileNotFoundError: if there is no such file.
-        ValueError: if it is no safetensors file, or its keys are not those of the parts; all are listed.
+        ValueError: if it is damaged or holds code, a published fuser lost its scales, or its keys are not those of the
+            parts; all are listed.
     """
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"adapter {path} does not exist; run the stage that writes it first.")
-    try:
-        loaded = load_file(path)
-    except SafetensorError as error:
-        raise ValueError(f"adapter {path} is not a whole safetensors file ({error}); write it anew.") from error
+    stored = stored_tensors(path)
+    if any("mm_projector." in name for name in stored):
+        stored = our_adapter(stored)
     expected = _state_of(model, parts)
-    missing, unexpected = sorted(expected.keys() - loaded.keys()), sorted(loaded.keys() - expected.keys())
-    misshapen = sorted(name for name in expected.keys() & loaded.keys() if expected[name].shape != loaded[name].shape)
+    missing, unexpected = sorted(expected.keys() - stored.keys()), sorted(stored.keys() - expected.keys())
+    misshapen = sorted(name for name in expected.keys() & stored.keys() if expected[name].shape != stored[name].shape)
     if missing or unexpected or misshapen:
         raise ValueError(
             f"adapter {path} does not fit the {', '.join(parts)} of this model. Missing: {', '.join(missing) or 'none'}"
             f"; unexpected: {', '.join(unexpected) or 'none'}; of another shape: {', '.join(misshapen) or 'none'}. Use "
             "the recipe's own model settings."
         )
-    model.load_state_dict(loaded, strict=False)
+    model.load_state_dict({name: tensor.read() for name, tensor in stored.items()}, strict=False)
 
 
 def _state_of(model: nn.Module, parts: Sequence[str]) -> dict[str, torch.Tensor]:

@@ -12,7 +12,6 @@ into the same folder and reads them back with the same number of processes only.
 
 from __future__ import annotations
 
-import errno
 import os
 import re
 import shutil
@@ -30,9 +29,10 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.optim import Optimizer
 from transformers import Trainer
 
+from .atomic import check_disk_space
+
 __all__ = [
     "CheckpointingTrainer",
-    "check_disk_space",
     "latest_checkpoint",
     "load_state",
     "load_trained",
@@ -61,29 +61,6 @@ def state_bytes(model: nn.Module) -> int:
     """Bytes that a checkpoint of a model takes: its trained parameters and AdamW's two states of each, in float32."""
     trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     return trained * 4 * (1 + _ADAMW_STATES)
-
-
-def check_disk_space(folder: str | Path, needed: int, what: str) -> None:
-    """Make sure that something fits before it is written.
-
-    Args:
-        folder: where it will be written; its nearest existing parent is asked.
-        needed: bytes.
-        what: for the message, such as "a checkpoint".
-
-    Raises:
-        OSError: if the disk has less room; nothing was written or removed.
-    """
-    place = Path(folder).absolute()
-    while not place.exists():
-        place = place.parent
-    free = shutil.disk_usage(place).free
-    if free < needed:
-        raise OSError(
-            errno.ENOSPC,
-            f"{what} needs {needed / 2**30:.2f} GiB, but the disk of {folder} has {free / 2**30:.2f} GiB left. Nothing "
-            "was removed; make room, then start the same command again",
-        )
 
 
 def save_state(model: nn.Module, optimizer: Optimizer, folder: Path, *, write: bool = True) -> None:

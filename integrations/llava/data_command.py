@@ -10,7 +10,7 @@ from pathlib import Path
 
 from transformers import AutoTokenizer
 
-from .data.atomic import atomic_file
+from .atomic import atomic_file
 from .data.cleaning import clean_path, lines_path, write_clean, write_lines
 from .data.conversations import TokenLimit
 from .data.files import SampleFile, read_samples

@@ -88,13 +88,16 @@ def build_processor(
 
     Args:
         model: says how many positions an image takes up.
-        tokenizer: has `<image>`.
+        tokenizer: has `<image>`; it is set to pad on the left, as generation in batches needs it.
         preprocessing: how images are prepared.
         template: written into the chat template.
 
     Returns:
         The processor; `save_pretrained` and `AutoProcessor.from_pretrained` keep it.
     """
+    tokenizer.padding_side = "left"
+    # Tokenizers save what they were built with, and the side is lost unless it is one of these.
+    tokenizer.init_kwargs["padding_side"] = "left"
     height, width = preprocessing.size
     patch_size = max(height, width)
     # LlavaProcessor counts (height // patch) * (width // patch) + additional tokens; any fuser's number fits that way.

@@ -19,7 +19,7 @@ from typing import Any
 
 import yaml
 
-from .checkpoint import write_text
+from .atomic import write_text
 from .checkpointing import latest_checkpoint
 from .config import STAGES, Recipe
 from .recipe_files import dump_recipe

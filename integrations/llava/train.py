@@ -24,8 +24,9 @@ from transformers.trainer_callback import PrinterCallback
 from layerfuse.preprocessing import Preprocessing
 
 from .assembly import Assembled, assemble, assemble_stage, set_trainable
+from .atomic import check_disk_space
 from .checkpoint import load_adapter, save_adapter, save_model
-from .checkpointing import check_disk_space, load_trained, state_bytes, trained_state
+from .checkpointing import load_trained, state_bytes, trained_state
 from .config import STAGES, Recipe, StageConfig
 from .data import Collator, ConversationDataset, Sample, read_samples, select_samples, usable_indices
 from .engines import check_engine, engine_arguments, release_engine, shards

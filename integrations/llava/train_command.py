@@ -70,7 +70,10 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--data", nargs="+", help="LLaVA json or jsonl: one file for all stages, or one a stage")
     parser.add_argument("--image-folder", nargs="+", help="folder of the images: one for all stages, or one a stage")
     parser.add_argument("--stages", nargs="+", choices=STAGES, default=STAGES, help="stages to run (default: both)")
-    parser.add_argument("--adapter", help="fuser and projector to start from: RUN/pretrain/adapter.safetensors")
+    parser.add_argument(
+        "--adapter",
+        help="fuser and projector to start from: RUN/pretrain/adapter.safetensors, or the published mm_projector.bin",
+    )
     parser.add_argument(
         "--dry-run",
         action="store_true",

@@ -22,7 +22,7 @@ from torch.distributed.tensor import DTensor
 from torch.utils.data import Sampler
 from transformers import TrainingArguments
 
-from .checkpoint import write_text
+from .atomic import write_text
 from .checkpointing import CheckpointingTrainer
 from .config import PARTS
 from .optimizer_steps import BrokenBatch, NonFiniteLossError, OptimizerStep

@@ -20,7 +20,7 @@ from layerfuse.features import FeatureMaps, Grid
 from layerfuse.fusers.base import FUSERS, Fuser
 from layerfuse.ops import MultiScaleDeformableAttention
 
-__all__ = ["MMFuser", "from_published_state_dict"]
+__all__ = ["MMFuser", "from_published_state_dict", "to_published_state_dict"]
 
 _T = TypeVar("_T")
 
@@ -148,25 +148,30 @@ class MMFuser(Fuser):
         return [*items[: self.query_index], *items[self.query_index + 1 :]]
 
 
-def from_published_state_dict(state_dict: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+def from_published_state_dict(state_dict: Mapping[str, _T]) -> dict[str, _T]:
     """Rename the weights of a published MMFuser block to ours.
 
     Args:
-        state_dict: weights under the names of the published code (``MSCrossAttnBlock``), any outer prefix removed.
+        state_dict: weights under the names of the published code (``MSCrossAttnBlock``), any outer prefix removed. They
+            are passed on, never looked into.
 
     Returns:
-        The same tensors under the names of ``MMFuser``.
+        The same weights under the names of ``MMFuser``.
 
     Raises:
-        ValueError: if gamma1 or gamma2 is absent, or other names are missing or unknown.
+        ValueError: if gamma1 or gamma2 is absent or was renamed, or other names are missing or unknown.
     """
     absent = [name for name in _PUBLISHED_SCALES if name not in state_dict]
+    renamed = [name for name in absent if name.replace("gamma", "weight") in state_dict]
     if absent:
+        found = f" (found instead: {', '.join(name.replace('gamma', 'weight') for name in renamed)})" if renamed else ""
         raise ValueError(
-            f"the published weights lack {', '.join(absent)}; without them the block would be the identity. Old "
-            "versions of transformers rename these parameters while loading: read the checkpoint's files themselves."
+            f"the published weights lack {', '.join(absent)}{found}; without them the block would be the identity. Old "
+            "versions of transformers rename these parameters while loading ('gamma' becomes 'weight') and drop them; "
+            "what is saved afterwards has lost them. Take the files that the training wrote, and read them themselves; "
+            "if you know that nothing but the names changed, rename them back."
         )
-    names = {name: _PUBLISHED_SCALES.get(name, name) for name in _published_names()}
+    names = _published_names()
     missing = sorted(set(names) - set(state_dict))
     unknown = sorted(set(state_dict) - set(names))
     if missing or unknown:
@@ -177,11 +182,35 @@ def from_published_state_dict(state_dict: Mapping[str, torch.Tensor]) -> dict[st
     return {ours: state_dict[published] for published, ours in names.items()}
 
 
-def _published_names() -> list[str]:
+def to_published_state_dict(state_dict: Mapping[str, _T]) -> dict[str, _T]:
+    """Rename the weights of ``MMFuser`` to those of the published block; undoes `from_published_state_dict`.
+
+    Args:
+        state_dict: ``MMFuser(...).state_dict()``, of a block with the published settings.
+
+    Returns:
+        The same weights under the published names.
+
+    Raises:
+        ValueError: if names are missing or unknown.
+    """
+    names = _published_names()
+    missing, unknown = sorted({*names.values()} - set(state_dict)), sorted(set(state_dict) - {*names.values()})
+    if missing or unknown:
+        raise ValueError(
+            f"these are not the weights of one MMFuser: missing {', '.join(missing) or 'none'}; unknown "
+            f"{', '.join(unknown) or 'none'}. Give the state dict of the fuser alone."
+        )
+    return {published: state_dict[ours] for published, ours in names.items()}
+
+
+def _published_names() -> dict[str, str]:
+    """Published name → our name."""
     norms = ("query_norm", "feat_norm", "norm1")
     projections = ("sampling_offsets", "attention_weights", "value_proj", "output_proj")
     modules = [
         *norms,
         *(f"{attention}.{name}" for attention in ("cross_attn", "self_attn") for name in projections),
     ]
-    return [*_PUBLISHED_SCALES, *(f"{module}.{kind}" for module in modules for kind in ("weight", "bias"))]
+    same = [f"{module}.{kind}" for module in modules for kind in ("weight", "bias")]
+    return {**_PUBLISHED_SCALES, **{name: name for name in same}}

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from layerfuse.features import FeatureMaps, Grid
 from layerfuse.fusers import MMFuser, create_fuser
-from layerfuse.fusers.mmfuser import from_published_state_dict
+from layerfuse.fusers.mmfuser import from_published_state_dict, to_published_state_dict
 from layerfuse.testing import random_features, randomise_parameters
 
 
@@ -123,3 +123,25 @@ def test_published_weights_with_other_names_are_refused() -> None:
     weights["norm2.weight"] = weights.pop("norm1.weight")
     with pytest.raises(ValueError, match="missing norm1.weight; unknown norm2.weight"):
         from_published_state_dict(weights)
+
+
+def test_published_weights_whose_scales_were_renamed_are_refused() -> None:
+    weights = _published(MMFuser(16, 3, num_heads=4))
+    weights["weight1"] = weights.pop("gamma1")
+    with pytest.raises(ValueError, match="lack gamma1 \\(found instead: weight1\\); .* Old versions of transformers"):
+        from_published_state_dict(weights)
+
+
+def test_published_names_are_given_back() -> None:
+    ours = randomise_parameters(MMFuser(16, 3, num_heads=4)).state_dict()
+    published = to_published_state_dict(ours)
+    assert {"gamma1", "gamma2"} <= set(published)
+    assert from_published_state_dict(published).keys() == ours.keys()
+    assert all(from_published_state_dict(published)[name] is tensor for name, tensor in ours.items())
+
+
+def test_weights_of_something_else_get_no_published_names() -> None:
+    ours = MMFuser(16, 3, num_heads=4).state_dict()
+    ours["norm2.weight"] = ours.pop("norm1.weight")
+    with pytest.raises(ValueError, match="not the weights of one MMFuser: missing norm1.weight; unknown norm2.weight"):
+        to_published_state_dict(ours)

@@ -12,7 +12,7 @@ from typing import Any
 
 from tqdm.auto import tqdm
 
-from .atomic import atomic_file
+from ..atomic import atomic_file
 from .files import SampleFile
 from .findings import Finding
 from .samples import Sample

@@ -14,9 +14,9 @@ from torch.utils.data import Dataset
 from integrations.llava.prompts import IGNORE_INDEX, Rendered, Template, TextEncoder, render
 from layerfuse.preprocessing import Preprocessing
 
+from ..images import IMAGE_ERRORS
 from .conversations import expand_images
 from .files import file_index, sample_lengths
-from .images import IMAGE_ERRORS
 from .policy import BadSamples
 from .samples import Sample, image_names, sample_id
 

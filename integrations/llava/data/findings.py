@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 __all__ = ["KINDS", "Fault", "Finding", "Kind"]
 
@@ -64,7 +64,8 @@ KINDS: Mapping[str, Kind] = {
 """Name -> kind, problems first."""
 
 
-class Fault(NamedTuple):
+@dataclass(frozen=True)
+class Fault:
     """What a check says.
 
     Attributes:
@@ -85,34 +86,21 @@ class Fault(NamedTuple):
         return KINDS[self.kind].level == "problem"
 
 
-@dataclass(frozen=True)
-class Finding:
-    """A fault of a sample.
+@dataclass(frozen=True, kw_only=True)
+class Finding(Fault):
+    """A fault with the sample it was found in.
 
     Attributes:
-        kind: name of the kind.
         index: of the sample, in its file.
         place: line or entry of the file.
         sample_id: the sample's id, or its index if it has none.
         source: the data set that its image comes from.
-        message: what is wrong.
-        image: name of the image at fault.
-        repair: name of the file that the sample should have named.
     """
 
-    kind: str
     index: int
     place: str
     sample_id: str
     source: str
-    message: str
-    image: str | None = None
-    repair: str | None = None
-
-    @property
-    def is_problem(self) -> bool:
-        """Whether training does not cope with it."""
-        return KINDS[self.kind].level == "problem"
 
     def __str__(self) -> str:
         """Describe it in one line."""

@@ -5,32 +5,19 @@ from __future__ import annotations
 import os
 import stat
 import struct
-import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal
 
 from PIL import Image
 
+from ..images import IMAGE_ERRORS
 from .findings import Fault
 
-__all__ = ["IMAGE_ERRORS", "CheckImages", "image_faults"]
+__all__ = ["CheckImages", "image_faults"]
 
 CheckImages = Literal["decode", "size", "none"]
 """Decode images, read only their headers, or do not look at them."""
-
-IMAGE_ERRORS = (
-    OSError,  # UnidentifiedImageError is one
-    SyntaxError,
-    ValueError,
-    RuntimeError,
-    EOFError,
-    IndexError,
-    struct.error,
-    zlib.error,
-    Image.DecompressionBombError,
-)
-"""What Pillow raises on a file that it cannot open or decode."""
 
 _ENDINGS = (".jpg", ".jpeg", ".png", ".gif", ".webp", ".bmp", ".tif", ".tiff")
 

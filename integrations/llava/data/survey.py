@@ -5,7 +5,7 @@ from __future__ import annotations
 from array import array
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -215,7 +215,7 @@ class _Book:
 
     def _add(self, index: int, own_id: str, source: str, fault: Fault) -> None:
         self.findings.append(
-            Finding(index=index, place=self._place(index), sample_id=own_id, source=source, **fault._asdict())
+            Finding(index=index, place=self._place(index), sample_id=own_id, source=source, **asdict(fault))
         )
 
     def _place(self, index: int) -> str:

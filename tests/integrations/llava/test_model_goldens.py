@@ -1,167 +1,180 @@
-"""The whole model against the published code's recorded logits, losses, gradients and answers."""
+"""The whole model, converted from the published checkpoint, against what the published code recorded."""
 
 from __future__ import annotations
 
-import dataclasses
 import json
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from PIL import Image
-from safetensors.torch import load_file
-from transformers import LlamaConfig, LlamaForCausalLM
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForImageTextToText
 
-from integrations.llava.model import FusedLlavaForConditionalGeneration, build_model
-from layerfuse.backbones import create_backbone
-from layerfuse.fusers import create_fuser
-from tests.goldens_support import from_published_names
+from integrations.llava.checkpoint import load_adapter, load_model
+from integrations.llava.convert import convert, convert_adapter, layout_of
+from integrations.llava.weight_files import stored_model, stored_tensors
+from tests.integrations.llava.model_goldens_support import CASES, PROMPTS, RECORDED, Case, Run, recorded_names
 
-VOCABULARY = 512
-PUBLISHED_IMAGE = -200
-CASES = ("single", "batch2_padded", "mixed_batch3", "text_only", "two_images", "image_mid_prompt")
-
-
-def published_model(folder: Path, weights: dict[str, torch.Tensor]) -> FusedLlavaForConditionalGeneration:
-    """Build our model around the recorded backbone, with the published checkpoint's other weights."""
-    backbone = create_backbone("transformers", str(folder / "clip_tower"), layers=(-8, -6, -5, -3, -2))
-    fuser = create_fuser("mmfuser", in_channels=64, num_layers=5)
-    config = json.loads((folder / "checkpoint" / "config.json").read_text())
-    keys = (
-        "hidden_size",
-        "intermediate_size",
-        "num_hidden_layers",
-        "num_attention_heads",
-        "num_key_value_heads",
-        "rms_norm_eps",
-    )
-    llm = LlamaForCausalLM(LlamaConfig(vocab_size=VOCABULARY, **{key: config[key] for key in keys}))
-    own = set(llm.state_dict())
-    llm.load_state_dict({name: tensor for name, tensor in weights.items() if name in own})
-    model = build_model(backbone, fuser, llm, image_token_id=VOCABULARY)
-    load_projector(model, weights)
-    return model.eval()
-
-
-def projector_names(model: FusedLlavaForConditionalGeneration) -> dict[str, str]:
-    """Published name -> our name, of everything in the published projector."""
-    names = {
-        f"model.mm_projector.0.{key}": f"model.fuser.{ours}"
-        for key, ours in from_published_names(fuser_of(model)).items()
-    }
-    for theirs, ours in (("1", "linear_1"), ("3", "linear_2")):
-        for kind in ("weight", "bias"):
-            names[f"model.mm_projector.{theirs}.{kind}"] = f"model.multi_modal_projector.{ours}.{kind}"
-    return names
-
-
-def fuser_of(model: FusedLlavaForConditionalGeneration) -> Any:
-    return model.model.fuser
-
-
-def load_projector(model: FusedLlavaForConditionalGeneration, weights: dict[str, torch.Tensor]) -> None:
-    names = projector_names(model)
-    given = {names[name]: tensor for name, tensor in weights.items() if "mm_projector" in name}
-    assert len(given) == 28
-    assert not model.load_state_dict(given, strict=False).unexpected_keys
-
-
-def expanded(case: dict[str, torch.Tensor], num_tokens: int = 16) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Ids, mask and labels with every image token repeated, padded to one length on the right."""
-    rows = []
-    for ids, mask, labels in zip(case["input_ids"], case["attention_mask"], case["labels"], strict=True):
-        kept = mask.bool()
-        ids, labels = ids[kept], labels[kept]
-        repeats = torch.where(ids == PUBLISHED_IMAGE, num_tokens, 1)
-        ids = torch.where(ids == PUBLISHED_IMAGE, VOCABULARY, ids)
-        rows.append((ids.repeat_interleave(repeats), labels.repeat_interleave(repeats)))
-    pad = torch.nn.utils.rnn.pad_sequence
-    ids = pad([row[0] for row in rows], batch_first=True)
-    labels = pad([row[1] for row in rows], batch_first=True, padding_value=-100)
-    return ids, pad([torch.ones_like(row[0]) for row in rows], batch_first=True), labels
+FUSER = "model.mm_projector.0."
+# What a file of cases may hold; each of these is compared below.
+COMPARED = {
+    "attention_mask",
+    "expanded.attention_mask",
+    "expanded.inputs_embeds",
+    "expanded.labels",
+    "fuser.output",
+    "input_ids",
+    "labels",
+    "logits",
+    "loss",
+    "pixel_values",
+    "projector.output",
+    "vision.stack",
+}
 
 
 @pytest.fixture(scope="module")
-def recorded(goldens: Path) -> Path:
-    return goldens / "tiny_llava"
+def converted(goldens: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return convert(goldens / "tiny_llava" / "checkpoint", tmp_path_factory.mktemp("converted") / "ours")
 
 
 @pytest.fixture(scope="module")
-def model(recorded: Path) -> FusedLlavaForConditionalGeneration:
-    return published_model(recorded, load_file(recorded / "checkpoint" / "model.safetensors"))
+def run(converted: Path) -> Run:
+    return Run(converted)
+
+
+def test_everything_recorded_in_the_goldens_is_compared(goldens: Path) -> None:
+    recorded = recorded_names()
+    answers = recorded.pop("generation")
+    assert set(recorded) == set(CASES) and CASES
+    for name, tensors in recorded.items():
+        assert {tensor for tensor in tensors - COMPARED if not tensor.startswith("grad.")} == set(), name
+    kinds = {name.rpartition(".")[2] for name in answers}
+    assert {name.rpartition(".")[0] for name in answers} <= set(PROMPTS)
+    assert kinds == {"input_ids", "output_ids", "scores"}
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_logits_and_loss_of_goldens(name: str, recorded: Path, model: FusedLlavaForConditionalGeneration) -> None:
-    case = load_file(recorded / "cases" / f"{name}.safetensors")
-    ids, mask, labels = expanded(case)
-    # There, samples without image take a slot of black pixels; here, they have none.
-    per_sample = (case["input_ids"] == PUBLISHED_IMAGE).sum(1).clamp(min=1)
-    keep = (case["input_ids"] == PUBLISHED_IMAGE).any(1).repeat_interleave(per_sample)
-    pixels = case["pixel_values"][keep]
-    with torch.no_grad():
-        out = model(input_ids=ids, attention_mask=mask, labels=labels, pixel_values=pixels if len(pixels) else None)
-
-    assert torch.equal(mask, case["expanded.attention_mask"].to(mask.dtype))
-    assert torch.equal(labels, case["expanded.labels"])
-    torch.testing.assert_close(
-        out.logits[..., :VOCABULARY][mask.bool()], case["logits"][mask.bool()], atol=2e-4, rtol=0
-    )
-    torch.testing.assert_close(out.loss, case["loss"][0], atol=1e-5, rtol=0)
+def test_expansion_and_truncation_of_goldens(name: str, run: Run) -> None:
+    case = Case(name)
+    batch = run.batch(case)
+    assert torch.equal(batch["attention_mask"], case.tensors["expanded.attention_mask"].long())
+    assert torch.equal(batch["labels"], case.tensors["expanded.labels"])
 
 
-@pytest.mark.parametrize("name", ["single", "two_images"])
-def test_fused_and_projected_tokens_of_goldens(
-    name: str, recorded: Path, model: FusedLlavaForConditionalGeneration
+@pytest.mark.parametrize("name", CASES)
+def test_vision_side_of_goldens(name: str, run: Run) -> None:
+    case = Case(name)
+    compared = [comparison.name for comparison in run.vision(case) if comparison.check() is None]
+    assert set(compared) == {"vision.stack", "fuser.output", "projector.output"} & set(case.tensors)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_embeddings_logits_and_loss_of_goldens(name: str, run: Run) -> None:
+    for comparison in run.text(Case(name)):
+        comparison.check()
+
+
+@pytest.mark.parametrize("name", [name for name in CASES if any("grad." in key for key in Case(name).tensors)])
+def test_gradients_of_goldens(name: str, run: Run) -> None:
+    case = Case(name)
+    compared = [comparison.name for comparison in run.gradients(case) if comparison.check() is None]
+    assert set(compared) == {tensor for tensor in case.tensors if tensor.startswith("grad.")} and compared
+
+
+@pytest.mark.parametrize("name", PROMPTS)
+def test_greedy_answers_of_goldens(name: str, run: Run) -> None:
+    """Alone and in a batch padded on the left; a text-only prompt has no black image here, which changes nothing."""
+    for ids, expected, scores in run.answers(name):
+        assert ids == expected
+        if scores is not None:
+            scores.check()
+
+
+# The checkpoint itself
+
+
+def test_the_goldens_checkpoint_goes_back_as_it_came(converted: Path, tmp_path: Path) -> None:
+    back = convert(converted, tmp_path / "back", "mmfuser")
+    was, now = stored_model(RECORDED / "checkpoint"), stored_model(back)
+    assert sorted(was) == sorted(now)
+    for name, tensor in was.items():
+        assert tensor.dtype == now[name].dtype and torch.equal(tensor.read(), now[name].read()), name
+    for path in (RECORDED / "checkpoint").iterdir():
+        if path.suffix != ".safetensors":
+            assert (back / path.name).read_bytes() == path.read_bytes(), path.name
+    assert layout_of(back) == layout_of(RECORDED / "checkpoint") == "mmfuser"
+
+
+def test_the_converted_goldens_load_with_transformers_too(converted: Path, run: Run) -> None:
+    loaded = AutoModelForImageTextToText.from_pretrained(converted)
+    for name, tensor in run.model.state_dict().items():
+        assert torch.equal(loaded.state_dict()[name], tensor), name
+
+
+@pytest.mark.parametrize("suffix", ["bin", "safetensors"])
+def test_the_stage_1_adapter_of_the_goldens_is_loaded_and_written(suffix: str, converted: Path, tmp_path: Path) -> None:
+    (adapter,) = (RECORDED / "stage1_adapter").glob(f"*.{suffix}")
+    model = load_model(converted)
+    load_adapter(model, ("fuser", "projector"), adapter)
+    stored = {name: tensor.read() for name, tensor in stored_tensors(adapter).items()}
+    assert torch.equal(model.model.fuser.output_scale.scale, stored[f"{FUSER}gamma1"])
+    assert torch.equal(model.model.multi_modal_projector.linear_2.bias, stored["model.mm_projector.3.bias"])
+    ours = convert_adapter(adapter, tmp_path / "ours")
+    again = torch.load(convert_adapter(ours, tmp_path / "published", "mmfuser"), weights_only=True)
+    assert again.keys() == stored.keys() and all(torch.equal(again[name], stored[name]) for name in stored)
+
+
+def remove(weights: dict[str, torch.Tensor]) -> None:
+    for number in "12":
+        del weights[f"{FUSER}gamma{number}"]
+
+
+def rename(weights: dict[str, torch.Tensor]) -> None:
+    for number in "12":
+        weights[f"{FUSER}weight{number}"] = weights.pop(f"{FUSER}gamma{number}")
+
+
+def zero(weights: dict[str, torch.Tensor]) -> None:
+    for number in "12":
+        weights[f"{FUSER}gamma{number}"].zero_()
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (remove, "lack gamma1, gamma2; without them the block would be the identity"),
+        (rename, r"lack gamma1, gamma2 \(found instead: weight1, weight2\)"),
+        (zero, "gamma1 is zero everywhere although the fuser was trained"),
+    ],
+)
+def test_the_goldens_checkpoint_without_its_scales_is_refused(
+    damage: Callable[[Any], None], message: str, converted: Path, run: Run, tmp_path: Path
 ) -> None:
-    case = load_file(recorded / "cases" / f"{name}.safetensors")
-    with torch.no_grad():
-        features = model.get_image_features(case["pixel_values"])
-
-    torch.testing.assert_close(features.last_hidden_state, case["fuser.output"], atol=1e-4, rtol=0)
-    torch.testing.assert_close(torch.stack(features.pooler_output), case["projector.output"], atol=1e-4, rtol=0)
-
-
-def test_gradients_of_goldens(recorded: Path) -> None:
-    model = published_model(recorded, load_file(recorded / "checkpoint" / "model.safetensors"))
-    case = load_file(recorded / "cases" / "batch2_padded.safetensors")
-    ids, mask, labels = expanded(case)
-    model(input_ids=ids, attention_mask=mask, labels=labels, pixel_values=case["pixel_values"]).loss.backward()
-    names = projector_names(model) | {"lm_head.weight": "lm_head.weight"}
-    parameters = dict(model.named_parameters())
-
-    compared = 0
-    for theirs, ours in names.items():
-        expected, gradient = case[f"grad.{theirs}"], parameters[ours].grad
-        assert gradient is not None
-        atol = 2e-5 * float(expected.abs().max()) * (50 if "sampling_offsets" in theirs else 1)
-        torch.testing.assert_close(gradient[: len(expected)], expected, atol=atol, rtol=0)
-        compared += 1
-    assert compared == 29
+    tower = run.published["mm_vision_tower"]
+    shutil.copytree(RECORDED / tower, tmp_path / tower)
+    source = tmp_path / "checkpoint"
+    source.mkdir()
+    for path in (RECORDED / "checkpoint").iterdir():
+        (source / path.name).write_bytes(path.read_bytes())
+    weights = load_file(source / "model.safetensors")
+    damage(weights)
+    save_file(weights, source / "model.safetensors")
+    with pytest.raises(ValueError, match=message):
+        convert(source, tmp_path / "ours")
+    assert not (tmp_path / "ours").exists()
+    with pytest.raises(ValueError, match="holds a 'llava_llama' model; .* convert"):
+        load_model(source)
+    adapter = tmp_path / "mm_projector.safetensors"
+    save_file({name: tensor for name, tensor in weights.items() if "mm_projector" in name}, adapter)
+    with pytest.raises(ValueError, match=message):
+        load_adapter(load_model(converted), ("fuser", "projector"), adapter)
 
 
-@pytest.mark.parametrize("name", ["single", "second", "image_mid_prompt", "two_images", "text_only_images_none"])
-def test_greedy_answers_of_goldens(name: str, recorded: Path, model: FusedLlavaForConditionalGeneration) -> None:
-    record = load_file(recorded / "cases" / "generation.safetensors")
-    images = json.loads((recorded / "cases.json").read_text())["generation"][name].get("images") or []
-    prompt = record[f"{name}.input_ids"]
-    ids, mask, _ = expanded({"input_ids": prompt, "attention_mask": torch.ones_like(prompt), "labels": prompt})
-    prepare = dataclasses.replace(model.model.vision_tower.backbone.preprocessing, mode="pad")
-    folder = recorded.parent / "images"
-    # transformers encodes `pixel_values` if they are given, also as None.
-    pixels = (
-        {"pixel_values": prepare.batch([Image.open(folder / f"{image}.png") for image in images])} if images else {}
-    )
-    new = model.generate(
-        input_ids=ids,
-        attention_mask=mask,
-        **pixels,
-        max_new_tokens=16,
-        do_sample=False,
-        eos_token_id=2,
-        pad_token_id=0,
-    )[:, ids.shape[1] :]
-
-    # There, the first id is a BOS that generation from embeddings puts in front.
-    assert new[0].tolist() == record[f"{name}.output_ids"][0, 1:].tolist()
+def test_the_notes_of_the_goldens_agree_with_their_files(goldens: Path) -> None:
+    notes = json.loads((RECORDED / "cases.json").read_text())
+    for name in CASES:
+        assert Case(name).tensors["loss"].item() == pytest.approx(notes["cases"][name]["loss"], abs=1e-7)

@@ -21,7 +21,8 @@ from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from integrations.llava import checkpointing, train_command
-from integrations.llava.checkpointing import check_disk_space, load_state, save_state
+from integrations.llava.atomic import check_disk_space
+from integrations.llava.checkpointing import load_state, save_state
 from integrations.llava.config import Recipe
 from integrations.llava.interruption import EXIT_REQUEUE, RunInterrupted
 from integrations.llava.recipe_files import dump_recipe
@@ -222,3 +223,9 @@ def test_the_command_line_returns_a_code_to_requeue_on(tiny_recipe: Recipe, tmp_
 
     assert code == EXIT_REQUEUE == 75
     assert RunFolder(folder).checkpoint("pretrain") is not None
+
+
+def test_what_a_run_leaves_can_be_read_by_whoever_may_read_new_files(run_folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "new").touch()
+    for name in ("model.safetensors", "config.json", "pretrain/adapter.safetensors"):
+        assert (run_folder / name).stat().st_mode == (tmp_path / "new").stat().st_mode

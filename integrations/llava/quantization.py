@@ -1,0 +1,55 @@
+"""Quantised weights through bitsandbytes: of the language model's linear layers, and of nothing else."""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+from typing import Literal, get_args
+
+import torch
+from transformers import BitsAndBytesConfig
+
+from layerfuse.registry import unknown_name_message
+
+from .config import PARTS
+
+__all__ = ["QUANTIZATIONS", "Quantization", "quantization_config"]
+
+Quantization = Literal["none", "int8", "nf4"]
+QUANTIZATIONS: tuple[str, ...] = get_args(Quantization)
+"""How weights can be stored: as they are, in 8 bits (LLM.int8, arXiv:2208.07339), in 4 (NF4, arXiv:2305.14314)."""
+
+# Full names: bitsandbytes compares from the start of a module's name, and "multi_modal_projector" alone matches none.
+_KEPT = (*(prefix.rstrip(".") for part, prefixes in PARTS.items() if part != "llm" for prefix in prefixes), "lm_head")
+
+
+def quantization_config(kind: Quantization, dtype: torch.dtype) -> BitsAndBytesConfig | None:
+    """Describe a quantisation for `from_pretrained`, of a whole model or of a language model alone.
+
+    Args:
+        kind: one of `QUANTIZATIONS`.
+        dtype: what 4-bit weights are expanded to when they are used.
+
+    Returns:
+        The config; None for "none". Backbone, fuser, projector and the head stay as they are.
+
+    Raises:
+        ValueError: if there is no such quantisation.
+        ImportError: if bitsandbytes is needed and not installed.
+    """
+    if kind not in QUANTIZATIONS:
+        raise ValueError(unknown_name_message("quantisation", kind, QUANTIZATIONS))
+    if kind == "none":
+        return None
+    if find_spec("bitsandbytes") is None:
+        raise ImportError(
+            f"{kind} weights need the package bitsandbytes; install it with `pip install 'layerfuse[quantize]'`."
+        )
+    if kind == "int8":
+        return BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=list(_KEPT))
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=dtype,
+        llm_int8_skip_modules=list(_KEPT),
+    )
