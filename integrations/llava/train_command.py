@@ -41,7 +41,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             adapter=arguments.adapter,
             overwrite=arguments.overwrite,
         )
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, ImportError) as error:
         parser.error(str(error))
     except FloatingPointError as error:
         # Not to be requeued: the same step would break again.

@@ -1,4 +1,4 @@
-"""Recipes: typed, complete, strict about keys; every recipe of the folder is built and stepped."""
+"""Recipe files: typed, complete, strict about keys; overrides win. `test_recipes` looks at those of the folder."""
 
 from __future__ import annotations
 
@@ -6,70 +6,9 @@ from pathlib import Path
 
 import pytest
 import yaml
-from transformers import AutoTokenizer
 
 from integrations.llava.config import PARTS, Recipe, StageConfig
-from integrations.llava.recipe_files import RECIPE_FOLDER, dump_recipe, load_recipe, parse_overrides, recipe_names
-from integrations.llava.train import train
-from tests.integrations.llava.tiny_parts import tiny_overrides
-
-
-def test_the_folder_holds_the_recipes_we_know_of() -> None:
-    assert recipe_names() == ("llava15_7b", "mmfuser_7b", "tiny")
-
-
-@pytest.mark.parametrize("name", recipe_names())
-def test_every_recipe_opens_with_command_hardware_source_and_scores(name: str) -> None:
-    text = (RECIPE_FOLDER / f"{name}.yaml").read_text()
-    header = text[: text.index("\n\n", text.index("Expected"))] if "\n\n" in text else text
-
-    assert all(word in header for word in ("python -m integrations.llava", "Hardware:", "Source", "Expected"))
-
-
-@pytest.mark.parametrize("name", recipe_names())
-def test_every_recipe_trains_both_stages_with_sizes_made_tiny(
-    name: str, backbone_folder: Path, llm_folder: Path, data_folder: Path, tmp_path: Path
-) -> None:
-    overrides = tiny_overrides(backbone_folder, llm_folder, data_folder)
-    recipe = load_recipe(name, {f"{stage}.max_steps": 1 for stage in ("pretrain", "finetune")} | overrides)
-    num_layers = len(recipe.model.layers)
-    options = {"num_heads": 4} if recipe.model.fuser == "mmfuser" else {}
-    small = overrides | {
-        "model.layers": list(range(1, num_layers + 1)),
-        "model.fuser_options": options,
-        "pretrain.max_steps": 1,
-        "finetune.max_steps": 1,
-    }
-
-    folder = train(load_recipe(name, small), tmp_path / name)
-
-    assert (folder / "model.safetensors").is_file()
-
-
-def test_published_numbers_of_mmfuser_7b() -> None:
-    recipe = load_recipe("mmfuser_7b")
-
-    assert recipe.model.layers == (-22, -17, -12, -7, -2)
-    assert recipe.pretrain.learning_rate == 1e-3
-    assert recipe.finetune.learning_rate == 2e-5
-    assert (recipe.pretrain.batch_size, recipe.finetune.batch_size) == (256, 128)
-    assert (recipe.pretrain.template, recipe.finetune.template) == ("plain", "v1")
-    assert (recipe.pretrain.data.image_mode, recipe.finetune.data.image_mode) == ("crop", "pad")
-    assert recipe.finetune.group_by_modality and not recipe.pretrain.group_by_modality
-
-
-def test_a_variant_shows_only_what_differs_from_its_base() -> None:
-    baseline, mmfuser = load_recipe("llava15_7b"), load_recipe("mmfuser_7b")
-
-    assert baseline.model.fuser == "select" and baseline.model.layers == (-2,)
-    assert baseline.pretrain == mmfuser.pretrain and baseline.finetune == mmfuser.finetune
-
-
-def test_stages_train_fuser_and_projector_then_also_the_llm() -> None:
-    recipe = load_recipe("mmfuser_7b")
-
-    assert recipe.pretrain.trainable == ("fuser", "projector")
-    assert recipe.finetune.trainable == ("fuser", "projector", "llm")
+from integrations.llava.recipe_files import dump_recipe, load_recipe, parse_overrides
 
 
 def test_a_dumped_recipe_loads_as_the_same_recipe(tmp_path: Path) -> None:
@@ -113,6 +52,9 @@ def test_relative_paths_are_meant_from_the_recipe_file(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
+        ({"finetune.batch_size": 0}, "batch_size=0 is too small; give at least 1"),
+        ({"finetune.learning_rates": {"fusr": 1e-4}}, "part 'fusr' is unknown; did you mean 'fuser'"),
+        ({"finetune.lora.quantize": "nf5"}, "one of: none, int8, nf4"),
         ({"finetune.learning_rat": 1}, "unknown key 'finetune.learning_rat'; did you mean 'finetune.learning_rate'"),
         ({"modle.fuser": "x"}, "unknown key 'modle'; did you mean 'model'"),
         ({"pretrain.data.pth": "x"}, "did you mean 'pretrain.data.path'"),
@@ -164,6 +106,28 @@ def test_an_unknown_stage_suggests_the_nearest() -> None:
         Recipe().stage("finetun")
 
 
+@pytest.mark.parametrize(
+    ("values", "num_processes", "expected"),
+    [
+        ({"batch_size": 128, "micro_batch_size": 16}, 8, (16, 1)),
+        ({"batch_size": 128, "micro_batch_size": 16}, 1, (16, 8)),
+        ({"batch_size": 128}, 4, (32, 1)),
+    ],
+)
+def test_a_batch_is_divided_among_processes_and_micro_batches(
+    values: dict[str, int], num_processes: int, expected: tuple[int, int]
+) -> None:
+    assert StageConfig(trainable=(), template="v1", **values).batches(num_processes) == expected  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("num_processes", [3, 16])
+def test_a_batch_that_cannot_be_divided_is_refused(num_processes: int) -> None:
+    stage = StageConfig(trainable=(), template="v1", batch_size=128, micro_batch_size=16)
+
+    with pytest.raises(ValueError, match=f"batch_size=128 cannot be divided among {num_processes} processes"):
+        stage.batches(num_processes)
+
+
 def test_every_part_can_be_trained() -> None:
     assert StageConfig(trainable=tuple(PARTS), template="v1").trainable == tuple(PARTS)
 
@@ -173,10 +137,3 @@ def test_the_resolved_recipe_spells_every_value_out() -> None:
 
     assert written["finetune"]["seed"] == 42
     assert "base" not in written
-
-
-def test_the_tiny_recipe_names_folders_of_the_package() -> None:
-    recipe = load_recipe("tiny")
-    for folder in (recipe.model.backbone, recipe.model.llm):
-        assert Path(folder).is_dir()
-    assert AutoTokenizer.from_pretrained(recipe.model.llm).eos_token is not None
