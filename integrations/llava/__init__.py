@@ -15,6 +15,7 @@ from typing import Any
 # Public name -> module that defines it; imported when first asked for.
 _PUBLIC = {
     "Answerer": "generate",
+    "Decoding": "decoding",
     "FusedLlavaConfig": "model",
     "FusedLlavaForConditionalGeneration": "model",
     "FusedLlavaModel": "model",

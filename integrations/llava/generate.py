@@ -2,25 +2,22 @@
 
 from __future__ import annotations
 
-import argparse
-from collections.abc import Sequence
+import dataclasses
+from collections.abc import Generator, Mapping, Sequence
 from pathlib import Path
 
 import torch
-from PIL import Image
-from transformers import LlavaProcessor
+from transformers import LlavaProcessor, LogitsProcessorList, StoppingCriteriaList
 
-from layerfuse.preprocessing import Preprocessing
-
-from .checkpoint import load_model, load_processor
+from .checkpoint import load_config, load_model, load_processor
 from .data import Collator
+from .decoding import Decoding, SeededSampling
 from .model import FusedLlavaForConditionalGeneration
-from .processing import LayerfuseImageProcessor
-from .prompts import IMAGE_TAG, Template, TextEncoder, render
+from .preparing import Images, Preparer, Prompt, as_list
+from .quantization import Quantization
+from .streaming import StopWhenSet, WholeTextStreamer, stream_text
 
-__all__ = ["Answerer", "load_answerer", "main"]
-
-Images = Image.Image | Sequence[Image.Image] | None
+__all__ = ["Answerer", "default_dtype", "load_answerer"]
 
 
 class Answerer:
@@ -31,49 +28,47 @@ class Answerer:
     Args:
         model: with its prompt template in its config.
         processor: the one saved beside it.
+        compile: keep keys and values in a cache of fixed size, with which transformers compiles decoding on CUDA. The
+            first batches are slow; it pays off for many.
 
     Raises:
         ValueError: if the checkpoint holds no prompt template, or a processor of another kind.
     """
 
-    def __init__(self, model: FusedLlavaForConditionalGeneration, processor: LlavaProcessor) -> None:
-        if model.config.prompt_template is None:
-            raise ValueError("the model's config has no prompt_template; save one with it, see Template.to_dict().")
-        if not isinstance(processor.image_processor, LayerfuseImageProcessor):
-            raise ValueError(
-                f"the processor prepares images with {type(processor.image_processor).__name__}; expected "
-                "LayerfuseImageProcessor, as build_processor makes it."
-            )
+    def __init__(
+        self, model: FusedLlavaForConditionalGeneration, processor: LlavaProcessor, *, compile: bool = False
+    ) -> None:
+        self.prepare = Preparer(model.config, processor)
         self.model = model.eval()
         self.processor = processor
-        self.template = Template(**model.config.prompt_template)
-        self.encoder = TextEncoder(processor.tokenizer)
-        self.preprocessing = Preprocessing.from_dict(processor.image_processor.preprocessing)
-        self._collate = Collator(processor.tokenizer.pad_token_id, side="left")
+        self.compile = compile
+        self.collate = Collator(processor.tokenizer.pad_token_id, side="left")
 
-    @torch.inference_mode()
     def __call__(
         self,
         images: Sequence[Images],
-        prompts: Sequence[str],
+        prompts: Sequence[Prompt],
         *,
-        max_new_tokens: int = 128,
+        max_new_tokens: int | None = None,
         batch_size: int = 8,
+        decoding: Decoding | None = None,
     ) -> list[str]:
-        """Answer greedily.
+        """Answer prompts.
 
         Args:
             images: per prompt an image, several, or None. Images stand in front of the prompt, unless the prompt has
                 as many `<image>` tags as there are images.
-            prompts: the questions.
-            max_new_tokens: an answer's longest length.
+            prompts: questions, or conversations that end with one.
+            max_new_tokens: an answer's longest length; goes before that of `decoding`.
             batch_size: prompts at a time; it changes the speed, not the answers.
+            decoding: greedy if None.
 
         Returns:
             The answers, without control tokens and surrounding blanks.
 
         Raises:
-            ValueError: if numbers of images and prompts differ, or the batch size is below 1.
+            ValueError: if numbers of images and prompts differ, the batch size is below 1, or a prompt cannot be
+                written, see `Preparer.encode`.
         """
         if len(images) != len(prompts):
             raise ValueError(
@@ -81,102 +76,167 @@ class Answerer:
             )
         if batch_size < 1:
             raise ValueError(f"batch_size={batch_size} is too small; answer at least 1 prompt at a time.")
-        samples = [self.prepare(entry, prompt) for entry, prompt in zip(images, prompts, strict=True)]
-        answers: list[str] = []
-        for start in range(0, len(samples), batch_size):
-            batch = self._collate(samples[start : start + batch_size])
-            batch = {name: tensor.to(self.model.device) for name, tensor in batch.items()}
-            ids = self.model.generate(
-                **batch,
-                max_new_tokens=max_new_tokens,
-                do_sample=False,
-                eos_token_id=self.encoder.end,
-                pad_token_id=self.processor.tokenizer.pad_token_id,
-            )
-            new = ids[:, batch["input_ids"].shape[1] :]
-            answers += self.processor.batch_decode(new, skip_special_tokens=True)
-        return [answer.strip() for answer in answers]
+        decoding = _decoding(decoding, max_new_tokens)
+        pictures = [as_list(entry) for entry in images]
+        ids = [self.prepare.encode(prompt, len(own)) for prompt, own in zip(prompts, pictures, strict=True)]
+        # Prompts of like length share a batch, the longest first: they show at once whether memory suffices.
+        order = sorted(range(len(ids)), key=lambda index: -len(ids[index]))
+        answers: dict[int, str] = {}
+        for start in range(0, len(order), batch_size):
+            batch = order[start : start + batch_size]
+            samples = [{"input_ids": ids[own], "pixel_values": self.prepare.pixels(pictures[own])} for own in batch]
+            given = self.answer_batch(self.collate(samples), [str(own) for own in batch], decoding)
+            answers.update(zip(batch, given, strict=True))
+        return [answers[index] for index in range(len(ids))]
 
-    def prepare(self, images: Images, prompt: str) -> dict[str, torch.Tensor]:
-        """Write a prompt out and prepare its images.
+    def stream(
+        self,
+        images: Images,
+        prompt: Prompt,
+        *,
+        max_new_tokens: int | None = None,
+        decoding: Decoding | None = None,
+    ) -> Generator[str, None, None]:
+        """Answer one prompt, piece by piece.
+
+        Args:
+            images: as in a call.
+            prompt: as in a call.
+            max_new_tokens: as in a call.
+            decoding: without beams; greedy if None.
 
         Returns:
-            `input_ids` (T,) with images expanded, `pixel_values` (images, 3, height, width).
+            Pieces of text; joined they are the answer of a call. Closing the iterator stops the generation.
+
+        Raises:
+            ValueError: if the prompt cannot be written, or the decoding has beams.
         """
-        pictures = [] if images is None else [images] if isinstance(images, Image.Image) else list(images)
-        if pictures and (len(pictures) == 1 or prompt.count(IMAGE_TAG) != len(pictures)):
-            prompt = f"{IMAGE_TAG}\n" * len(pictures) + prompt
-        rendered = render(
-            [{"from": "human", "value": prompt}],
-            template=self.template,
-            encoder=self.encoder,
-            image_token_id=self.model.config.image_token_index,
-            num_images=len(pictures),
-            answer_next=True,
+        decoding = _decoding(decoding, max_new_tokens)
+        if decoding.num_beams > 1:
+            raise ValueError(f"num_beams={decoding.num_beams}: beams cannot be streamed; set num_beams to 1.")
+        batch = self.collate([self.prepare(images, prompt)])
+
+        def generate(streamer: WholeTextStreamer, stop: StopWhenSet) -> None:
+            self.answer_batch(batch, ["0"], decoding, streamer=streamer, stop=stop)
+
+        return stream_text(generate, WholeTextStreamer(self.processor.tokenizer, self._text))
+
+    @torch.inference_mode()
+    def answer_batch(
+        self,
+        batch: Mapping[str, torch.Tensor],
+        keys: Sequence[str],
+        decoding: Decoding,
+        *,
+        streamer: WholeTextStreamer | None = None,
+        stop: StopWhenSet | None = None,
+    ) -> list[str]:
+        """Answer a batch that is prepared.
+
+        Args:
+            batch: prepared samples, collated.
+            keys: per sample a name of its own; sampled answers depend on it and the seed.
+            decoding: how.
+            streamer: is told the tokens as they come.
+            stop: ends generation early.
+
+        Returns:
+            The answers.
+        """
+        device = self.model.device
+        batch = {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}
+        tokenizer, template = self.processor.tokenizer, self.prepare.template
+        sampling = [SeededSampling(decoding, keys, device)] if decoding.temperature else []
+        ends_with_text = template.answer_end and not template.end_token
+        length = batch["input_ids"].shape[1]
+        ids = self.model.generate(
+            **batch,
+            # Not `max_new_tokens`: language models that were saved with a `max_length`, as Vicuna is, would then be
+            # warned about in every batch.
+            max_length=length + decoding.max_new_tokens,
+            max_new_tokens=None,
+            num_beams=decoding.num_beams,
+            # `SeededSampling` samples; and what a language model's own config says about sampling is not meant here.
+            do_sample=False,
+            temperature=None,
+            top_p=None,
+            top_k=None,
+            eos_token_id=self.prepare.encoder.end,
+            pad_token_id=tokenizer.pad_token_id,
+            stop_strings=[template.answer_end] if ends_with_text else None,
+            tokenizer=tokenizer if ends_with_text else None,
+            cache_implementation="static" if self.compile else None,
+            logits_processor=LogitsProcessorList(sampling),
+            stopping_criteria=StoppingCriteriaList([stop] if stop else []),
+            streamer=streamer,
         )
-        ids = torch.tensor(rendered.input_ids)
-        is_image = ids == self.model.config.image_token_index
-        ids = ids.repeat_interleave(torch.where(is_image, self.model.config.image_seq_length, 1))
-        height, width = self.preprocessing.size
-        pixels = self.preprocessing.batch(pictures) if pictures else torch.empty(0, 3, height, width)
-        return {"input_ids": ids, "pixel_values": pixels}
+        return [self._text(row) for row in ids[:, length:].tolist()]
+
+    def _text(self, ids: Sequence[int]) -> str:
+        text: str = self.processor.tokenizer.decode(ids, skip_special_tokens=True)
+        template = self.prepare.template
+        if template.answer_end and template.end_token:
+            text = text.rstrip().removesuffix(template.answer_end)
+        elif template.answer_end:
+            text = text.partition(template.answer_end)[0]
+        return text.strip()
 
 
 def load_answerer(
-    folder: str | Path, *, device: str | torch.device | None = None, dtype: torch.dtype = torch.float32
+    folder: str | Path,
+    *,
+    device: str | torch.device | None = None,
+    dtype: torch.dtype | None = None,
+    quantize: Quantization = "none",
+    compile: bool = False,
 ) -> Answerer:
     """Load a run's folder for answering.
 
     Args:
         folder: as `train` wrote it.
         device: where to compute; CUDA if there is one, else the CPU.
-        dtype: to compute in.
+        dtype: to compute in; `default_dtype` if None.
+        quantize: "int8" or "nf4" stores the language model's linear layers in 8 or 4 bits.
+        compile: see `Answerer`.
 
     Returns:
         The answerer.
 
     Raises:
         FileNotFoundError: if the folder holds no model.
-        ValueError: if its weights do not cover the model.
+        ValueError: if its weights do not cover the model, or it has no prompt template.
+        ImportError: if bitsandbytes is needed and not installed.
     """
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    return Answerer(load_model(folder, device=device, dtype=dtype), load_processor(folder))
+    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    config, processor = load_config(folder), load_processor(folder)
+    Preparer(config, processor)  # says what is missing before the weights are read
+    dtype = dtype or default_dtype(folder, device, quantize)
+    return Answerer(load_model(folder, device=device, dtype=dtype, quantize=quantize), processor, compile=compile)
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Answer from the command line."""
-    parser = argparse.ArgumentParser(
-        prog="python -m integrations.llava generate", description="Answer questions about images."
-    )
-    parser.add_argument("--model", required=True, help="folder of a finished run")
-    parser.add_argument("--image", action="append", default=[], help="image file; repeat for several")
-    parser.add_argument("--prompt", action="append", required=True, help="question; one for all images, or one each")
-    parser.add_argument("--max-new-tokens", type=int, default=128)
-    parser.add_argument("--batch-size", type=int, default=8)
-    arguments = parser.parse_args(argv)
-    count = max(len(arguments.image), len(arguments.prompt))
-    if len(arguments.prompt) not in (1, count) or len(arguments.image) not in (0, 1, count):
-        parser.error(
-            f"got {len(arguments.image)} images and {len(arguments.prompt)} prompts; give one for all, or as many"
-        )
-    try:
-        images: list[Images] = [_open(path) for path in arguments.image]
-        answerer = load_answerer(arguments.model)
-    except (ValueError, FileNotFoundError) as error:
-        parser.error(str(error))
-    images = images if len(images) == count else (images or [None]) * count
-    prompts = arguments.prompt if len(arguments.prompt) == count else arguments.prompt * count
-    answers = answerer(images, prompts, max_new_tokens=arguments.max_new_tokens, batch_size=arguments.batch_size)
-    for answer in answers:
-        print(answer)
-    return 0
+def default_dtype(folder: str | Path, device: torch.device, quantize: Quantization = "none") -> torch.dtype:
+    """What to compute in, if nobody says.
+
+    Args:
+        folder: of the model.
+        device: where to compute.
+        quantize: how the language model is stored.
+
+    Returns:
+        The checkpoint's dtype, but on CUDA bfloat16 for a float32 checkpoint; float16 for int8 weights, which
+        bitsandbytes computes in.
+
+    Raises:
+        FileNotFoundError: if the folder holds no model.
+        ValueError: if it holds another kind of model.
+    """
+    if quantize == "int8":
+        return torch.float16
+    stored = load_config(folder).dtype or torch.float32
+    assert isinstance(stored, torch.dtype)
+    return torch.bfloat16 if device.type == "cuda" and stored == torch.float32 else stored
 
 
-def _open(path: str) -> Image.Image:
-    if not Path(path).is_file():
-        raise FileNotFoundError(f"image {path} does not exist; give the path of a picture.")
-    try:
-        with Image.open(path) as image:
-            return image.convert("RGB")
-    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
-        raise ValueError(f"image {path} cannot be read ({error}); give a whole picture.") from error
+def _decoding(decoding: Decoding | None, max_new_tokens: int | None) -> Decoding:
+    decoding = decoding or Decoding()
+    return decoding if max_new_tokens is None else dataclasses.replace(decoding, max_new_tokens=max_new_tokens)

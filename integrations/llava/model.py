@@ -32,7 +32,7 @@ from layerfuse.encoder import check_fuser_fits
 from layerfuse.features import FeatureMaps
 from layerfuse.fusers import Fuser, fuser_from_config
 
-from .generation import GeneratesFromImages
+from .generate_mixin import GeneratesFromImages
 
 __all__ = [
     "FusedLlavaConfig",
@@ -311,7 +311,7 @@ def build_model(
     Raises:
         ValueError: if the fuser does not fit the backbone.
     """
-    check_fuser_fits(fuser, backbone)
+    check_fuser_fits(backbone, fuser)
     embedding: Any = llm.get_input_embeddings()
     if image_token_id >= embedding.num_embeddings:
         llm.resize_token_embeddings(image_token_id + 1, mean_resizing=False)

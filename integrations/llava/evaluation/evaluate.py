@@ -10,6 +10,7 @@ from typing import Any
 
 from PIL import Image
 
+from integrations.llava.atomic import write_text
 from integrations.llava.evaluation.predict import check_images, predict
 from integrations.llava.evaluation.scoring import KindScores, ScoredAnswer, score_answers, summarise
 from integrations.llava.evaluation.task import read_questions
@@ -87,14 +88,8 @@ def write_evaluation(evaluation: Evaluation, folder: str | Path) -> None:
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     rows = (json.dumps(answer.row(), ensure_ascii=False) + "\n" for answer in evaluation.answers)
-    _write(folder / "predictions.jsonl", "".join(rows))
-    _write(folder / "metrics.json", json.dumps(evaluation.metrics(), indent=1) + "\n")
-
-
-def _write(path: Path, text: str) -> None:
-    scratch = path.with_name(f".{path.name}.part")
-    scratch.write_text(text, encoding="utf-8")
-    scratch.replace(path)
+    write_text(folder / "predictions.jsonl", "".join(rows))
+    write_text(folder / "metrics.json", json.dumps(evaluation.metrics(), indent=1) + "\n")
 
 
 def read_predictions(path: str | Path) -> list[dict[str, Any]]:

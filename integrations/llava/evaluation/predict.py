@@ -6,34 +6,16 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from tqdm.auto import tqdm
 
 from integrations.llava.evaluation.task import TASKS, Question
+from integrations.llava.images import read_image
 
 __all__ = ["Answer", "check_images", "predict", "read_image"]
 
 Answer = Callable[[Sequence[Image.Image], Sequence[str]], Sequence[str]]
 """Answers a batch: images and prompts of equal number give as many answers."""
-
-
-def read_image(path: str | Path) -> Image.Image:
-    """Read an image file as RGB.
-
-    Raises:
-        FileNotFoundError: if there is no such file.
-        ValueError: if it is not an image that Pillow can read to its end.
-    """
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"image {path} does not exist; give the path of a picture (PNG, JPEG, WebP, …).")
-    try:
-        with Image.open(path) as image:
-            return image.convert("RGB")
-    except (UnidentifiedImageError, OSError, SyntaxError, Image.DecompressionBombError) as error:
-        raise ValueError(
-            f"image {path} cannot be read ({error}); give a picture that is whole (PNG, JPEG, WebP, …)."
-        ) from error
 
 
 def check_images(questions: Sequence[Question], image_folder: str | Path) -> None:

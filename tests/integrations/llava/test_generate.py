@@ -1,73 +1,274 @@
-"""Answers: the same at every batch size, through every door."""
+"""Answers: the same at every batch size, whatever computes them; and what a checkpoint has to hold."""
 
 from __future__ import annotations
 
 import dataclasses
+import json
+import pickle
+import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from PIL import Image
-from transformers import AutoModelForImageTextToText, LlavaProcessor, pipeline
+from transformers import AutoModelForImageTextToText, CompileConfig
 
-from integrations.llava.generate import Answerer, load_answerer, main
+from integrations.llava.decoding import Decoding
+from integrations.llava.generate import Answerer, default_dtype, load_answerer
+from integrations.llava.preparing import Preparer, load_preparer
+from integrations.llava.prompts import get_template
+from tests.integrations.llava.answering_parts import PROMPTS, make_images, save_run
 
-PROMPTS = [
-    "What number?",
-    "What number is it, and where?",
-    "Sure?",
-    "",
-    "</s>",
-    "One two three four five six?",
-    "a",
-    "b",
-]
+SAMPLED = Decoding(max_new_tokens=12, temperature=0.8, top_p=0.95, seed=3)
 
 
 @pytest.fixture(scope="module")
-def answerer(run_folder: Path) -> Answerer:
-    return load_answerer(run_folder)
+def run(backbone_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_run(tmp_path_factory.mktemp("run") / "tiny", backbone_folder)
 
 
 @pytest.fixture(scope="module")
-def images(data_folder: Path) -> list[Image.Image]:
-    return [Image.open(data_folder / f"{index}.png").convert("RGB") for index in range(8)]
+def answerer(run: Path) -> Answerer:
+    return load_answerer(run)
 
 
-def test_answers_do_not_depend_on_the_batch_size(answerer: Answerer, images: list[Image.Image]) -> None:
-    one, eight = (answerer(images, PROMPTS, max_new_tokens=12, batch_size=size) for size in (1, 8))
-
-    assert one == eight
-    assert any(one)
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory: pytest.TempPathFactory) -> list[Image.Image]:
+    return make_images(tmp_path_factory.mktemp("pictures"))
 
 
-def test_batches_may_mix_images_and_text(answerer: Answerer, images: list[Image.Image]) -> None:
-    entries = [None, images[0], [images[1], images[2]], None]
-    prompts = ["Hello?", "What?", "<image> or <image>?", "One?"]
-    one, four = (answerer(entries, prompts, max_new_tokens=8, batch_size=size) for size in (1, 4))
-
-    assert one == four
+@pytest.fixture(scope="module")
+def mixture(pictures: list[Image.Image]) -> list[Any]:
+    """Images for `PROMPTS`: one, several, none."""
+    return [pictures[0], None, pictures[1:3], pictures[3], None, pictures[4:7], pictures[7], None]
 
 
-def test_images_without_tags_stand_in_front(answerer: Answerer, images: list[Image.Image]) -> None:
-    with_tags = answerer.prepare(images[:2], "<image>\n<image>\nWhat?")
-    without = answerer.prepare(images[:2], "What?")
-
-    assert torch.equal(with_tags["input_ids"], without["input_ids"])
+# The same at every batch size
 
 
-def test_pipeline_and_auto_class_give_the_same_answer(
-    answerer: Answerer, run_folder: Path, images: list[Image.Image]
-) -> None:
-    expected = answerer(images[:1], PROMPTS[:1], max_new_tokens=8)[0]
-    chat = [{"role": "user", "content": [{"type": "image", "image": images[0]}, {"type": "text", "text": PROMPTS[0]}]}]
-    answers = pipeline("image-text-to-text", model=str(run_folder))(
-        text=chat, return_full_text=False, generate_kwargs={"max_new_tokens": 8, "do_sample": False}
+@pytest.mark.parametrize(
+    "decoding",
+    [Decoding(max_new_tokens=16), Decoding(max_new_tokens=12, num_beams=3), SAMPLED],
+    ids=["greedy", "beams", "sampled"],
+)
+def test_answers_do_not_depend_on_the_batch_size(answerer: Answerer, mixture: list[Any], decoding: Decoding) -> None:
+    one, three, eight = (answerer(mixture, PROMPTS, batch_size=size, decoding=decoding) for size in (1, 3, 8))
+
+    assert one == three == eight
+    assert all(one)
+    assert len({len(answer) for answer in one}) > 3  # they end at different places
+
+
+def test_answers_depend_on_image_and_prompt(answerer: Answerer, pictures: list[Image.Image]) -> None:
+    answers = answerer(pictures[:4] * 2, ["What?"] * 4 + ["Sure?"] * 4, max_new_tokens=12)
+
+    assert len(set(answers)) == 8
+
+
+def test_left_padding_moves_positions_with_the_text(answerer: Answerer, mixture: list[Any]) -> None:
+    samples = [answerer.prepare(images, prompt) for images, prompt in zip(mixture, PROMPTS, strict=True)]
+    batch = answerer.collate(samples)
+    seen: dict[str, Any] = {}
+    hook = answerer.model.model.language_model.register_forward_pre_hook(
+        lambda _, __, kwargs: seen.update(kwargs), with_kwargs=True
     )
-    assert answers[0]["generated_text"].strip() == expected
+    answerer.answer_batch(batch, [""] * 8, Decoding(max_new_tokens=1))
+    hook.remove()
 
-    model = AutoModelForImageTextToText.from_pretrained(run_folder)
-    assert Answerer(model, answerer.processor)(images[:1], PROMPTS[:1], max_new_tokens=8) == [expected]
+    for row, sample in enumerate(samples):
+        own = seen["position_ids"][row, -len(sample["input_ids"]) :]
+        assert torch.equal(own, torch.arange(len(own)))
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 0.1), (torch.float16, 0.02)])
+def test_padding_changes_logits_by_rounding_only(
+    run: Path, mixture: list[Any], dtype: torch.dtype, tolerance: float
+) -> None:
+    answerer = load_answerer(run, dtype=dtype)
+    samples = [answerer.prepare(images, prompt) for images, prompt in zip(mixture, PROMPTS, strict=True)]
+    batch = answerer.collate(samples)
+    positions = (batch["attention_mask"].cumsum(1) - 1).clamp_min(0)
+    with torch.inference_mode():
+        padded = answerer.model(**batch, position_ids=positions).logits[:, -1, :-1]
+        alone = torch.cat([answerer.model(**answerer.collate([own])).logits[:, -1, :-1] for own in samples])
+
+    assert alone.float().std() > 0.5
+    torch.testing.assert_close(padded, alone, atol=tolerance, rtol=0)
+
+
+def test_beams_see_their_own_prompts_images(answerer: Answerer, mixture: list[Any]) -> None:
+    batch = answerer.collate([answerer.prepare(images, "What?") for images in mixture])
+    seen: list[torch.Tensor] = []
+    hook = answerer.model.model.language_model.register_forward_pre_hook(
+        lambda _, __, kwargs: seen.append(kwargs["inputs_embeds"]), with_kwargs=True
+    )
+    answerer.answer_batch(batch, [""] * 8, Decoding(max_new_tokens=1))
+    answerer.answer_batch(batch, [""] * 8, Decoding(max_new_tokens=1, num_beams=2))
+    hook.remove()
+
+    torch.testing.assert_close(seen[1], seen[0].repeat_interleave(2, 0), atol=1e-4, rtol=0)
+
+
+# Other ways to compute the same
+
+
+def test_a_static_cache_gives_the_same_answers(run: Path, answerer: Answerer, mixture: list[Any]) -> None:
+    compiled = load_answerer(run, compile=True)
+
+    assert compiled(mixture, PROMPTS, max_new_tokens=12) == answerer(mixture, PROMPTS, max_new_tokens=12)
+
+
+def test_decoding_is_one_graph_for_torch_compile(run: Path, mixture: list[Any]) -> None:
+    model = load_answerer(run).model
+    prepare = load_preparer(run)
+    sample = prepare(mixture[0], PROMPTS[0])
+    inputs = {"input_ids": sample["input_ids"][None], "pixel_values": sample["pixel_values"], "max_new_tokens": 6}
+    expected = model.generate(**inputs, do_sample=False)
+    # Tracing without code generation; fullgraph fails where the graph breaks. The switch: CPU compiles as CUDA does.
+    config = CompileConfig(backend="eager", fullgraph=True, mode=None)
+    config._compile_all_devices = True
+    compiled = model.generate(**inputs, do_sample=False, cache_implementation="static", compile_config=config)
+
+    assert torch.equal(compiled, expected)
+
+
+@pytest.mark.parametrize("implementation", ["eager", "sdpa"])
+def test_attention_can_be_chosen(
+    run: Path, answerer: Answerer, pictures: list[Image.Image], implementation: str
+) -> None:
+    model = AutoModelForImageTextToText.from_pretrained(run, attn_implementation=implementation)
+
+    assert model.model.language_model.config._attn_implementation == implementation
+    assert Answerer(model, answerer.processor)(pictures[:1], ["What?"]) == answerer(pictures[:1], ["What?"])
+
+
+def test_generate_takes_no_images_for_none(answerer: Answerer) -> None:
+    ids = answerer.prepare(None, "What?")["input_ids"][None]
+    ends = {"max_new_tokens": 4, "do_sample": False}
+
+    with_none = answerer.model.generate(input_ids=ids, pixel_values=None, **ends)
+    assert torch.equal(with_none, answerer.model.generate(input_ids=ids, **ends))
+
+
+@pytest.mark.parametrize(("quantize", "kind"), [("nf4", "Linear4bit"), ("int8", "Linear8bitLt")])
+def test_quantised_models_answer(
+    quantize: Any, kind: str, backbone_folder: Path, mixture: list[Any], tmp_path: Path
+) -> None:
+    pytest.importorskip("bitsandbytes")
+    answerer = load_answerer(save_run(tmp_path / "run", backbone_folder, width=64), quantize=quantize)
+    kinds: dict[str, set[str]] = {}
+    for name, module in answerer.model.named_modules():
+        if isinstance(module, torch.nn.Linear):
+            kinds.setdefault(name.removeprefix("model.").partition(".")[0], set()).add(type(module).__name__)
+
+    assert kinds.pop("language_model") == {kind}
+    assert kinds == {
+        "vision_tower": {"Linear"},
+        "fuser": {"Linear"},
+        "multi_modal_projector": {"Linear"},
+        "lm_head": {"_Head"},
+    }
+    assert all(answerer(mixture, PROMPTS, max_new_tokens=4))
+
+
+def test_without_bitsandbytes_the_way_to_get_it_is_named(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("integrations.llava.quantization.find_spec", lambda _: None)
+
+    with pytest.raises(ImportError, match=r"pip install 'layerfuse\[quantize\]'"):
+        load_answerer(run, quantize="nf4")
+
+
+def test_an_unknown_quantisation_is_refused(run: Path) -> None:
+    with pytest.raises(ValueError, match="nf8.*known: int8, nf4, none|nf8.*Known"):
+        load_answerer(run, quantize="nf8")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("stored", "device", "quantize", "expected"),
+    [
+        ("float32", "cpu", "none", torch.float32),
+        ("float32", "cuda", "none", torch.bfloat16),
+        ("float16", "cuda", "none", torch.float16),
+        ("bfloat16", "cpu", "nf4", torch.bfloat16),
+        ("bfloat16", "cuda", "int8", torch.float16),
+    ],
+)
+def test_the_dtype_is_the_checkpoints_unless_that_is_slow(
+    stored: str, device: str, quantize: Any, expected: torch.dtype, run: Path, tmp_path: Path
+) -> None:
+    config = json.loads((run / "config.json").read_text()) | {"dtype": stored}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+
+    assert default_dtype(tmp_path, torch.device(device), quantize) == expected
+    assert load_answerer(run).model.dtype == torch.float32
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("quantize", ["none", "nf4", "int8"])
+def test_on_cuda_every_way_of_loading_answers(
+    quantize: Any, backbone_folder: Path, mixture: list[Any], tmp_path: Path
+) -> None:
+    pytest.importorskip("bitsandbytes")
+    answerer = load_answerer(save_run(tmp_path / "run", backbone_folder, width=64), quantize=quantize)
+
+    assert answerer.model.dtype == (torch.float16 if quantize == "int8" else torch.bfloat16)
+    assert {parameter.device.type for parameter in answerer.model.parameters()} == {"cuda"}
+    assert {buffer.device.type for buffer in answerer.model.buffers()} == {"cuda"}
+    assert all(answerer(mixture, PROMPTS, max_new_tokens=4))
+    assert answerer(mixture, PROMPTS, decoding=SAMPLED) == answerer(mixture, PROMPTS, decoding=SAMPLED)
+
+
+@pytest.mark.gpu
+def test_on_cuda_batches_and_compiled_decoding_give_the_same_answers(run: Path, mixture: list[Any]) -> None:
+    answerer = load_answerer(run, dtype=torch.float32)
+    answers = answerer(mixture, PROMPTS, max_new_tokens=12)
+    compiled = load_answerer(run, dtype=torch.float32, compile=True)
+
+    assert answerer(mixture, PROMPTS, max_new_tokens=12, batch_size=1) == answers
+    assert compiled(mixture, PROMPTS, max_new_tokens=12) == answers
+
+
+# What a checkpoint has to hold
+
+
+def test_the_template_is_the_checkpoints_whatever_its_folder_is_called(
+    run: Path, answerer: Answerer, pictures: list[Image.Image], tmp_path: Path
+) -> None:
+    for name in ("llava-v1.5-qwen-plain-llama3", "brief"):
+        shutil.copytree(run, tmp_path / name)
+        renamed = load_answerer(tmp_path / name)
+
+        assert renamed.prepare.template == get_template("v1")
+        assert renamed(pictures[:2], PROMPTS[:2], max_new_tokens=8) == answerer(
+            pictures[:2], PROMPTS[:2], max_new_tokens=8
+        )
+
+
+def test_a_checkpoint_without_template_is_refused_with_the_way_out(run: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(run, tmp_path / "vicuna-v1")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"prompt_template": None}))
+    (folder / "model.safetensors").unlink()  # it is refused before weights are read
+
+    with pytest.raises(ValueError, match=r'no prompt_template.*get_template\("v1"\).to_dict\(\)'):
+        load_answerer(folder)
+
+
+def test_a_processor_of_another_kind_is_refused(answerer: Answerer) -> None:
+    @dataclasses.dataclass
+    class Other:
+        image_processor: object = None
+
+    with pytest.raises(ValueError, match="expected LayerfuseImageProcessor"):
+        Answerer(answerer.model, Other())  # type: ignore[arg-type]
+
+
+def test_preparing_can_be_sent_to_worker_processes(run: Path, pictures: list[Image.Image]) -> None:
+    preparer = load_preparer(run)
+    sent: Preparer = pickle.loads(pickle.dumps(preparer))
+
+    assert torch.equal(sent(pictures[0], "What?")["input_ids"], preparer(pictures[0], "What?")["input_ids"])
 
 
 def test_numbers_of_images_and_prompts_have_to_agree(answerer: Answerer) -> None:
@@ -78,48 +279,3 @@ def test_numbers_of_images_and_prompts_have_to_agree(answerer: Answerer) -> None
 def test_an_empty_batch_size_is_refused(answerer: Answerer) -> None:
     with pytest.raises(ValueError, match="batch_size=0 is too small"):
         answerer([None], ["a"], batch_size=0)
-
-
-def test_a_checkpoint_without_template_is_refused(answerer: Answerer, run_folder: Path) -> None:
-    model = load_answerer(run_folder).model
-    model.config.prompt_template = None
-
-    with pytest.raises(ValueError, match="no prompt_template"):
-        Answerer(model, answerer.processor)
-
-
-def test_a_processor_of_another_kind_is_refused(answerer: Answerer) -> None:
-    @dataclasses.dataclass
-    class Other:
-        image_processor: object = None
-
-    with pytest.raises(ValueError, match="expected LayerfuseImageProcessor"):
-        Answerer(answerer.model, Other())  # type: ignore[arg-type]
-    assert isinstance(answerer.processor, LlavaProcessor)
-
-
-def test_the_command_prints_one_answer_a_line(
-    run_folder: Path, data_folder: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    arguments = ["--model", str(run_folder), "--max-new-tokens", "2", "--prompt", "What?"]
-    arguments += ["--image", str(data_folder / "0.png"), "--image", str(data_folder / "1.png")]
-
-    assert main(arguments) == 0
-    assert capsys.readouterr().out.count("\n") >= 2
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["--image", "nowhere.png", "--prompt", "a"], "image nowhere.png does not exist"),
-        (["--image", __file__, "--prompt", "a"], "cannot be read"),
-        (["--prompt", "a", "--prompt", "b", "--image", "x", "--image", "y", "--image", "z"], "3 images and 2 prompts"),
-        (["--prompt", "a"], "holds no config.json"),
-    ],
-)
-def test_the_command_explains_what_is_wrong(
-    arguments: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    with pytest.raises(SystemExit, match="2"):
-        main(["--model", str(tmp_path), *arguments])
-    assert message in capsys.readouterr().err

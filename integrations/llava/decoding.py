@@ -1,0 +1,83 @@
+"""How answers are decoded: greedily, with beams, or sampled so that a question's answer depends on its seed alone."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from transformers import LogitsProcessor, TemperatureLogitsWarper, TopPLogitsWarper
+
+__all__ = ["Decoding", "SeededSampling"]
+
+
+@dataclass(frozen=True)
+class Decoding:
+    """Settings of decoding; the defaults are greedy.
+
+    Attributes:
+        max_new_tokens: an answer's longest length.
+        temperature: 0 takes the likeliest token; more than 0 samples from the distribution at that temperature.
+        top_p: sample among the likeliest tokens that together have this probability.
+        num_beams: width of beam search; 1 is none.
+        seed: of sampling.
+    """
+
+    max_new_tokens: int = 128
+    temperature: float = 0.0
+    top_p: float = 1.0
+    num_beams: int = 1
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        """Refuse values that mean nothing, and values that would be ignored."""
+        for name in ("max_new_tokens", "num_beams"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)} is too small; give at least 1.")
+        if self.temperature < 0:
+            raise ValueError(f"temperature={self.temperature} is negative; give 0 (greedy) or more (sampling).")
+        if not 0 < self.top_p <= 1:
+            raise ValueError(f"top_p={self.top_p} is no probability; give more than 0 and at most 1.")
+        if self.top_p < 1 and not self.temperature:
+            raise ValueError(f"top_p={self.top_p} needs sampling; give a temperature above 0 with it.")
+        if self.num_beams > 1 and self.temperature:
+            raise ValueError(
+                f"num_beams={self.num_beams} and temperature={self.temperature} exclude each other: beam search looks "
+                "for the likeliest answer. Set num_beams to 1 or temperature to 0."
+            )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Describe the settings so that JSON can hold them."""
+        return asdict(self)
+
+
+class SeededSampling(LogitsProcessor):
+    """Makes greedy search sample: the likeliest token of perturbed scores is a draw (Gumbel-max trick).
+
+    Every row has random numbers of its own, from the seed and the row's key. So an answer depends neither on the batch
+    it was decoded in, nor on other rows, nor on what was decoded before, as it would with one generator for all.
+
+    Args:
+        decoding: temperature, top_p and seed.
+        keys: one per row of the batch.
+        device: where the scores are; other devices give other random numbers.
+    """
+
+    def __init__(self, decoding: Decoding, keys: Sequence[str], device: torch.device) -> None:
+        self._warpers: list[LogitsProcessor] = [TemperatureLogitsWarper(decoding.temperature)]
+        if decoding.top_p < 1:
+            self._warpers.append(TopPLogitsWarper(decoding.top_p))
+        self._generators = [torch.Generator(device).manual_seed(_seed(decoding.seed, key)) for key in keys]
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        """Perturb (B, vocabulary) scores of the next token."""
+        for warp in self._warpers:
+            scores = warp(input_ids, scores)
+        noise = [scores.new_empty(scores.shape[1]).exponential_(generator=own) for own in self._generators]
+        return scores - torch.stack(noise).log()
+
+
+def _seed(seed: int, key: str) -> int:
+    return int.from_bytes(hashlib.sha256(f"{seed} {key}".encode()).digest()[:7], "big")

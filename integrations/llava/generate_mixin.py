@@ -1,0 +1,45 @@
+"""What transformers' `generate` has to be told about images; mixed into the model."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+__all__ = ["GeneratesFromImages"]
+
+
+class GeneratesFromImages:
+    """`generate` for prompts with any number of images, none included.
+
+    Stands in front of a class of transformers that generates, and whose config says how many positions an image takes.
+    """
+
+    config: Any
+
+    def generate(self, *args: Any, pixel_values: torch.Tensor | None = None, **kwargs: Any) -> Any:
+        """As in transformers, but `pixel_values=None` means no images; transformers 5.23 would encode None."""
+        images = {} if pixel_values is None else {"pixel_values": pixel_values}
+        parent: Any = super()
+        return parent.generate(*args, **images, **kwargs)
+
+    def _expand_inputs_for_generation(
+        self,
+        expand_size: int = 1,
+        is_encoder_decoder: bool = False,
+        input_ids: Any = None,
+        **model_kwargs: Any,
+    ) -> Any:
+        """Repeat prompts and images for beam search, each prompt's images together.
+
+        transformers 5.17 repeats image by image, which is right only if every prompt of the batch has one image. Later
+        ones repeat encoded images and leave no pixels to us.
+        """
+        parent: Any = super()
+        pixels = None if expand_size == 1 else model_kwargs.pop("pixel_values", None)
+        ids, rest = parent._expand_inputs_for_generation(expand_size, is_encoder_decoder, input_ids, **model_kwargs)
+        if pixels is not None:
+            counts = (input_ids == self.config.image_token_index).sum(1) // self.config.image_seq_length
+            repeated = [own.repeat(expand_size, 1, 1, 1) for own in pixels.split(counts.tolist())]
+            rest["pixel_values"] = torch.cat(repeated)
+        return ids, rest

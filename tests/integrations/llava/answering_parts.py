@@ -1,0 +1,76 @@
+"""A tiny model that is never trained, yet answers in readable text that depends on image and question."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from integrations.llava.checkpoint import save_model
+from integrations.llava.model import build_model
+from integrations.llava.processing import add_image_token, build_processor
+from integrations.llava.prompts import get_template
+from layerfuse.backbones import create_backbone
+from layerfuse.fusers import create_fuser
+from tests.integrations.llava.tiny_parts import make_tokenizer
+
+__all__ = ["PROMPTS", "make_images", "save_run"]
+
+PROMPTS = [
+    "What number?",
+    "What number is it, and where is it, and on what wall is it, in a chat between a curious user and an assistant?",
+    "a",
+    "",
+    "Sure?",
+    "One two three four five six seven eight nine ten.",
+    "</s>",
+    "It is number one on a wall. " * 20,
+]
+
+
+def save_run(folder: Path, backbone_folder: Path, *, width: int = 32, template: str = "v1", ends: bool = True) -> Path:
+    """Save a random model with a fuser that fuses, and a projector strong enough for images to matter.
+
+    Tokens that are single bytes lose against words, so that answers are text. The end comes after some words, or never.
+    """
+    torch.manual_seed(0)
+    tokenizer = make_tokenizer("llama")
+    image_token_id = add_image_token(tokenizer)
+    backbone = create_backbone("transformers", str(backbone_folder), layers=(1, 2, 3, 4))
+    fuser = create_fuser("mmfuser", in_channels=backbone.embed_dim, num_layers=4, options={"num_heads": 4})
+    for parameter in fuser.parameters():
+        torch.nn.init.normal_(parameter, std=0.2)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=width,
+        intermediate_size=2 * width,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        max_position_embeddings=512,
+        initializer_range=0.2,
+        bos_token_id=1,
+        eos_token_id=2,
+    )
+    llm = LlamaForCausalLM(config)
+    written = get_template(template)
+    model = build_model(backbone, fuser, llm, image_token_id=image_token_id, prompt_template=written.to_dict())
+    with torch.no_grad():
+        model.model.multi_modal_projector.linear_2.weight.mul_(10)
+        model.lm_head.weight[3:259] = 0
+        model.lm_head.weight[2] *= 1.6 if ends else 0.0
+    save_model(model, build_processor(model, tokenizer, backbone.preprocessing, written), folder)
+    return folder
+
+
+def make_images(folder: Path, count: int = 8) -> list[Image.Image]:
+    """Save `0.png`, `1.png`, … of unlike sizes, and return them."""
+    random = np.random.default_rng(0)
+    images = []
+    for index in range(count):
+        images.append(Image.fromarray(random.integers(0, 255, (24 + 2 * index, 30, 3), dtype=np.uint8)))
+        images[-1].save(folder / f"{index}.png")
+    return images

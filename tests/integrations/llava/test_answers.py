@@ -1,0 +1,222 @@
+"""An answer: decoded as asked, in a conversation, ended where the template ends it, streamed."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+from transformers import PreTrainedModel
+
+from integrations.llava.decoding import Decoding, SeededSampling
+from integrations.llava.generate import Answerer, load_answerer
+from integrations.llava.prompts import get_template, render
+from tests.integrations.llava.answering_parts import PROMPTS, make_images, save_run
+from tests.integrations.llava.tiny_parts import human_and_gpt
+
+SAMPLED = Decoding(max_new_tokens=12, temperature=0.8, top_p=0.95, seed=3)
+
+
+@pytest.fixture(scope="module")
+def run(backbone_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_run(tmp_path_factory.mktemp("run") / "tiny", backbone_folder)
+
+
+@pytest.fixture(scope="module")
+def answerer(run: Path) -> Answerer:
+    return load_answerer(run)
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory: pytest.TempPathFactory) -> list[Image.Image]:
+    return make_images(tmp_path_factory.mktemp("pictures"))
+
+
+@pytest.fixture(scope="module")
+def mixture(pictures: list[Image.Image]) -> list[Any]:
+    """Images for `PROMPTS`: one, several, none."""
+    return [pictures[0], None, pictures[1:3], pictures[3], None, pictures[4:7], pictures[7], None]
+
+
+# Sampling
+
+
+def test_sampling_follows_the_seed(answerer: Answerer, pictures: list[Image.Image]) -> None:
+    def ask(seed: int, *, prompts: int = 4) -> list[str]:
+        decoding = dataclasses.replace(SAMPLED, seed=seed)
+        return answerer(pictures[:prompts], ["What?"] * prompts, decoding=decoding)
+
+    assert ask(1) == ask(1)
+    assert ask(1) != ask(2)
+    assert ask(1, prompts=2) == ask(1)[:2]
+
+
+@pytest.mark.parametrize(
+    ("decoding", "expected"),
+    [
+        (Decoding(temperature=1.0), [0.5, 0.3, 0.2]),
+        (Decoding(temperature=0.5), [25 / 38, 9 / 38, 4 / 38]),
+        (Decoding(temperature=1.0, top_p=0.6), [5 / 8, 3 / 8, 0.0]),
+    ],
+)
+def test_sampling_draws_from_the_distribution(decoding: Decoding, expected: list[float]) -> None:
+    count = 4000
+    scores = torch.tensor([0.5, 0.3, 0.2]).log().expand(count, 3)
+    sampling = SeededSampling(decoding, [str(row) for row in range(count)], torch.device("cpu"))
+    drawn = sampling(torch.zeros(count, 1, dtype=torch.long), scores).argmax(1).bincount(minlength=3) / count
+
+    # Four standard deviations.
+    torch.testing.assert_close(drawn, torch.tensor(expected), atol=4 * 0.5 / count**0.5, rtol=0)
+    assert (drawn == 0).tolist() == [share == 0 for share in expected]
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"max_new_tokens": 0}, "max_new_tokens=0 is too small"),
+        ({"num_beams": 0}, "num_beams=0 is too small"),
+        ({"temperature": -1.0}, "temperature=-1.0 is negative"),
+        ({"temperature": 1.0, "top_p": 0.0}, "top_p=0.0 is no probability"),
+        ({"top_p": 0.9}, "top_p=0.9 needs sampling"),
+        ({"num_beams": 2, "temperature": 1.0}, "exclude each other"),
+    ],
+)
+def test_decoding_that_means_nothing_is_refused(values: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Decoding(**values)
+
+
+def test_a_language_models_own_settings_neither_apply_nor_warn(
+    run: Path, answerer: Answerer, pictures: list[Image.Image], caplog: pytest.LogCaptureFixture
+) -> None:
+    expected = answerer(pictures[:1], ["What?"], max_new_tokens=8)
+    vicuna = load_answerer(run)
+    for name, value in {"do_sample": True, "temperature": 0.9, "top_p": 0.6, "max_length": 40}.items():
+        setattr(vicuna.model.generation_config, name, value)
+
+    assert vicuna(pictures[:1], ["What?"], max_new_tokens=8) == expected
+    assert not caplog.records
+
+
+# Conversations
+
+
+def test_a_conversation_is_read_as_training_writes_it(answerer: Answerer, pictures: list[Image.Image]) -> None:
+    turns = human_and_gpt("<image>\nWhat number?", "It is one.", "Sure?", "Yes.", "<image>\nAnd this?")
+    prepared = answerer.prepare(pictures[:2], turns)
+    trained = render(
+        [*turns, {"from": "gpt", "value": "Two."}],
+        template=answerer.prepare.template,
+        encoder=answerer.prepare.encoder,
+        image_token_id=answerer.prepare.image_token_id,
+        num_images=2,
+    )
+    ids = torch.tensor(trained.input_ids)
+    asked = ids[: trained.labels.index(ids[-1].item(), -1) - len(answerer.prepare.encoder(" Two."))]
+    expanded = asked.repeat_interleave(torch.where(asked == answerer.prepare.image_token_id, 16, 1))
+
+    assert torch.equal(prepared["input_ids"], expanded)
+    assert answerer([pictures[:2]], [turns], max_new_tokens=8)[0]
+
+
+def test_images_without_tags_stand_in_front(answerer: Answerer, pictures: list[Image.Image]) -> None:
+    plain = answerer.prepare(pictures[:2], human_and_gpt("What?", "One.", "Sure?"))
+    tagged = answerer.prepare(pictures[:2], human_and_gpt("<image>\n<image>\nWhat?", "One.", "Sure?"))
+
+    assert torch.equal(plain["input_ids"], tagged["input_ids"])
+
+
+@pytest.mark.parametrize(
+    ("num_images", "prompt", "message"),
+    [
+        (2, "<image> or what?", "has 1 <image> tags for 2 images"),
+        (1, human_and_gpt("<image>\na", "b", "<image>\nc"), "has 2 <image> tags for 1 images"),
+        (0, human_and_gpt("a", "b"), "has to end with the human's turn"),
+        (0, [], "has to end with the human's turn"),
+        (0, [*human_and_gpt("a"), *human_and_gpt("b")], "have to alternate"),
+        (0, "word " * 600, "the model reads 512"),
+    ],
+)
+def test_prompts_that_cannot_be_written_are_refused(
+    answerer: Answerer, num_images: int, prompt: Any, message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        answerer.prepare.encode(prompt, num_images)
+
+
+# The end of an answer
+
+
+def test_an_answer_ends_with_the_templates_end_token(run: Path, pictures: list[Image.Image]) -> None:
+    answerer = load_answerer(run)
+    tokens: list[int] = []
+    # A model that is made to say: word, end of sequence, word, word, …
+    said = itertools.chain([300], [answerer.prepare.encoder.end], itertools.repeat(301))
+
+    def say(_: Any, __: Any, logits: torch.Tensor) -> torch.Tensor:
+        tokens.append(next(said))
+        return torch.nn.functional.one_hot(torch.tensor(tokens[-1]), logits.shape[-1]).float().expand(logits.shape)
+
+    answerer.model.lm_head.register_forward_hook(say)
+    word = answerer.processor.tokenizer.decode([300]).strip()
+
+    assert answerer(pictures[:1], ["What?"], max_new_tokens=20) == [word]
+    assert len(tokens) == 2
+
+
+def test_a_template_without_end_token_ends_at_its_text(
+    backbone_folder: Path, pictures: list[Image.Image], tmp_path: Path
+) -> None:
+    answerer = load_answerer(save_run(tmp_path / "run", backbone_folder, template="plain"))
+    break_id = answerer.processor.tokenizer.convert_tokens_to_ids("<0x0A>")
+    said = itertools.chain([300, break_id], itertools.repeat(301))
+    answerer.model.lm_head.register_forward_hook(
+        lambda _, __, logits: (
+            torch.nn.functional.one_hot(torch.tensor(next(said)), logits.shape[-1]).float().expand(logits.shape)
+        )
+    )
+
+    assert answerer.prepare.template == get_template("plain")
+    assert answerer(pictures[:1], [""], max_new_tokens=20) == [answerer.processor.tokenizer.decode([300]).strip()]
+    assert next(said) == 301
+
+
+# Streaming
+
+
+@pytest.mark.parametrize("decoding", [Decoding(max_new_tokens=20), SAMPLED], ids=["greedy", "sampled"])
+def test_streamed_pieces_joined_are_the_answer(answerer: Answerer, mixture: list[Any], decoding: Decoding) -> None:
+    for images, prompt in zip(mixture, PROMPTS, strict=True):
+        pieces = list(answerer.stream(images, prompt, decoding=decoding))
+
+        assert len(pieces) > 1
+        assert "".join(pieces) == answerer([images], [prompt], decoding=decoding)[0]
+
+
+def test_closing_the_stream_stops_the_generation(answerer: Answerer) -> None:
+    steps: list[int] = []
+    hook = answerer.model.lm_head.register_forward_hook(lambda *_: steps.append(1))
+    stream = answerer.stream(None, "What?", max_new_tokens=300)
+    next(stream)
+    stream.close()  # type: ignore[attr-defined]
+    hook.remove()
+
+    assert len(steps) < 300
+
+
+def test_an_error_while_streaming_is_raised(answerer: Answerer, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: Any, **__: Any) -> None:
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(PreTrainedModel, "device", property(fail))
+    with pytest.raises(RuntimeError, match="out of memory"):
+        list(answerer.stream(None, "What?"))
+
+
+def test_beams_are_not_streamed(answerer: Answerer) -> None:
+    with pytest.raises(ValueError, match="num_beams=2: beams cannot be streamed"):
+        answerer.stream(None, "What?", decoding=Decoding(num_beams=2))

@@ -1,0 +1,236 @@
+"""The terminal's conversation: streamed, remembered, stopped with Ctrl-C."""
+
+from __future__ import annotations
+
+import io
+import os
+import pty
+import select
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+
+from integrations.llava.chat_command import Conversation, main
+from integrations.llava.decoding import Decoding
+from integrations.llava.generate import Answerer, load_answerer
+from tests.integrations.llava.answering_parts import make_images, save_run
+from tests.integrations.llava.tiny_parts import human_and_gpt
+
+SHORT = Decoding(max_new_tokens=8)
+
+
+@pytest.fixture(scope="module")
+def run(backbone_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_run(tmp_path_factory.mktemp("run") / "tiny", backbone_folder)
+
+
+@pytest.fixture(scope="module")
+def answerer(run: Path) -> Answerer:
+    return load_answerer(run)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("pictures")
+
+
+@pytest.fixture(scope="module")
+def pictures(folder: Path) -> list[Image.Image]:
+    return make_images(folder)
+
+
+def chat(run: Path, lines: list[str], monkeypatch: pytest.MonkeyPatch, *arguments: str) -> None:
+    monkeypatch.setattr("sys.stdin", io.StringIO("".join(line + "\n" for line in lines)))
+    assert main(["--model", str(run), "--max-new-tokens", "8", *arguments]) == 0
+
+
+def test_piped_questions_are_answered_with_what_was_said_before(
+    run: Path,
+    answerer: Answerer,
+    folder: Path,
+    pictures: list[Image.Image],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    lines = ["What number?", "", "Sure?", f"/image {folder / '1.png'}", "And this?", "/exit", "not read"]
+    chat(run, lines, monkeypatch, "--image", str(folder / "0.png"))
+    printed = capsys.readouterr().out.splitlines()
+
+    turns = ["<image>\nWhat number?"]
+    for num_images, following in ((1, "Sure?"), (1, "<image>\nAnd this?"), (2, None)):
+        turns += [answerer([pictures[:num_images]], [human_and_gpt(*turns)], max_new_tokens=8)[0], following or ""]
+    assert printed == [turns[1], turns[3], "images that go with the next message: 1", turns[5]]
+
+
+def test_clear_forgets_words_and_images(
+    run: Path, folder: Path, pictures: list[Image.Image], monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    chat(run, ["Sure?"], monkeypatch)
+    fresh = capsys.readouterr().out
+    chat(run, ["What number?", f"/image '{folder / '1.png'}'", "/clear", "Sure?"], monkeypatch)
+
+    assert capsys.readouterr().out.endswith(f"next message: 1\nforgotten\n{fresh}")
+
+
+def test_what_cannot_be_done_is_explained_and_the_conversation_goes_on(
+    run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    chat(run, ["/image nowhere.png", f"/image {__file__}", "/imag", "/image", "word " * 600, "What?"], monkeypatch)
+    printed = capsys.readouterr().out
+
+    assert "image nowhere.png does not exist" in printed
+    assert "cannot be read" in printed
+    assert "/imag is no command; there are:\n/image PATH" in printed
+    assert "/image is no command" in printed
+    assert "the model reads 512" in printed
+    chat(run, ["What?"], monkeypatch)
+    assert printed.endswith(capsys.readouterr().out)
+
+
+def test_help_lists_the_commands(run: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    chat(run, ["/help"], monkeypatch)
+    printed = capsys.readouterr().out
+
+    assert all(command in printed for command in ("/image PATH", "/clear", "/help", "/exit"))
+
+
+def test_images_stand_where_the_message_says(answerer: Answerer, folder: Path, pictures: list[Image.Image]) -> None:
+    conversation = Conversation(answerer, SHORT)
+    conversation.show(folder / "0.png")
+    conversation.show(folder / "1.png")
+    conversation.say("<image> or <image>?")
+
+    assert conversation.messages[0]["value"] == "<image> or <image>?"
+    assert conversation.messages[1]["value"] == answerer([pictures[:2]], ["<image> or <image>?"], max_new_tokens=8)[0]
+    assert conversation.shown == []
+
+
+def test_a_message_that_fails_keeps_its_image_for_the_next(answerer: Answerer, folder: Path, pictures: Any) -> None:
+    conversation = Conversation(answerer, SHORT)
+    conversation.show(folder / "0.png")
+    with pytest.raises(ValueError, match="the model reads 512"):
+        conversation.say("word " * 600)
+
+    assert (conversation.messages, conversation.images, len(conversation.shown)) == ([], [], 1)
+
+
+def test_a_sampled_turn_draws_anew(answerer: Answerer) -> None:
+    conversation = Conversation(answerer, Decoding(max_new_tokens=8, temperature=2.0, seed=1))
+    seeds = []
+
+    def stream(*_: Any, decoding: Decoding) -> Any:
+        seeds.append(decoding.seed)
+        yield "x"
+
+    conversation.answerer = type("Stub", (), {"stream": staticmethod(stream)})  # type: ignore[assignment]
+    conversation.say("a")
+    conversation.say("b")
+
+    assert seeds == [1, 3]
+
+
+def test_ctrl_c_keeps_what_was_said_by_then(answerer: Answerer, capsys: pytest.CaptureFixture[str]) -> None:
+    closed = []
+
+    def stream(*_: Any, **__: Any) -> Any:
+        try:
+            yield "one "
+            raise KeyboardInterrupt
+        finally:
+            closed.append(True)
+
+    conversation = Conversation(type("Stub", (), {"stream": staticmethod(stream)}), SHORT)  # type: ignore[arg-type]
+    conversation.say("Count.")
+
+    assert conversation.messages == human_and_gpt("Count.", "one ")
+    assert closed == [True]
+    assert capsys.readouterr().out == "one \n"
+
+
+def test_a_message_stopped_before_the_first_word_is_forgotten(answerer: Answerer, pictures: Any) -> None:
+    def stream(*_: Any, **__: Any) -> Any:
+        raise KeyboardInterrupt
+        yield
+
+    conversation = Conversation(type("Stub", (), {"stream": staticmethod(stream)}), SHORT)  # type: ignore[arg-type]
+    conversation.shown = pictures[:1]
+    conversation.say("Count.")
+
+    assert (conversation.messages, conversation.images, conversation.shown) == ([], [], pictures[:1])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--image", "nowhere.png"], "image nowhere.png does not exist"),
+        (["--num-beams", "2"], "beams cannot be streamed"),
+        (["--temperature", "-1"], "temperature=-1.0 is negative"),
+        ([], "holds no config.json"),
+    ],
+)
+def test_the_command_explains_what_is_wrong(
+    arguments: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        main(["--model", str(tmp_path), *arguments])
+    assert message in capsys.readouterr().err
+
+
+class Terminal:
+    """A chat in a terminal of its own."""
+
+    def __init__(self, command: list[str], folder: Path) -> None:
+        self.main, other = pty.openpty()
+        environment = os.environ | {"OMP_NUM_THREADS": "1", "TERM": "dumb"}
+        self.process = subprocess.Popen(
+            command, stdin=other, stdout=other, stderr=other, cwd=folder, env=environment, start_new_session=True
+        )
+        os.close(other)
+        self.seen = ""
+
+    def read(self) -> None:
+        """Read what was printed since, and wait for something."""
+        assert select.select([self.main], [], [], 120)[0], f"nothing more came behind {self.seen!r}"
+        self.seen += os.read(self.main, 4096).decode(errors="replace")
+
+    def wait_for(self, text: str) -> str:
+        """Read until a text was printed; returns what stood before it."""
+        while text not in self.seen:
+            self.read()
+        before, _, self.seen = self.seen.partition(text)
+        return before
+
+    def type(self, text: str) -> None:
+        os.write(self.main, text.encode())
+
+
+def test_in_a_terminal_ctrl_c_stops_the_answer_and_not_the_program(
+    root: Path, backbone_folder: Path, tmp_path: Path
+) -> None:
+    endless = save_run(tmp_path / "run", backbone_folder, ends=False)
+    arguments = ["--model", str(endless), "--max-new-tokens", "390"]
+    terminal = Terminal([sys.executable, "-m", "integrations.llava", "chat", *arguments], root)
+    try:
+        terminal.wait_for("template 'v1'; /help lists the commands")
+        terminal.wait_for("> ")
+        terminal.type("What number?\n")
+        terminal.wait_for("What number?\r\n")
+        terminal.read()
+        terminal.process.send_signal(signal.SIGINT)
+        answer = terminal.wait_for("\r\n> ")
+        assert 0 < len(answer) < 390
+        assert "/exit" not in answer
+
+        terminal.process.send_signal(signal.SIGINT)
+        terminal.wait_for("/exit or Ctrl-D leaves")
+        terminal.type("/exit\n")
+        assert terminal.process.wait(60) == 0
+    finally:
+        terminal.process.kill()
+        terminal.process.wait()
+        os.close(terminal.main)

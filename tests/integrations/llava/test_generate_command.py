@@ -1,0 +1,117 @@
+"""`python -m integrations.llava generate` with questions as arguments."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from integrations.llava.generate import Answerer, load_answerer
+from integrations.llava.generate_command import main
+from tests.integrations.llava.answering_parts import make_images, save_run
+
+
+@pytest.fixture(scope="module")
+def run(backbone_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_run(tmp_path_factory.mktemp("run") / "tiny", backbone_folder)
+
+
+@pytest.fixture(scope="module")
+def answerer(run: Path) -> Answerer:
+    return load_answerer(run)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("pictures")
+
+
+@pytest.fixture(scope="module")
+def pictures(folder: Path) -> list[Image.Image]:
+    return make_images(folder)
+
+
+def ask(run: Path, *arguments: object, capsys: pytest.CaptureFixture[str]) -> list[str]:
+    assert main(["--model", str(run), "--max-new-tokens", "8", *map(str, arguments)]) == 0
+    return capsys.readouterr().out.splitlines()
+
+
+def test_an_image_each_or_several_images_for_one_question(
+    run: Path, answerer: Answerer, folder: Path, pictures: list[Image.Image], capsys: pytest.CaptureFixture[str]
+) -> None:
+    first, second = folder / "0.png", folder / "1.png"
+
+    each = ask(run, "--image", first, "--image", second, "--prompt", "What?", capsys=capsys)
+    assert each == answerer(pictures[:2], ["What?"] * 2, max_new_tokens=8)
+
+    together = ask(run, "--image", first, second, "--prompt", "What?", capsys=capsys)
+    assert together == answerer([pictures[:2]], ["What?"], max_new_tokens=8)
+
+    pairs = ["--image", first, second, "--image", second, "--prompt", "<image> or <image>?", "--prompt", "Sure?"]
+    assert ask(run, *pairs, capsys=capsys) == answerer(
+        [pictures[:2], pictures[1]], ["<image> or <image>?", "Sure?"], max_new_tokens=8
+    )
+
+
+def test_one_image_for_several_questions_or_none(
+    run: Path, answerer: Answerer, folder: Path, pictures: list[Image.Image], capsys: pytest.CaptureFixture[str]
+) -> None:
+    prompts = ["--prompt", "What?", "--prompt", "Sure?"]
+
+    assert ask(run, "--image", folder / "0.png", *prompts, capsys=capsys) == answerer(
+        [pictures[0]] * 2, ["What?", "Sure?"], max_new_tokens=8
+    )
+    assert ask(run, *prompts, capsys=capsys) == answerer([None, None], ["What?", "Sure?"], max_new_tokens=8)
+
+
+def test_decoding_and_loading_are_options(
+    run: Path, folder: Path, pictures: list[Image.Image], capsys: pytest.CaptureFixture[str]
+) -> None:
+    question = ["--image", folder / "0.png", "--prompt", "What?"]
+    sampled = [*question, "--temperature", 2, "--top-p", 0.9, "--seed"]
+    greedy = ask(run, *question, capsys=capsys)
+
+    assert ask(run, *sampled, 1, capsys=capsys) == ask(run, *sampled, 1, capsys=capsys)
+    assert ask(run, *sampled, 1, capsys=capsys) != ask(run, *sampled, 2, capsys=capsys)
+    assert ask(run, *question, "--num-beams", 3, capsys=capsys) != greedy
+    assert ask(run, *question, "--compile", capsys=capsys) == greedy
+    assert ask(run, *question, "--dtype", "bf16", "--device", "cpu", capsys=capsys)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "give either --prompt TEXT or --input FILE"),
+        (["--prompt", "a", "--input", "q.jsonl"], "give either --prompt TEXT or --input FILE"),
+        (["--input", "q.jsonl"], "--input and --output belong together"),
+        (["--prompt", "a", "--output", "a.jsonl"], "--input and --output belong together"),
+        (["--input", "q", "--output", "a", "--image", "b"], "--image belongs to --prompt"),
+        (["--prompt", "a", "--batch-size", "0"], "--batch-size 0 is too small"),
+        (["--prompt", "a", "--top-p", "0.5"], "top_p=0.5 needs sampling"),
+        (["--image", "nowhere.png", "--prompt", "a"], "image nowhere.png does not exist"),
+        (["--image", __file__, "--prompt", "a"], "cannot be read"),
+        (["--prompt", "a"], "holds no config.json"),
+        (["--input", "nowhere.jsonl", "--output", "a"], "nowhere.jsonl does not exist"),
+        (
+            ["--prompt", "a", "--prompt", "b", "--image", "x", "--image", "y", "--image", "z"],
+            "got 3 times --image and 2 prompts",
+        ),
+    ],
+)
+def test_the_command_explains_what_is_wrong(
+    arguments: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        main(["--model", str(tmp_path), *arguments])
+    assert message in capsys.readouterr().err
+
+
+def test_a_prompt_that_does_not_fit_is_refused_before_the_weights_are_read(
+    run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("integrations.llava.generate.load_model", lambda *_, **__: pytest.fail("weights were read"))
+
+    with pytest.raises(SystemExit, match="2"):
+        main(["--model", str(run), "--prompt", "word " * 900])
+    assert "the model reads 512" in capsys.readouterr().err
