@@ -10,7 +10,7 @@ Shapes are written in the letters of `layerfuse.features`.
 from __future__ import annotations
 
 from layerfuse.backbones import BACKBONES, Backbone, create_backbone
-from layerfuse.encoder import FusedEncoder, create_encoder
+from layerfuse.encoder import FusedEncoder, check_fuser_fits, create_encoder
 from layerfuse.features import FeatureMaps
 from layerfuse.fusers import FUSERS, Fuser, FuserCost, create_fuser
 from layerfuse.ops import deformable_attention
@@ -31,6 +31,7 @@ __all__ = [
     "Preprocessing",
     "Registry",
     "__version__",
+    "check_fuser_fits",
     "create_backbone",
     "create_encoder",
     "create_fuser",

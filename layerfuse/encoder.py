@@ -20,7 +20,7 @@ from layerfuse.backbones import Backbone, backbone_from_config, create_backbone
 from layerfuse.fusers import Fuser, FuserCost, create_fuser, fuser_from_config
 from layerfuse.preprocessing import Preprocessing
 
-__all__ = ["FusedEncoder", "create_encoder"]
+__all__ = ["FusedEncoder", "check_fuser_fits", "create_encoder"]
 
 _CONFIG_FILE = "config.json"
 _WEIGHTS_FILE = "model.safetensors"
@@ -47,13 +47,7 @@ class FusedEncoder(
 
     def __init__(self, backbone: Backbone, fuser: Fuser) -> None:
         super().__init__()
-        taps = (backbone.embed_dim,) * len(backbone.layers)
-        if tuple(fuser.in_channels) != taps:
-            raise ValueError(
-                f"fuser {fuser.name!r} was built for {len(fuser.in_channels)} maps of widths "
-                f"{tuple(fuser.in_channels)}, but the backbone taps layers {backbone.layers} of widths {taps}; build "
-                f"the fuser with in_channels={backbone.embed_dim} and num_layers={len(taps)}, or tap other layers."
-            )
+        check_fuser_fits(backbone, fuser)
         self.backbone = backbone
         self.fuser = fuser
 
@@ -140,6 +134,26 @@ class FusedEncoder(
         )
         _load_weights(encoder, folder / _WEIGHTS_FILE)
         return encoder.eval()
+
+
+def check_fuser_fits(backbone: Backbone, fuser: Fuser) -> None:
+    """Refuse a fuser that does not take what the backbone gives.
+
+    Args:
+        backbone: gives one map of its own width for each tapped layer.
+        fuser: what is to stand behind it.
+
+    Raises:
+        ValueError: if the fuser was built for another number of layers or other widths; the message says for which to
+            build it.
+    """
+    widths = (backbone.embed_dim,) * len(backbone.layers)
+    if tuple(fuser.in_channels) != widths:
+        raise ValueError(
+            f"fuser {fuser.name!r} was built for {len(fuser.in_channels)} maps of widths {tuple(fuser.in_channels)}, "
+            f"but the backbone taps layers {backbone.layers} of widths {widths}; build the fuser with "
+            f"in_channels={backbone.embed_dim} and num_layers={len(widths)}, or tap other layers."
+        )
 
 
 def _read_config(folder: Path) -> dict[str, Any]:

@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from layerfuse import FUSERS, FusedEncoder, create_encoder, create_fuser
+from layerfuse import FUSERS, FusedEncoder, check_fuser_fits, create_encoder, create_fuser
 from layerfuse.testing import random_images, randomise_parameters, tiny_backbone
 
 LAYERS = (3, 1, 0, -2)
@@ -49,8 +49,15 @@ def test_fuser_for_other_layers_or_widths_is_refused() -> None:
     backbone = tiny_backbone("timm", layers=LAYERS)
     for in_channels, num_layers in ((backbone.embed_dim, 3), (2 * backbone.embed_dim, 5)):
         fuser = create_fuser("average", in_channels=in_channels, num_layers=num_layers)
-        with pytest.raises(ValueError, match=f"built for {num_layers} maps of widths .*{in_channels}.*build the fuser"):
-            FusedEncoder(backbone, fuser)
+        message = f"built for {num_layers} maps of widths .*{in_channels}.*build the fuser"
+        for refuse in (FusedEncoder, check_fuser_fits):
+            with pytest.raises(ValueError, match=message):
+                refuse(backbone, fuser)
+
+
+def test_fuser_for_the_tapped_layers_fits() -> None:
+    backbone = tiny_backbone("timm", layers=LAYERS)
+    check_fuser_fits(backbone, create_fuser("average", in_channels=backbone.embed_dim, num_layers=len(LAYERS)))
 
 
 def test_folder_without_the_files_is_refused(tmp_path: Path) -> None:

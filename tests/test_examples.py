@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[1]
+from tests.run_support import run_python
+from tests.source_support import ROOT
+
 EXAMPLES = ROOT / "examples"
 
 # File name -> (arguments for a quick run, what it must print).
@@ -29,19 +28,6 @@ RUNS: dict[str, tuple[list[str], list[str]]] = {
 }
 
 
-def run(name: str, arguments: list[str], folder: Path) -> str:
-    """Run an example in an empty folder, without network; give what it printed."""
-    environment = os.environ | {
-        "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]),
-        "HF_HUB_OFFLINE": "1",
-        "OMP_NUM_THREADS": "1",
-    }
-    command = [sys.executable, str(EXAMPLES / name), *arguments]
-    result = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=600)
-    assert result.returncode == 0, f"{name} failed:\n{result.stdout}\n{result.stderr}"
-    return result.stdout
-
-
 def test_every_example_has_a_run() -> None:
     assert sorted(path.name for path in EXAMPLES.glob("*.py")) == sorted(RUNS)
 
@@ -49,5 +35,5 @@ def test_every_example_has_a_run() -> None:
 @pytest.mark.parametrize("name", sorted(RUNS))
 def test_example_prints_what_it_promises(name: str, tmp_path: Path) -> None:
     arguments, expected = RUNS[name]
-    output = run(name, arguments, tmp_path)
+    output = run_python(str(EXAMPLES / name), *arguments, folder=tmp_path)
     assert [text for text in expected if text not in output] == [], output

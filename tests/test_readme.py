@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[1]
+from tests.run_support import run_python
+from tests.source_support import ROOT
+
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
 BLOCK = re.compile(r"^```python\n(.*?)^```", re.DOTALL | re.MULTILINE)
 LINK = re.compile(r"\[[^\]]*\]\(([^)\s]+)\)")
@@ -30,21 +29,8 @@ def anchor(heading: str) -> str:
     return re.sub(r"[^\w\- ]", "", heading.strip().lower()).replace(" ", "-")
 
 
-def run(text: str, folder: Path) -> str:
-    environment = os.environ | {
-        "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]),
-        "HF_HUB_OFFLINE": "1",
-        "OMP_NUM_THREADS": "1",
-    }
-    result = subprocess.run(
-        [sys.executable, "-c", text], cwd=folder, env=environment, capture_output=True, text=True, timeout=600
-    )
-    assert result.returncode == 0, f"{result.stdout}\n{result.stderr}\nin\n{text}"
-    return result.stdout
-
-
 def test_readme_example_prints_the_shape_of_fused_tokens_for_three_libraries(tmp_path: Path) -> None:
-    lines = run(code(ROOT / "README.md"), tmp_path).splitlines()
+    lines = run_python("-c", code(ROOT / "README.md"), folder=tmp_path).splitlines()
     for family in ("timm", "open_clip", "transformers"):
         assert any(re.match(rf"{family} .*\(1, \d+, \d+\)$", line) for line in lines), lines
     # What README shows below the example is what it prints.
@@ -53,7 +39,7 @@ def test_readme_example_prints_the_shape_of_fused_tokens_for_three_libraries(tmp
 
 @pytest.mark.parametrize("page", [page for page in PAGES if page.name != "README.md" and code(page)], ids=name)
 def test_python_blocks_of_a_page_run_in_order(page: Path, tmp_path: Path) -> None:
-    run(code(page), tmp_path)
+    run_python("-c", code(page), folder=tmp_path)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=name)

@@ -112,7 +112,7 @@ class Backbone(nn.Module, abc.ABC):
         image_size: int | tuple[int, int] | None = None,
         options: Mapping[str, Any] | None = None,
     ) -> Backbone:
-        """Build a backbone by its name in the library.
+        """Build a backbone by its name in the library; each family says how it takes name, size and options.
 
         Args:
             name: as the library writes it.
@@ -126,6 +126,7 @@ class Backbone(nn.Module, abc.ABC):
 
         Raises:
             ValueError: if the name, a layer, the image size or an option is not possible.
+            ImportError: if the library is not installed.
         """
 
     @classmethod

@@ -34,21 +34,18 @@ _OPTIONS = ("embed_dim", "num_prefix_tokens", "patch_size", "image_size", "block
 class ModuleBackbone(Backbone):
     """Any module whose blocks take and return (B, P + N, C) and which is called with images (B, 3, height, width).
 
+    Arguments and errors that are not named here are those of `Backbone` and `BackboneFacts`.
+
     Args:
-        model: the module; it is changed (shortened).
-        layers: layer numbers, in the order wanted.
-        embed_dim: C, width of the blocks.
-        num_prefix_tokens: P, tokens before the patch tokens.
         patch_size: edge or (height, width), in pixels.
         image_size: native edge or (height, width), in pixels.
-        blocks: dotted path of the block list; found by structure if there is just one.
+        blocks: found by structure if None and there is just one list.
         tail: dotted paths of modules after the blocks (final norm, head) that become ``nn.Identity``, so that they cost
             nothing and hold no parameter without gradient.
-        any_size: whether the module takes every multiple of the patch size.
         preprocessing: ImageNet's statistics and a centre crop if None.
 
     Raises:
-        ValueError: if a layer, the block list or a path in ``tail`` is not there.
+        ValueError: if the block list or a path in ``tail`` is not there.
     """
 
     family = "module"
@@ -91,22 +88,12 @@ class ModuleBackbone(Backbone):
         image_size: int | tuple[int, int] | None = None,
         options: Mapping[str, Any] | None = None,
     ) -> ModuleBackbone:
-        """Build a registered module.
+        """Build a module by the name it has in `MODULES`, as `Backbone.from_name` says.
 
-        Args:
-            name: registered in `MODULES`.
-            layers: layer numbers, in the order wanted.
-            pretrained: must be False: layerfuse does not know your weights; load them into ``backbone.model``, or make
-                the module yourself and hand it over.
-            image_size: replaces the option of that name.
-            options: ``embed_dim``, ``num_prefix_tokens``, ``patch_size``, ``image_size``, and optionally ``blocks``,
-                ``tail``, ``any_size`` as for the class, and ``arguments``, a mapping for the module's constructor.
-
-        Returns:
-            The backbone.
-
-        Raises:
-            ValueError: if the name or an option is unknown, one is missing, or ``pretrained`` is True.
+        ``pretrained`` must be False: layerfuse does not know your weights; load them into ``backbone.model``, or make
+        the module yourself and hand it over. ``options`` are ``embed_dim``, ``num_prefix_tokens``, ``patch_size``,
+        ``image_size`` (which the argument of that name replaces), and optionally ``blocks``, ``tail``, ``any_size`` as
+        for the class, and ``arguments``, a mapping for the module's constructor.
         """
         if pretrained:
             raise ValueError(

@@ -27,16 +27,15 @@ _OUTER_OPTIONS = ("quick_gelu", "embed_dim", "cache_dir")
 
 @BACKBONES.register("open_clip")
 class OpenClipBackbone(Backbone):
-    """The vision tower of an open_clip model.
+    """The vision tower of an open_clip model. Other arguments and errors are `Backbone`'s.
 
     Args:
-        model: ``open_clip.create_model(...).visual``: a VisionTransformer, or a TimmModel that holds one; changed.
-        layers: layer numbers, in the order wanted.
-        image_size: edge or (height, width) in pixels, if not the model's own; only for timm models inside open_clip.
+        model: ``open_clip.create_model(...).visual``: a VisionTransformer, or a TimmModel that holds one.
+        image_size: as in `Backbone.from_name`; only for timm models inside open_clip.
         preprocessing: the model's ``preprocess_cfg`` if None, or else OpenAI's statistics.
 
     Raises:
-        ValueError: if the tower is no Vision Transformer, a layer is out of range, or the size is not possible.
+        ValueError: if the tower is no Vision Transformer, or the size is not possible.
     """
 
     family = "open_clip"
@@ -73,23 +72,12 @@ class OpenClipBackbone(Backbone):
         image_size: int | tuple[int, int] | None = None,
         options: Mapping[str, Any] | None = None,
     ) -> OpenClipBackbone:
-        """Build the vision tower of an open_clip model by name.
+        """Build the vision tower of an open_clip model as `Backbone.from_name` says.
 
-        Args:
-            name: ``"model:tag"``, such as ``"ViT-L-14-336-quickgelu:openai"``; instead of a tag, a file of weights; or
-                ``"hf-hub:owner/name"``, or ``"local-dir:path"``. Without weights the tag may be left out.
-            layers: layer numbers, in the order wanted.
-            pretrained: load the tag's weights.
-            image_size: edge or (height, width) in pixels; position embeddings are resampled.
-            options: fields of ``open_clip.CLIPVisionCfg``, and ``quick_gelu``, ``embed_dim`` (of the projection),
-                ``cache_dir``.
-
-        Returns:
-            The backbone.
-
-        Raises:
-            ValueError: if name, tag, layer, size or an option is not possible.
-            ImportError: if open_clip is not installed.
+        ``name`` is ``"model:tag"``, such as ``"ViT-L-14-336-quickgelu:openai"``, with a file of weights instead of the
+        tag if wanted; or ``"hf-hub:owner/name"``, or ``"local-dir:path"``. Without weights the tag may be left out. For
+        another ``image_size`` position embeddings are resampled. ``options`` are fields of
+        ``open_clip.CLIPVisionCfg``, and ``quick_gelu``, ``embed_dim`` (of the projection), ``cache_dir``.
         """
         open_clip = _import_open_clip()
         given = dict(options or {})

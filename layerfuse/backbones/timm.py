@@ -20,16 +20,15 @@ _SOURCES = ("checkpoint_path", "cache_dir", "pretrained_cfg", "pretrained_cfg_ov
 
 @BACKBONES.register("timm")
 class TimmBackbone(Backbone):
-    """A timm VisionTransformer, Eva, Beit, NaFlexVit or one built alike.
+    """A timm VisionTransformer, Eva, Beit, NaFlexVit or one built alike. Other arguments and errors are `Backbone`'s.
 
     Args:
-        model: from ``timm.create_model``; it is changed (shortened).
-        layers: layer numbers, in the order wanted.
-        image_size: edge or (height, width) in pixels, if not the model's own; position embeddings are resampled.
+        model: from ``timm.create_model``.
+        image_size: as in `Backbone.from_name`; position embeddings are resampled.
         preprocessing: from the model's ``pretrained_cfg`` if None.
 
     Raises:
-        ValueError: if the model is no plain Vision Transformer, a layer is out of range, or the size is not possible.
+        ValueError: if the model is no plain Vision Transformer, or the size is not possible.
     """
 
     family = "timm"
@@ -62,23 +61,13 @@ class TimmBackbone(Backbone):
         image_size: int | tuple[int, int] | None = None,
         options: Mapping[str, Any] | None = None,
     ) -> TimmBackbone:
-        """Build a timm model by name.
+        """Build a timm model as `Backbone.from_name` says.
 
-        Args:
-            name: with its tag, such as ``"vit_large_patch14_clip_quickgelu_336.openai"`` (without a tag timm takes its
-                default, which for CLIP is LAION's); or ``"hf-hub:owner/name"``, or ``"local-dir:path"``.
-            layers: layer numbers, in the order wanted.
-            pretrained: load the tag's weights.
-            image_size: edge or (height, width) in pixels; position embeddings are resampled.
-            options: for ``timm.create_model``: the model's constructor arguments (``dynamic_img_size=True`` lets a
-                VisionTransformer or Eva take every multiple of its patch size), or ``checkpoint_path`` for local
-                weights.
-
-        Returns:
-            The backbone.
-
-        Raises:
-            ValueError: if name, tag, layer, size or an option is not possible.
+        ``name`` has a tag, such as ``"vit_large_patch14_clip_quickgelu_336.openai"`` (without a tag timm takes its
+        default, which for CLIP is LAION's), or is ``"hf-hub:owner/name"`` or ``"local-dir:path"``. For another
+        ``image_size`` position embeddings are resampled. ``options`` are those of ``timm.create_model``: the model's
+        constructor arguments (``dynamic_img_size=True`` lets a VisionTransformer or Eva take every multiple of its
+        patch size), or ``checkpoint_path`` for local weights.
         """
         given = dict(options or {})
         model = _create(name, pretrained=pretrained, options=given)

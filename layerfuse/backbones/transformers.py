@@ -45,18 +45,16 @@ _NO_ARCHITECTURE = (
 
 @BACKBONES.register("transformers")
 class TransformersBackbone(Backbone):
-    """A vision model of transformers.
+    """A vision model of transformers. Other arguments and errors are `Backbone`'s.
 
     Args:
-        model: such as CLIPVisionModel or Dinov2Model; a CLIPModel or SiglipModel is taken by its ``vision_model``. It
-            is changed (shortened).
-        layers: layer numbers, in the order wanted.
-        image_size: edge or (height, width) in pixels that counts as native, if not the model's own; the model resizes
-            its position embeddings in every call.
+        model: such as CLIPVisionModel or Dinov2Model; a CLIPModel or SiglipModel is taken by its ``vision_model``.
+        image_size: as in `Backbone.from_name`, counts as native from then on; the model resizes its position
+            embeddings in every call.
         preprocessing: the released models' one if None.
 
     Raises:
-        ValueError: if the model type is not known, a layer is out of range, or the size is not possible.
+        ValueError: if the model type is not known, or the size is not possible.
     """
 
     family = "transformers"
@@ -99,23 +97,12 @@ class TransformersBackbone(Backbone):
         image_size: int | tuple[int, int] | None = None,
         options: Mapping[str, Any] | None = None,
     ) -> TransformersBackbone:
-        """Build a vision model by name.
+        """Build a vision model as `Backbone.from_name` says; a checkpoint that lacks weights of it is an error.
 
-        Args:
-            name: on the hub, or a local folder; of a checkpoint with text and vision (CLIP, SigLIP) the vision part is
-                loaded. Without weights also a model type, such as ``"clip_vision_model"``.
-            layers: layer numbers, in the order wanted.
-            pretrained: load the checkpoint's weights.
-            image_size: edge or (height, width) in pixels, if not the model's own.
-            options: fields of the model's config (``{"num_hidden_layers": 2}``), and ``attn_implementation``,
-                ``dtype``, ``revision``, ``subfolder``, ``cache_dir``, ``local_files_only``, ``token``.
-
-        Returns:
-            The backbone.
-
-        Raises:
-            ValueError: if there is no such model, the checkpoint lacks weights, or an option or size is not possible.
-            ImportError: if transformers is not installed.
+        ``name`` is one on the hub, or a local folder; of a checkpoint with text and vision (CLIP, SigLIP) the vision
+        part is loaded. Without weights also a model type, such as ``"clip_vision_model"``. ``options`` are fields of
+        the model's config (``{"num_hidden_layers": 2}``), and ``attn_implementation``, ``dtype``, ``revision``,
+        ``subfolder``, ``cache_dir``, ``local_files_only``, ``token``.
         """
         transformers = _import_transformers()
         given = dict(options or {})

@@ -19,14 +19,7 @@ def gather(
 ) -> torch.Tensor:
     """Look all corners up in one call and sum them, weighted, per query and head.
 
-    Args:
-        value: (B, S, M, C/M).
-        grids: one (H, W) per level, in patches.
-        locations: (B, Q, M, L, K, 2) as (x, y) in [0, 1].
-        weights: (B, Q, M, L, K).
-
-    Returns:
-        (B, Q, C).
+    Arguments and result are those of ``deformable_attention``, its numbers all of one floating point type.
     """
     batch_size, num_values, num_heads, head_channels = value.shape
     num_queries = locations.shape[1]

@@ -15,14 +15,7 @@ def reference(
 ) -> torch.Tensor:
     """Sample each level with ``grid_sample`` and add the weighted points up.
 
-    Args:
-        value: (B, S, M, C/M).
-        grids: one (H, W) per level, in patches.
-        locations: (B, Q, M, L, K, 2) as (x, y) in [0, 1].
-        weights: (B, Q, M, L, K).
-
-    Returns:
-        (B, Q, C).
+    Arguments and result are those of ``deformable_attention``, its numbers all of one floating point type.
     """
     levels = value.split([height * width for height, width in grids], dim=1)
     output = value.new_zeros(())

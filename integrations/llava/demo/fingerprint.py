@@ -10,6 +10,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from integrations.llava.atomic import write_text
+
 __all__ = ["code_digest", "digest", "file_digest", "finished", "folder_digest", "forget", "mark_finished"]
 
 _PACKAGE = Path(__file__).resolve().parents[1]
@@ -85,9 +87,7 @@ def mark_finished(folder: Path, part: str, fingerprint: str, notes: Mapping[str,
         notes: JSON-able, such as the seconds it took.
     """
     marks = {**_read(folder), part: {"fingerprint": fingerprint, "notes": dict(notes)}}
-    scratch = folder / f".{_MARK}"
-    scratch.write_text(json.dumps(marks, indent=1), encoding="utf-8")
-    scratch.replace(folder / _MARK)
+    write_text(folder / _MARK, json.dumps(marks, indent=1))
 
 
 def forget(folder: Path) -> None:

@@ -9,9 +9,10 @@ Cell words are blurred while training (mixed with other words, noise added), bec
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
@@ -53,18 +54,17 @@ class Phase:
         num_steps: optimiser steps.
         learning_rate: peak rate of AdamW.
         place_spread: standard deviation of the place codes added to cell words; 0 for none.
-        boxes_only: ask for the boxes of all objects and nothing else, about unblurred words. Mixed with other
-            questions, boxes stayed at chance for 1,500 steps; alone they were learned within 400.
-        dense_captions: ask for the scene word by word in every other sample, and let place codes be of any strength up
-            to `place_spread`: visual tokens will carry theirs only once training has brought them out.
+        pool: the samples. `all`: conversations and a fifth of dense captions. `boxes`: the boxes of all objects and
+            nothing else, about unblurred words; mixed with other questions, boxes stayed at chance for 1,500 steps,
+            alone they were learned within 400. `dense`: every other sample the scene word by word, with place codes of
+            any strength up to `place_spread`: visual tokens will carry theirs only once training has brought them out.
     """
 
     name: str
     num_steps: int
     learning_rate: float
     place_spread: float = 0.0
-    boxes_only: bool = False
-    dense_captions: bool = False
+    pool: Literal["all", "boxes", "dense"] = "all"
 
 
 @dataclass(frozen=True)
@@ -95,9 +95,9 @@ class LanguageModelRecipe:
     phases: tuple[Phase, ...] = (
         Phase("words", num_steps=2400, learning_rate=3e-3),
         Phase("places", num_steps=1500, learning_rate=2e-3, place_spread=0.1),
-        Phase("boxes", num_steps=500, learning_rate=3e-3, place_spread=0.2, boxes_only=True),
+        Phase("boxes", num_steps=500, learning_rate=3e-3, place_spread=0.2, pool="boxes"),
         Phase("all", num_steps=800, learning_rate=2e-3, place_spread=0.2),
-        Phase("dense captions", num_steps=600, learning_rate=2e-3, place_spread=0.2, dense_captions=True),
+        Phase("dense captions", num_steps=600, learning_rate=2e-3, place_spread=0.2, pool="dense"),
     )
     mixing: float = 0.3
     noise: float = 0.4
@@ -125,33 +125,38 @@ def _turns(questions: Sequence[Question]) -> list[tuple[str, str]]:
     return [(question.text, question.answer) for question in questions]
 
 
-def _pool(recipe: LanguageModelRecipe, writer: SceneWriter, *, dense_every: int) -> list[Sample]:
-    """Write training scenes: dense captions in template `plain`, conversations in `v1` and `brief`."""
-    samples: list[Sample] = []
-    for index in tqdm(range(recipe.num_samples), desc="llm: scenes", disable=None):
-        rng = np.random.default_rng([recipe.seed, index])
-        scene = sample_scene(rng, "train")
-        if index % dense_every == 0:
-            samples.append(writer.write(scene, [(DENSE_CAPTION_PROMPT, dense_caption(scene))], "plain"))
-            continue
-        turns = _turns(conversation(scene, rng))
-        if rng.random() < 0.1:
-            turns = [(CAPTION_PROMPT, caption(scene)), *turns[:5]]
-        samples.append(writer.write(scene, turns, "v1" if index % 5 < 2 else "brief"))
+def _pool(recipe: LanguageModelRecipe, writer: SceneWriter, name: str) -> list[Sample]:
+    """Write the samples of a pool, sorted by length."""
+    if name == "boxes":
+        samples = _about_boxes(recipe, writer)
+    else:
+        samples = _about_scenes(recipe, writer, dense_every=_DENSE_EVERY[name])
     # Equal lengths stay in random order: Python's sort keeps the order in which they were drawn.
     return sorted(samples, key=lambda sample: len(sample.input_ids))
 
 
-def _box_pool(recipe: LanguageModelRecipe, writer: SceneWriter) -> list[Sample]:
+def _about_scenes(recipe: LanguageModelRecipe, writer: SceneWriter, *, dense_every: int) -> Iterator[Sample]:
+    """Write training scenes: dense captions in template `plain`, conversations in `v1` and `brief`."""
+    for index in tqdm(range(recipe.num_samples), desc="llm: scenes", disable=None):
+        rng = np.random.default_rng([recipe.seed, index])
+        scene = sample_scene(rng, "train")
+        if index % dense_every == 0:
+            yield writer.write(scene, [(DENSE_CAPTION_PROMPT, dense_caption(scene))], "plain")
+            continue
+        turns = _turns(conversation(scene, rng))
+        if rng.random() < 0.1:
+            turns = [(CAPTION_PROMPT, caption(scene)), *turns[:5]]
+        yield writer.write(scene, turns, "v1" if index % 5 < 2 else "brief")
+
+
+def _about_boxes(recipe: LanguageModelRecipe, writer: SceneWriter) -> Iterator[Sample]:
     """Write training scenes with a question for every box."""
-    samples: list[Sample] = []
     for index in tqdm(range(recipe.num_samples // 4), desc="llm: boxes", disable=None):
         rng = np.random.default_rng([recipe.seed, index, 1])
         scene = sample_scene(rng, "train")
         questions = questions_of_kind(scene, "box")
         turns = _turns([questions[i] for i in rng.permutation(len(questions))])
-        samples.append(writer.write(scene, turns, "v1" if index % 3 == 0 else "brief"))
-    return sorted(samples, key=lambda sample: len(sample.input_ids))
+        yield writer.write(scene, turns, "v1" if index % 3 == 0 else "brief")
 
 
 def _build(recipe: LanguageModelRecipe, tokenizer: PreTrainedTokenizerBase) -> LlamaForCausalLM:
@@ -270,12 +275,9 @@ def _train(recipe: LanguageModelRecipe, writer: SceneWriter) -> LlamaForCausalLM
             # Phases hand over in the precision that weights are stored in, so that each can be run by itself.
             model.half().float()
             torch.manual_seed(recipe.seed + number)
-        kind = "boxes" if phase.boxes_only else "dense" if phase.dense_captions else "all"
-        if kind not in pools:
-            pools[kind] = (
-                _box_pool(recipe, writer) if kind == "boxes" else _pool(recipe, writer, dense_every=_DENSE_EVERY[kind])
-            )
-        _run_phase(model, recipe, phase, writer, pools[kind])
+        if phase.pool not in pools:
+            pools[phase.pool] = _pool(recipe, writer, phase.pool)
+        _run_phase(model, recipe, phase, writer, pools[phase.pool])
     return _finished(model)
 
 
@@ -308,9 +310,9 @@ def _run_phase(
         with torch.autocast("cpu", dtype=torch.bfloat16, enabled=recipe.bfloat16):
             table = model.get_parameter("model.embed_tokens.weight")
             # Exact words first, while look-ups form; the full blur from half-way on.
-            blur = 0.0 if phase.boxes_only else min(1.0, 2 * step / num_steps)
+            blur = 0.0 if phase.pool == "boxes" else min(1.0, 2 * step / num_steps)
             mixing, noise = blur * recipe.mixing, blur * recipe.noise
-            spread = phase.place_spread * (torch.rand(()).item() if phase.dense_captions else 1.0)
+            spread = phase.place_spread * (torch.rand(()).item() if phase.pool == "dense" else 1.0)
             embeddings = embed_written(model, input_ids, cells, spread=spread)
             embeddings = _blur(embeddings, input_ids, table, cells, mixing=mixing, noise=noise)
             # Padding is on the right, so causal attention alone hides it.

@@ -6,7 +6,7 @@ shows, plus a code of its place: `USER: [cat][cat][K][7][P][cat]…\nWhat does t
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -81,29 +81,26 @@ class SceneWriter:
                 ("human", "gpt"), (turn[0] if number else f"<image>\n{turn[0]}", turn[1]), strict=True
             )
         ]
+        return self._write(scene, messages, template)
+
+    def prompt(self, scene: Scene, question: str, template: str = "v1") -> list[int]:
+        """Return the ids after which the model answers a question about a scene."""
+        messages = [{"from": "human", "value": f"<image>\n{question}"}]
+        return self._write(scene, messages, template, answer_next=True).input_ids
+
+    def _write(
+        self, scene: Scene, messages: Sequence[Mapping[str, str]], template: str, *, answer_next: bool = False
+    ) -> Sample:
+        """Render messages and put the scene's cell words in place of the image token."""
         rendered = render(
             messages,
             template=get_template(template),
             encoder=self._encoder,
             image_token_id=self.image_token_id,
             num_images=1,
+            answer_next=answer_next,
         )
-        return self._insert(scene, rendered.input_ids, rendered.labels)
-
-    def prompt(self, scene: Scene, question: str, template: str = "v1") -> list[int]:
-        """Return the ids after which the model answers a question about a scene."""
-        rendered = render(
-            [{"from": "human", "value": f"<image>\n{question}"}],
-            template=get_template(template),
-            encoder=self._encoder,
-            image_token_id=self.image_token_id,
-            num_images=1,
-            answer_next=True,
-        )
-        return self._insert(scene, rendered.input_ids, rendered.labels).input_ids
-
-    def _insert(self, scene: Scene, input_ids: list[int], labels: list[int]) -> Sample:
-        """Put the scene's cell words in place of the image token."""
+        input_ids, labels = rendered.input_ids, rendered.labels
         cells = [self.cell_ids[word] for word in scene_words(scene)]
         place = input_ids.index(self.image_token_id)
         return Sample(

@@ -7,7 +7,6 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
-from transformers import LlamaConfig, LlamaForCausalLM
 
 from integrations.llava.checkpoint import save_model
 from integrations.llava.model import build_model
@@ -15,7 +14,7 @@ from integrations.llava.processing import add_image_token, build_processor
 from integrations.llava.prompts import get_template
 from layerfuse.backbones import create_backbone
 from layerfuse.fusers import create_fuser
-from tests.integrations.llava.tiny_parts import make_tokenizer
+from tests.integrations.llava.tiny_parts import make_tokenizer, tiny_llm
 
 __all__ = ["PROMPTS", "make_images", "save_run"]
 
@@ -43,19 +42,7 @@ def save_run(folder: Path, backbone_folder: Path, *, width: int = 32, template: 
     fuser = create_fuser("mmfuser", in_channels=backbone.embed_dim, num_layers=4, options={"num_heads": 4})
     for parameter in fuser.parameters():
         torch.nn.init.normal_(parameter, std=0.2)
-    config = LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=width,
-        intermediate_size=2 * width,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=2,
-        max_position_embeddings=512,
-        initializer_range=0.2,
-        bos_token_id=1,
-        eos_token_id=2,
-    )
-    llm = LlamaForCausalLM(config)
+    llm = tiny_llm(len(tokenizer), hidden_size=width, intermediate_size=2 * width, max_position_embeddings=512)
     written = get_template(template)
     model = build_model(backbone, fuser, llm, image_token_id=image_token_id, prompt_template=written.to_dict())
     with torch.no_grad():

@@ -8,19 +8,18 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image
-from transformers import (
-    CLIPVisionConfig,
-    CLIPVisionModel,
-    LlamaConfig,
-    LlamaForCausalLM,
-    PreTrainedTokenizerBase,
-)
+from transformers import PreTrainedTokenizerBase
 
 from integrations.llava.config import Recipe
 from integrations.llava.recipe_files import load_recipe
-from tests.integrations.llava.tiny_parts import human_and_gpt, make_tokenizer, tiny_overrides
+from tests.integrations.llava.tiny_parts import (
+    human_and_gpt,
+    make_tokenizer,
+    save_backbone,
+    save_llm,
+    tiny_overrides,
+)
 
 
 @pytest.fixture(scope="session", params=["llama", "bytes"])
@@ -32,35 +31,13 @@ def tokenizer(request: pytest.FixtureRequest) -> PreTrainedTokenizerBase:
 @pytest.fixture(scope="session")
 def llm_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny Llama with its tokenizer, as transformers saves them."""
-    folder = tmp_path_factory.mktemp("llm")
-    tokenizer = make_tokenizer("llama")
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=2,
-        initializer_range=0.2,
-        bos_token_id=1,
-        eos_token_id=2,
-    )
-    LlamaForCausalLM(config).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return folder
+    return save_llm(tmp_path_factory.mktemp("llm"))
 
 
 @pytest.fixture(scope="session")
 def backbone_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny CLIP vision model of 5 blocks on 32-pixel images: 16 patches."""
-    folder = tmp_path_factory.mktemp("backbone")
-    torch.manual_seed(0)
-    config = CLIPVisionConfig(
-        hidden_size=32, intermediate_size=48, num_hidden_layers=5, num_attention_heads=2, image_size=32, patch_size=8
-    )
-    CLIPVisionModel(config).save_pretrained(folder)
-    return folder
+    return save_backbone(tmp_path_factory.mktemp("backbone"))
 
 
 @pytest.fixture(scope="session")

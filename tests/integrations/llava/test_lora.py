@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import AutoModelForCausalLM, CLIPVisionConfig, CLIPVisionModel, LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM
 
 from integrations.llava.checkpoint import load_model, save_model
 from integrations.llava.config import LoraConfig
@@ -25,7 +25,7 @@ from integrations.llava.weight_files import stored_model
 from layerfuse.backbones import TransformersBackbone
 from layerfuse.fusers import create_fuser
 from layerfuse.testing import randomise_parameters
-from tests.integrations.llava.tiny_parts import make_tokenizer
+from tests.integrations.llava.tiny_parts import make_tokenizer, save_llm, tiny_clip
 
 LORA = LoraConfig(rank=4, alpha=8.0)
 TOKENS = 16
@@ -35,20 +35,13 @@ VOCABULARY = len(make_tokenizer("llama"))
 @pytest.fixture(scope="module")
 def llm_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Wide enough for bitsandbytes, which wants multiples of 64."""
-    torch.manual_seed(0)
-    fields = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 2}
-    folder = tmp_path_factory.mktemp("llm")
-    LlamaForCausalLM(LlamaConfig(vocab_size=VOCABULARY, initializer_range=0.2, **fields)).save_pretrained(folder)
-    return folder
+    return save_llm(tmp_path_factory.mktemp("llm"), hidden_size=64, intermediate_size=128)
 
 
 def build(llm: Path, quantize: Any = "none", dtype: torch.dtype = torch.float32) -> FusedLlavaForConditionalGeneration:
     """The same model each time; its backbone, too, has layers called q_proj."""
     torch.manual_seed(1)
-    vision = CLIPVisionConfig(
-        hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=2, image_size=32, patch_size=8
-    )
-    backbone = TransformersBackbone(CLIPVisionModel(vision), layers=(1, 2))
+    backbone = TransformersBackbone(tiny_clip(num_hidden_layers=3), layers=(1, 2))
     fuser = randomise_parameters(create_fuser("mmfuser", in_channels=32, num_layers=2))
     config = quantization_config(quantize, dtype)
     causal = AutoModelForCausalLM.from_pretrained(llm, dtype=dtype, quantization_config=config)

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForImageTextToText, LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForImageTextToText
 
 import integrations.llava
 from integrations.llava.checkpoint import load_adapter, load_model, save_adapter
@@ -16,6 +16,7 @@ from integrations.llava.train import set_trainable
 from layerfuse.backbones import create_backbone
 from layerfuse.fusers import create_fuser
 from layerfuse.testing import random_images, randomise_parameters
+from tests.integrations.llava.tiny_parts import tiny_llm
 
 VOCABULARY, IMAGE = 50, 49
 TINY_VIT = {"embed_dim": 32, "depth": 4, "num_heads": 2}
@@ -35,18 +36,7 @@ def make_model(
     backbone = create_backbone(family, name, layers=(1, 2, 3), pretrained=pretrained, image_size=size, options=options)
     heads = {"num_heads": 4} if fuser == "mmfuser" else {}
     fuser_module = create_fuser(fuser, in_channels=32, num_layers=3, options=heads)
-    llm = LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=VOCABULARY - 1,
-            hidden_size=32,
-            intermediate_size=48,
-            num_hidden_layers=2,
-            num_attention_heads=2,
-            num_key_value_heads=2,
-            initializer_range=0.2,
-        )
-    )
-    model = build_model(backbone, fuser_module, llm, image_token_id=IMAGE)
+    model = build_model(backbone, fuser_module, tiny_llm(VOCABULARY - 1), image_token_id=IMAGE)
     randomise_parameters(model.model.fuser)
     return model.eval()
 
@@ -210,11 +200,7 @@ def test_building_draws_no_parameter_anew() -> None:
         "timm", BACKBONES["timm CLIP"][1], layers=(1, 2), pretrained=False, image_size=64, options=TINY_VIT
     )
     fuser = create_fuser("mmfuser", in_channels=32, num_layers=2, options={"num_heads": 4})
-    llm = LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=VOCABULARY, hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=2
-        )
-    )
+    llm = tiny_llm(VOCABULARY)
     before = {
         prefix: {name: tensor.clone() for name, tensor in module.state_dict().items()}
         for prefix, module in {"vision_tower.backbone": backbone, "fuser": fuser, "language_model": llm.model}.items()
@@ -234,17 +220,8 @@ def test_a_fuser_for_other_layers_is_refused() -> None:
     )
     fuser = create_fuser("average", in_channels=32, num_layers=3)
 
-    with pytest.raises(ValueError, match=r"fuser 'average' was built for maps of widths .* num_layers=2"):
-        build_model(
-            backbone,
-            fuser,
-            LlamaForCausalLM(
-                LlamaConfig(
-                    vocab_size=9, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1
-                )
-            ),
-            image_token_id=9,
-        )
+    with pytest.raises(ValueError, match=r"fuser 'average' was built for 3 maps of widths .* num_layers=2"):
+        build_model(backbone, fuser, tiny_llm(9), image_token_id=9)
 
 
 def test_weights_that_do_not_cover_the_model_are_listed_key_by_key(

@@ -10,7 +10,7 @@ import pytest
 import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from tests.integrations.llava.toy_training import ToyTrainer, item, read_rows, toy_trainer
+from tests.integrations.llava.tiny_training import TinyTrainer, item, read_rows, tiny_trainer
 
 SAMPLES = [item(name, number / 7) for number, name in enumerate("abcdefghij", start=1)]
 SAMPLES[2]["skipped"] = "c: missing"
@@ -29,8 +29,8 @@ class _KilledAt(TrainerCallback):
             raise _KilledError
 
 
-def trainer(folder: Path, log_every: int, *callbacks: TrainerCallback) -> ToyTrainer:
-    return toy_trainer(
+def trainer(folder: Path, log_every: int, *callbacks: TrainerCallback) -> TinyTrainer:
+    return tiny_trainer(
         folder, SAMPLES, callbacks=callbacks, logging_steps=log_every, save_strategy="steps", save_steps=2
     )
 
@@ -50,7 +50,7 @@ def test_an_interrupted_run_that_went_on_has_the_log_of_one_that_was_not(
         trainer(tmp_path, log_every, _KilledAt(5)).train()
     assert [row["step"] for row in read_rows(tmp_path)] == ([1, 2, 3, 4, 5] if log_every == 1 else [1, 2, 3, 4])
 
-    trainer(tmp_path, log_every).train(resume_from_checkpoint=str(tmp_path / "toy" / "checkpoint-4"))
+    trainer(tmp_path, log_every).train(resume_from_checkpoint=str(tmp_path / "tiny" / "checkpoint-4"))
 
     assert read_rows(tmp_path) == uninterrupted
     assert [row["step"] for row in uninterrupted] == list(range(1, 11))
@@ -62,30 +62,30 @@ def test_losses_are_written_with_all_their_digits(uninterrupted: list[dict[str, 
 
 def test_a_stage_that_begins_anew_drops_its_own_lines_only(tmp_path: Path) -> None:
     other = {"stage": "pretrain", "step": 7, "loss": 1.5}
-    (tmp_path / "metrics.jsonl").write_text(json.dumps(other) + "\n" + json.dumps(other | {"stage": "toy"}) + "\n")
+    (tmp_path / "metrics.jsonl").write_text(json.dumps(other) + "\n" + json.dumps(other | {"stage": "tiny"}) + "\n")
     trainer(tmp_path, 1).train()
 
     rows = read_rows(tmp_path)
     assert rows[0] == other
-    assert [(row["stage"], row["step"]) for row in rows[1:]] == [("toy", step) for step in range(1, 11)]
+    assert [(row["stage"], row["step"]) for row in rows[1:]] == [("tiny", step) for step in range(1, 11)]
 
 
-@pytest.mark.parametrize("torn", ['{"stage": "toy", "st', '{"stage": "toy", "step": 1, "loss": 2.0}'])
+@pytest.mark.parametrize("torn", ['{"stage": "tiny", "st', '{"stage": "tiny", "step": 1, "loss": 2.0}'])
 def test_a_line_that_was_cut_off_is_left_out(torn: str, tmp_path: Path) -> None:
     (tmp_path / "metrics.jsonl").write_text('{"stage": "pretrain", "step": 1, "loss": 1.5}\n' + torn)
     trainer(tmp_path, 1).train()
 
-    assert [row["stage"] for row in read_rows(tmp_path)] == ["pretrain", *["toy"] * 10]
+    assert [row["stage"] for row in read_rows(tmp_path)] == ["pretrain", *["tiny"] * 10]
 
 
 def test_skipped_samples_are_counted_over_all_starts_of_a_run(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     with pytest.raises(_KilledError):
         trainer(tmp_path, 1, _KilledAt(5)).train()
     caplog.clear()
-    trainer(tmp_path, 1).train(resume_from_checkpoint=str(tmp_path / "toy" / "checkpoint-4"))
+    trainer(tmp_path, 1).train(resume_from_checkpoint=str(tmp_path / "tiny" / "checkpoint-4"))
 
     assert [record.getMessage() for record in caplog.records if "skipped" in record.getMessage()] == [
-        "stage toy: 1 samples were skipped"
+        "stage tiny: 1 samples were skipped"
     ]
 
 
@@ -93,7 +93,7 @@ def test_every_step_is_a_point_in_tensorboard(tmp_path: Path) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     trainer(tmp_path, 4).train()
-    events = EventAccumulator(str(tmp_path / "logs" / "toy")).Reload()
+    events = EventAccumulator(str(tmp_path / "logs" / "tiny")).Reload()
 
     assert {"loss", "learning_rate", "grad_norm", "skipped"} == set(events.Tags()["scalars"])
     assert [event.step for event in events.Scalars("loss")] == list(range(1, 11))

@@ -10,7 +10,7 @@ import pytest
 import torch
 from peft import PeftConfig
 from safetensors.torch import load_file
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig
 
 from integrations.llava.assembly import assemble_stage
 from integrations.llava.checkpoint import load_model
@@ -19,7 +19,7 @@ from integrations.llava.interruption import RunInterrupted
 from integrations.llava.lora import load_lora, merge_lora
 from integrations.llava.train import train
 from tests.integrations.llava.test_resume import StopAt, rows
-from tests.integrations.llava.tiny_parts import make_tokenizer
+from tests.integrations.llava.tiny_parts import save_llm
 
 ADAPTERS = LoraConfig(rank=4, alpha=8, dropout=0.1, target_modules=("q_proj", "down_proj"))
 
@@ -27,22 +27,7 @@ ADAPTERS = LoraConfig(rank=4, alpha=8, dropout=0.1, target_modules=("q_proj", "d
 @pytest.fixture(scope="module")
 def wide_llm(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A language model whose weights come in the blocks of 64 that 4-bit weights are stored in."""
-    folder = tmp_path_factory.mktemp("wide")
-    tokenizer = make_tokenizer("llama")
-    config = LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        initializer_range=0.2,
-        bos_token_id=1,
-        eos_token_id=2,
-    )
-    torch.manual_seed(0)
-    LlamaForCausalLM(config).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return folder
+    return save_llm(tmp_path_factory.mktemp("wide"), hidden_size=64, intermediate_size=128)
 
 
 def with_adapters(recipe: Recipe, llm: Path, quantize: str = "none") -> Recipe:

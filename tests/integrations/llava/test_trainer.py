@@ -15,14 +15,14 @@ from torch import nn
 from transformers import TrainingArguments
 
 from integrations.llava.trainer import NonFiniteLossError, parameter_groups
-from tests.integrations.llava.toy_training import (
+from tests.integrations.llava.tiny_training import (
     BREAKS_GRADIENTS,
     BREAKS_LOSS,
-    Toy,
-    ToyTrainer,
+    TinyModel,
+    TinyTrainer,
     item,
     read_rows,
-    toy_trainer,
+    tiny_trainer,
 )
 
 
@@ -71,18 +71,18 @@ def test_the_fuser_has_a_learning_rate_of_its_own() -> None:
     assert groups_of({"fuser": 0.5})[2][2] == ["model.fuser.attention.weight"]
 
 
-def train_toy(folder: Path, *samples: dict[str, Any], **arguments: Any) -> list[dict[str, Any]]:
-    toy_trainer(folder, samples, **arguments).train()
+def train_tiny(folder: Path, *samples: dict[str, Any], **arguments: Any) -> list[dict[str, Any]]:
+    tiny_trainer(folder, samples, **arguments).train()
     return read_rows(folder)
 
 
 @pytest.mark.parametrize(("loss_average", "expected"), [("micro_batch", (2 + 5) / 2), ("token", (1 + 3 + 5) / 3)])
 def test_a_steps_loss_and_gradient_are_averaged_as_asked(loss_average: str, expected: float, tmp_path: Path) -> None:
     samples = item("a", 1, 3), item("b", 5)
-    (row,) = train_toy(tmp_path, *samples, loss_average=loss_average, gradient_accumulation_steps=2)
+    (row,) = train_tiny(tmp_path, *samples, loss_average=loss_average, gradient_accumulation_steps=2)
 
     assert row == {
-        "stage": "toy",
+        "stage": "tiny",
         "step": 1,
         "loss": pytest.approx(expected),
         "learning_rate": 0.125,
@@ -95,7 +95,7 @@ def test_a_micro_batch_in_which_nothing_is_supervised_has_loss_zero(
     loss_average: str, expected: float, tmp_path: Path
 ) -> None:
     samples = item("a", 7, supervised=0), item("b", 2)
-    (row,) = train_toy(tmp_path, *samples, loss_average=loss_average, gradient_accumulation_steps=2)
+    (row,) = train_tiny(tmp_path, *samples, loss_average=loss_average, gradient_accumulation_steps=2)
 
     assert row["loss"] == pytest.approx(expected)
     assert row["grad_norm"] == pytest.approx(expected)
@@ -103,14 +103,14 @@ def test_a_micro_batch_in_which_nothing_is_supervised_has_loss_zero(
 
 @pytest.mark.parametrize("loss_average", ["micro_batch", "token"])
 def test_a_step_in_which_nothing_is_supervised_changes_nothing(loss_average: str, tmp_path: Path) -> None:
-    (row,) = train_toy(tmp_path, item("a", 7, supervised=0), loss_average=loss_average)
+    (row,) = train_tiny(tmp_path, item("a", 7, supervised=0), loss_average=loss_average)
 
     assert (row["loss"], row["grad_norm"]) == (0, 0)
 
 
 def test_the_last_step_of_an_epoch_averages_over_the_micro_batches_it_has(tmp_path: Path) -> None:
     samples = [item(name, number) for name, number in (("a", 2), ("b", 4), ("c", 6))]
-    rows = train_toy(tmp_path, *samples, gradient_accumulation_steps=2, learning_rate=0.0)
+    rows = train_tiny(tmp_path, *samples, gradient_accumulation_steps=2, learning_rate=0.0)
 
     assert [row["loss"] for row in rows] == pytest.approx([3, 6])
 
@@ -118,24 +118,24 @@ def test_the_last_step_of_an_epoch_averages_over_the_micro_batches_it_has(tmp_pa
 def test_skipped_samples_are_counted_and_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     samples = item("a", 2), item("b", supervised=0, skipped="b: image x.png: missing"), item("c", 4)
     with caplog.at_level(logging.WARNING, logger="integrations.llava"):
-        rows = train_toy(tmp_path, *samples)
+        rows = train_tiny(tmp_path, *samples)
 
     assert [row.get("skipped") for row in rows] == [None, 1, None]
     assert [record.getMessage() for record in caplog.records] == [
         "step 2: skipped b: image x.png: missing",
-        "stage toy: 1 samples were skipped",
+        "stage tiny: 1 samples were skipped",
     ]
 
 
 def test_an_infinite_loss_stops_the_run_before_the_weights_move_and_names_its_samples(tmp_path: Path) -> None:
     samples = item("a", 1), item("b", 1), item("c", 1), item("bad", BREAKS_LOSS)
-    trainer = toy_trainer(tmp_path, samples, gradient_accumulation_steps=2, logging_steps=10)
+    trainer = tiny_trainer(tmp_path, samples, gradient_accumulation_steps=2, logging_steps=10)
 
     with pytest.raises(NonFiniteLossError, match=r"step 2: the loss is inf in process 0 for samples bad\.") as caught:
         trainer.train()
     assert [(batch.process, batch.sample_ids) for batch in caught.value.batches] == [(0, ("bad",))]
     assert _weight(trainer) == 1 - 0.125
-    assert json.loads((tmp_path / "toy" / "non_finite_loss.json").read_text()) == {
+    assert json.loads((tmp_path / "tiny" / "non_finite_loss.json").read_text()) == {
         "step": 2,
         "grad_norm": None,
         "micro_batches": [{"process": 0, "loss": "inf", "sample_ids": ["bad"]}],
@@ -146,17 +146,17 @@ def test_an_infinite_loss_stops_the_run_before_the_weights_move_and_names_its_sa
 
 def test_broken_gradients_stop_the_run_before_a_checkpoint_is_written(tmp_path: Path) -> None:
     samples = item("a", 1), item("bad", BREAKS_GRADIENTS), item("c", 1)
-    trainer = toy_trainer(tmp_path, samples, logging_steps=10, save_strategy="steps", save_steps=1)
+    trainer = tiny_trainer(tmp_path, samples, logging_steps=10, save_strategy="steps", save_steps=1)
 
     with pytest.raises(NonFiniteLossError, match=r"step 2: the gradients' norm is nan, though the loss is .* bad\."):
         trainer.train()
-    assert [path.name for path in (tmp_path / "toy").glob("checkpoint-*")] == ["checkpoint-1"]
-    assert json.loads((tmp_path / "toy" / "non_finite_loss.json").read_text())["grad_norm"] == "nan"
+    assert [path.name for path in (tmp_path / "tiny").glob("checkpoint-*")] == ["checkpoint-1"]
+    assert json.loads((tmp_path / "tiny" / "non_finite_loss.json").read_text())["grad_norm"] == "nan"
     assert [row["step"] for row in read_rows(tmp_path)] == [1, 2]
 
 
 def test_samples_without_ids_break_without_ids(tmp_path: Path) -> None:
-    trainer = toy_trainer(tmp_path, [item("a", BREAKS_LOSS)])
+    trainer = tiny_trainer(tmp_path, [item("a", BREAKS_LOSS)])
     collate = trainer.data_collator
     trainer.data_collator = lambda samples: {k: v for k, v in collate(samples).items() if k != "sample_ids"}
 
@@ -164,15 +164,15 @@ def test_samples_without_ids_break_without_ids(tmp_path: Path) -> None:
         trainer.train()
 
 
-def _weight(trainer: ToyTrainer) -> float:
-    assert isinstance(trainer.model, Toy)
+def _weight(trainer: TinyTrainer) -> float:
+    assert isinstance(trainer.model, TinyModel)
     return float(trainer.model.weight.detach())
 
 
 def test_one_process_uses_one_gpu_and_says_how_to_use_all(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     arguments = TrainingArguments(output_dir=str(tmp_path), use_cpu=True)
     arguments._n_gpu = 4
-    ToyTrainer(model=Toy(), args=arguments, train_dataset=[item("a", 1)])
+    TinyTrainer(model=TinyModel(), args=arguments, train_dataset=[item("a", 1)])
 
     assert arguments.n_gpu == 1
     assert "torchrun --nproc_per_node 4" in caplog.text
@@ -180,9 +180,9 @@ def test_one_process_uses_one_gpu_and_says_how_to_use_all(tmp_path: Path, caplog
 
 @pytest.fixture(scope="module")
 def two_processes(tmp_path_factory: pytest.TempPathFactory, root: Path) -> dict[str, Any]:
-    """What `toy_worker.py` finds when two processes share its runs."""
+    """What `tiny_worker.py` finds when two processes share its runs."""
     folder = tmp_path_factory.mktemp("two")
-    worker = Path(__file__).with_name("toy_worker.py")
+    worker = Path(__file__).with_name("tiny_worker.py")
     command = ["torch.distributed.run", "--nproc-per-node=2", "--master-port=0", "--rdzv-backend=c10d"]
     environment = {**os.environ, "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     done = subprocess.run(

@@ -1,4 +1,4 @@
-"""Tiny tokenizers, conversations and recipe values that the tests of this folder share."""
+"""Tiny tokenizers, models, conversations and recipe values that the tests of this folder share."""
 
 from __future__ import annotations
 
@@ -6,15 +6,17 @@ import json
 from pathlib import Path
 from typing import Any
 
+import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
-from transformers import PreTrainedTokenizerFast
+from transformers import CLIPVisionConfig, CLIPVisionModel, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-__all__ = ["human_and_gpt", "make_tokenizer", "tiny_overrides"]
+__all__ = ["human_and_gpt", "make_tokenizer", "save_backbone", "save_llm", "tiny_clip", "tiny_llm", "tiny_overrides"]
 
 _CORPUS = [
     "A chat between a user and an assistant. USER: What number is it? ASSISTANT: It is number one on a wall."
 ] * 3
 _SPECIAL = ["<unk>", "<s>", "</s>"]
+_TINY = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 2}
 
 
 def make_tokenizer(kind: str) -> PreTrainedTokenizerFast:
@@ -43,6 +45,35 @@ def make_tokenizer(kind: str) -> PreTrainedTokenizerFast:
         tokenizer = Tokenizer.from_str(json.dumps(description))
     tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
+
+
+def tiny_llm(vocabulary: int, **fields: Any) -> LlamaForCausalLM:
+    """A random Llama of two blocks; fields of its config may be set."""
+    small = {**_TINY, "num_hidden_layers": 2, "initializer_range": 0.2}
+    return LlamaForCausalLM(LlamaConfig(vocab_size=vocabulary, **{**small, **fields}))
+
+
+def save_llm(folder: Path, tokenizer: PreTrainedTokenizerFast | None = None, **fields: Any) -> Path:
+    """Save a tiny Llama with its tokenizer, as transformers saves them; of kind `llama` if none is given."""
+    tokenizer = tokenizer or make_tokenizer("llama")
+    special = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")}
+    torch.manual_seed(0)
+    tiny_llm(len(tokenizer), **special, **fields).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def tiny_clip(**fields: Any) -> CLIPVisionModel:
+    """A random CLIP vision model of five blocks on 32-pixel images, 16 patches; fields of its config may be set."""
+    small = {**_TINY, "num_hidden_layers": 5, "image_size": 32, "patch_size": 8}
+    return CLIPVisionModel(CLIPVisionConfig(**{**small, **fields}))
+
+
+def save_backbone(folder: Path, **fields: Any) -> Path:
+    """Save a tiny CLIP vision model as transformers does."""
+    torch.manual_seed(0)
+    tiny_clip(**fields).save_pretrained(folder)
+    return folder
 
 
 def human_and_gpt(*texts: str) -> list[dict[str, str]]:

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch import nn
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaForCausalLM
 
 from integrations.llava.assembly import Assembled, assemble_stage
 from integrations.llava.config import Recipe, StageConfig
@@ -18,6 +18,7 @@ from integrations.llava.estimate.activations import Weights, block_bytes, residu
 from integrations.llava.estimate.facts import Block, build_on_meta, model_facts
 from integrations.llava.estimate.memory import Memory, estimate_memory
 from tests.integrations.llava.estimate.estimate_support import LiveBytes, make_batch, small_recipe
+from tests.integrations.llava.tiny_parts import tiny_llm
 
 BATCH, TEXT = 4, 80
 SHAPES = {"all heads alike": 4, "fewer heads for keys": 2}
@@ -25,16 +26,8 @@ SHAPES = {"all heads alike": 4, "fewer heads for keys": 2}
 
 def llama(keys: int) -> LlamaForCausalLM:
     torch.manual_seed(0)
-    config = LlamaConfig(
-        hidden_size=64,
-        intermediate_size=160,
-        num_hidden_layers=1,
-        num_attention_heads=4,
-        num_key_value_heads=keys,
-        vocab_size=100,
-        max_position_embeddings=64,
-    )
-    return LlamaForCausalLM(config)
+    widths = {"hidden_size": 64, "intermediate_size": 160, "num_attention_heads": 4, "num_key_value_heads": keys}
+    return tiny_llm(100, num_hidden_layers=1, max_position_embeddings=64, **widths)
 
 
 def described(layer: nn.Module, keys: int) -> Block:

@@ -15,8 +15,6 @@ from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
     CLIPVisionModel,
-    LlamaConfig,
-    LlamaForCausalLM,
 )
 
 from integrations.llava.prompts import IGNORE_INDEX
@@ -31,6 +29,7 @@ from integrations.llava.synthetic.rendering import render
 from integrations.llava.synthetic.scene import GRID, sample_scene
 from integrations.llava.synthetic.tokenizer import CELL_WORDS, build_tokenizer, cell_description, scene_words
 from integrations.llava.synthetic.writing import SceneWriter, embed_written, place_codes
+from tests.integrations.llava.tiny_parts import tiny_llm
 
 ASSETS = BACKBONE_FOLDER.parent
 TINY_BACKBONE = BackboneRecipe(num_blocks=1, embed_dim=8, num_heads=2, num_images=8, batch_size=4, num_steps=2)
@@ -43,7 +42,7 @@ TINY_LLM = LanguageModelRecipe(
     batch_size=4,
     phases=(
         Phase("words", num_steps=2, learning_rate=1e-3),
-        Phase("boxes", num_steps=2, learning_rate=1e-3, place_spread=0.2, boxes_only=True),
+        Phase("boxes", num_steps=2, learning_rate=1e-3, place_spread=0.2, pool="boxes"),
     ),
 )
 
@@ -152,8 +151,7 @@ def test_written_scene_stands_where_the_image_will_and_only_answers_are_labelled
 
 def test_places_are_added_to_cell_words_row_by_row_and_to_nothing_else() -> None:
     writer = SceneWriter(build_tokenizer())
-    config = LlamaConfig(vocab_size=len(writer.tokenizer), hidden_size=16, num_hidden_layers=1, num_attention_heads=1)
-    model = LlamaForCausalLM(config)
+    model = tiny_llm(len(writer.tokenizer), hidden_size=16)
     scenes = [sample_scene(np.random.default_rng(seed), "train") for seed in (1, 2)]
     ids = torch.tensor([writer.prompt(scene, "What does the text say?") for scene in scenes])
     cells = torch.tensor(sorted(writer.cell_ids.values()))

@@ -22,18 +22,18 @@ __all__ = [
     "BREAKS_GRADIENTS",
     "BREAKS_LOSS",
     "NonFiniteLossError",
-    "Toy",
-    "ToyTrainer",
+    "TinyModel",
+    "TinyTrainer",
     "item",
     "read_rows",
-    "toy_trainer",
+    "tiny_trainer",
 ]
 
 BREAKS_LOSS, BREAKS_GRADIENTS = -1.0, -2.0
 """Numbers that make the loss infinite, and the gradient NaN while the loss is finite."""
 
 
-class Toy(nn.Module):
+class TinyModel(nn.Module):
     """Costs weight * number for every supervised token."""
 
     accepts_loss_kwargs = True
@@ -74,24 +74,24 @@ def _collate(samples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     return batch | ({"skipped": skipped} if skipped else {})
 
 
-class ToyTrainer(LlavaTrainer):
+class TinyTrainer(LlavaTrainer):
     """Takes samples in their order."""
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int]:
         return SequentialSampler(self.train_dataset)
 
 
-def toy_trainer(
+def tiny_trainer(
     folder: Path,
     samples: Sequence[Mapping[str, Any]],
     *,
     loss_average: Any = "micro_batch",
     callbacks: Sequence[TrainerCallback] = (),
     **arguments: Any,
-) -> ToyTrainer:
+) -> TinyTrainer:
     """A trainer with its log, which steps over one sample at a time, without momentum."""
     given = {
-        "output_dir": str(folder / "toy"),
+        "output_dir": str(folder / "tiny"),
         "per_device_train_batch_size": 1,
         "num_train_epochs": 1,
         "learning_rate": 0.125,
@@ -106,15 +106,15 @@ def toy_trainer(
         "max_grad_norm": 0.0,
         "logging_steps": 1,
     } | arguments
-    trainer = ToyTrainer(
-        model=Toy(),
+    trainer = TinyTrainer(
+        model=TinyModel(),
         args=TrainingArguments(**given),
         train_dataset=list(samples),
         data_collator=_collate,
         loss_average=loss_average,
         callbacks=list(callbacks),
     )
-    trainer.add_callback(RunLog(trainer, folder, "toy"))
+    trainer.add_callback(RunLog(trainer, folder, "tiny"))
     return trainer
 
 

@@ -1,4 +1,4 @@
-"""Run by torchrun: toy runs shared by two processes; what was found is left in a folder as JSON."""
+"""Run by torchrun: tiny runs shared by two processes; what was found is left in a folder as JSON."""
 
 from __future__ import annotations
 
@@ -13,20 +13,20 @@ import torch
 
 def main(folder: Path) -> None:
     """Train with both averages, then with a sample that breaks one process."""
-    toy = _load(Path(__file__).with_name("toy_training.py"))
-    unequal = [toy.item("a", 1, 3, skipped="a"), toy.item("b", 5, skipped="b")]
+    tiny = _load(Path(__file__).with_name("tiny_training.py"))
+    unequal = [tiny.item("a", 1, 3, skipped="a"), tiny.item("b", 5, skipped="b")]
     for loss_average in ("micro_batch", "token"):
-        trainer = toy.toy_trainer(folder / loss_average, unequal, loss_average=loss_average)
-        assert type(trainer.model_wrapped).__name__ == "Toy"
+        trainer = tiny.tiny_trainer(folder / loss_average, unequal, loss_average=loss_average)
+        assert type(trainer.model_wrapped).__name__ == "TinyModel"
         trainer.train()
         assert type(trainer.model_wrapped).__name__ == "DistributedDataParallel"
         if trainer.is_world_process_zero():
-            rows = toy.read_rows(folder / loss_average)
+            rows = tiny.read_rows(folder / loss_average)
             (folder / f"{loss_average}.json").write_text(json.dumps(rows))
-    trainer = toy.toy_trainer(folder / "broken", [toy.item("good", 1), toy.item("bad", toy.BREAKS_LOSS)])
+    trainer = tiny.tiny_trainer(folder / "broken", [tiny.item("good", 1), tiny.item("bad", tiny.BREAKS_LOSS)])
     try:
         trainer.train()
-    except toy.NonFiniteLossError as error:
+    except tiny.NonFiniteLossError as error:
         found = {"message": str(error), "weight": float(trainer.model.weight.detach())}
         (folder / f"broken-{trainer.args.process_index}.json").write_text(json.dumps(found))
 
