@@ -205,6 +205,15 @@ class Terminal:
         before, _, self.seen = self.seen.partition(text)
         return before
 
+    def interrupt_until(self, text: str) -> None:
+        """Press Ctrl-C until a text was printed: one that comes just before `input` begins to wait has no effect."""
+        for _ in range(60):
+            self.process.send_signal(signal.SIGINT)
+            if select.select([self.main], [], [], 2)[0]:
+                self.wait_for(text)
+                return
+        raise AssertionError(f"nothing more came behind {self.seen!r}")
+
     def type(self, text: str) -> None:
         os.write(self.main, text.encode())
 
@@ -226,8 +235,7 @@ def test_in_a_terminal_ctrl_c_stops_the_answer_and_not_the_program(
         assert 0 < len(answer) < 390
         assert "/exit" not in answer
 
-        terminal.process.send_signal(signal.SIGINT)
-        terminal.wait_for("/exit or Ctrl-D leaves")
+        terminal.interrupt_until("/exit or Ctrl-D leaves")
         terminal.type("/exit\n")
         assert terminal.process.wait(60) == 0
     finally:
