@@ -8,17 +8,24 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
-from layerfuse.backbones import create_backbone
-from layerfuse.fusers import create_fuser
+from layerfuse.backbones import Backbone, create_backbone
+from layerfuse.fusers import Fuser, create_fuser
 
 from .config import PARTS, LoraConfig, ModelConfig, StageConfig
 from .model import FusedLlavaForConditionalGeneration, build_model
 from .processing import add_image_token
 from .quantization import quantization_config
 
-__all__ = ["Assembled", "assemble", "assemble_stage", "set_trainable"]
+__all__ = ["Assembled", "assemble", "assemble_stage", "create_vision", "described_llm", "set_trainable"]
 
 
 @dataclass(frozen=True)
@@ -46,19 +53,7 @@ def assemble(
     Raises:
         ValueError: if a name, layer or option is not possible, or tokenizer and language model do not fit.
     """
-    backbone = create_backbone(
-        config.family,
-        config.backbone,
-        layers=config.layers,
-        pretrained=config.backbone_pretrained,
-        image_size=config.image_size,
-        options=config.backbone_options,
-    )
-    # Forked, so that runs which differ in nothing but the fuser start from the same projector.
-    with torch.random.fork_rng():
-        fuser = create_fuser(
-            config.fuser, in_channels=backbone.embed_dim, num_layers=len(config.layers), options=config.fuser_options
-        )
+    backbone, fuser = create_vision(config, pretrained=config.backbone_pretrained)
     tokenizer = AutoTokenizer.from_pretrained(config.tokenizer or config.llm)
     llm = _language_model(config, llm_dtype, lora)
     embedding: Any = llm.get_input_embeddings()
@@ -84,16 +79,55 @@ def _language_model(config: ModelConfig, dtype: torch.dtype, lora: LoraConfig | 
             quantization_config=quantized,
         )
         return model
-    if "model_type" not in config.llm_architecture:
-        raise ValueError(
-            "model.llm_pretrained is false, so model.llm_architecture has to describe the language model: model_type, "
-            "hidden_size, num_hidden_layers, … as transformers names them."
-        )
     if quantized is not None:
         raise ValueError("quantised weights need a pretrained language model; set model.llm_pretrained to true.")
-    architecture = AutoConfig.for_model(**config.llm_architecture)
-    model = AutoModelForCausalLM.from_config(architecture, dtype=dtype, attn_implementation=config.attention)
+    model = AutoModelForCausalLM.from_config(described_llm(config), dtype=dtype, attn_implementation=config.attention)
     return model
+
+
+def create_vision(config: ModelConfig, *, pretrained: bool) -> tuple[Backbone, Fuser]:
+    """Build the backbone of a recipe, and the fuser that fits it.
+
+    Args:
+        config: names both.
+        pretrained: load the backbone's weights; else they are random.
+
+    Returns:
+        Both.
+
+    Raises:
+        ValueError: if a name, layer or option is not possible.
+    """
+    backbone = create_backbone(
+        config.family,
+        config.backbone,
+        layers=config.layers,
+        pretrained=pretrained,
+        image_size=config.image_size,
+        options=config.backbone_options,
+    )
+    # Forked, so that runs which differ in nothing but the fuser start from the same projector.
+    with torch.random.fork_rng():
+        fuser = create_fuser(
+            config.fuser, in_channels=backbone.embed_dim, num_layers=len(config.layers), options=config.fuser_options
+        )
+    return backbone, fuser
+
+
+def described_llm(config: ModelConfig) -> PreTrainedConfig:
+    """Read the language model's config out of the recipe.
+
+    Raises:
+        ValueError: if the recipe does not hold it.
+    """
+    if "model_type" not in config.llm_architecture:
+        raise ValueError(
+            f"{config.llm} is not to be loaded, or cannot be: neither a folder nor in the hub's cache. So "
+            "model.llm_architecture has to describe it: model_type, hidden_size, num_hidden_layers, … as transformers "
+            "names them."
+        )
+    described: PreTrainedConfig = AutoConfig.for_model(**config.llm_architecture)
+    return described
 
 
 def assemble_stage(config: ModelConfig, stage: StageConfig, *, quantized: bool = True) -> Assembled:

@@ -7,6 +7,7 @@ recipe's `llm_architecture`.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,10 +15,7 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig
 
-from layerfuse.backbones import create_backbone
-from layerfuse.fusers import create_fuser
-
-from ..assembly import set_trainable
+from ..assembly import create_vision, described_llm, set_trainable
 from ..config import PARTS, ModelConfig, StageConfig
 from ..model import FusedLlavaForConditionalGeneration, build_model
 from ..processing import add_image_token
@@ -105,17 +103,7 @@ def build_on_meta(config: ModelConfig, stage: StageConfig) -> tuple[FusedLlavaFo
     """
     architecture, origin = _architecture(config)
     with torch.device("meta"):
-        backbone = create_backbone(
-            config.family,
-            config.backbone,
-            layers=config.layers,
-            pretrained=False,
-            image_size=config.image_size,
-            options=config.backbone_options,
-        )
-        fuser = create_fuser(
-            config.fuser, in_channels=backbone.embed_dim, num_layers=len(config.layers), options=config.fuser_options
-        )
+        backbone, fuser = create_vision(config, pretrained=False)
         llm = AutoModelForCausalLM.from_config(architecture, attn_implementation=config.attention)
         model = build_model(backbone, fuser, llm, image_token_id=_image_token_id(config, architecture.vocab_size))
         if stage.lora.rank:
@@ -130,15 +118,9 @@ def build_on_meta(config: ModelConfig, stage: StageConfig) -> tuple[FusedLlavaFo
 
 def _architecture(config: ModelConfig) -> tuple[PreTrainedConfig, str]:
     if config.llm_pretrained:
-        try:
+        with suppress(OSError):
             return AutoConfig.from_pretrained(config.llm, local_files_only=True), "its own config"
-        except OSError as error:
-            if "model_type" not in config.llm_architecture:
-                raise ValueError(
-                    f"the config of {config.llm} is neither a folder nor in the hub's cache; download it, or describe "
-                    "the language model in model.llm_architecture (model_type, hidden_size, …)."
-                ) from error
-    return AutoConfig.for_model(**config.llm_architecture), "config: the recipe's llm_architecture"
+    return described_llm(config), "config: the recipe's llm_architecture"
 
 
 def _image_token_id(config: ModelConfig, vocab_size: int) -> int:

@@ -181,3 +181,17 @@ def test_every_parameter_belongs_to_a_part(tiny_recipe: Recipe) -> None:
     counts = set_trainable(model, tuple(PARTS))
 
     assert all(count["trainable"] and not count["frozen"] for count in counts.values())
+
+
+def test_random_weights_need_a_description_of_the_language_model(tiny_recipe: Recipe) -> None:
+    model = dataclasses.replace(tiny_recipe.model, llm_pretrained=False, llm_architecture={})
+    with pytest.raises(ValueError, match="model.llm_architecture has to describe it: model_type, hidden_size"):
+        assemble(model)
+
+
+def test_a_tokenizer_larger_than_the_vocabulary_is_refused(tiny_recipe: Recipe) -> None:
+    architecture = {"model_type": "llama", "vocab_size": 20, "hidden_size": 32, "num_attention_heads": 2}
+    model = dataclasses.replace(tiny_recipe.model, llm_pretrained=False, llm_architecture=architecture)
+    model = dataclasses.replace(model, tokenizer=tiny_recipe.model.llm)
+    with pytest.raises(ValueError, match=r"has \d+ tokens, but the language model has embeddings for 20; set model.tok"):
+        assemble(model)

@@ -80,7 +80,7 @@ def test_a_language_model_that_nothing_describes_is_refused() -> None:
     assert build_on_meta(recipe.model, recipe.pretrain)[1].endswith("llm_architecture")
 
     nothing = load_recipe("tiny", {"model.llm": "no/such-model"})
-    with pytest.raises(ValueError, match="neither a folder nor in the hub's cache; download it, or describe"):
+    with pytest.raises(ValueError, match="nor in the hub's cache. So model.llm_architecture has to describe"):
         build_on_meta(nothing.model, nothing.pretrain)
 
 
