@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -30,11 +30,19 @@ __all__ = ["Assembled", "assemble", "assemble_stage", "create_vision", "describe
 
 @dataclass(frozen=True)
 class Assembled:
-    """A model and what belongs to it."""
+    """A model and what belongs to it.
+
+    Attributes:
+        model: the model.
+        tokenizer: with `<image>`.
+        image_token_id: its id.
+        counts: per part, its number of trainable and of frozen parameters; empty before a stage has said what learns.
+    """
 
     model: FusedLlavaForConditionalGeneration
     tokenizer: PreTrainedTokenizerBase
     image_token_id: int
+    counts: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
 
 
 def assemble(
@@ -153,12 +161,12 @@ def assemble_stage(config: ModelConfig, stage: StageConfig, *, quantized: bool =
         from .lora import add_lora
 
         add_lora(model, lora)
-    set_trainable(model, stage.trainable, adapters_only=lora is not None)
+    counts = set_trainable(model, stage.trainable, adapters_only=lora is not None)
     for parameter in model.parameters():
         # Quantised weights are integers.
         if parameter.is_floating_point():
             parameter.data = parameter.data.to(torch.float32 if parameter.requires_grad else frozen)
-    return assembled
+    return replace(assembled, counts=counts)
 
 
 def set_trainable(model: nn.Module, parts: Sequence[str], *, adapters_only: bool = False) -> dict[str, dict[str, int]]:

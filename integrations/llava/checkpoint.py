@@ -15,7 +15,7 @@ from .config import PARTS
 from .convert.names import our_adapter
 from .model import FusedLlavaConfig, FusedLlavaForConditionalGeneration
 from .quantization import Quantization, quantization_config
-from .weight_files import CONFIG_FILE, read_json, stored_tensors
+from .weight_files import CONFIG_FILE, check_fit, read_json, stored_tensors
 
 __all__ = [
     "load_adapter",
@@ -141,15 +141,12 @@ def load_adapter(model: nn.Module, parts: Sequence[str], path: str | Path) -> No
     stored = stored_tensors(path)
     if any("mm_projector." in name for name in stored):
         stored = our_adapter(stored)
-    expected = _state_of(model, parts)
-    missing, unexpected = sorted(expected.keys() - stored.keys()), sorted(stored.keys() - expected.keys())
-    misshapen = sorted(name for name in expected.keys() & stored.keys() if expected[name].shape != stored[name].shape)
-    if missing or unexpected or misshapen:
-        raise ValueError(
-            f"adapter {path} does not fit the {', '.join(parts)} of this model. Missing: {', '.join(missing) or 'none'}"
-            f"; unexpected: {', '.join(unexpected) or 'none'}; of another shape: {', '.join(misshapen) or 'none'}. Use "
-            "the recipe's own model settings."
-        )
+    check_fit(
+        _state_of(model, parts),
+        stored,
+        fault=f"adapter {path} does not fit the {', '.join(parts)} of this model",
+        advice="Use the recipe's own model settings",
+    )
     model.load_state_dict({name: tensor.read() for name, tensor in stored.items()}, strict=False)
 
 

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
 from torch.distributed.tensor import DTensor, distribute_tensor
@@ -30,10 +30,11 @@ from torch.optim import Optimizer
 from transformers import Trainer
 
 from .atomic import check_disk_space
+from .processes import on_main
 
 __all__ = [
     "CheckpointingTrainer",
-    "latest_checkpoint",
+    "checkpoints",
     "load_state",
     "load_trained",
     "save_state",
@@ -47,14 +48,14 @@ _SCRATCH = ".saving"
 _ADAMW_STATES = 2
 
 
-def latest_checkpoint(folder: str | Path) -> Path | None:
-    """Find the newest checkpoint of a stage, or None."""
+def checkpoints(folder: str | Path) -> list[Path]:
+    """Find the checkpoints of a stage, oldest first; a folder that somebody named otherwise is none."""
     found = [
         (int(match[1]), path)
         for path in Path(folder).glob("checkpoint-*")
         if (match := re.fullmatch(r"checkpoint-(\d+)", path.name))
     ]
-    return max(found)[1] if found else None
+    return [path for _, path in sorted(found)]
 
 
 def state_bytes(model: nn.Module) -> int:
@@ -73,23 +74,38 @@ def save_state(model: nn.Module, optimizer: Optimizer, folder: Path, *, write: b
         optimizer: of its trained parameters.
         folder: exists.
         write: whether this process writes; the others only take part in gathering.
+
+    Raises:
+        OSError: if a file cannot be written; in this process alone, once all have gathered everything.
     """
     names = _trained(model)
     kinds = sorted({kind for parameter in names.values() for kind in optimizer.state.get(parameter, ())})
-    if write:
-        save_file(trained_state(model), folder / _TRAINED)
-    else:
-        trained_state(model, keep=False)
-    for kind in kinds:
-        tensors = {}
-        for name, parameter in names.items():
-            # A parameter that never had a gradient has no state.
-            if kind in optimizer.state.get(parameter, {}):
-                whole = _whole(optimizer.state[parameter][kind])
-                if write:
-                    tensors[name] = whole
-        if write:
-            save_file(tensors, folder / f"optimizer-{kind}.safetensors")
+    failure: OSError | None = None
+    for kind in (None, *kinds):
+        keep = write and failure is None
+        tensors = trained_state(model, keep=keep) if kind is None else _optimizer_state(names, optimizer, kind, keep)
+        if keep:
+            try:
+                save_file(tensors, folder / (_TRAINED if kind is None else f"optimizer-{kind}.safetensors"))
+            except (OSError, SafetensorError) as error:
+                failure = OSError(
+                    f"a checkpoint could not be written to {folder} ({error}); the one before it is whole"
+                )
+    if failure is not None:
+        raise failure
+
+
+def _optimizer_state(
+    names: Mapping[str, nn.Parameter], optimizer: Optimizer, kind: str, keep: bool
+) -> dict[str, torch.Tensor]:
+    state = {}
+    for name, parameter in names.items():
+        # A parameter that never had a gradient has no state.
+        if kind in optimizer.state.get(parameter, {}):
+            whole = _whole(optimizer.state[parameter][kind])
+            if keep:
+                state[name] = whole.cpu().contiguous()
+    return state
 
 
 def trained_state(model: nn.Module, *, keep: bool = True) -> dict[str, torch.Tensor]:
@@ -106,8 +122,8 @@ def trained_state(model: nn.Module, *, keep: bool = True) -> dict[str, torch.Ten
     for name, parameter in _trained(model).items():
         with _gathered(parameter):
             whole = _whole(parameter.detach())
-        if keep:
-            state[name] = whole
+            if keep:
+                state[name] = whole.cpu().contiguous()
     return state
 
 
@@ -177,8 +193,8 @@ def _check_names(what: str, expected: Iterable[str], found: Iterable[str]) -> No
 
 
 def _whole(value: torch.Tensor) -> torch.Tensor:
-    """Gather a sharded tensor, a collective of all processes; copy it to the CPU."""
-    return (value.full_tensor() if isinstance(value, DTensor) else value).cpu().contiguous()
+    """Gather a sharded tensor, a collective of all processes."""
+    return value.full_tensor() if isinstance(value, DTensor) else value
 
 
 def _gathered(parameter: nn.Parameter) -> AbstractContextManager[Any]:
@@ -215,25 +231,23 @@ class CheckpointingTrainer(Trainer):
         self.store_flos()
         folder = Path(self.args.output_dir or "")
         final, scratch = folder / f"checkpoint-{self.state.global_step}", folder / _SCRATCH
-        main = self.is_world_process_zero()
-        if main:
-            shutil.rmtree(scratch, ignore_errors=True)
-            assert isinstance(self.model, nn.Module)
-            check_disk_space(folder, state_bytes(self.model), f"checkpoint {final.name}")
-            scratch.mkdir(parents=True)
-        self.accelerator.wait_for_everyone()
+        on_main(lambda: self._make_room(scratch, final.name))
+        failure: OSError | None = None
         try:
-            self._write(scratch, main)
-            self.accelerator.wait_for_everyone()
-            if main:
-                shutil.rmtree(final, ignore_errors=True)
-                os.replace(scratch, final)
-                self._remove_old(folder)
-        finally:
-            if main:
-                shutil.rmtree(scratch, ignore_errors=True)
+            self._write(scratch)
+        except OSError as error:
+            failure = error
+        self.accelerator.wait_for_everyone()
+        on_main(lambda: self._put_in_place(scratch, final, failure))
 
-    def _write(self, scratch: Path, main: bool) -> None:
+    def _make_room(self, scratch: Path, name: str) -> None:
+        shutil.rmtree(scratch, ignore_errors=True)
+        assert isinstance(self.model, nn.Module)
+        check_disk_space(scratch.parent, state_bytes(self.model), f"checkpoint {name}")
+        scratch.mkdir(parents=True)
+
+    def _write(self, scratch: Path) -> None:
+        main = self.is_world_process_zero()
         assert self.lr_scheduler is not None
         if self.is_deepspeed_enabled:
             self.model_wrapped.save_checkpoint(str(scratch))  # type: ignore[operator]
@@ -244,9 +258,20 @@ class CheckpointingTrainer(Trainer):
             torch.save(self.lr_scheduler.state_dict(), scratch / _SCHEDULER)
             self.state.save_to_json(str(scratch / "trainer_state.json"))
 
-    def _remove_old(self, folder: Path) -> None:
-        steps = sorted(folder.glob("checkpoint-*"), key=lambda path: int(path.name.rpartition("-")[2]))
-        for old in steps[: -(self.args.save_total_limit or 1)]:
+    def _put_in_place(self, scratch: Path, final: Path, failure: OSError | None) -> None:
+        """Rename the new checkpoint once it is on the disk, then remove old ones."""
+        try:
+            if failure is not None:
+                raise failure
+            for path in scratch.rglob("*"):
+                if path.is_file():
+                    with path.open("rb") as file:
+                        os.fsync(file.fileno())
+            shutil.rmtree(final, ignore_errors=True)
+            os.replace(scratch, final)
+        finally:
+            shutil.rmtree(scratch, ignore_errors=True)
+        for old in checkpoints(final.parent)[: -(self.args.save_total_limit or 1)]:
             shutil.rmtree(old)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:

@@ -230,6 +230,11 @@ class Recipe:
     pretrain: StageConfig = field(default_factory=_pretrain)
     finetune: StageConfig = field(default_factory=_finetune)
 
+    def __post_init__(self) -> None:
+        """Refuse a language model that learns where nothing keeps it."""
+        if "llm" in self.pretrain.trainable:
+            raise ValueError("stage pretrain cannot train the llm: only finetune keeps it; remove it from trainable.")
+
     def stage(self, name: str) -> StageConfig:
         """Look a stage up.
 

@@ -23,7 +23,7 @@ from .batch_answers import answer_requests, form_batches
 from .decoding import Decoding
 from .images import read_image
 from .preparing import load_preparer
-from .request_files import check_images, prompt_lengths, read_requests
+from .request_files import prompt_lengths, read_requests, refuse_broken_images
 
 __all__ = ["main"]
 
@@ -121,7 +121,7 @@ def _answer_file(arguments: argparse.Namespace, decoding: Decoding) -> int:
     share = sum(map(len, batches))
     batches = [batch for full in batches if (batch := [own for own in full if requests[own].id not in output])]
     waiting = sum(map(len, batches))
-    check_images((requests[index] for batch in batches for index in batch), folder)
+    refuse_broken_images((requests[index] for batch in batches for index in batch), folder)
     # Processes that torchrun started share a terminal: one bar is enough.
     quiet = True if int(os.environ.get("LOCAL_RANK", 0)) else None
     with tqdm(total=share, initial=share - waiting, desc="answers", unit="question", disable=quiet) as bar:

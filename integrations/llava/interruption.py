@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
 from typing import Any
 
-import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-__all__ = ["EXIT_REQUEUE", "RunInterrupted", "StopOnSignal", "StopRequest", "stop_requests"]
+from .processes import any_process
+
+__all__ = ["EXIT_REQUEUE", "DeafWorker", "RunInterrupted", "StopOnSignal", "StopRequest", "stop_requests"]
 
 EXIT_REQUEUE = 75
 """Exit code of a run that stopped on request and can go on: EX_TEMPFAIL of sysexits.h."""
@@ -54,6 +55,26 @@ def stop_requests() -> Iterator[StopRequest]:
             signal.signal(number, handler)
 
 
+class DeafWorker:
+    """Prepares a process that loads data: it leaves requests to stop to the process that trains.
+
+    A scheduler's signal reaches them all, and a run whose loaders died could not finish its step.
+
+    Args:
+        prepare: the loader's own `worker_init_fn`, which is called too.
+    """
+
+    def __init__(self, prepare: Callable[[int], None] | None) -> None:
+        self.prepare = prepare
+
+    def __call__(self, worker: int) -> None:
+        """Prepare a worker process."""
+        for number in _SIGNALS:
+            signal.signal(number, signal.SIG_IGN)
+        if self.prepare is not None:
+            self.prepare(worker)
+
+
 class StopOnSignal(TrainerCallback):
     """Ends training after the step in which any process was asked to stop, with a log entry and a checkpoint.
 
@@ -69,11 +90,7 @@ class StopOnSignal(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
     ) -> TrainerControl:
         """Agree with the other processes whether to stop."""
-        stop = self.request.received
-        if args.world_size > 1:
-            flag = torch.tensor(int(stop), device=args.device)
-            torch.distributed.all_reduce(flag, torch.distributed.ReduceOp.MAX)
-            stop = bool(flag.item())
+        stop = any_process(self.request.received)
         # A stage at its last step ends by itself.
         if stop and state.global_step < state.max_steps:
             self.stopped = True

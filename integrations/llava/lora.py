@@ -18,7 +18,7 @@ from torch import nn
 
 from .atomic import atomic_folder
 from .config import LoraConfig
-from .weight_files import StoredTensor, read_json, stored_tensors
+from .weight_files import StoredTensor, check_fit, read_json, stored_tensors
 
 __all__ = ["add_lora", "load_lora", "merge_lora", "merged_tensors", "save_lora"]
 
@@ -110,14 +110,12 @@ def load_lora(model: nn.Module, folder: str | Path, *, trainable: bool = False) 
     config.inference_mode = not trainable
     _inject(model, config)
     adapters = {_file_name(name): parameter for name, parameter in _adapters(model).items()}
-    missing, unexpected = sorted(adapters.keys() - stored.keys()), sorted(stored.keys() - adapters.keys())
-    misshapen = sorted(name for name in adapters.keys() & stored.keys() if adapters[name].shape != stored[name].shape)
-    if missing or unexpected or misshapen:
-        raise ValueError(
-            f"the adapters in {folder} do not fit this model. Missing: {', '.join(missing) or 'none'}; unexpected: "
-            f"{', '.join(unexpected) or 'none'}; of another shape: {', '.join(misshapen) or 'none'}. Load them into "
-            "the model that they were trained on."
-        )
+    check_fit(
+        adapters,
+        stored,
+        fault=f"the adapters in {folder} do not fit this model",
+        advice="Load them into the model that they were trained on",
+    )
     with torch.no_grad():
         for name, parameter in adapters.items():
             parameter.copy_(stored[name].read())

@@ -42,6 +42,7 @@ __all__ = [
     "LayerfuseVisionModel",
     "Projector",
     "build_model",
+    "learns",
     "num_image_tokens",
 ]
 
@@ -140,7 +141,7 @@ class LayerfuseVisionModel(_LoadsWhole):
 
     def train(self, mode: bool = True) -> LayerfuseVisionModel:
         """Switch modes; a frozen backbone stays in evaluation mode, so that no dropout disturbs it."""
-        super().train(mode and _learns(self))
+        super().train(mode and learns(self))
         return self
 
 
@@ -237,7 +238,7 @@ class FusedLlavaModel(_LoadsWhole, LlavaModel):
             `last_hidden_state`: (B, N, C_out) fused tokens; `pooler_output`: B tensors (N, D), projected.
         """
         tower = self.vision_tower
-        with torch.set_grad_enabled(torch.is_grad_enabled() and _learns(tower)):
+        with torch.set_grad_enabled(torch.is_grad_enabled() and learns(tower)):
             features = tower(pixel_values.to(next(tower.parameters()).dtype))
         fused = self.fuser(features)
         projected = self.multi_modal_projector(fused)
@@ -346,7 +347,8 @@ def num_image_tokens(backbone: Backbone, fuser: Fuser) -> int:
     return fuser.num_tokens((backbone.grid(*backbone.image_size),) * len(backbone.layers))
 
 
-def _learns(module: nn.Module) -> bool:
+def learns(module: nn.Module) -> bool:
+    """Tell whether any parameter of a module is trained."""
     return any(parameter.requires_grad for parameter in module.parameters())
 
 

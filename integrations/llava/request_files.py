@@ -16,10 +16,10 @@ from typing import Any
 from .data import read_samples
 from .images import find_broken_images
 from .preparing import Preparer, Prompt
+from .wording import bulleted
 
-__all__ = ["Request", "check_images", "prompt_lengths", "read_requests"]
+__all__ = ["Request", "prompt_lengths", "read_requests", "refuse_broken_images"]
 
-_SHOWN_PROBLEMS = 20
 # What a row may call its id, and its question.
 _IDS = ("id", "question_id")
 _PROMPTS = ("prompt", "text", "conversations")
@@ -100,7 +100,7 @@ def prompt_lengths(requests: Sequence[Request], preparer: Preparer) -> list[int]
     return lengths
 
 
-def check_images(requests: Iterable[Request], image_folder: str | Path) -> None:
+def refuse_broken_images(requests: Iterable[Request], image_folder: str | Path) -> None:
     """Decode every image of the questions.
 
     Raises:
@@ -111,9 +111,7 @@ def check_images(requests: Iterable[Request], image_folder: str | Path) -> None:
 
 def _refuse(problems: Sequence[str], place: str) -> None:
     if problems:
-        shown = "".join(f"\n  {problem}" for problem in problems[:_SHOWN_PROBLEMS])
-        more = f"\n  … and {len(problems) - _SHOWN_PROBLEMS} more" if len(problems) > _SHOWN_PROBLEMS else ""
-        raise ValueError(f"{len(problems)} problems in {place}; correct or remove these rows:{shown}{more}")
+        raise ValueError(f"{len(problems)} problems in {place}; correct or remove these rows:{bulleted(problems)}")
 
 
 def _parse(row: Any) -> Request:

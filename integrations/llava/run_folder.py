@@ -20,7 +20,7 @@ from typing import Any
 import yaml
 
 from .atomic import write_text
-from .checkpointing import latest_checkpoint
+from .checkpointing import checkpoints
 from .config import STAGES, Recipe
 from .recipe_files import dump_recipe
 
@@ -40,7 +40,7 @@ _WRITTEN = (
 
 # Values that may differ between two starts of one run: they change its speed and its habits, not its result.
 _FREE = {
-    "micro_batch_size",
+    "image_folder",
     "gradient_checkpointing",
     "engine",
     "save_every",
@@ -48,7 +48,6 @@ _FREE = {
     "num_workers",
     "log_every",
     "cache_images",
-    "check_images",
 }
 
 
@@ -68,19 +67,19 @@ class RunFolder:
 
     def checkpoint(self, stage: str) -> Path | None:
         """Find the newest checkpoint of a stage, or None."""
-        return latest_checkpoint(self.path / stage)
+        found = checkpoints(self.path / stage)
+        return found[-1] if found else None
 
     @property
     def finished(self) -> tuple[str, ...]:
         """Stages that are finished, in order."""
-        file = self.path / "run.json"
-        return tuple(json.loads(file.read_text(encoding="utf-8"))["finished"]) if file.is_file() else ()
+        return tuple(self._noted("run.json").get("finished", ()))
 
     def finish(self, stage: str) -> None:
         """Note that a stage is finished, and remove its checkpoints."""
         done = [name for name in STAGES if name in {*self.finished, stage}]
-        write_text(self.path / "run.json", json.dumps({"finished": done}) + "\n")
-        for checkpoint in (self.path / stage).glob("checkpoint-*"):
+        self._note("run.json", {"finished": done})
+        for checkpoint in checkpoints(self.path / stage):
             shutil.rmtree(checkpoint)
 
     def open(self, recipe: Recipe, stages: Sequence[str]) -> tuple[str, ...]:
@@ -122,9 +121,30 @@ class RunFolder:
 
     def note_parameters(self, stage: str, counts: Mapping[str, Mapping[str, int]]) -> None:
         """Write a stage's numbers of trainable and frozen parameters beside the other stages'."""
-        file = self.path / "parameters.json"
-        noted = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
-        write_text(file, json.dumps(noted | {stage: counts}, indent=2) + "\n")
+        self._note("parameters.json", {stage: counts})
+
+    def note_samples(self, stage: str, num_samples: int) -> None:
+        """Write how many samples a stage trains on; an earlier start has to have had as many.
+
+        Raises:
+            ValueError: if it had another number: their order would be another one, too.
+        """
+        noted = self._noted("run.json").get("samples", {})
+        if noted.get(stage, num_samples) != num_samples:
+            raise ValueError(
+                f"stage {stage} of {self.path} began with {noted[stage]:,} usable samples, now there are "
+                f"{num_samples:,}: the data have changed, or images cannot be reached. Bring them back, or replace the "
+                "run (--overwrite)."
+            )
+        self._note("run.json", {"samples": noted | {stage: num_samples}})
+
+    def _noted(self, name: str) -> dict[str, Any]:
+        file = self.path / name
+        noted: dict[str, Any] = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+        return noted
+
+    def _note(self, name: str, values: Mapping[str, Any]) -> None:
+        write_text(self.path / name, json.dumps(self._noted(name) | dict(values), indent=2) + "\n")
 
     def clear(self) -> None:
         """Remove what an earlier run wrote, its weights first of all: they would not belong to the new recipe."""

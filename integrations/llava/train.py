@@ -7,16 +7,15 @@ holds, `docs/training.md` how runs are spread over processes and continued.
 
 from __future__ import annotations
 
+import gc
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
 
 import torch
 from accelerate import PartialState
-from accelerate.utils import broadcast_object_list
 from torch import nn
 from transformers import TrainerCallback, TrainingArguments, set_seed
 from transformers.trainer_callback import PrinterCallback
@@ -26,12 +25,13 @@ from layerfuse.preprocessing import Preprocessing
 from .assembly import Assembled, assemble, assemble_stage, set_trainable
 from .atomic import check_disk_space
 from .checkpoint import load_adapter, save_adapter, save_model
-from .checkpointing import load_trained, state_bytes, trained_state
+from .checkpointing import checkpoints, load_trained, state_bytes, trained_state
 from .config import STAGES, Recipe, StageConfig
 from .data import Collator, ConversationDataset, Sample, read_samples, select_samples, usable_indices
-from .engines import check_engine, engine_arguments, release_engine, shards
+from .engines import check_engine, engine_arguments, forget_engine, set_precision, shards
 from .interruption import RunInterrupted, StopOnSignal, StopRequest, stop_requests
 from .model import FusedLlavaForConditionalGeneration
+from .processes import any_process, on_main
 from .processing import build_processor
 from .prompts import TextEncoder, get_template
 from .run_folder import RunFolder
@@ -93,42 +93,44 @@ def train(
     """
     folder = RunFolder(output)
     configs = {name: recipe.stage(name) for name in stages}
-    state = _process_state(configs)
-    left = tuple(configs) if overwrite else folder.open(recipe, stages)
+    state = _join_processes(configs)
+    left = tuple(configs) if overwrite else on_main(lambda: folder.open(recipe, stages))
     checked = {name: _read_and_check(name, configs[name], state) for name in left}
     if adapter is not None and not Path(adapter).is_file():
         raise FileNotFoundError(f"adapter {adapter} does not exist; run the stage that writes it first.")
-    state.wait_for_everyone()
-    if state.is_main_process:
-        if overwrite:
-            folder.clear()
-        folder.begin(recipe)
-    state.wait_for_everyone()
+    samples = {name: usable for name, (usable, _) in checked.items()}
+    on_main(lambda: _begin(folder, recipe, samples, overwrite=overwrite))
     with stop_requests() as request:
-        samples = {name: usable for name, (usable, _) in checked.items()}
         left_out = {name: num_problems for name, (_, num_problems) in checked.items()}
         run = _Run(recipe, folder, samples, left_out, Path(adapter) if adapter else None, callbacks, request, state)
         for name in left:
+            if any_process(request.received):
+                raise RunInterrupted(f"stopped on request before stage {name}; start the same command again to go on.")
             _run_stage(run, name, last=name == left[-1])
     return folder.path
 
 
-def _process_state(configs: Mapping[str, StageConfig]) -> PartialState:
+def _join_processes(configs: Mapping[str, StageConfig]) -> PartialState:
     """Join the other processes, and make sure that they can share the work of every stage."""
     cpu = not torch.cuda.is_available()
-    for name, config in configs.items():
-        if "llm" in config.trainable and name != STAGES[-1]:
-            raise ValueError(
-                f"stage {name} cannot train the llm: only {STAGES[-1]} keeps it. Remove it from trainable."
-            )
     state = PartialState(cpu=cpu, timeout=_PATIENCE)
     for config in configs.values():
         config.batches(state.num_processes)
-        check_engine(config.engine, num_processes=state.num_processes, cpu=cpu)
+        quantized = config.lora.quantize != "none"
+        check_engine(config.engine, num_processes=state.num_processes, cpu=cpu, quantized=quantized)
     return state
 
 
+def _begin(folder: RunFolder, recipe: Recipe, samples: Mapping[str, Sequence[Sample]], *, overwrite: bool) -> None:
+    if overwrite:
+        folder.clear()
+    folder.begin(recipe)
+    for name, usable in samples.items():
+        folder.note_samples(name, len(usable))
+
+
 def _read_and_check(name: str, config: StageConfig, state: PartialState) -> tuple[Sequence[Sample], int]:
+    """Open a stage's data; returns the samples that can be used, and how many cannot."""
     if not config.data.path:
         raise ValueError(
             f"stage {name} has no data; give --{name}.data.path FILE and --{name}.data.image_folder FOLDER."
@@ -136,33 +138,32 @@ def _read_and_check(name: str, config: StageConfig, state: PartialState) -> tupl
     # The first to open a file writes its index, which the others read.
     with state.main_process_first():
         samples = read_samples(config.data.path)
-    usable: list[Any] = [None]
-    if state.is_main_process:
-        usable[0], _ = usable_indices(
+    usable, _ = on_main(
+        lambda: usable_indices(
             samples,
             image_folder=config.data.image_folder,
             template=get_template(config.template),
             check_images=config.data.check_images,
             bad_samples=config.data.bad_samples,
         )
-    selected = select_samples(samples, broadcast_object_list(usable)[0])
-    return selected, len(samples) - len(selected)
+    )
+    return select_samples(samples, usable), len(samples) - len(usable)
 
 
 def _run_stage(run: _Run, name: str, *, last: bool) -> None:
-    config, folder = run.recipe.stage(name), run.folder
+    config = run.recipe.stage(name)
+    # What an earlier stage left behind: its engine's settings, and a model in reference cycles.
+    forget_engine()
+    gc.collect()
+    torch.cuda.empty_cache()
     set_seed(run.recipe.pretrain.seed)
+    finished, checkpoint = _seen_by_all(run, name)
     assembled = assemble_stage(run.recipe.model, config)
-    model = assembled.model
-    _load_earlier(run, name, model)
-    counts = set_trainable(model, config.trainable, adapters_only=config.lora.rank > 0)
-    _log.info("stage %s: %s", name, _describe(counts))
-    if run.state.is_main_process:
-        folder.note_parameters(name, counts)
-        check_disk_space(folder.path, _bytes_to_write(model, config), f"stage {name} with its checkpoints and model")
+    _load_earlier(run, name, assembled.model, finished)
+    _log.info("stage %s: %s", name, _describe(assembled.counts))
+    on_main(lambda: _prepare_folder(run, name, assembled, last=last))
     stop = StopOnSignal(run.request)
     trainer = _trainer(run, name, assembled, [*run.callbacks, stop])
-    checkpoint = folder.checkpoint(name)
     if checkpoint is not None:
         _log.info("stage %s goes on from %s", name, checkpoint.name)
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
@@ -173,17 +174,40 @@ def _run_stage(run: _Run, name: str, *, last: bool) -> None:
         )
     if run.left_out[name]:
         _log.warning("stage %s: %d bad samples of its data had been left out", name, run.left_out[name])
-    finished = _finished_model(run, name, assembled, trainer)
-    if run.state.is_main_process and finished is not None:
-        _save_stage(run, name, finished, last=last)
-        folder.finish(name)
-    run.state.wait_for_everyone()
+    trained = _trained_apart(run, config, trainer)
+    forget_engine()
+    on_main(lambda: _finish_stage(run, name, assembled, trained, finished, last=last))
 
 
-def _load_earlier(run: _Run, name: str, model: FusedLlavaForConditionalGeneration) -> None:
+def _seen_by_all(run: _Run, name: str) -> tuple[Sequence[str], Path | None]:
+    """Let the main process say which stages are finished and which checkpoint is the newest; all have to see them."""
+    finished, checkpoint = on_main(lambda: (run.folder.finished, run.folder.checkpoint(name)))
+    needed = [run.folder.adapter(stage) for stage in finished] + ([checkpoint] if checkpoint else [])
+    if any_process(not all(path.exists() for path in needed)):
+        raise ValueError(
+            f"not every process sees {', '.join(map(str, needed))}; put the run's folder on a disk that all machines "
+            "share (--output)."
+        )
+    return finished, checkpoint
+
+
+def _prepare_folder(run: _Run, name: str, assembled: Assembled, *, last: bool) -> None:
+    config, model, folder = run.recipe.stage(name), assembled.model, run.folder
+    folder.note_parameters(name, assembled.counts)
+    written = checkpoints(folder.path / name)
+    needed = max(config.keep_checkpoints + 1 - len(written), 1) * state_bytes(model)
+    if last:
+        size = 2 if config.precision == "bf16" else 4
+        needed += size * sum(parameter.numel() for parameter in model.parameters())
+    check_disk_space(folder.path, needed, f"stage {name} with its checkpoints{' and model' if last else ''}")
+
+
+def _load_earlier(run: _Run, name: str, model: FusedLlavaForConditionalGeneration, finished: Sequence[str]) -> None:
     """Load what the stage before this one left, or the adapter that was given."""
     before = STAGES[STAGES.index(name) - 1] if STAGES.index(name) else None
-    if before in run.folder.finished:
+    if before is not None and before in finished:
+        if run.adapter is not None:
+            _log.info("stage %s goes on from this folder's %s; the adapter %s is not read", name, before, run.adapter)
         load_adapter(model, _kept(run.recipe.stage(before)), run.folder.adapter(before))
     elif run.adapter is not None:
         load_adapter(model, _ADAPTER, run.adapter)
@@ -195,13 +219,7 @@ def _load_earlier(run: _Run, name: str, model: FusedLlavaForConditionalGeneratio
 
 def _kept(config: StageConfig) -> tuple[str, ...]:
     """Name the parts that a stage's adapter file holds."""
-    return (*_ADAPTER, *("backbone" for _ in ("backbone",) if "backbone" in config.trainable))
-
-
-def _bytes_to_write(model: FusedLlavaForConditionalGeneration, config: StageConfig) -> int:
-    checkpoints = (config.keep_checkpoints + 1) * state_bytes(model)
-    size = 2 if config.precision == "bf16" else 4
-    return checkpoints + size * sum(parameter.numel() for parameter in model.parameters())
+    return (*_ADAPTER, "backbone") if "backbone" in config.trainable else _ADAPTER
 
 
 def _trainer(run: _Run, name: str, assembled: Assembled, callbacks: Sequence[TrainerCallback]) -> LlavaTrainer:
@@ -232,6 +250,7 @@ def _trainer(run: _Run, name: str, assembled: Assembled, callbacks: Sequence[Tra
         group_by_modality=config.group_by_modality,
         callbacks=list(callbacks),
     )
+    set_precision(config.engine, trainer)
     trainer.remove_callback(PrinterCallback)
     trainer.add_callback(RunLog(trainer, run.folder.path, name))
     return trainer
@@ -270,20 +289,28 @@ def _arguments(
     )
 
 
-def _finished_model(run: _Run, name: str, assembled: Assembled, trainer: LlavaTrainer) -> Assembled | None:
-    """Give the main process the trained model, whole and on its own; adapters still apart."""
-    config = run.recipe.stage(name)
-    sharded = shards(config.engine, num_processes=run.state.num_processes)
-    if not sharded and config.lora.quantize == "none":
-        return assembled
-    trained = trained_state(trainer.model_wrapped, keep=run.state.is_main_process)
-    release_engine(config.engine)
-    if not run.state.is_main_process:
+def _trained_apart(run: _Run, config: StageConfig, trainer: LlavaTrainer) -> dict[str, torch.Tensor] | None:
+    """Gather what was trained where the model at hand cannot be saved: taken apart, or of quantised weights."""
+    if not shards(config.engine, num_processes=run.state.num_processes) and config.lora.quantize == "none":
         return None
-    whole = assemble_stage(run.recipe.model, config, quantized=False)
-    _load_earlier(run, name, whole.model)
-    load_trained(whole.model, trained)
-    return whole
+    return trained_state(trainer.model_wrapped, keep=run.state.is_main_process)
+
+
+def _finish_stage(
+    run: _Run,
+    name: str,
+    assembled: Assembled,
+    trained: Mapping[str, torch.Tensor] | None,
+    finished: Sequence[str],
+    *,
+    last: bool,
+) -> None:
+    if trained is not None:
+        assembled = assemble_stage(run.recipe.model, run.recipe.stage(name), quantized=False)
+        _load_earlier(run, name, assembled.model, finished)
+        load_trained(assembled.model, trained)
+    _save_stage(run, name, assembled, last=last)
+    run.folder.finish(name)
 
 
 def _save_stage(run: _Run, name: str, assembled: Assembled, *, last: bool) -> None:

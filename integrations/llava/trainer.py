@@ -19,12 +19,13 @@ import torch
 from accelerate.utils import gather_object
 from torch import nn
 from torch.distributed.tensor import DTensor
-from torch.utils.data import Sampler
+from torch.utils.data import DataLoader, Sampler
 from transformers import TrainingArguments
 
 from .atomic import write_text
 from .checkpointing import CheckpointingTrainer
 from .config import PARTS
+from .interruption import DeafWorker
 from .optimizer_steps import BrokenBatch, NonFiniteLossError, OptimizerStep
 from .prompts import IGNORE_INDEX
 from .run_log import RunLog
@@ -146,6 +147,14 @@ class LlavaTrainer(CheckpointingTrainer):
             seed=self.args.seed,
         )
 
+    def get_train_dataloader(self) -> DataLoader[Any]:
+        """As Trainer, with worker processes that no signal to stop ends before the step is finished."""
+        loader: Any = super().get_train_dataloader()
+        # accelerate keeps the loader that starts the workers inside its own.
+        inner = getattr(loader, "base_dataloader", loader)
+        inner.worker_init_fn = DeafWorker(inner.worker_init_fn)
+        return loader  # type: ignore[no-any-return]
+
     def get_batch_samples(
         self, epoch_iterator: Iterator[dict[str, Any]], num_batches: int, device: torch.device
     ) -> tuple[list[dict[str, Any]], torch.Tensor | None]:
@@ -155,6 +164,9 @@ class LlavaTrainer(CheckpointingTrainer):
             The micro batches, and what their losses are divided by: the number of supervised tokens over all of them
             and all processes, or None where each has its own mean.
         """
+        if self.state.global_step >= self.state.max_steps:
+            # A run that goes on behind its last step has nothing more to do; Trainer would make one step.
+            return [], None
         batches = list(itertools.islice(epoch_iterator, num_batches))
         assert self.optimizer is not None
         self._step = OptimizerStep(

@@ -20,9 +20,12 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from tqdm.auto import tqdm
 
+from .wording import listed
+
 __all__ = [
     "CONFIG_FILE",
     "StoredTensor",
+    "check_fit",
     "holds_model",
     "read_json",
     "stored_model",
@@ -198,6 +201,39 @@ def _load(path: Path) -> Any:
             raise
         # Files of PyTorch before 1.6 cannot be mapped.
         return torch.load(path, map_location="cpu", weights_only=True)
+
+
+def check_fit(
+    expected: Mapping[str, torch.Tensor | StoredTensor],
+    found: Mapping[str, torch.Tensor | StoredTensor],
+    *,
+    fault: str,
+    advice: str,
+    most: int | None = None,
+) -> None:
+    """Compare the names and shapes of weights.
+
+    Args:
+        expected: name -> tensor of that shape, as the model has it.
+        found: as it came.
+        fault: a sentence that says what does not fit; names and shapes follow.
+        advice: a sentence that says what to do.
+        most: names of each kind that are written; None writes all.
+
+    Raises:
+        ValueError: listing every missing, unexpected and misshapen weight.
+    """
+    missing, unexpected = sorted(expected.keys() - found.keys()), sorted(found.keys() - expected.keys())
+    misshapen = [
+        f"{name} {tuple(found[name].shape)}, expected {tuple(tensor.shape)}"
+        for name, tensor in expected.items()
+        if name in found and found[name].shape != tensor.shape
+    ]
+    if missing or unexpected or misshapen:
+        raise ValueError(
+            f"{fault}. Missing: {listed(missing, most=most)}; unexpected: {listed(unexpected, most=most)}; of another "
+            f"shape: {listed(misshapen, most=most)}. {advice}."
+        )
 
 
 def write_sharded(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from layerfuse.preprocessing import Preprocessing
 
 from ..model import FusedLlavaForConditionalGeneration, build_model
 from ..prompts import Template
-from ..weight_files import StoredTensor
+from ..weight_files import StoredTensor, check_fit
 
 __all__ = [
     "KEPT_FILES",
@@ -27,7 +27,6 @@ __all__ = [
     "Origin",
     "check_weights",
     "copy_files",
-    "listed",
     "meta_model",
     "read_tokenizer",
     "token_ids",
@@ -52,7 +51,7 @@ KEPT_FILES = (
 )
 """Small files of another layout that a converted model keeps, so that it can go back as it came."""
 
-_LISTED = 20
+_MOST_LISTED = 20
 _EMBEDDING, _HEAD = "model.language_model.embed_tokens.weight", "lm_head.weight"
 
 
@@ -161,30 +160,19 @@ def check_weights(
         The weights, in the model's order; a head that is tied to the embedding may be left out.
 
     Raises:
-        ValueError: listing every missing, unexpected and misshapen weight.
+        ValueError: listing missing, unexpected and misshapen weights.
     """
-    shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    expected = model.state_dict()
     if getattr(model.config.text_config, "tie_word_embeddings", False) and _HEAD not in tensors:
-        del shapes[_HEAD]
-    missing, unexpected = sorted(shapes.keys() - tensors.keys()), sorted(tensors.keys() - shapes.keys())
-    misshapen = [
-        f"{name} {tensors[name].shape}, expected {shape}"
-        for name, shape in shapes.items()
-        if name in tensors and tensors[name].shape != shape
-    ]
-    if missing or unexpected or misshapen:
-        raise ValueError(
-            f"the weights of {where} are not those of the model its config describes (in our names). Missing: "
-            f"{listed(missing)}; unexpected: {listed(unexpected)}; of another shape: {listed(misshapen)}. Check that "
-            "config and weights belong together."
-        )
-    return {name: tensors[name] for name in shapes}
-
-
-def listed(names: Sequence[str]) -> str:
-    """Write names into a message, of many the first and how many more there are."""
-    more = f", … and {len(names) - _LISTED} more" if len(names) > _LISTED else ""
-    return ", ".join(names[:_LISTED]) + more or "none"
+        del expected[_HEAD]
+    check_fit(
+        expected,
+        tensors,
+        fault=f"the weights of {where} are not those of the model its config describes (in our names)",
+        advice="Check that config and weights belong together",
+        most=_MOST_LISTED,
+    )
+    return {name: tensors[name] for name in expected}
 
 
 def with_rows(tensors: Mapping[str, StoredTensor], rows: int) -> dict[str, StoredTensor]:

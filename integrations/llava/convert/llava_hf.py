@@ -30,17 +30,8 @@ _RESAMPLE = {"nearest": 0, "lanczos": 1, "bilinear": 2, "bicubic": 3, "box": 4, 
 def read_llava_hf(folder: Path, config: Mapping[str, Any], options: Options) -> Content:
     """Read a checkpoint of transformers' LLaVA, whatever version wrote it.
 
-    Args:
-        folder: of the checkpoint.
-        config: its `config.json`.
-        options: the template; how images are prepared, if not as the checkpoint's processor says.
-
-    Returns:
-        The checkpoint in our terms.
-
-    Raises:
-        FileNotFoundError: if weights or tokenizer are missing.
-        ValueError: if it is of a kind that cannot be converted, or names do not fit.
+    Arguments, result and errors are those of `read_published`. Where the options give no template, it is v1; where they
+    give no mode, images are prepared as the checkpoint's processor says.
     """
     described = AutoConfig.from_pretrained(folder)
     assert isinstance(described, LlavaConfig)

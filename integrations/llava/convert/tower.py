@@ -16,7 +16,8 @@ from layerfuse.backbones import Backbone, create_backbone
 
 from ..model import FusedLlavaForConditionalGeneration
 from ..weight_files import CONFIG_FILE, StoredTensor, stored_model
-from .content import Content, listed
+from ..wording import listed
+from .content import Content
 from .names import BACKBONE, from_llava_hf
 from .options import Options
 from .timm_clip import clip_config_of_timm, clip_tensors_of_timm

@@ -11,6 +11,7 @@ from typing import Literal
 import numpy as np
 
 from integrations.llava.prompts import Template
+from integrations.llava.wording import bulleted
 
 from .files import select_samples
 from .findings import KINDS, Finding
@@ -23,7 +24,6 @@ __all__ = ["BadSamples", "check_samples", "describe_problems", "usable_indices",
 BadSamples = Literal["fail", "skip"]
 """Stop at a sample that cannot be used, or leave it out."""
 
-_SHOWN_PROBLEMS = 20
 _log = logging.getLogger(__name__)
 
 
@@ -107,12 +107,10 @@ def usable_samples(
 
 def describe_problems(problems: Sequence[Finding], image_folder: str | Path) -> str:
     """Word the error of a run that cannot start; a long list is shortened."""
-    shown = "".join(f"\n  {problem}" for problem in problems[:_SHOWN_PROBLEMS])
-    more = f"\n  … and {len(problems) - _SHOWN_PROBLEMS} more" if len(problems) > _SHOWN_PROBLEMS else ""
     return (
         f"{len(problems)} problems in the data ({_count_kinds(problems)}), images in {image_folder}; correct or remove "
         f"these samples (`python -m integrations.llava data check` lists all, --fix writes a clean file), or set "
-        f"data.bad_samples=skip to leave them out:{shown}{more}"
+        f"data.bad_samples=skip to leave them out:{bulleted(problems)}"
     )
 
 

@@ -6,6 +6,8 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from integrations.llava.tables import aligned, column_widths
+
 from .findings import KINDS, Finding
 from .survey import Survey
 
@@ -109,9 +111,5 @@ def verdict(survey: Survey) -> str:
 
 
 def _table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    widths = [max(map(len, column)) for column in zip(heads, *rows, strict=True)]
-    lines = []
-    for row in [heads, ["-" * width for width in widths], *rows]:
-        cells = [row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True))]
-        lines.append("  ".join(cells).rstrip())
-    return "\n".join(lines)
+    rules = ["-" * width for width in column_widths([heads, *rows])]
+    return "\n".join(aligned([heads, rules, *rows]))

@@ -7,30 +7,39 @@ one, in the form transformers documents. One process needs no engine.
 from __future__ import annotations
 
 import json
+import os
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch.distributed.fsdp import MixedPrecisionPolicy
+from transformers import Trainer
+from transformers.integrations.deepspeed import unset_hf_deepspeed_config
+
 from integrations.llava.model import FusedLlavaForConditionalGeneration
 
-__all__ = ["check_engine", "engine_arguments", "release_engine", "shards"]
+__all__ = ["check_engine", "engine_arguments", "forget_engine", "set_precision", "shards"]
 
 _FOLDER = Path(__file__).parent
 
 
-def check_engine(engine: str, *, num_processes: int, cpu: bool) -> None:
+def check_engine(engine: str, *, num_processes: int, cpu: bool, quantized: bool = False) -> None:
     """Refuse an engine that would not do what it is asked to, before anything is loaded.
 
     Args:
         engine: a name from `ENGINES`.
         num_processes: how many share the run.
         cpu: whether they compute on the CPU.
+        quantized: whether frozen weights are stored in 4 or 8 bits.
 
     Raises:
         ValueError: if it cannot run here; another is named.
     """
     if num_processes == 1 or engine == "ddp":
         return
+    if quantized and engine in ("fsdp2", "zero3"):
+        raise ValueError(f"engine {engine!r} cannot take quantised weights apart; use 'ddp' (--finetune.engine ddp).")
     if engine == "fsdp2" and cpu:
         # accelerate would use DDP without a word.
         raise ValueError("engine 'fsdp2' needs GPUs; on CPUs use 'ddp' (--finetune.engine ddp).")
@@ -57,20 +66,37 @@ def engine_arguments(engine: str, model: FusedLlavaForConditionalGeneration, *, 
     if engine == "fsdp2":
         blocks = sorted(getattr(model.model.language_model, "_no_split_modules", None) or ())
         settings = json.loads((_FOLDER / "fsdp2.json").read_text(encoding="utf-8"))
-        return {"fsdp": True, "fsdp_config": settings | {"transformer_layer_cls_to_wrap": blocks}}
+        # Else the gradients of every micro batch but the last stay whole on every GPU.
+        accumulate = {"gradient_accumulation_kwargs": {"sync_each_batch": True}}
+        return {
+            "fsdp": True,
+            "fsdp_config": settings | {"transformer_layer_cls_to_wrap": blocks},
+            "accelerator_config": accumulate,
+        }
     return {"deepspeed": str(_FOLDER / f"{engine}.json")}
 
 
-def release_engine(engine: str) -> None:
-    """Let models be loaded whole again: after ZeRO-3, transformers would take each apart, together with all processes.
+def forget_engine() -> None:
+    """Undo what an engine leaves behind, so that the next stage has its own and models are loaded whole again.
+
+    accelerate remembers FSDP2 and DeepSpeed in the environment; after ZeRO-3, transformers takes every model apart that
+    it loads, together with all processes.
+    """
+    for name in ("ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED"):
+        os.environ.pop(name, None)
+    unset_hf_deepspeed_config()
+
+
+def set_precision(engine: str, trainer: Trainer) -> None:
+    """Let FSDP2 in bf16 sum gradients and give losses in float32, as DDP does; accelerate rounds both to bf16.
 
     Args:
-        engine: a name from `ENGINES`, of the stage that ended.
+        engine: a name from `ENGINES`.
+        trainer: before it trains.
     """
-    if engine in ("zero2", "zero3"):
-        from transformers.integrations.deepspeed import unset_hf_deepspeed_config
-
-        unset_hf_deepspeed_config()
+    plugin = getattr(trainer.accelerator.state, "fsdp_plugin", None)
+    if engine == "fsdp2" and plugin is not None and trainer.args.bf16:
+        plugin.mixed_precision_policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
 
 
 def shards(engine: str, *, num_processes: int) -> bool:

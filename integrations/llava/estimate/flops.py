@@ -19,7 +19,7 @@ from torch import nn
 
 from layerfuse.backbones import Backbone
 
-from ..model import FusedLlavaForConditionalGeneration
+from ..model import FusedLlavaForConditionalGeneration, learns
 from .facts import ModelFacts, linear_layers
 from .gpus import Gpu
 
@@ -75,10 +75,10 @@ def sample_flops(
         2.0 * fused.num_tokens * layer.weight.numel() for layer in (projector.linear_1, projector.linear_2)
     )
     # Gradients go as far back as something learns.
-    past_backbone = _learns(backbone)
-    past_fuser = past_backbone or _learns(fuser)
-    past_projector = past_fuser or _learns(projector)
-    projector_backward = (first + second) * _learns(projector) + second * past_projector + first * past_fuser
+    past_backbone = learns(backbone)
+    past_fuser = past_backbone or learns(fuser)
+    past_projector = past_fuser or learns(projector)
+    projector_backward = (first + second) * learns(projector) + second * past_projector + first * past_fuser
     return {
         "backbone": PartFlops(images * tower, backward=images * 2 * tower * past_backbone),
         "fuser": PartFlops(images * fused.flops, backward=images * 2 * fused.flops * past_fuser),
@@ -133,8 +133,4 @@ def _last_layers(model: FusedLlavaForConditionalGeneration) -> int:
 
 def _count(module: nn.Module) -> Mapping[str, int]:
     sizes = [(layer.weight.numel(), layer.weight.requires_grad) for _, layer in linear_layers(module)]
-    return {"all": sum(size for size, _ in sizes), "trained": sum(size for size, learns in sizes if learns)}
-
-
-def _learns(module: nn.Module) -> bool:
-    return any(parameter.requires_grad for parameter in module.parameters())
+    return {"all": sum(size for size, _ in sizes), "trained": sum(size for size, trained in sizes if trained)}

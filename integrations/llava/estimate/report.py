@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator, Sequence
 
 from ..config import PARTS
 from ..data.report import findings_table, verdict
+from ..tables import aligned, column_widths
 from .dry_run import Report, StageReport
 from .flops import PartFlops, hours
 from .gpus import Gpu
@@ -66,18 +67,13 @@ def _table(rows: Sequence[Sequence[str]], *, left: int = 1, groups: Sequence[str
     Yields:
         Lines.
     """
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     if groups:
+        widths = column_widths(rows)
         span = (len(widths) - left) // len(groups)
         spans = [sum(widths[start : start + span]) + 2 * (span - 1) for start in range(left, len(widths), span)]
         titles = [f" {title} ".center(width, "·") for title, width in zip(groups, spans, strict=True)]
         yield "  ".join(["", *(" " * width for width in widths[:left]), *titles])
-    for row in rows:
-        cells = [
-            cell.ljust(width) if column < left else cell.rjust(width)
-            for column, (cell, width) in enumerate(zip(row, widths, strict=True))
-        ]
-        yield f"  {'  '.join(cells)}".rstrip()
+    yield from (f"  {line}".rstrip() for line in aligned(rows, left=left))
 
 
 def _wrapped(text: str, bullet: str = "  ") -> list[str]:

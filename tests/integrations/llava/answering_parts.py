@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import numpy as np
 import torch
-from PIL import Image
 
 from integrations.llava.checkpoint import save_model
+from integrations.llava.decoding import Decoding
 from integrations.llava.model import build_model
 from integrations.llava.processing import add_image_token, build_processor
 from integrations.llava.prompts import get_template
@@ -16,7 +15,7 @@ from layerfuse.backbones import create_backbone
 from layerfuse.fusers import create_fuser
 from tests.integrations.llava.tiny_parts import make_tokenizer, tiny_llm
 
-__all__ = ["PROMPTS", "make_images", "save_run"]
+__all__ = ["PROMPTS", "SAMPLED", "save_run"]
 
 PROMPTS = [
     "What number?",
@@ -28,6 +27,7 @@ PROMPTS = [
     "</s>",
     "It is number one on a wall. " * 20,
 ]
+SAMPLED = Decoding(max_new_tokens=12, temperature=0.8, top_p=0.95, seed=3)
 
 
 def save_run(folder: Path, backbone_folder: Path, *, width: int = 32, template: str = "v1", ends: bool = True) -> Path:
@@ -51,13 +51,3 @@ def save_run(folder: Path, backbone_folder: Path, *, width: int = 32, template: 
         model.lm_head.weight[2] *= 1.6 if ends else 0.0
     save_model(model, build_processor(model, tokenizer, backbone.preprocessing, written), folder)
     return folder
-
-
-def make_images(folder: Path, count: int = 8) -> list[Image.Image]:
-    """Save `0.png`, `1.png`, … of unlike sizes, and return them."""
-    random = np.random.default_rng(0)
-    images = []
-    for index in range(count):
-        images.append(Image.fromarray(random.integers(0, 255, (24 + 2 * index, 30, 3), dtype=np.uint8)))
-        images[-1].save(folder / f"{index}.png")
-    return images

@@ -12,7 +12,10 @@ from PIL import Image
 from transformers import PreTrainedTokenizerBase
 
 from integrations.llava.config import Recipe
+from integrations.llava.generate import Answerer, load_answerer
+from integrations.llava.images import read_image
 from integrations.llava.recipe_files import load_recipe
+from tests.integrations.llava.answering_parts import save_run
 from tests.integrations.llava.tiny_parts import (
     human_and_gpt,
     make_tokenizer,
@@ -78,3 +81,27 @@ def run_folder(tiny_recipe: Recipe, tmp_path_factory: pytest.TempPathFactory) ->
     from integrations.llava.train import train
 
     return train(tiny_recipe, tmp_path_factory.mktemp("run") / "mmfuser")
+
+
+@pytest.fixture(scope="session")
+def run(backbone_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder `tiny` with a model that was never trained, yet answers; nobody writes to it."""
+    return save_run(tmp_path_factory.mktemp("run") / "tiny", backbone_folder)
+
+
+@pytest.fixture(scope="session")
+def answerer(run: Path) -> Answerer:
+    """The model of `run`, loaded; who changes one loads their own."""
+    return load_answerer(run)
+
+
+@pytest.fixture(scope="session")
+def pictures(data_folder: Path) -> list[Image.Image]:
+    """The images of `data_folder`, `0.png` first."""
+    return [read_image(data_folder / f"{index}.png") for index in range(8)]
+
+
+@pytest.fixture(scope="session")
+def mixture(pictures: list[Image.Image]) -> list[Any]:
+    """Images for `PROMPTS`: one, several, none."""
+    return [pictures[0], None, pictures[1:3], pictures[3], None, pictures[4:7], pictures[7], None]

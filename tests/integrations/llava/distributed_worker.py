@@ -50,6 +50,10 @@ class IsSharded(TrainerCallback):
         assert all(isinstance(parameter, DTensor) for parameter in model.parameters() if parameter.requires_grad)
 
 
+def _is_fsdp2(state: Any) -> bool:
+    return state.distributed_type == DistributedType.FSDP and state.fsdp_plugin.fsdp_version == 2
+
+
 @contextmanager
 def engines_on_cpu() -> Iterator[None]:
     """Let accelerate use FSDP2 and DeepSpeed on CPUs: it leaves these out of the machines that it knows them on."""
@@ -70,16 +74,17 @@ def engines_on_cpu() -> Iterator[None]:
 
     with (
         mock.patch.object(accelerate.state.AcceleratorState, "__init__", patched),
+        mock.patch.object(accelerate.state.AcceleratorState, "is_fsdp2", property(_is_fsdp2)),
         mock.patch.object(training, "check_engine", lambda *_, **__: None),
     ):
         yield
 
 
 def run(
-    folder: Path, name: str, engine: str, *, stop_at: int | None = None, go_on: bool = True, grouped: bool = True
+    folder: Path, name: str, engine: str, *, stop_at: int | None = None, go_on: bool = True, **changes: Any
 ) -> None:
     """Finetune with an engine; if told so, stop on request at a step, and go on."""
-    overrides = {"finetune.engine": engine, "finetune.group_by_modality": grouped}
+    overrides = {f"finetune.{key}": value for key, value in changes.items()} | {"finetune.engine": engine}
     recipe = load_recipe(folder / "recipe.yaml", overrides)
     checks: list[TrainerCallback] = [IsSharded()] if engine == "fsdp2" else []
 
@@ -104,7 +109,13 @@ def main() -> None:
             run(folder, engine, engine)
             run(folder, f"{engine}_resumed", engine, stop_at=3)
             run(folder, f"{engine}_left", engine, stop_at=3, go_on=False)
-            run(folder, f"{engine}_mixed", engine, grouped=False)
+            run(folder, f"{engine}_mixed", engine, group_by_modality=False)
+            run(folder, f"{engine}_accumulated", engine, micro_batch_size=1)
+    if "fsdp2" in sys.argv[2:]:
+        # One engine after the other in one run: none leaves anything to the next.
+        with engines_on_cpu():
+            recipe = load_recipe(folder / "recipe.yaml", {"pretrain.engine": "fsdp2", "finetune.engine": "ddp"})
+            training.train(recipe, folder / "fsdp2_then_ddp")
     torch.distributed.destroy_process_group()
 
 

@@ -7,7 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,28 +17,16 @@ from safetensors.torch import load_file, save_file
 
 from integrations.llava.answer_files import AnswerFile, Shard, find_shard, weights_fingerprint
 from integrations.llava.batch_answers import form_batches
-from integrations.llava.generate import Answerer, load_answerer
+from integrations.llava.generate import Answerer
 from integrations.llava.generate_command import main
 from integrations.llava.preparing import load_preparer
-from integrations.llava.request_files import Request, check_images, prompt_lengths, read_requests
-from tests.integrations.llava.answering_parts import PROMPTS, make_images, save_run
+from integrations.llava.request_files import Request, prompt_lengths, read_requests, refuse_broken_images
+from tests.integrations.llava.answering_parts import PROMPTS
 from tests.integrations.llava.tiny_parts import human_and_gpt
 
 
-@pytest.fixture(scope="module")
-def run(backbone_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_run(tmp_path_factory.mktemp("run") / "tiny", backbone_folder)
-
-
-@pytest.fixture(scope="module")
-def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("pictures")
-    make_images(folder)
-    return folder
-
-
 @pytest.fixture
-def questions(pictures: Path, tmp_path: Path) -> Path:
+def questions(tmp_path: Path) -> Path:
     """Ten questions of all kinds, in a folder of their own."""
     rows: list[dict[str, Any]] = [
         {"question_id": index, "image": f"{index}.png", "text": text} for index, text in enumerate(PROMPTS[:6])
@@ -61,9 +49,15 @@ def read(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-def ask(run: Path, questions: Path, pictures: Path, output: Path, *more: str) -> int:
-    files = ["--model", str(run), "--input", str(questions), "--image-folder", str(pictures), "--output", str(output)]
-    return main([*files, "--max-new-tokens", "6", "--batch-size", "3", *more])
+@pytest.fixture
+def ask(run: Path, questions: Path, data_folder: Path) -> Callable[..., int]:
+    """The command, with `questions` as its input; it takes the output and further options."""
+
+    def command(output: Path, *more: str, model: Path = run) -> int:
+        files = ["--model", model, "--input", questions, "--image-folder", data_folder, "--output", output]
+        return main([*map(str, files), "--max-new-tokens", "6", "--batch-size", "3", *more])
+
+    return command
 
 
 # Questions
@@ -125,25 +119,26 @@ def test_prompts_the_model_cannot_read_are_listed_by_id(run: Path) -> None:
         prompt_lengths(requests, load_preparer(run))
 
 
-def test_missing_and_broken_images_are_listed_before_the_start(pictures: Path, tmp_path: Path) -> None:
-    shutil.copytree(pictures, tmp_path, dirs_exist_ok=True)
+def test_missing_and_broken_images_are_listed_before_the_start(data_folder: Path, tmp_path: Path) -> None:
+    shutil.copytree(data_folder, tmp_path, dirs_exist_ok=True)
     whole = (tmp_path / "0.png").read_bytes()
     (tmp_path / "half.png").write_bytes(whole[: len(whole) // 2])
     requests = [Request(0, ("0.png", "half.png"), "a"), Request(1, ("half.png", "none.png"), "b")]
 
     with pytest.raises(ValueError, match=r"2 problems in .*\n.*half.png.*cut off.*\n.*none.png: missing"):
-        check_images(requests, tmp_path)
+        refuse_broken_images(requests, tmp_path)
 
 
 # Answers
 
 
-def test_answers_come_in_the_order_of_the_questions(run: Path, questions: Path, pictures: Path, tmp_path: Path) -> None:
-    assert ask(run, questions, pictures, tmp_path / "a.jsonl") == 0
+def test_answers_come_in_the_order_of_the_questions(
+    ask: Callable[..., int], answerer: Answerer, run: Path, questions: Path, data_folder: Path, tmp_path: Path
+) -> None:
+    assert ask(tmp_path / "a.jsonl") == 0
     rows = read(tmp_path / "a.jsonl")
-    answerer = load_answerer(run)
     requests = read_requests(questions)
-    images = [[Image.open(pictures / name) for name in request.images] for request in requests]
+    images = [[Image.open(data_folder / name) for name in request.images] for request in requests]
 
     assert [row["id"] for row in rows] == [request.id for request in requests]
     assert [row["prompt"] for row in rows] == [request.question for request in requests]
@@ -156,14 +151,12 @@ def test_answers_come_in_the_order_of_the_questions(run: Path, questions: Path, 
     assert [path.name for path in tmp_path.glob("a.jsonl*")] == ["a.jsonl"]
 
 
-def test_sampled_answers_depend_on_neither_batches_nor_processes(
-    run: Path, questions: Path, pictures: Path, tmp_path: Path
-) -> None:
+def test_sampled_answers_depend_on_neither_batches_nor_processes(ask: Callable[..., int], tmp_path: Path) -> None:
     sampled = ["--temperature", "1", "--seed", "5"]
-    ask(run, questions, pictures, tmp_path / "a.jsonl", *sampled)
-    ask(run, questions, pictures, tmp_path / "b.jsonl", *sampled, "--batch-size", "8")
+    ask(tmp_path / "a.jsonl", *sampled)
+    ask(tmp_path / "b.jsonl", *sampled, "--batch-size", "8")
     for index in range(3):
-        ask(run, questions, pictures, tmp_path / "c.jsonl", *sampled, "--shard", f"{index}/3")
+        ask(tmp_path / "c.jsonl", *sampled, "--shard", f"{index}/3")
 
     assert read(tmp_path / "a.jsonl") == read(tmp_path / "b.jsonl") == read(tmp_path / "c.jsonl")
 
@@ -188,61 +181,53 @@ def dies_after_two_batches(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return sizes
 
 
-def test_an_interrupted_run_answers_only_what_is_left(
-    run: Path,
-    questions: Path,
-    pictures: Path,
-    tmp_path: Path,
-    dies_after_two_batches: list[int],
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    output = tmp_path / "a.jsonl"
+@pytest.fixture
+def interrupted(
+    ask: Callable[..., int], tmp_path: Path, dies_after_two_batches: list[int], monkeypatch: pytest.MonkeyPatch
+) -> Path:
+    """The output that a process was to write which died after two batches."""
     with pytest.raises(KilledError):
-        ask(run, questions, pictures, output)
+        ask(tmp_path / "a.jsonl")
+    monkeypatch.undo()
+    return tmp_path / "a.jsonl"
+
+
+def test_an_interrupted_run_answers_only_what_is_left(
+    ask: Callable[..., int], interrupted: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     part = tmp_path / "a.jsonl.part-00000-of-00001"
-    assert not output.exists()
+    assert not interrupted.exists()
     assert len(read(part)) == 6
 
     # The last line is half written.
     part.write_bytes(part.read_bytes()[:-20])
-    monkeypatch.undo()
-    ask(run, questions, pictures, output)
-    ask(run, questions, pictures, tmp_path / "whole.jsonl")
+    ask(interrupted)
+    ask(tmp_path / "whole.jsonl")
 
-    assert read(output) == read(tmp_path / "whole.jsonl")
+    assert read(interrupted) == read(tmp_path / "whole.jsonl")
     assert "5 questions answered; all 10 are in" in capsys.readouterr().err
-    ask(run, questions, pictures, output)
+    ask(interrupted)
     assert "0 questions answered; all 10 are in" in capsys.readouterr().err
 
 
 def test_a_run_goes_on_with_another_number_of_processes(
-    run: Path,
-    questions: Path,
-    pictures: Path,
-    tmp_path: Path,
-    dies_after_two_batches: list[int],
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+    ask: Callable[..., int], interrupted: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    with pytest.raises(KilledError):
-        ask(run, questions, pictures, tmp_path / "a.jsonl")
-    monkeypatch.undo()
-    ask(run, questions, pictures, tmp_path / "a.jsonl", "--shard", "1/2")
+    ask(interrupted, "--shard", "1/2")
     first = capsys.readouterr().err
-    ask(run, questions, pictures, tmp_path / "a.jsonl", "--shard", "0/2")
-    ask(run, questions, pictures, tmp_path / "whole.jsonl")
+    ask(interrupted, "--shard", "0/2")
+    ask(tmp_path / "whole.jsonl")
 
     assert "process 1 of 2: 2 questions answered; 2 are left to other processes" in first
-    assert read(tmp_path / "a.jsonl") == read(tmp_path / "whole.jsonl")
+    assert read(interrupted) == read(tmp_path / "whole.jsonl")
     assert not list(tmp_path.glob("a.jsonl.part-*"))
 
 
 def test_processes_of_torchrun_share_the_questions(
-    root: Path, run: Path, questions: Path, pictures: Path, tmp_path: Path
+    root: Path, run: Path, questions: Path, data_folder: Path, ask: Callable[..., int], tmp_path: Path
 ) -> None:
     command = [sys.executable, "-m", "integrations.llava", "generate", "--model", str(run), "--input", str(questions)]
-    command += ["--image-folder", str(pictures), "--output", str(tmp_path / "a.jsonl"), "--max-new-tokens", "6"]
+    command += ["--image-folder", str(data_folder), "--output", str(tmp_path / "a.jsonl"), "--max-new-tokens", "6"]
     started = [
         subprocess.Popen(
             command,
@@ -254,18 +239,18 @@ def test_processes_of_torchrun_share_the_questions(
         for rank in range(2)
     ]
     messages = [process.communicate(timeout=300)[1] for process in started]
-    ask(run, questions, pictures, tmp_path / "whole.jsonl")
+    ask(tmp_path / "whole.jsonl")
 
     assert [process.returncode for process in started] == [0, 0], messages
     assert read(tmp_path / "a.jsonl") == read(tmp_path / "whole.jsonl")
 
 
-def test_new_questions_in_the_file_are_answered_too(run: Path, questions: Path, pictures: Path, tmp_path: Path) -> None:
-    ask(run, questions, pictures, tmp_path / "a.jsonl")
+def test_new_questions_in_the_file_are_answered_too(ask: Callable[..., int], questions: Path, tmp_path: Path) -> None:
+    ask(tmp_path / "a.jsonl")
     before = read(tmp_path / "a.jsonl")
     rows = read(questions)
     write(questions, [{"id": "new", "prompt": "What is new?"}, *rows])
-    ask(run, questions, pictures, tmp_path / "a.jsonl")
+    ask(tmp_path / "a.jsonl")
 
     assert [row["id"] for row in read(tmp_path / "a.jsonl")][:2] == ["new", 0]
     assert read(tmp_path / "a.jsonl")[1:] == before
@@ -273,18 +258,17 @@ def test_new_questions_in_the_file_are_answered_too(run: Path, questions: Path, 
 
 @pytest.mark.parametrize("workers", ["0", "2"])
 def test_a_compiled_model_is_given_batches_of_one_size(
-    run: Path,
+    ask: Callable[..., int],
     questions: Path,
-    pictures: Path,
     tmp_path: Path,
     dies_after_two_batches: list[int],
     monkeypatch: pytest.MonkeyPatch,
     workers: str,
 ) -> None:
     write(questions, read(questions)[:4])
-    ask(run, questions, pictures, tmp_path / "a.jsonl", "--compile", "--num-workers", workers)
+    ask(tmp_path / "a.jsonl", "--compile", "--num-workers", workers)
     monkeypatch.undo()
-    ask(run, questions, pictures, tmp_path / "b.jsonl")
+    ask(tmp_path / "b.jsonl")
 
     assert dies_after_two_batches == [3, 3]
     assert read(tmp_path / "a.jsonl") == read(tmp_path / "b.jsonl")
@@ -294,30 +278,30 @@ def test_a_compiled_model_is_given_batches_of_one_size(
 
 
 def test_answers_of_other_settings_are_not_mixed(
-    run: Path, questions: Path, pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ask: Callable[..., int], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     output = tmp_path / "a.jsonl"
-    ask(run, questions, pictures, output)
+    ask(output)
     with pytest.raises(SystemExit, match="2"):
-        ask(run, questions, pictures, output, "--temperature", "0.5")
+        ask(output, "--temperature", "0.5")
     assert "line 1 was answered by another model or under other settings" in capsys.readouterr().err
 
-    assert ask(run, questions, pictures, output, "--temperature", "0.5", "--overwrite") == 0
+    assert ask(output, "--temperature", "0.5", "--overwrite") == 0
     assert {row["metadata"]["temperature"] for row in read(output)} == {0.5}
 
 
 def test_answers_of_another_model_in_the_same_folder_are_not_mixed(
-    run: Path, questions: Path, pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ask: Callable[..., int], run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder = shutil.copytree(run, tmp_path / "run")
     assert weights_fingerprint(folder) == weights_fingerprint(run)
-    ask(folder, questions, pictures, tmp_path / "a.jsonl")
+    ask(tmp_path / "a.jsonl", model=folder)
     weights = load_file(folder / "model.safetensors")
     weights["model.multi_modal_projector.linear_1.bias"] += 1
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
 
     with pytest.raises(SystemExit, match="2"):
-        ask(folder, questions, pictures, tmp_path / "a.jsonl")
+        ask(tmp_path / "a.jsonl", model=folder)
     assert "was answered by another model" in capsys.readouterr().err
 
 

@@ -17,31 +17,11 @@ from PIL import Image
 
 from integrations.llava.chat_command import Conversation, main
 from integrations.llava.decoding import Decoding
-from integrations.llava.generate import Answerer, load_answerer
-from tests.integrations.llava.answering_parts import make_images, save_run
+from integrations.llava.generate import Answerer
+from tests.integrations.llava.answering_parts import save_run
 from tests.integrations.llava.tiny_parts import human_and_gpt
 
 SHORT = Decoding(max_new_tokens=8)
-
-
-@pytest.fixture(scope="module")
-def run(backbone_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_run(tmp_path_factory.mktemp("run") / "tiny", backbone_folder)
-
-
-@pytest.fixture(scope="module")
-def answerer(run: Path) -> Answerer:
-    return load_answerer(run)
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("pictures")
-
-
-@pytest.fixture(scope="module")
-def pictures(folder: Path) -> list[Image.Image]:
-    return make_images(folder)
 
 
 def chat(run: Path, lines: list[str], monkeypatch: pytest.MonkeyPatch, *arguments: str) -> None:
@@ -52,13 +32,13 @@ def chat(run: Path, lines: list[str], monkeypatch: pytest.MonkeyPatch, *argument
 def test_piped_questions_are_answered_with_what_was_said_before(
     run: Path,
     answerer: Answerer,
-    folder: Path,
+    data_folder: Path,
     pictures: list[Image.Image],
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    lines = ["What number?", "", "Sure?", f"/image {folder / '1.png'}", "And this?", "/exit", "not read"]
-    chat(run, lines, monkeypatch, "--image", str(folder / "0.png"))
+    lines = ["What number?", "", "Sure?", f"/image {data_folder / '1.png'}", "And this?", "/exit", "not read"]
+    chat(run, lines, monkeypatch, "--image", str(data_folder / "0.png"))
     printed = capsys.readouterr().out.splitlines()
 
     turns = ["<image>\nWhat number?"]
@@ -68,11 +48,11 @@ def test_piped_questions_are_answered_with_what_was_said_before(
 
 
 def test_clear_forgets_words_and_images(
-    run: Path, folder: Path, pictures: list[Image.Image], monkeypatch: pytest.MonkeyPatch, capsys: Any
+    run: Path, data_folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:
     chat(run, ["Sure?"], monkeypatch)
     fresh = capsys.readouterr().out
-    chat(run, ["What number?", f"/image '{folder / '1.png'}'", "/clear", "Sure?"], monkeypatch)
+    chat(run, ["What number?", f"/image '{data_folder / '1.png'}'", "/clear", "Sure?"], monkeypatch)
 
     assert capsys.readouterr().out.endswith(f"next message: 1\nforgotten\n{fresh}")
 
@@ -99,10 +79,12 @@ def test_help_lists_the_commands(run: Path, monkeypatch: pytest.MonkeyPatch, cap
     assert all(command in printed for command in ("/image PATH", "/clear", "/help", "/exit"))
 
 
-def test_images_stand_where_the_message_says(answerer: Answerer, folder: Path, pictures: list[Image.Image]) -> None:
+def test_images_stand_where_the_message_says(
+    answerer: Answerer, data_folder: Path, pictures: list[Image.Image]
+) -> None:
     conversation = Conversation(answerer, SHORT)
-    conversation.show(folder / "0.png")
-    conversation.show(folder / "1.png")
+    conversation.show(data_folder / "0.png")
+    conversation.show(data_folder / "1.png")
     conversation.say("<image> or <image>?")
 
     assert conversation.messages[0]["value"] == "<image> or <image>?"
@@ -110,9 +92,9 @@ def test_images_stand_where_the_message_says(answerer: Answerer, folder: Path, p
     assert conversation.shown == []
 
 
-def test_a_message_that_fails_keeps_its_image_for_the_next(answerer: Answerer, folder: Path, pictures: Any) -> None:
+def test_a_message_that_fails_keeps_its_image_for_the_next(answerer: Answerer, data_folder: Path) -> None:
     conversation = Conversation(answerer, SHORT)
-    conversation.show(folder / "0.png")
+    conversation.show(data_folder / "0.png")
     with pytest.raises(ValueError, match="the model reads 512"):
         conversation.say("word " * 600)
 

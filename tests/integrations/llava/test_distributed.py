@@ -81,7 +81,15 @@ def finetuned(recipe: Recipe, **changes: object) -> Recipe:
 @pytest.fixture(scope="module")
 def recipe(tiny_recipe: Recipe) -> Recipe:
     """Finetune on images and text-only samples: 12 samples, 3 steps an epoch, two epochs."""
-    return finetuned(tiny_recipe, batch_size=4, micro_batch_size=2, max_steps=STEPS, log_every=1, engine="ddp")
+    pretrain = dataclasses.replace(tiny_recipe.pretrain, micro_batch_size=2)
+    return finetuned(
+        dataclasses.replace(tiny_recipe, pretrain=pretrain),
+        batch_size=4,
+        micro_batch_size=2,
+        max_steps=STEPS,
+        log_every=1,
+        engine="ddp",
+    )
 
 
 @pytest.fixture(scope="module")
@@ -91,9 +99,14 @@ def runs(recipe: Recipe, root: Path, tmp_path_factory: pytest.TempPathFactory) -
     (folder / "recipe.yaml").write_text(dump_recipe(recipe))
     train(recipe, folder / "before", stages=["pretrain"])
     shutil.copy(folder / "before" / "pretrain" / "adapter.safetensors", folder)
-    for name, grouped in (("single", True), ("mixed", False)):
-        variant = finetuned(recipe, group_by_modality=grouped)
+    for name, changes in {
+        "single": {},
+        "mixed": {"group_by_modality": False},
+        "accumulated": {"micro_batch_size": 1},
+    }.items():
+        variant = finetuned(recipe, **changes)
         train(variant, folder / name, stages=["finetune"], adapter=folder / "adapter.safetensors")
+    train(recipe, folder / "both")
     train_with(ENGINES, folder, root)
     return folder
 
@@ -112,6 +125,15 @@ def test_a_process_without_images_waits_for_none(engine: str, runs: Path, data_f
     """Not grouped, a step gives one process images and the other one none, and some steps give neither any."""
     assert any("image" not in sample for sample in json.loads((data_folder / "train.json").read_text()))
     torch.testing.assert_close(losses(runs / f"{engine}_mixed"), losses(runs / "mixed"), atol=2e-6, rtol=0)
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_gradients_of_several_micro_batches_are_summed_in_every_process(engine: str, runs: Path) -> None:
+    torch.testing.assert_close(losses(runs / f"{engine}_accumulated"), losses(runs / "accumulated"), atol=2e-6, rtol=0)
+
+
+def test_an_engine_leaves_nothing_to_the_stage_after_it(runs: Path) -> None:
+    torch.testing.assert_close(losses(runs / "fsdp2_then_ddp"), losses(runs / "both"), atol=2e-6, rtol=0)
 
 
 @pytest.mark.parametrize("engine", ENGINES)

@@ -18,31 +18,7 @@ from integrations.llava.decoding import Decoding
 from integrations.llava.generate import Answerer, default_dtype, load_answerer
 from integrations.llava.preparing import Preparer, load_preparer
 from integrations.llava.prompts import get_template
-from tests.integrations.llava.answering_parts import PROMPTS, make_images, save_run
-
-SAMPLED = Decoding(max_new_tokens=12, temperature=0.8, top_p=0.95, seed=3)
-
-
-@pytest.fixture(scope="module")
-def run(backbone_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_run(tmp_path_factory.mktemp("run") / "tiny", backbone_folder)
-
-
-@pytest.fixture(scope="module")
-def answerer(run: Path) -> Answerer:
-    return load_answerer(run)
-
-
-@pytest.fixture(scope="module")
-def pictures(tmp_path_factory: pytest.TempPathFactory) -> list[Image.Image]:
-    return make_images(tmp_path_factory.mktemp("pictures"))
-
-
-@pytest.fixture(scope="module")
-def mixture(pictures: list[Image.Image]) -> list[Any]:
-    """Images for `PROMPTS`: one, several, none."""
-    return [pictures[0], None, pictures[1:3], pictures[3], None, pictures[4:7], pictures[7], None]
-
+from tests.integrations.llava.answering_parts import PROMPTS, SAMPLED, save_run
 
 # The same at every batch size
 

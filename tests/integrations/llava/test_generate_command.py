@@ -7,29 +7,8 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from integrations.llava.generate import Answerer, load_answerer
+from integrations.llava.generate import Answerer
 from integrations.llava.generate_command import main
-from tests.integrations.llava.answering_parts import make_images, save_run
-
-
-@pytest.fixture(scope="module")
-def run(backbone_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_run(tmp_path_factory.mktemp("run") / "tiny", backbone_folder)
-
-
-@pytest.fixture(scope="module")
-def answerer(run: Path) -> Answerer:
-    return load_answerer(run)
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("pictures")
-
-
-@pytest.fixture(scope="module")
-def pictures(folder: Path) -> list[Image.Image]:
-    return make_images(folder)
 
 
 def ask(run: Path, *arguments: object, capsys: pytest.CaptureFixture[str]) -> list[str]:
@@ -38,9 +17,9 @@ def ask(run: Path, *arguments: object, capsys: pytest.CaptureFixture[str]) -> li
 
 
 def test_an_image_each_or_several_images_for_one_question(
-    run: Path, answerer: Answerer, folder: Path, pictures: list[Image.Image], capsys: pytest.CaptureFixture[str]
+    run: Path, answerer: Answerer, data_folder: Path, pictures: list[Image.Image], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    first, second = folder / "0.png", folder / "1.png"
+    first, second = data_folder / "0.png", data_folder / "1.png"
 
     each = ask(run, "--image", first, "--image", second, "--prompt", "What?", capsys=capsys)
     assert each == answerer(pictures[:2], ["What?"] * 2, max_new_tokens=8)
@@ -55,20 +34,18 @@ def test_an_image_each_or_several_images_for_one_question(
 
 
 def test_one_image_for_several_questions_or_none(
-    run: Path, answerer: Answerer, folder: Path, pictures: list[Image.Image], capsys: pytest.CaptureFixture[str]
+    run: Path, answerer: Answerer, data_folder: Path, pictures: list[Image.Image], capsys: pytest.CaptureFixture[str]
 ) -> None:
     prompts = ["--prompt", "What?", "--prompt", "Sure?"]
 
-    assert ask(run, "--image", folder / "0.png", *prompts, capsys=capsys) == answerer(
+    assert ask(run, "--image", data_folder / "0.png", *prompts, capsys=capsys) == answerer(
         [pictures[0]] * 2, ["What?", "Sure?"], max_new_tokens=8
     )
     assert ask(run, *prompts, capsys=capsys) == answerer([None, None], ["What?", "Sure?"], max_new_tokens=8)
 
 
-def test_decoding_and_loading_are_options(
-    run: Path, folder: Path, pictures: list[Image.Image], capsys: pytest.CaptureFixture[str]
-) -> None:
-    question = ["--image", folder / "0.png", "--prompt", "What?"]
+def test_decoding_and_loading_are_options(run: Path, data_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    question = ["--image", data_folder / "0.png", "--prompt", "What?"]
     sampled = [*question, "--temperature", 2, "--top-p", 0.9, "--seed"]
     greedy = ask(run, *question, capsys=capsys)
 

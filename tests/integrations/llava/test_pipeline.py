@@ -9,31 +9,15 @@ import pytest
 from PIL import Image
 from transformers import ImageTextToTextPipeline, pipeline
 
-from integrations.llava.generate import Answerer, load_answerer
-from tests.integrations.llava.answering_parts import make_images, save_run
+from integrations.llava.generate import Answerer
 from tests.integrations.llava.tiny_parts import human_and_gpt
 
 OPTIONS: dict[str, Any] = {"return_full_text": False, "generate_kwargs": {"max_new_tokens": 8, "do_sample": False}}
 
 
 @pytest.fixture(scope="module")
-def run(backbone_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_run(tmp_path_factory.mktemp("run") / "tiny", backbone_folder)
-
-
-@pytest.fixture(scope="module")
-def answerer(run: Path) -> Answerer:
-    return load_answerer(run)
-
-
-@pytest.fixture(scope="module")
 def pipe(run: Path) -> ImageTextToTextPipeline:
     return pipeline("image-text-to-text", model=str(run))
-
-
-@pytest.fixture(scope="module")
-def pictures(tmp_path_factory: pytest.TempPathFactory) -> list[Image.Image]:
-    return make_images(tmp_path_factory.mktemp("pictures"))
 
 
 def user(text: str, *images: Image.Image) -> dict[str, Any]:

@@ -8,6 +8,8 @@ import json
 import os
 import shutil
 import signal
+import subprocess
+import sys
 import threading
 import time
 from collections import namedtuple
@@ -21,6 +23,7 @@ from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from integrations.llava import checkpointing, train_command
+from integrations.llava import train as training
 from integrations.llava.atomic import check_disk_space
 from integrations.llava.checkpointing import load_state, save_state
 from integrations.llava.config import Recipe
@@ -126,7 +129,7 @@ def test_a_full_disk_is_reported_before_anything_is_removed(
     tiny_recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(shutil, "disk_usage", lambda _: Usage(100, 90, 10))
-    with pytest.raises(OSError, match=r"stage pretrain with its checkpoints and model needs 0.00 GiB, but the disk"):
+    with pytest.raises(OSError, match=r"stage pretrain with its checkpoints needs 0.00 GiB, but the disk"):
         train(tiny_recipe, tmp_path / "run")
     monkeypatch.undo()
 
@@ -201,10 +204,90 @@ def test_a_folder_with_another_or_a_finished_run_is_refused(tiny_recipe: Recipe,
 
 def test_what_only_changes_a_run_s_speed_may_change_when_it_goes_on(tiny_recipe: Recipe, tmp_path: Path) -> None:
     train(tiny_recipe, tmp_path / "run", stages=["pretrain"])
-    changed = dataclasses.replace(tiny_recipe.finetune, micro_batch_size=2, num_workers=1, engine="zero2")
+    changed = dataclasses.replace(tiny_recipe.finetune, num_workers=1, engine="zero2")
 
     train(dataclasses.replace(tiny_recipe, finetune=changed), tmp_path / "run")
     assert RunFolder(tmp_path / "run").finished == ("pretrain", "finetune")
+
+
+def test_a_run_that_died_while_its_model_was_saved_makes_no_further_step(
+    tiny_recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = both_stages(tiny_recipe, max_steps=4, save_every=2)
+
+    def dies(*_: Any, **__: Any) -> None:
+        raise RuntimeError("power cut")
+
+    monkeypatch.setattr(training, "_save_stage", dies)
+    with pytest.raises(RuntimeError, match="power cut"):
+        train(recipe, tmp_path / "run")
+    monkeypatch.undo()
+    train(recipe, tmp_path / "run")
+
+    assert [step for stage, step, _ in rows(tmp_path / "run") if stage == "pretrain"] == [1, 2, 3, 4]
+
+
+def test_a_stop_while_a_stage_is_saved_starts_no_other(
+    tiny_recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save = training._save_stage
+
+    def stopped_meanwhile(*arguments: Any, **options: Any) -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+        save(*arguments, **options)
+
+    monkeypatch.setattr(training, "_save_stage", stopped_meanwhile)
+    with pytest.raises(RunInterrupted, match="stopped on request before stage finetune"):
+        train(tiny_recipe, tmp_path / "run")
+    assert RunFolder(tmp_path / "run").finished == ("pretrain",)
+
+
+def test_a_copy_of_a_checkpoint_is_left_alone(tiny_recipe: Recipe, tmp_path: Path) -> None:
+    copy = tmp_path / "run" / "pretrain" / "checkpoint-2-good"
+    copy.mkdir(parents=True)
+    train(both_stages(tiny_recipe, max_steps=4, save_every=1), tmp_path / "run", stages=["pretrain"])
+
+    assert copy.is_dir()
+
+
+def test_data_that_have_changed_are_noticed(tiny_recipe: Recipe, tmp_path: Path) -> None:
+    recipe = both_stages(tiny_recipe, max_steps=4)
+    with pytest.raises(RunInterrupted):
+        train(recipe, tmp_path / "run", callbacks=[StopAt("pretrain", 2)])
+    data = Path(recipe.pretrain.data.path)
+    whole = data.read_text()
+    try:
+        data.write_text(json.dumps(json.loads(whole)[1:]))
+        with pytest.raises(ValueError, match="began with 8 usable samples, now there are 7"):
+            train(recipe, tmp_path / "run")
+    finally:
+        data.write_text(whole)
+
+
+def test_a_stop_that_reaches_every_process_leaves_the_loaders_to_the_step(
+    tiny_recipe: Recipe, root: Path, tmp_path: Path
+) -> None:
+    """A scheduler's signal goes to the whole group: to the processes that load data, too."""
+    recipe = both_stages(tiny_recipe, max_steps=2000, log_every=1, num_workers=1)
+    (tmp_path / "recipe.yaml").write_text(dump_recipe(recipe))
+    arguments = ["train", "--recipe", str(tmp_path / "recipe.yaml"), "--output", str(tmp_path / "run")]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "integrations.llava", *arguments],
+        cwd=root,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+    while not (tmp_path / "run" / "metrics.jsonl").is_file():
+        assert process.poll() is None, process.communicate()[0]
+        time.sleep(0.02)
+    os.killpg(process.pid, signal.SIGTERM)
+    output, _ = process.communicate(timeout=60)
+
+    assert process.returncode == EXIT_REQUEUE, output
+    assert RunFolder(tmp_path / "run").checkpoint("pretrain") is not None
 
 
 def test_the_command_line_returns_a_code_to_requeue_on(tiny_recipe: Recipe, tmp_path: Path) -> None:

@@ -193,5 +193,7 @@ def test_a_tokenizer_larger_than_the_vocabulary_is_refused(tiny_recipe: Recipe) 
     architecture = {"model_type": "llama", "vocab_size": 20, "hidden_size": 32, "num_attention_heads": 2}
     model = dataclasses.replace(tiny_recipe.model, llm_pretrained=False, llm_architecture=architecture)
     model = dataclasses.replace(model, tokenizer=tiny_recipe.model.llm)
-    with pytest.raises(ValueError, match=r"has \d+ tokens, but the language model has embeddings for 20; set model.tok"):
+    with pytest.raises(
+        ValueError, match=r"has \d+ tokens, but the language model has embeddings for 20; set model.tok"
+    ):
         assemble(model)

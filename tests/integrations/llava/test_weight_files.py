@@ -13,23 +13,15 @@ from safetensors.torch import load_file, save_file
 from integrations.llava.atomic import atomic_folder
 from integrations.llava.weight_files import (
     StoredTensor,
+    check_fit,
     read_json,
     stored_model,
     stored_tensors,
     write_sharded,
 )
+from tests.integrations.llava.tiny_parts import RunsCode
 
 TENSORS = {"a": torch.arange(6.0).view(2, 3), "b": torch.ones(4, dtype=torch.bfloat16), "c": torch.tensor(3)}
-
-
-class RunsCode:
-    """Unpickling it creates a file."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return Path.touch, (self.path,)
 
 
 @pytest.mark.parametrize("zipped", [True, False], ids=["today's", "of PyTorch before 1.6"])
@@ -144,3 +136,14 @@ def test_a_folder_is_filled_whole_or_not_at_all(tmp_path: Path) -> None:
         (scratch / "inner").mkdir()
         (scratch / "inner" / "file").write_text("whole")
     assert (tmp_path / "x" / "inner" / "file").read_text() == "whole"
+
+
+def test_of_many_weights_that_do_not_fit_all_are_listed_or_the_first() -> None:
+    expected = {"a": torch.ones(2), "b": torch.ones(2)}
+    found = {"b": torch.ones(3), **{f"x{index}": torch.ones(1) for index in range(5)}}
+    message = r"no fit. Missing: a; unexpected: x0, x1, x2, x3, x4; of another shape: b \(3,\), expected \(2,\). Go."
+    with pytest.raises(ValueError, match=message):
+        check_fit(expected, found, fault="no fit", advice="Go")
+    with pytest.raises(ValueError, match=r"Missing: a; unexpected: x0, x1, … and 3 more; of another shape: b"):
+        check_fit(expected, found, fault="no fit", advice="Go", most=2)
+    check_fit(expected, {name: StoredTensor.of(tensor) for name, tensor in expected.items()}, fault="", advice="")

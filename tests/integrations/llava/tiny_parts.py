@@ -10,7 +10,16 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import CLIPVisionConfig, CLIPVisionModel, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-__all__ = ["human_and_gpt", "make_tokenizer", "save_backbone", "save_llm", "tiny_clip", "tiny_llm", "tiny_overrides"]
+__all__ = [
+    "RunsCode",
+    "human_and_gpt",
+    "make_tokenizer",
+    "save_backbone",
+    "save_llm",
+    "tiny_clip",
+    "tiny_llm",
+    "tiny_overrides",
+]
 
 _CORPUS = [
     "A chat between a user and an assistant. USER: What number is it? ASSISTANT: It is number one on a wall."
@@ -79,6 +88,16 @@ def save_backbone(folder: Path, **fields: Any) -> Path:
 def human_and_gpt(*texts: str) -> list[dict[str, str]]:
     """Turns that alternate, the human first."""
     return [{"from": ("human", "gpt")[index % 2], "value": text} for index, text in enumerate(texts)]
+
+
+class RunsCode:
+    """Unpickling it creates a file."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Path.touch, (self.path,)
 
 
 def tiny_overrides(backbone: Path, llm: Path, data: Path) -> dict[str, Any]:

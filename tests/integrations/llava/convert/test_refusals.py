@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 from integrations.llava.checkpoint import load_model
 from integrations.llava.convert import Options, convert, layout_of
 from layerfuse.fusers.mmfuser import MMFuser, to_published_state_dict
+from tests.integrations.llava.tiny_parts import RunsCode
 
 FUSER = "model.mm_projector.0."
 Weights = dict[str, torch.Tensor]
@@ -264,19 +265,9 @@ def test_code_in_a_pickle_is_refused_and_not_run(llava_folder: Path, tmp_path: P
     shutil.copytree(llava_folder.parent, tmp_path / "copy")
     source = tmp_path / "copy" / llava_folder.name
     shard = source / "pytorch_model-00001-of-00002.bin"
-    torch.save(torch.load(shard) | {"extra": Malicious(tmp_path / "was run")}, shard)
+    torch.save(torch.load(shard) | {"extra": RunsCode(tmp_path / "was run")}, shard)
     refuse(source, re.escape(f"{shard} holds more than tensors: Python objects, which run code") + ".*nothing was run")
     assert not (tmp_path / "was run").exists()
-
-
-class Malicious:
-    """Unpickling it creates a file."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return Path.touch, (self.path,)
 
 
 def test_a_folder_that_holds_something_is_not_written_to(mmfuser_folder: Path, tmp_path: Path) -> None:
