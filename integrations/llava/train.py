@@ -95,7 +95,7 @@ def train(
     configs = {name: recipe.stage(name) for name in stages}
     state = _join_processes(configs)
     left = tuple(configs) if overwrite else on_main(lambda: folder.open(recipe, stages))
-    checked = {name: _read_and_check(name, configs[name], state) for name in left}
+    checked = {name: _read_and_check(name, configs[name]) for name in left}
     if adapter is not None and not Path(adapter).is_file():
         raise FileNotFoundError(f"adapter {adapter} does not exist; run the stage that writes it first.")
     samples = {name: usable for name, (usable, _) in checked.items()}
@@ -129,15 +129,15 @@ def _begin(folder: RunFolder, recipe: Recipe, samples: Mapping[str, Sequence[Sam
         folder.note_samples(name, len(usable))
 
 
-def _read_and_check(name: str, config: StageConfig, state: PartialState) -> tuple[Sequence[Sample], int]:
+def _read_and_check(name: str, config: StageConfig) -> tuple[Sequence[Sample], int]:
     """Open a stage's data; returns the samples that can be used, and how many cannot."""
     if not config.data.path:
         raise ValueError(
             f"stage {name} has no data; give --{name}.data.path FILE and --{name}.data.image_folder FOLDER."
         )
     # The first to open a file writes its index, which the others read.
-    with state.main_process_first():
-        samples = read_samples(config.data.path)
+    on_main(lambda: len(read_samples(config.data.path)))
+    samples = read_samples(config.data.path)
     usable, _ = on_main(
         lambda: usable_indices(
             samples,

@@ -101,6 +101,17 @@ def run(
         start()
 
 
+def fail_in_all(folder: Path) -> None:
+    """Give data that only the main process looks at, and write down what each process hears of them."""
+    rank = os.environ["RANK"]
+    (folder / "broken.json").write_text('[{"id": "x", "conversations": []}]')
+    recipe = load_recipe(folder / "recipe.yaml", {"finetune.data.path": str(folder / "broken.json")})
+    try:
+        training.train(recipe, folder / "never", stages=["finetune"])
+    except ValueError as error:
+        (folder / f"heard-{rank}").write_text(str(error))
+
+
 def main() -> None:
     """Run everything with each engine; the folder holds recipe.yaml and adapter.safetensors."""
     folder = Path(sys.argv[1])
@@ -111,6 +122,7 @@ def main() -> None:
             run(folder, f"{engine}_left", engine, stop_at=3, go_on=False)
             run(folder, f"{engine}_mixed", engine, group_by_modality=False)
             run(folder, f"{engine}_accumulated", engine, micro_batch_size=1)
+    fail_in_all(folder)
     if "fsdp2" in sys.argv[2:]:
         # One engine after the other in one run: none leaves anything to the next.
         with engines_on_cpu():

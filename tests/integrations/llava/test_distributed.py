@@ -132,6 +132,12 @@ def test_gradients_of_several_micro_batches_are_summed_in_every_process(engine: 
     torch.testing.assert_close(losses(runs / f"{engine}_accumulated"), losses(runs / "accumulated"), atol=2e-6, rtol=0)
 
 
+def test_what_is_wrong_for_one_process_is_raised_by_all(runs: Path) -> None:
+    heard = [(runs / f"heard-{rank}").read_text() for rank in (0, 1)]
+    assert heard[0] == heard[1]
+    assert heard[0].startswith("1 problems in the data")
+
+
 def test_an_engine_leaves_nothing_to_the_stage_after_it(runs: Path) -> None:
     torch.testing.assert_close(losses(runs / "fsdp2_then_ddp"), losses(runs / "both"), atol=2e-6, rtol=0)
 
