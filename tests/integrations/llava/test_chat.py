@@ -170,7 +170,15 @@ class Terminal:
         self.main, other = pty.openpty()
         environment = os.environ | {"OMP_NUM_THREADS": "1", "TERM": "dumb"}
         self.process = subprocess.Popen(
-            command, stdin=other, stdout=other, stderr=other, cwd=folder, env=environment, start_new_session=True
+            command,
+            stdin=other,
+            stdout=other,
+            stderr=other,
+            cwd=folder,
+            env=environment,
+            start_new_session=True,
+            # A shell that runs tests in the background has them ignore Ctrl-C, and so would the chat.
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         )
         os.close(other)
         self.seen = ""
