@@ -9,7 +9,7 @@ import time
 import torch
 from measure import Session
 
-from integrations.llava.assembly import assemble_stage
+from integrations.llava.assembly import assemble_stage, checkpoint_activations
 from integrations.llava.config import Recipe
 from integrations.llava.estimate import dry_run
 from integrations.llava.recipe_files import load_recipe
@@ -63,8 +63,7 @@ def _steps(recipe: Recipe, micro: int, tokens: int, device: str, runs: int) -> t
     assembled = assemble_stage(recipe.model, config)
     model = assembled.model.to(device).train()
     if config.gradient_checkpointing:
-        switch = "activation" if hasattr(model, "activation_checkpointing_enable") else "gradient"
-        getattr(model, f"{switch}_checkpointing_enable")({"use_reentrant": False})
+        checkpoint_activations(model)
     groups = parameter_groups(model, learning_rate=config.learning_rate, weight_decay=config.weight_decay)
     for group in groups:
         del group["names"]

@@ -25,7 +25,15 @@ from .model import FusedLlavaForConditionalGeneration, build_model
 from .processing import add_image_token
 from .quantization import quantization_config
 
-__all__ = ["Assembled", "assemble", "assemble_stage", "create_vision", "described_llm", "set_trainable"]
+__all__ = [
+    "Assembled",
+    "assemble",
+    "assemble_stage",
+    "checkpoint_activations",
+    "create_vision",
+    "described_llm",
+    "set_trainable",
+]
 
 
 @dataclass(frozen=True)
@@ -167,6 +175,13 @@ def assemble_stage(config: ModelConfig, stage: StageConfig, *, quantized: bool =
         if parameter.is_floating_point():
             parameter.data = parameter.data.to(torch.float32 if parameter.requires_grad else frozen)
     return replace(assembled, counts=counts)
+
+
+def checkpoint_activations(model: FusedLlavaForConditionalGeneration) -> None:
+    """Let the language model's blocks compute their activations again in the backward pass, to save memory."""
+    # transformers 5.23 renamed it; 5.17 knows only the old name.
+    switch = "activation" if hasattr(model, "activation_checkpointing_enable") else "gradient"
+    getattr(model, f"{switch}_checkpointing_enable")({"use_reentrant": False})
 
 
 def set_trainable(model: nn.Module, parts: Sequence[str], *, adapters_only: bool = False) -> dict[str, dict[str, int]]:

@@ -22,7 +22,7 @@ from transformers.trainer_callback import PrinterCallback
 
 from layerfuse.preprocessing import Preprocessing
 
-from .assembly import Assembled, assemble, assemble_stage, set_trainable
+from .assembly import Assembled, assemble, assemble_stage, checkpoint_activations, set_trainable
 from .atomic import check_disk_space
 from .checkpoint import load_adapter, save_adapter, save_model
 from .checkpointing import checkpoints, load_trained, state_bytes, trained_state
@@ -237,9 +237,7 @@ def _trainer(run: _Run, name: str, assembled: Assembled, callbacks: Sequence[Tra
         bad_samples=config.data.bad_samples,
     )
     if config.gradient_checkpointing:
-        # transformers 5.23 renamed it; 5.17 knows only the old name.
-        switch = "activation" if hasattr(model, "activation_checkpointing_enable") else "gradient"
-        getattr(model, f"{switch}_checkpointing_enable")({"use_reentrant": False})
+        checkpoint_activations(model)
     trainer = LlavaTrainer(
         model=model,
         args=_arguments(config, run.folder.path / name, model, run.state.num_processes),
