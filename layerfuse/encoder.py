@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from layerfuse.backbones import Backbone, backbone_from_config, create_backbone
+from layerfuse.errors import InputError, MissingFileError
 from layerfuse.fusers import Fuser, FuserCost, create_fuser, fuser_from_config
 from layerfuse.preprocessing import Preprocessing
 
@@ -149,7 +150,7 @@ def check_fuser_fits(backbone: Backbone, fuser: Fuser) -> None:
     """
     widths = (backbone.embed_dim,) * len(backbone.layers)
     if tuple(fuser.in_channels) != widths:
-        raise ValueError(
+        raise InputError(
             f"fuser {fuser.name!r} was built for {len(fuser.in_channels)} maps of widths {tuple(fuser.in_channels)}, "
             f"but the backbone taps layers {backbone.layers} of widths {widths}; build the fuser with "
             f"in_channels={backbone.embed_dim} and num_layers={len(widths)}, or tap other layers."
@@ -159,12 +160,12 @@ def check_fuser_fits(backbone: Backbone, fuser: Fuser) -> None:
 def _read_config(folder: Path) -> dict[str, Any]:
     missing = [name for name in (_CONFIG_FILE, _WEIGHTS_FILE) if not (folder / name).is_file()]
     if missing:
-        raise FileNotFoundError(
+        raise MissingFileError(
             f"{folder} holds no {' and no '.join(missing)}; give a folder written by FusedEncoder.save_pretrained."
         )
     config: dict[str, Any] = json.loads((folder / _CONFIG_FILE).read_text())
     if set(config) != {"backbone", "fuser"}:
-        raise ValueError(
+        raise InputError(
             f"{folder / _CONFIG_FILE} has the keys {sorted(config)}; a FusedEncoder's has 'backbone' and 'fuser'."
         )
     return config
@@ -173,7 +174,7 @@ def _read_config(folder: Path) -> dict[str, Any]:
 def _load_weights(encoder: FusedEncoder, path: Path) -> None:
     mismatch = encoder.load_state_dict(load_file(path), strict=False)
     if mismatch.missing_keys or mismatch.unexpected_keys:
-        raise ValueError(
+        raise InputError(
             f"the weights in {path} do not fit this encoder. Missing: {mismatch.missing_keys or 'none'}. "
             f"Unexpected: {mismatch.unexpected_keys or 'none'}. Check that config and weights come from the same run."
         )

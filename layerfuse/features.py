@@ -29,6 +29,8 @@ from dataclasses import dataclass
 
 import torch
 
+from layerfuse.errors import InputError, UnknownKeyError
+
 __all__ = ["FeatureMaps", "Grid"]
 
 Grid = tuple[int, int]
@@ -57,9 +59,9 @@ class FeatureMaps:
         """Check that the fields fit one another."""
         count = len(self.maps)
         if count == 0:
-            raise ValueError("FeatureMaps needs at least one map, got none; tap at least one layer.")
+            raise InputError("FeatureMaps needs at least one map, got none; tap at least one layer.")
         if len(self.layers) != count or len(self.grids) != count or len(self.prefix) not in (0, count):
-            raise ValueError(
+            raise InputError(
                 f"FeatureMaps got {count} maps, {len(self.layers)} layers, {len(self.grids)} grids and "
                 f"{len(self.prefix)} prefix tensors; give one layer and one grid per map, and either one prefix "
                 "tensor per map or none."
@@ -67,18 +69,18 @@ class FeatureMaps:
         batch_size = self.maps[0].shape[0]
         for layer, grid, feature_map in zip(self.layers, self.grids, self.maps, strict=True):
             if feature_map.ndim != 3:
-                raise ValueError(
+                raise InputError(
                     f"the map of layer {layer} has shape {tuple(feature_map.shape)}; expected three dimensions "
                     "(B, N, C): flatten the grid row by row and move channels last."
                 )
             height, width = grid
             if feature_map.shape[1] != height * width:
-                raise ValueError(
+                raise InputError(
                     f"the map of layer {layer} has {feature_map.shape[1]} tokens, but its grid {height}x{width} has "
                     f"{height * width}; split the prefix tokens off and give the grid as (H, W) in patches."
                 )
             if feature_map.shape[0] != batch_size:
-                raise ValueError(
+                raise InputError(
                     f"the map of layer {layer} has batch size {feature_map.shape[0]}, the first map has {batch_size}; "
                     "all maps must come from the same images."
                 )
@@ -114,7 +116,7 @@ class FeatureMaps:
             KeyError: if that layer was not tapped.
         """
         if number not in self.layers:
-            raise KeyError(f"layer {number} was not tapped; tapped layers: {', '.join(map(str, self.layers))}.")
+            raise UnknownKeyError(f"layer {number} was not tapped; tapped layers: {', '.join(map(str, self.layers))}.")
         return self.maps[self.layers.index(number)]
 
     def spatial(self, index: int) -> torch.Tensor:

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from PIL import Image
 
+from layerfuse.errors import InputError, InvalidTypeError
 from layerfuse.registry import unknown_name_message
 
 __all__ = [
@@ -71,22 +72,22 @@ class Preprocessing:
         for name, length in (("size", 2), ("mean", 3), ("std", 3)):
             values = tuple(getattr(self, name))
             if len(values) != length:
-                raise ValueError(f"Preprocessing {name}={values} has {len(values)} entries; expected {length}.")
+                raise InputError(f"Preprocessing {name}={values} has {len(values)} entries; expected {length}.")
             object.__setattr__(self, name, values)
         if min(self.size) < 1:
-            raise ValueError(f"Preprocessing size={self.size} is empty; give (height, width) in pixels, each >= 1.")
+            raise InputError(f"Preprocessing size={self.size} is empty; give (height, width) in pixels, each >= 1.")
         if min(self.std) <= 0:
-            raise ValueError(
+            raise InputError(
                 f"Preprocessing std={self.std} has an entry <= 0; give standard deviations, such as {HALF}."
             )
         if not 0 < self.crop_pct <= 1:
-            raise ValueError(f"Preprocessing crop_pct={self.crop_pct} is outside (0, 1]; 1 keeps the whole short edge.")
+            raise InputError(f"Preprocessing crop_pct={self.crop_pct} is outside (0, 1]; 1 keeps the whole short edge.")
         for name, value, known in (
             ("mode", self.mode, get_args(Mode)),
             ("interpolation", self.interpolation, get_args(Interpolation)),
         ):
             if value not in known:
-                raise ValueError(unknown_name_message(f"Preprocessing {name}", value, known))
+                raise InputError(unknown_name_message(f"Preprocessing {name}", value, known))
 
     def __call__(self, image: Image.Image) -> torch.Tensor:
         """Prepare one image.
@@ -120,7 +121,7 @@ class Preprocessing:
         """
         prepared = [self(image) for image in images]
         if not prepared:
-            raise ValueError("Preprocessing.batch got no images; give at least one.")
+            raise InputError("Preprocessing.batch got no images; give at least one.")
         return torch.stack(prepared)
 
     def fit(self, image: Image.Image) -> Image.Image:
@@ -136,7 +137,7 @@ class Preprocessing:
             TypeError: if this is no PIL image.
         """
         if not isinstance(image, Image.Image):
-            raise TypeError(
+            raise InvalidTypeError(
                 f"Preprocessing takes PIL images, got {type(image).__name__}; open files with PIL.Image.open, make "
                 "arrays images with PIL.Image.fromarray."
             )
@@ -172,10 +173,10 @@ class Preprocessing:
         known = [field.name for field in fields(cls)]
         for key in config:
             if key not in known:
-                raise ValueError(unknown_name_message("Preprocessing key", key, known))
+                raise InputError(unknown_name_message("Preprocessing key", key, known))
         missing = [name for name in ("size", "mean", "std") if name not in config]
         if missing:
-            raise ValueError(
+            raise InputError(
                 f"Preprocessing config lacks {', '.join(missing)}; it has {', '.join(config) or 'no keys'}."
             )
         return cls(**config)

@@ -10,6 +10,8 @@ from collections.abc import Callable, Iterable, Iterator
 from importlib import metadata
 from typing import Generic, TypeVar
 
+from layerfuse.errors import InputError
+
 __all__ = ["Registry", "unknown_name_message"]
 
 T = TypeVar("T")
@@ -66,7 +68,7 @@ class Registry(Generic[T]):
                 entry.__module__,
                 entry.__qualname__,
             ):
-                raise ValueError(
+                raise InputError(
                     f"{self.kind} {name!r} is already registered by {taken.__module__}.{taken.__qualname__}; "
                     f"choose another name for {entry.__module__}.{entry.__qualname__}."
                 )
@@ -90,7 +92,7 @@ class Registry(Generic[T]):
         if name not in self._entries and name in self._entry_points():
             self._entries[name] = self._entry_points()[name].load()
         if name not in self._entries:
-            raise ValueError(unknown_name_message(self.kind, name, self.names()))
+            raise InputError(unknown_name_message(self.kind, name, self.names()))
         return self._entries[name]
 
     def names(self) -> tuple[str, ...]:

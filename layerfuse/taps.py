@@ -14,6 +14,7 @@ from typing import SupportsIndex
 import torch
 from torch import nn
 
+from layerfuse.errors import InputError, InvalidTypeError
 from layerfuse.features import FeatureMaps, Grid
 
 __all__ = ["BlockTaps", "TappedModel", "find_blocks", "get_blocks", "resolve_layers", "split_prefix", "tap"]
@@ -35,24 +36,24 @@ def resolve_layers(layers: SupportsIndex | Sequence[SupportsIndex], num_blocks: 
         TypeError: if a layer is not an integer.
     """
     if isinstance(layers, str):
-        raise TypeError(f"layers must be integers, got the text {layers!r}; write for example (3, 8, -2).")
+        raise InvalidTypeError(f"layers must be integers, got the text {layers!r}; write for example (3, 8, -2).")
     asked = tuple(layers) if isinstance(layers, Sequence) else (layers,)
     if not asked:
-        raise ValueError("no layer was asked for; give at least one, for example layers=-2 (the penultimate block).")
+        raise InputError("no layer was asked for; give at least one, for example layers=-2 (the penultimate block).")
     resolved: dict[int, SupportsIndex] = {}
     for given in asked:
         if isinstance(given, bool) or not hasattr(given, "__index__"):
-            raise TypeError(f"layers must be integers, got {given!r}; write for example (3, 8, -2).")
+            raise InvalidTypeError(f"layers must be integers, got {given!r}; write for example (3, 8, -2).")
         number = operator.index(given)
         layer = number + num_blocks + 1 if number < 0 else number
         if not 0 <= layer <= num_blocks:
-            raise ValueError(
+            raise InputError(
                 f"layer {number} is outside this backbone ({num_blocks} blocks: 0 = embeddings, 1..{num_blocks}, "
                 f"or -{num_blocks + 1}..-1)."
             )
         if layer in resolved:
             twice = f"{resolved[layer]} and {number}" if resolved[layer] != number else f"{number} twice"
-            raise ValueError(
+            raise InputError(
                 f"layers {asked} ask for the same map more than once ({twice}; {num_blocks} blocks); name each once."
             )
         resolved[layer] = number
@@ -78,7 +79,7 @@ def get_blocks(model: nn.Module, path: str) -> nn.Module:
         blocks = None
     if not isinstance(blocks, (nn.ModuleList, nn.Sequential)):
         found = ", ".join(_block_list_paths(model)) or "none"
-        raise ValueError(
+        raise InputError(
             f"{type(model).__name__} has no block list at {path!r}; expected the path of an nn.ModuleList or "
             f"nn.Sequential of blocks. Found: {found}."
         )
@@ -99,7 +100,7 @@ def find_blocks(model: nn.Module) -> str:
     """
     paths = _block_list_paths(model)
     if len(paths) != 1:
-        raise ValueError(
+        raise InputError(
             f"{type(model).__name__} has {len(paths)} block lists ({', '.join(paths) or 'none'}); "
             "say which one to tap by its path, for example blocks='encoder.layers'."
         )

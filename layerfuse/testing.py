@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from layerfuse.backbones import MODULES, Backbone, create_backbone
+from layerfuse.errors import InputError
 from layerfuse.features import FeatureMaps, Grid
 from layerfuse.registry import unknown_name_message
 
@@ -72,7 +73,7 @@ def random_features(
     if num_layers is not None:
         lengths.add(num_layers)
     if len(lengths) > 1:
-        raise ValueError(
+        raise InputError(
             f"num_layers={num_layers}, channels={channels} and grids={grids} name different numbers of maps; "
             "give one number or one pair for all maps, or as many as there are maps."
         )
@@ -198,7 +199,7 @@ def tiny_backbone(
         "module": _module_options,
     }
     if family not in builders:
-        raise ValueError(unknown_name_message("tiny backbone of family", family, builders))
+        raise InputError(unknown_name_message("tiny backbone of family", family, builders))
     name, options = builders[family](num_blocks, embed_dim, num_heads, image_size, patch_size)
     backbone = create_backbone(family, name, layers=layers, pretrained=False, options=options)
     randomise_parameters(backbone, std=0.1, seed=seed)

@@ -21,12 +21,20 @@ from tests.source_support import (
 )
 
 FOUNDATION = {
-    "layerfuse.features": set(),
-    "layerfuse.registry": set(),
-    "layerfuse.taps": {"layerfuse.features", "layerfuse.registry"},
-    "layerfuse.ops": {"layerfuse.features", "layerfuse.registry", "layerfuse.ops"},
+    "layerfuse.errors": set(),
+    "layerfuse.files": {"layerfuse.errors"},
+    "layerfuse.features": {"layerfuse.errors"},
+    "layerfuse.registry": {"layerfuse.errors"},
+    "layerfuse.taps": {"layerfuse.errors", "layerfuse.features", "layerfuse.registry"},
+    "layerfuse.ops": {"layerfuse.errors", "layerfuse.features", "layerfuse.registry", "layerfuse.ops"},
 }
-FUSERS_MAY_IMPORT = {"layerfuse.features", "layerfuse.registry", "layerfuse.ops", "layerfuse.fusers.base"}
+FUSERS_MAY_IMPORT = {
+    "layerfuse.errors",
+    "layerfuse.features",
+    "layerfuse.registry",
+    "layerfuse.ops",
+    "layerfuse.fusers.base",
+}
 STDLIB_FREE = {"torch", "einops"}
 
 

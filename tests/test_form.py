@@ -10,6 +10,10 @@ from tests.source_support import BY_MODULE, EVERYTHING, LIBRARY, Source, assert_
 
 MAX_FILE_LINES = 400
 MAX_FUNCTION_LINES = 60
+BUILT_IN_ERRORS = {
+    *("ValueError", "TypeError", "KeyError", "OSError", "FileNotFoundError", "FileExistsError", "NotADirectoryError"),
+    *("PermissionError", "ImportError", "ModuleNotFoundError", "Exception"),
+}
 COMMAND_LINE = re.compile(r"__main__\.py|cli\.py|.*_command\.py")
 
 
@@ -54,6 +58,18 @@ def test_library_code_does_not_print() -> None:
     assert_none(
         offenders(check, LIBRARY), "log instead of printing; only command-line files and a command's `main` print:"
     )
+
+
+def test_errors_that_users_cause_are_a_class_of_their_own() -> None:
+    def check(source: Source) -> Iterator[str]:
+        if source.module == "layerfuse.errors":
+            return
+        for node in ast.walk(source.tree):
+            raised = node.exc.func if isinstance(node, ast.Raise) and isinstance(node.exc, ast.Call) else None
+            if raised is not None and name_of(raised) in BUILT_IN_ERRORS:
+                yield source.where(node.lineno, f"raises {name_of(raised)}")
+
+    assert_none(offenders(check, LIBRARY), "raise the class of layerfuse.errors that is also this one:")
 
 
 def test_public_modules_define_all_and_it_is_true() -> None:

@@ -17,7 +17,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .atomic import atomic_file
+from layerfuse.errors import InputError
+from layerfuse.files import atomic_file
+
 from .request_files import Request
 
 __all__ = ["AnswerFile", "Shard", "find_shard", "weights_fingerprint"]
@@ -38,7 +40,7 @@ class Shard:
     def __post_init__(self) -> None:
         """Refuse a process that is none of them."""
         if not 0 <= self.index < self.count:
-            raise ValueError(f"shard {self.index}/{self.count} does not exist; the first of 4 is 0/4, the last 3/4.")
+            raise InputError(f"shard {self.index}/{self.count} does not exist; the first of 4 is 0/4, the last 3/4.")
 
 
 def find_shard(text: str | None, environment: Mapping[str, str] = os.environ) -> Shard:
@@ -58,7 +60,7 @@ def find_shard(text: str | None, environment: Mapping[str, str] = os.environ) ->
         return Shard(int(environment.get("RANK", 0)), int(environment.get("WORLD_SIZE", 1)))
     index, slash, count = text.partition("/")
     if not (slash and index.isdigit() and count.isdigit()):
-        raise ValueError(f"shard {text!r} is not of the form INDEX/COUNT; the first of 4 is 0/4, the last 3/4.")
+        raise InputError(f"shard {text!r} is not of the form INDEX/COUNT; the first of 4 is 0/4, the last 3/4.")
     return Shard(int(index), int(count))
 
 
@@ -96,7 +98,7 @@ class AnswerFile:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         if overwrite:
             if shard.count > 1:
-                raise ValueError(
+                raise InputError(
                     f"several processes cannot overwrite {path}: one might remove what another has just written. "
                     f"Remove it and its parts ({self.path.name}.part-*) first."
                 )
@@ -152,11 +154,11 @@ class AnswerFile:
     def _check(self, row: Any, place: str) -> None:
         way_out = "Give another output, or overwrite it (--overwrite)."
         if not isinstance(row, dict) or not {"id", "prompt", "answer", "metadata"} <= row.keys():
-            raise ValueError(f"{place} is no answer (id, prompt, answer, model_id, metadata). {way_out}")
+            raise InputError(f"{place} is no answer (id, prompt, answer, model_id, metadata). {way_out}")
         if self._questions.get(row["id"]) != row["prompt"]:
-            raise ValueError(f"{place} answers another question with id {row['id']!r}: {row['prompt']!r}. {way_out}")
+            raise InputError(f"{place} answers another question with id {row['id']!r}: {row['prompt']!r}. {way_out}")
         if row["metadata"] != self._row["metadata"]:
-            raise ValueError(
+            raise InputError(
                 f"{place} was answered by another model or under other settings: {row['metadata']}; now they are "
                 f"{self._row['metadata']}. {way_out}"
             )
@@ -181,7 +183,7 @@ def _rows(path: Path) -> Iterator[tuple[int, Any]]:
             # Another process may be writing the last line just now.
             if number == len(lines):
                 return
-            raise ValueError(f"{path}, line {number} is not JSON ({error}); remove the line, or the file.") from error
+            raise InputError(f"{path}, line {number} is not JSON ({error}); remove the line, or the file.") from error
         if row is not None:
             yield number, row
 

@@ -18,6 +18,7 @@ from transformers import (
 )
 
 from layerfuse.backbones import Backbone, create_backbone
+from layerfuse.errors import InputError
 from layerfuse.fusers import Fuser, create_fuser
 
 from .config import PARTS, LoraConfig, ModelConfig, StageConfig
@@ -75,7 +76,7 @@ def assemble(
     embedding: Any = llm.get_input_embeddings()
     vocabulary = embedding.num_embeddings
     if len(tokenizer) > vocabulary:
-        raise ValueError(
+        raise InputError(
             f"the tokenizer of {config.tokenizer or config.llm} has {len(tokenizer)} tokens, but the language model "
             f"has embeddings for {vocabulary}; set model.tokenizer, or vocab_size in model.llm_architecture."
         )
@@ -96,7 +97,7 @@ def _language_model(config: ModelConfig, dtype: torch.dtype, lora: LoraConfig | 
         )
         return model
     if quantized is not None:
-        raise ValueError("quantised weights need a pretrained language model; set model.llm_pretrained to true.")
+        raise InputError("quantised weights need a pretrained language model; set model.llm_pretrained to true.")
     model = AutoModelForCausalLM.from_config(described_llm(config), dtype=dtype, attn_implementation=config.attention)
     return model
 
@@ -137,7 +138,7 @@ def described_llm(config: ModelConfig) -> PreTrainedConfig:
         ValueError: if the recipe does not hold it.
     """
     if "model_type" not in config.llm_architecture:
-        raise ValueError(
+        raise InputError(
             f"{config.llm} is not to be loaded, or cannot be: neither a folder nor in the hub's cache. So "
             "model.llm_architecture has to describe it: model_type, hidden_size, num_hidden_layers, … as transformers "
             "names them."

@@ -11,6 +11,8 @@ from pathlib import Path
 
 from PIL import Image
 
+from layerfuse.errors import InputError
+
 from .answer_options import add_decoding_options, add_model_options, load_from_options, read_decoding
 from .decoding import Decoding
 from .generate import Answerer
@@ -100,7 +102,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         decoding = read_decoding(arguments)
         if decoding.num_beams > 1:
-            raise ValueError(f"--num-beams {decoding.num_beams}: beams cannot be streamed; leave it out.")
+            raise InputError(f"--num-beams {decoding.num_beams}: beams cannot be streamed; leave it out.")
         opened = [read_image(path) for path in arguments.image]
         conversation = Conversation(load_from_options(arguments), decoding)
     except (ValueError, FileNotFoundError, ImportError) as error:

@@ -10,7 +10,9 @@ from safetensors.torch import save_file
 from torch import nn
 from transformers import AutoProcessor, LlavaProcessor
 
-from .atomic import atomic_folder
+from layerfuse.errors import InputError, MissingFileError
+from layerfuse.files import atomic_folder
+
 from .config import PARTS
 from .convert.names import our_adapter
 from .model import FusedLlavaConfig, FusedLlavaForConditionalGeneration
@@ -48,10 +50,10 @@ def load_config(folder: str | Path) -> FusedLlavaConfig:
     """
     folder = Path(folder)
     if not (folder / CONFIG_FILE).is_file():
-        raise FileNotFoundError(f"{folder} holds no {CONFIG_FILE}; give a folder that a finished training run wrote.")
+        raise MissingFileError(f"{folder} holds no {CONFIG_FILE}; give a folder that a finished training run wrote.")
     kind = read_json(folder / CONFIG_FILE).get("model_type")
     if kind != FusedLlavaConfig.model_type:
-        raise ValueError(
+        raise InputError(
             f"{folder} holds a {kind!r} model; expected {FusedLlavaConfig.model_type!r}, as `python -m "
             "integrations.llava train` writes it. Models of MMFuser, LLaVA-1.5 and transformers' LLaVA can be "
             f"converted: python -m integrations.llava convert --from {folder} --to NEW_FOLDER"
@@ -137,7 +139,7 @@ def load_adapter(model: nn.Module, parts: Sequence[str], path: str | Path) -> No
     """
     path = Path(path)
     if not path.is_file():
-        raise FileNotFoundError(f"adapter {path} does not exist; run the stage that writes it first.")
+        raise MissingFileError(f"adapter {path} does not exist; run the stage that writes it first.")
     stored = stored_tensors(path)
     if any("mm_projector." in name for name in stored):
         stored = our_adapter(stored)

@@ -29,7 +29,9 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.optim import Optimizer
 from transformers import Trainer
 
-from .atomic import check_disk_space
+from layerfuse.errors import InputError
+from layerfuse.files import check_disk_space
+
 from .processes import on_main
 
 __all__ = [
@@ -186,7 +188,7 @@ def _read(
 def _check_names(what: str, expected: Iterable[str], found: Iterable[str]) -> None:
     missing, unexpected = sorted({*expected} - {*found}), sorted({*found} - {*expected})
     if missing or unexpected:
-        raise ValueError(
+        raise InputError(
             f"{what} came from another model or stage. Missing: {', '.join(missing) or 'none'}; unexpected: "
             f"{', '.join(unexpected) or 'none'}. Continue with the recipe that began the run."
         )

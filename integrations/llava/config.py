@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, cast, get_args
 
+from layerfuse.errors import InputError
 from layerfuse.registry import unknown_name_message
 
 __all__ = ["ENGINES", "PARTS", "STAGES", "DataConfig", "LoraConfig", "ModelConfig", "Recipe", "StageConfig"]
@@ -171,15 +172,15 @@ class StageConfig:
         """Refuse parts that do not exist and batches that cannot be."""
         for part in (*self.trainable, *self.learning_rates):
             if part not in PARTS:
-                raise ValueError(unknown_name_message("part", part, PARTS))
+                raise InputError(unknown_name_message("part", part, PARTS))
         for name in ("batch_size", "micro_batch_size", "save_every", "keep_checkpoints", "max_steps"):
             value = getattr(self, name)
             if value is not None and value < 1:
-                raise ValueError(f"{name}={value} is too small; give at least 1.")
+                raise InputError(f"{name}={value} is too small; give at least 1.")
         if self.lora.rank and "llm" not in self.trainable:
-            raise ValueError(f"lora.rank={self.lora.rank}, but 'llm' is not among the trainable parts; add it.")
+            raise InputError(f"lora.rank={self.lora.rank}, but 'llm' is not among the trainable parts; add it.")
         if self.lora.quantize != "none" and not self.lora.rank:
-            raise ValueError(f"lora.quantize={self.lora.quantize!r} needs adapters to train; set lora.rank.")
+            raise InputError(f"lora.quantize={self.lora.quantize!r} needs adapters to train; set lora.rank.")
 
     def batches(self, num_processes: int = 1) -> tuple[int, int]:
         """Divide a step's samples among processes.
@@ -196,7 +197,7 @@ class StageConfig:
         per_process, left = divmod(self.batch_size, num_processes)
         micro = self.micro_batch_size or per_process
         if left or not per_process or per_process % micro:
-            raise ValueError(
+            raise InputError(
                 f"batch_size={self.batch_size} cannot be divided among {num_processes} processes in micro batches of "
                 f"{self.micro_batch_size or 'equal size'}; batch_size has to be a multiple of processes times "
                 f"micro_batch_size. Set micro_batch_size to a divisor of batch_size / processes."
@@ -233,7 +234,7 @@ class Recipe:
     def __post_init__(self) -> None:
         """Refuse a language model that learns where nothing keeps it."""
         if "llm" in self.pretrain.trainable:
-            raise ValueError("stage pretrain cannot train the llm: only finetune keeps it; remove it from trainable.")
+            raise InputError("stage pretrain cannot train the llm: only finetune keeps it; remove it from trainable.")
 
     def stage(self, name: str) -> StageConfig:
         """Look a stage up.
@@ -242,5 +243,5 @@ class Recipe:
             ValueError: if there is no such stage.
         """
         if name not in STAGES:
-            raise ValueError(unknown_name_message("stage", name, STAGES))
+            raise InputError(unknown_name_message("stage", name, STAGES))
         return cast(StageConfig, getattr(self, name))

@@ -10,7 +10,9 @@ from pathlib import Path
 
 from transformers import AutoTokenizer
 
-from .atomic import atomic_file
+from layerfuse.errors import ExistingFileError, MissingFileError
+from layerfuse.files import atomic_file
+
 from .data.cleaning import clean_path, lines_path, write_clean, write_lines
 from .data.conversations import TokenLimit
 from .data.files import SampleFile, read_samples
@@ -63,10 +65,10 @@ def _add_check_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _check(arguments: argparse.Namespace) -> int:
     if not arguments.image_folder.is_dir():
-        raise FileNotFoundError(f"image folder {arguments.image_folder} does not exist; give an existing folder.")
+        raise MissingFileError(f"image folder {arguments.image_folder} does not exist; give an existing folder.")
     target = clean_path(arguments.data)
     if arguments.fix and target.exists():
-        raise FileExistsError(f"{target} exists and is left alone; move it away or remove it, or leave out --fix.")
+        raise ExistingFileError(f"{target} exists and is left alone; move it away or remove it, or leave out --fix.")
     samples = read_samples(arguments.data)
     found = survey_samples(
         samples,
@@ -107,7 +109,7 @@ def _token_limit(arguments: argparse.Namespace) -> TokenLimit | None:
     try:
         tokenizer = AutoTokenizer.from_pretrained(arguments.tokenizer)
     except (OSError, ValueError) as error:
-        raise FileNotFoundError(
+        raise MissingFileError(
             f"tokenizer {arguments.tokenizer} cannot be loaded ({error}); give its folder or hub name."
         ) from error
     return TokenLimit(TextEncoder(tokenizer), num_image_tokens=arguments.image_tokens, max_length=arguments.max_length)
@@ -115,7 +117,7 @@ def _token_limit(arguments: argparse.Namespace) -> TokenLimit | None:
 
 def _convert(arguments: argparse.Namespace) -> int:
     if arguments.data.suffix == ".jsonl":
-        raise FileExistsError(f"{arguments.data} already has one sample a line; there is nothing to convert.")
+        raise ExistingFileError(f"{arguments.data} already has one sample a line; there is nothing to convert.")
     samples: SampleFile = read_samples(arguments.data)
     target = arguments.output or lines_path(arguments.data)
     write_lines(samples, target)

@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from transformers import LogitsProcessor, TemperatureLogitsWarper, TopPLogitsWarper
 
+from layerfuse.errors import InputError
+
 __all__ = ["Decoding", "SeededSampling"]
 
 
@@ -35,15 +37,15 @@ class Decoding:
         """Refuse values that mean nothing, and values that would be ignored."""
         for name in ("max_new_tokens", "num_beams"):
             if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)} is too small; give at least 1.")
+                raise InputError(f"{name}={getattr(self, name)} is too small; give at least 1.")
         if self.temperature < 0:
-            raise ValueError(f"temperature={self.temperature} is negative; give 0 (greedy) or more (sampling).")
+            raise InputError(f"temperature={self.temperature} is negative; give 0 (greedy) or more (sampling).")
         if not 0 < self.top_p <= 1:
-            raise ValueError(f"top_p={self.top_p} is no probability; give more than 0 and at most 1.")
+            raise InputError(f"top_p={self.top_p} is no probability; give more than 0 and at most 1.")
         if self.top_p < 1 and not self.temperature:
-            raise ValueError(f"top_p={self.top_p} needs sampling; give a temperature above 0 with it.")
+            raise InputError(f"top_p={self.top_p} needs sampling; give a temperature above 0 with it.")
         if self.num_beams > 1 and self.temperature:
-            raise ValueError(
+            raise InputError(
                 f"num_beams={self.num_beams} and temperature={self.temperature} exclude each other: beam search looks "
                 "for the likeliest answer. Set num_beams to 1 or temperature to 0."
             )

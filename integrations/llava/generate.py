@@ -9,6 +9,8 @@ from pathlib import Path
 import torch
 from transformers import LlavaProcessor, LogitsProcessorList, StoppingCriteriaList
 
+from layerfuse.errors import InputError
+
 from .checkpoint import load_config, load_model, load_processor
 from .data import Collator
 from .decoding import Decoding, SeededSampling
@@ -71,11 +73,11 @@ class Answerer:
                 written, see `Preparer.encode`.
         """
         if len(images) != len(prompts):
-            raise ValueError(
+            raise InputError(
                 f"got {len(images)} images for {len(prompts)} prompts; give one entry of images per prompt."
             )
         if batch_size < 1:
-            raise ValueError(f"batch_size={batch_size} is too small; answer at least 1 prompt at a time.")
+            raise InputError(f"batch_size={batch_size} is too small; answer at least 1 prompt at a time.")
         decoding = _decoding(decoding, max_new_tokens)
         pictures = [as_list(entry) for entry in images]
         ids = [self.prepare.encode(prompt, len(own)) for prompt, own in zip(prompts, pictures, strict=True)]
@@ -113,7 +115,7 @@ class Answerer:
         """
         decoding = _decoding(decoding, max_new_tokens)
         if decoding.num_beams > 1:
-            raise ValueError(f"num_beams={decoding.num_beams}: beams cannot be streamed; set num_beams to 1.")
+            raise InputError(f"num_beams={decoding.num_beams}: beams cannot be streamed; set num_beams to 1.")
         batch = self.collate([self.prepare(images, prompt)])
 
         def generate(streamer: WholeTextStreamer, stop: StopWhenSet) -> None:

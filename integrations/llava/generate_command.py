@@ -10,6 +10,8 @@ from pathlib import Path
 
 from tqdm.auto import tqdm
 
+from layerfuse.errors import InputError
+
 from .answer_files import AnswerFile, Shard, find_shard, weights_fingerprint
 from .answer_options import (
     add_decoding_options,
@@ -83,7 +85,7 @@ def _parser() -> argparse.ArgumentParser:
 def _answer_prompts(arguments: argparse.Namespace, decoding: Decoding) -> int:
     count = max(len(arguments.image), len(arguments.prompt))
     if len(arguments.prompt) not in (1, count) or len(arguments.image) not in (0, 1, count):
-        raise ValueError(
+        raise InputError(
             f"got {len(arguments.image)} times --image and {len(arguments.prompt)} prompts; give one for all, or as "
             "many. Several images for one prompt stand behind one --image."
         )

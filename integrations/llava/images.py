@@ -12,6 +12,8 @@ from pathlib import Path
 from PIL import Image
 from tqdm.auto import tqdm
 
+from layerfuse.errors import InputError, MissingFileError
+
 __all__ = ["IMAGE_ERRORS", "find_broken_images", "read_image"]
 
 IMAGE_ERRORS = (
@@ -37,12 +39,12 @@ def read_image(path: str | Path) -> Image.Image:
     """
     path = Path(path)
     if not path.is_file():
-        raise FileNotFoundError(f"image {path} does not exist; give the path of a picture (PNG, JPEG, WebP, …).")
+        raise MissingFileError(f"image {path} does not exist; give the path of a picture (PNG, JPEG, WebP, …).")
     try:
         with Image.open(path) as image:
             return image.convert("RGB")
     except IMAGE_ERRORS as error:
-        raise ValueError(
+        raise InputError(
             f"image {path} cannot be read ({error}); give a picture that is whole (PNG, JPEG, WebP, …)."
         ) from error
 

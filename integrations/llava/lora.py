@@ -16,7 +16,9 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from .atomic import atomic_folder
+from layerfuse.errors import InputError, MissingFileError, MissingPackageError
+from layerfuse.files import atomic_folder
+
 from .config import LoraConfig
 from .weight_files import StoredTensor, check_fit, read_json, stored_tensors
 
@@ -46,12 +48,12 @@ def add_lora(model: nn.Module, config: LoraConfig) -> None:
         ImportError: if peft is not installed.
     """
     if config.rank < 1:
-        raise ValueError(f"lora.rank={config.rank} is too small for adapters; give at least 1, such as 128.")
+        raise InputError(f"lora.rank={config.rank} is too small for adapters; give at least 1, such as 128.")
     _refuse_adapted(model)
     linear = {name.rpartition(".")[2] for name, module in _language_model(model) if isinstance(module, nn.Linear)}
     absent = sorted(set(config.target_modules) - linear)
     if absent or not config.target_modules:
-        raise ValueError(
+        raise InputError(
             f"lora.target_modules: the language model has no linear layers called {', '.join(absent) or '(none given)'}"
             f"; it has {', '.join(sorted(linear))}."
         )
@@ -134,7 +136,7 @@ def merge_lora(model: nn.Module) -> None:
     layers = [(name, module) for name, module in model.named_modules() if _is_adapted(module)]
     quantized = [name for name, layer in layers if not layer.get_base_layer().weight.is_floating_point()]
     if quantized:
-        raise ValueError(
+        raise InputError(
             f"{len(quantized)} layers with adapters are quantised ({quantized[0]}, …), and merging into them would "
             "round again. Save the adapters, load the model unquantised, load the adapters, and merge there."
         )
@@ -163,7 +165,7 @@ def merged_tensors(tensors: Mapping[str, StoredTensor], folder: str | Path) -> d
     config = read_json(Path(folder) / _CONFIG)
     variants = [name for name in _VARIANTS if config.get(name)]
     if config.get("peft_type") != "LORA" or config.get("bias", "none") != "none" or variants:
-        raise ValueError(
+        raise InputError(
             f"{folder} holds adapters that cannot be merged tensor by tensor (peft_type {config.get('peft_type')!r}, "
             f"bias {config.get('bias')!r}, {', '.join(variants) or 'no variants'}); merge them with peft, then convert."
         )
@@ -180,7 +182,7 @@ def merged_tensors(tensors: Mapping[str, StoredTensor], folder: str | Path) -> d
         scale = config["lora_alpha"] / (rank**0.5 if config.get("use_rslora") else rank)
         merged[ours] = merged[ours].then(_adder(down, up, scale))
     if faults:
-        raise ValueError(f"the adapters in {folder} do not fit these weights of the model: {', '.join(faults)}.")
+        raise InputError(f"the adapters in {folder} do not fit these weights of the model: {', '.join(faults)}.")
     return merged
 
 
@@ -196,7 +198,9 @@ def _peft() -> ModuleType:
     try:
         import peft
     except ImportError as error:
-        raise ImportError("LoRA needs the package peft; install it with `pip install 'layerfuse[lora]'`.") from error
+        raise MissingPackageError(
+            "LoRA needs the package peft; install it with `pip install 'layerfuse[lora]'`."
+        ) from error
     module: ModuleType = peft
     return module
 
@@ -218,14 +222,14 @@ def _inject(model: nn.Module, config: Any) -> None:
 
 def _refuse_adapted(model: nn.Module) -> None:
     if getattr(model, "peft_config", None):
-        raise ValueError("the model has adapters already; merge them (merge_lora) or load the model anew.")
+        raise InputError("the model has adapters already; merge them (merge_lora) or load the model anew.")
 
 
 def _refuse_repacked(model: nn.Module) -> None:
     """Bitsandbytes reorders 4-bit weights on the CPU when they first answer, and gradients through them are wrong."""
     for name, parameter in model.named_parameters():
         if getattr(getattr(parameter, "quant_state", None), "packing_format_for_cpu", False):
-            raise ValueError(
+            raise InputError(
                 f"{name} was repacked for inference when the model first answered on this CPU, and bitsandbytes "
                 "computes wrong gradients through it; load the quantised model anew and train it before it answers."
             )
@@ -246,7 +250,7 @@ def _adapters(model: nn.Module) -> dict[str, nn.Parameter]:
 def _config_of(model: nn.Module) -> Any:
     configs: Any = getattr(model, "peft_config", None)
     if not configs:
-        raise ValueError("the model has no adapters; add some (add_lora) or load them (load_lora) first.")
+        raise InputError("the model has no adapters; add some (add_lora) or load them (load_lora) first.")
     return configs[_ADAPTER]
 
 
@@ -256,5 +260,5 @@ def _file_name(name: str) -> str:
 
 def _stored_adapter(folder: Path) -> dict[str, StoredTensor]:
     if not (folder / _CONFIG).is_file() or not (folder / _WEIGHTS).is_file():
-        raise FileNotFoundError(f"{folder} holds no adapters; expected {_CONFIG} and {_WEIGHTS}, as PEFT writes them.")
+        raise MissingFileError(f"{folder} holds no adapters; expected {_CONFIG} and {_WEIGHTS}, as PEFT writes them.")
     return stored_tensors(folder / _WEIGHTS)

@@ -29,6 +29,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from layerfuse.backbones import Backbone, backbone_from_config
 from layerfuse.encoder import check_fuser_fits
+from layerfuse.errors import InputError
 from layerfuse.features import FeatureMaps
 from layerfuse.fusers import Fuser, fuser_from_config
 
@@ -92,7 +93,7 @@ class _LoadsWhole(PreTrainedModel):
         }
         if any(faults.values()):
             listing = "; ".join(f"{kind}: {', '.join(keys)}" for kind, keys in faults.items() if keys)
-            raise ValueError(
+            raise InputError(
                 f"the weights in {args[0] if args else 'the checkpoint'} do not fit the model its config describes: "
                 f"{listing}. Check that config and weights come from the same run."
             )

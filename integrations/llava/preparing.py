@@ -9,6 +9,7 @@ import torch
 from PIL import Image
 from transformers import LlavaProcessor, PreTrainedConfig
 
+from layerfuse.errors import InputError
 from layerfuse.preprocessing import Preprocessing
 
 from .checkpoint import load_config, load_processor
@@ -37,13 +38,13 @@ class Preparer:
 
     def __init__(self, config: FusedLlavaConfig, processor: LlavaProcessor) -> None:
         if config.prompt_template is None:
-            raise ValueError(
+            raise InputError(
                 "the checkpoint's config has no prompt_template, and no other name or file says which one the model "
                 'was trained with. Save it there: model.config.prompt_template = get_template("v1").to_dict(), then '
                 "save_model; templates are in integrations.llava.prompts."
             )
         if not isinstance(processor.image_processor, LayerfuseImageProcessor):
-            raise ValueError(
+            raise InputError(
                 f"the processor prepares images with {type(processor.image_processor).__name__}; expected "
                 "LayerfuseImageProcessor, as build_processor makes it."
             )
@@ -96,7 +97,7 @@ class Preparer:
         ids = torch.tensor(rendered.input_ids)
         ids = ids.repeat_interleave(torch.where(ids == self.image_token_id, self.num_image_tokens, 1))
         if self.max_positions is not None and len(ids) >= self.max_positions:
-            raise ValueError(
+            raise InputError(
                 f"the prompt takes up {len(ids)} positions ({self.num_image_tokens} an image), and the model reads "
                 f"{self.max_positions}, answer included; shorten it, or leave out images."
             )
@@ -111,7 +112,7 @@ def as_list(images: Images) -> list[Image.Image]:
 def _messages(prompt: Prompt, num_images: int) -> list[Message]:
     messages: list[Message] = [{"from": "human", "value": prompt}] if isinstance(prompt, str) else list(prompt)
     if not messages or messages[-1]["from"] != "human":
-        raise ValueError("a conversation has to end with the human's turn, which the model then answers.")
+        raise InputError("a conversation has to end with the human's turn, which the model then answers.")
     human = [index for index, message in enumerate(messages) if message["from"] == "human"]
     tags = [messages[index]["value"].count(IMAGE_TAG) for index in human]
     # With one image, several tags in one message count as one: they are moved to its front.
@@ -120,7 +121,7 @@ def _messages(prompt: Prompt, num_images: int) -> list[Message]:
         first = messages[human[0]]
         messages[human[0]] = {**first, "value": f"{IMAGE_TAG}\n" * num_images + first["value"]}
     elif num_images and found != num_images:
-        raise ValueError(
+        raise InputError(
             f"the prompt has {found} {IMAGE_TAG} tags for {num_images} images; write one tag per image, or none at "
             "all: then the images stand in front."
         )

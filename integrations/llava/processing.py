@@ -14,6 +14,7 @@ from PIL import Image
 from transformers import AutoImageProcessor, BatchFeature, LlavaProcessor, PreTrainedTokenizerBase
 from transformers.image_processing_utils import BaseImageProcessor
 
+from layerfuse.errors import InputError
 from layerfuse.preprocessing import Preprocessing
 
 from .model import FusedLlavaForConditionalGeneration, LayerfuseVisionConfig
@@ -34,7 +35,7 @@ class LayerfuseImageProcessor(BaseImageProcessor):
     def __init__(self, preprocessing: dict[str, Any] | None = None, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         if preprocessing is None:
-            raise ValueError("LayerfuseImageProcessor needs preprocessing=..., as Preprocessing.to_dict() gives it.")
+            raise InputError("LayerfuseImageProcessor needs preprocessing=..., as Preprocessing.to_dict() gives it.")
         self.preprocessing = preprocessing
         height, width = preprocessing["size"]
         # Tools that count image tokens without preparing an image read this.

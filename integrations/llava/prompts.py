@@ -16,6 +16,7 @@ from typing import Any, Literal
 import tokenizers
 from transformers import PreTrainedTokenizerBase
 
+from layerfuse.errors import InputError
 from layerfuse.registry import unknown_name_message
 
 __all__ = [
@@ -94,7 +95,7 @@ def get_template(name: str) -> Template:
         ValueError: if no template has that name; the message gives the nearest match and the full list.
     """
     if name not in TEMPLATES:
-        raise ValueError(unknown_name_message("prompt template", name, TEMPLATES))
+        raise InputError(unknown_name_message("prompt template", name, TEMPLATES))
     return TEMPLATES[name]
 
 
@@ -140,11 +141,11 @@ class TextEncoder:
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         backend = getattr(tokenizer, "backend_tokenizer", None)
         if backend is None:
-            raise ValueError(
+            raise InputError(
                 f"{type(tokenizer).__name__} has no fast implementation; save the tokenizer with a tokenizer.json."
             )
         if tokenizer.eos_token_id is None:
-            raise ValueError("the tokenizer has no eos_token; set one, since every answer ends with it.")
+            raise InputError("the tokenizer has no eos_token; set one, since every answer ends with it.")
         description = json.loads(backend.to_str())
         self._prefix = _take_prefix(description)
         description.update(post_processor=None, truncation=None, padding=None)
@@ -176,7 +177,7 @@ class TextEncoder:
             return []
         ids = self._pieces.encode(self._prefix + text if at_start else text).ids
         if not self._control.isdisjoint(ids):
-            raise ValueError(
+            raise InputError(
                 f"the tokenizer reads a control token out of the plain text {text[:80]!r}; rebuild it so that control "
                 "tokens are added tokens and its pre-tokenizer splits their spelling."
             )
@@ -257,7 +258,7 @@ def _chat(template: Template, encoder: TextEncoder, messages: Sequence[Message],
 
 def _caption(template: Template, encoder: TextEncoder, messages: Sequence[Message], num_images: int) -> list[_Piece]:
     if num_images == 0 or len(messages) > 2:
-        raise ValueError(
+        raise InputError(
             f"template {template.name!r} writes one caption behind its image, but the conversation has {num_images} "
             f"images and {len(messages)} messages; give one question and one answer about an image, or use 'v1'."
         )
@@ -310,7 +311,7 @@ def render(
         messages = messages[1:]
     roles = [message["from"] for message in messages]
     if not roles or roles != (["human", "gpt"] * len(roles))[: len(roles)]:
-        raise ValueError(
+        raise InputError(
             f"the turns of a conversation are {roles}; they have to alternate between 'human' and 'gpt' and begin "
             "with 'human'."
         )

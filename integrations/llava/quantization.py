@@ -8,6 +8,7 @@ from typing import Literal, get_args
 import torch
 from transformers import BitsAndBytesConfig
 
+from layerfuse.errors import InputError, MissingPackageError
 from layerfuse.registry import unknown_name_message
 
 from .config import PARTS
@@ -37,11 +38,11 @@ def quantization_config(kind: Quantization, dtype: torch.dtype) -> BitsAndBytesC
         ImportError: if bitsandbytes is needed and not installed.
     """
     if kind not in QUANTIZATIONS:
-        raise ValueError(unknown_name_message("quantisation", kind, QUANTIZATIONS))
+        raise InputError(unknown_name_message("quantisation", kind, QUANTIZATIONS))
     if kind == "none":
         return None
     if find_spec("bitsandbytes") is None:
-        raise ImportError(
+        raise MissingPackageError(
             f"{kind} weights need the package bitsandbytes; install it with `pip install 'layerfuse[quantize]'`."
         )
     if kind == "int8":

@@ -18,6 +18,7 @@ from typing import Any
 import draccus
 import yaml
 
+from layerfuse.errors import InputError, MissingFileError
 from layerfuse.registry import unknown_name_message
 
 from .config import Recipe
@@ -60,7 +61,7 @@ def load_recipe(recipe: str | Path, overrides: Mapping[str, Any] | None = None) 
     path = _find(recipe)
     values = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader) or {}
     if not isinstance(values, dict):
-        raise ValueError(f"{path} holds a {type(values).__name__}; a recipe is a mapping of keys to values.")
+        raise InputError(f"{path} holds a {type(values).__name__}; a recipe is a mapping of keys to values.")
     values = _anchor(_with_base(values, path), path.parent)
     return _decode({"name": path.stem} | values, overrides or {}, origin=str(path))
 
@@ -72,7 +73,7 @@ def _with_base(values: dict[str, Any], path: Path) -> dict[str, Any]:
         return values
     base_path = path.parent / base
     if not base_path.is_file():
-        raise FileNotFoundError(f"{path} derives from {base_path}, which does not exist.")
+        raise MissingFileError(f"{path} derives from {base_path}, which does not exist.")
     inherited = yaml.load(base_path.read_text(encoding="utf-8"), Loader=_Loader)
     return _merge(_anchor(_with_base(inherited, base_path), base_path.parent), values)
 
@@ -81,11 +82,11 @@ def _find(recipe: str | Path) -> Path:
     path = Path(recipe)
     if path.suffix in (".yaml", ".yml"):
         if not path.is_file():
-            raise FileNotFoundError(f"recipe file {path} does not exist.")
+            raise MissingFileError(f"recipe file {path} does not exist.")
         return path
     if str(recipe) not in recipe_names():
         message = unknown_name_message("recipe", str(recipe), recipe_names())
-        raise ValueError(f"{message} A file of your own ends in .yaml.")
+        raise InputError(f"{message} A file of your own ends in .yaml.")
     return RECIPE_FOLDER / f"{recipe}.yaml"
 
 
@@ -100,10 +101,10 @@ def _decode(values: Mapping[str, Any], overrides: Mapping[str, Any], *, origin: 
     try:
         return draccus.decode(Recipe, merged)
     except draccus.utils.DecodingError as error:
-        raise ValueError(f"{origin}: {error}") from error
+        raise InputError(f"{origin}: {error}") from error
     except draccus.utils.ParsingError as error:
         # A value refused by a class of ours arrives wrapped; its own message is the one that helps.
-        raise ValueError(f"{origin}: {error.__cause__ or error}") from error
+        raise InputError(f"{origin}: {error.__cause__ or error}") from error
 
 
 def _check_keys(values: Mapping[str, Any], origin: str) -> None:
@@ -111,14 +112,14 @@ def _check_keys(values: Mapping[str, Any], origin: str) -> None:
     for key, kind in known.items():
         section = _lookup(values, key) if dataclasses.is_dataclass(kind) else {}
         if not isinstance(section, Mapping):
-            raise ValueError(f"{origin}: {key!r} is a section with keys of its own; it cannot be {section!r}.")
+            raise InputError(f"{origin}: {key!r} is a section with keys of its own; it cannot be {section!r}.")
     for key in _keys(values, known):
         if key not in known:
             nearest = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
             hint = f" did you mean {nearest[0]!r}?" if nearest else ""
             section = key.rpartition(".")[0]
             siblings = [name for name in known if name.rpartition(".")[0] == section] or list(known)
-            raise ValueError(f"{origin}: unknown key {key!r};{hint} Known here: {', '.join(siblings)}.")
+            raise InputError(f"{origin}: unknown key {key!r};{hint} Known here: {', '.join(siblings)}.")
 
 
 def _lookup(values: Mapping[str, Any], key: str) -> Any:
@@ -192,7 +193,7 @@ def parse_overrides(arguments: Sequence[str]) -> dict[str, Any]:
             store()
             key, values = name[2:].replace("-", "_"), [value] if equals else []
         elif key is None:
-            raise ValueError(f"{argument!r} is not a key; overrides look like --finetune.learning_rate 2e-5.")
+            raise InputError(f"{argument!r} is not a key; overrides look like --finetune.learning_rate 2e-5.")
         else:
             values.append(argument)
     store()

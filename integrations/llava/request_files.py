@@ -13,6 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from layerfuse.errors import InputError
+
 from .data import read_samples
 from .images import find_broken_images
 from .preparing import Preparer, Prompt
@@ -111,31 +113,31 @@ def refuse_broken_images(requests: Iterable[Request], image_folder: str | Path) 
 
 def _refuse(problems: Sequence[str], place: str) -> None:
     if problems:
-        raise ValueError(f"{len(problems)} problems in {place}; correct or remove these rows:{bulleted(problems)}")
+        raise InputError(f"{len(problems)} problems in {place}; correct or remove these rows:{bulleted(problems)}")
 
 
 def _parse(row: Any) -> Request:
     if not isinstance(row, Mapping):
-        raise ValueError(f"a {type(row).__name__}; a question is an object with id, prompt and, if any, image")
+        raise InputError(f"a {type(row).__name__}; a question is an object with id, prompt and, if any, image")
     own_id, key = _one_of(row, _IDS), _one_of(row, _PROMPTS)
     if not isinstance(row[own_id], int | str) or isinstance(row[own_id], bool):
-        raise ValueError(f"{own_id} is {row[own_id]!r}; give a number or a text")
+        raise InputError(f"{own_id} is {row[own_id]!r}; give a number or a text")
     images = row.get("image")
     names = [] if images is None else [images] if isinstance(images, str) else images
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
-        raise ValueError(f"image is {images!r}; give a file name, a list of them, or leave it out")
+        raise InputError(f"image is {images!r}; give a file name, a list of them, or leave it out")
     prompt = row[key]
     if key == "conversations":
         prompt = _conversation(prompt)
     elif not isinstance(prompt, str):
-        raise ValueError(f"{key} is a {type(prompt).__name__}; give a text")
+        raise InputError(f"{key} is a {type(prompt).__name__}; give a text")
     return Request(row[own_id], tuple(names), prompt)
 
 
 def _one_of(row: Mapping[str, Any], keys: Sequence[str]) -> str:
     present = [key for key in keys if key in row]
     if len(present) != 1:
-        raise ValueError(f"has {' and '.join(present) or 'none'} of {', '.join(keys)}; give one of them")
+        raise InputError(f"has {' and '.join(present) or 'none'} of {', '.join(keys)}; give one of them")
     return present[0]
 
 
@@ -145,10 +147,10 @@ def _conversation(turns: Any) -> list[dict[str, str]]:
         for turn in turns
     )
     if not well_formed:
-        raise ValueError("conversations is no list of {'from': 'human' | 'gpt', 'value': text}")
+        raise InputError("conversations is no list of {'from': 'human' | 'gpt', 'value': text}")
     asked = [dict(turn) for turn in turns]
     if asked and asked[-1]["from"] == "gpt":
         asked.pop()
     if not asked:
-        raise ValueError("conversations has no question; it needs at least one turn of the human")
+        raise InputError("conversations has no question; it needs at least one turn of the human")
     return asked

@@ -19,7 +19,9 @@ from typing import Any
 
 import yaml
 
-from .atomic import write_text
+from layerfuse.errors import InputError
+from layerfuse.files import write_text
+
 from .checkpointing import checkpoints
 from .config import STAGES, Recipe
 from .recipe_files import dump_recipe
@@ -101,13 +103,13 @@ class RunFolder:
         earlier, now = (yaml.safe_load(text) for text in (file.read_text(encoding="utf-8"), dump_recipe(recipe)))
         differences = list(_differences(earlier, now))
         if differences:
-            raise ValueError(
+            raise InputError(
                 f"{self.path} already holds a run of another recipe, which differs in {'; '.join(differences)}. Give "
                 "another folder, or replace the earlier run (--overwrite)."
             )
         left = tuple(stage for stage in stages if stage not in self.finished)
         if not left:
-            raise ValueError(
+            raise InputError(
                 f"{self.path} already holds a finished run of this recipe ({', '.join(self.finished)}). Give another "
                 "folder, or replace the earlier run (--overwrite)."
             )
@@ -131,7 +133,7 @@ class RunFolder:
         """
         noted = self._noted("run.json").get("samples", {})
         if noted.get(stage, num_samples) != num_samples:
-            raise ValueError(
+            raise InputError(
                 f"stage {stage} of {self.path} began with {noted[stage]:,} usable samples, now there are "
                 f"{num_samples:,}: the data have changed, or images cannot be reached. Bring them back, or replace the "
                 "run (--overwrite)."

@@ -12,7 +12,7 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm.auto import tqdm
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from .atomic import write_text
+from layerfuse.files import write_text
 
 if TYPE_CHECKING:
     from .trainer import LlavaTrainer

@@ -12,6 +12,8 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch.utils.data import Sampler
 
+from layerfuse.errors import InputError
+
 __all__ = ["ModalityLengthSampler", "ShuffleSampler", "modality_length_indices"]
 
 
@@ -33,7 +35,7 @@ def modality_length_indices(
         ValueError: if a length is 0, since its sign then says nothing.
     """
     if not all(lengths):
-        raise ValueError(
+        raise InputError(
             f"sample {list(lengths).index(0)} has length 0; lengths are positive, or negative without image."
         )
     with_image = [index for index, length in enumerate(lengths) if length > 0]

@@ -20,10 +20,11 @@ from torch import nn
 from transformers import TrainerCallback, TrainingArguments, set_seed
 from transformers.trainer_callback import PrinterCallback
 
+from layerfuse.errors import InputError, MissingFileError
+from layerfuse.files import check_disk_space
 from layerfuse.preprocessing import Preprocessing
 
 from .assembly import Assembled, assemble, assemble_stage, checkpoint_activations, set_trainable
-from .atomic import check_disk_space
 from .checkpoint import load_adapter, save_adapter, save_model
 from .checkpointing import checkpoints, load_trained, state_bytes, trained_state
 from .config import STAGES, Recipe, StageConfig
@@ -97,7 +98,7 @@ def train(
     left = tuple(configs) if overwrite else on_main(lambda: folder.open(recipe, stages))
     checked = {name: _read_and_check(name, configs[name]) for name in left}
     if adapter is not None and not Path(adapter).is_file():
-        raise FileNotFoundError(f"adapter {adapter} does not exist; run the stage that writes it first.")
+        raise MissingFileError(f"adapter {adapter} does not exist; run the stage that writes it first.")
     samples = {name: usable for name, (usable, _) in checked.items()}
     on_main(lambda: _begin(folder, recipe, samples, overwrite=overwrite))
     with stop_requests() as request:
@@ -132,7 +133,7 @@ def _begin(folder: RunFolder, recipe: Recipe, samples: Mapping[str, Sequence[Sam
 def _read_and_check(name: str, config: StageConfig) -> tuple[Sequence[Sample], int]:
     """Open a stage's data; returns the samples that can be used, and how many cannot."""
     if not config.data.path:
-        raise ValueError(
+        raise InputError(
             f"stage {name} has no data; give --{name}.data.path FILE and --{name}.data.image_folder FOLDER."
         )
     # The first to open a file writes its index, which the others read.
@@ -184,7 +185,7 @@ def _seen_by_all(run: _Run, name: str) -> tuple[Sequence[str], Path | None]:
     finished, checkpoint = on_main(lambda: (run.folder.finished, run.folder.checkpoint(name)))
     needed = [run.folder.adapter(stage) for stage in finished] + ([checkpoint] if checkpoint else [])
     if any_process(not all(path.exists() for path in needed)):
-        raise ValueError(
+        raise InputError(
             f"not every process sees {', '.join(map(str, needed))}; put the run's folder on a disk that all machines "
             "share (--output)."
         )

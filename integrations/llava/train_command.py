@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from transformers.utils import logging as transformers_logging
 
+from layerfuse.errors import InputError
+
 from .config import STAGES
 from .estimate import GPUS, dry_run, render
 from .interruption import EXIT_REQUEUE, RunInterrupted
@@ -91,7 +93,7 @@ def _data_overrides(arguments: argparse.Namespace) -> dict[str, Any]:
         if len(values) == 1:
             values = values * len(arguments.stages)
         if len(values) not in (0, len(arguments.stages)):
-            raise ValueError(
+            raise InputError(
                 f"--{option.replace('_', '-')} names {len(values)} paths for the stages {', '.join(arguments.stages)}; "
                 "give one for all, or one each."
             )

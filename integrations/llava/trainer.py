@@ -22,7 +22,8 @@ from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader, Sampler
 from transformers import TrainingArguments
 
-from .atomic import write_text
+from layerfuse.files import write_text
+
 from .checkpointing import CheckpointingTrainer
 from .config import PARTS
 from .interruption import DeafWorker

@@ -20,6 +20,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from tqdm.auto import tqdm
 
+from layerfuse.errors import InputError, MissingFileError
+
 from .wording import listed
 
 __all__ = [
@@ -114,7 +116,7 @@ def stored_model(folder: Path) -> dict[str, StoredTensor]:
             return _stored_shards(index)
         if (folder / name).is_file():
             return stored_tensors(folder / name)
-    raise FileNotFoundError(
+    raise MissingFileError(
         f"{folder} holds no weights; expected {' or '.join(_MODEL_FILES)}, or an index of shards (*.index.json)."
     )
 
@@ -124,13 +126,13 @@ def _stored_shards(index: Path) -> dict[str, StoredTensor]:
     shards = sorted({*places.values()})
     outside = [shard for shard in shards if Path(shard).name != shard]
     if outside or not shards:
-        raise ValueError(
+        raise InputError(
             f"{index} names {', '.join(outside) or 'no shards'}; shards are files beside it. Take the index that "
             "belongs to the shards."
         )
     missing = [shard for shard in shards if not (index.parent / shard).is_file()]
     if missing:
-        raise FileNotFoundError(f"{index.parent} lacks the shards {', '.join(missing)}; download them again.")
+        raise MissingFileError(f"{index.parent} lacks the shards {', '.join(missing)}; download them again.")
     found: dict[str, StoredTensor] = {}
     for shard in shards:
         found |= {
@@ -140,7 +142,7 @@ def _stored_shards(index: Path) -> dict[str, StoredTensor]:
         }
     absent = sorted(set(places) - set(found))
     if absent:
-        raise ValueError(f"the shards of {index.parent} lack what {index.name} says they hold: {', '.join(absent)}.")
+        raise InputError(f"the shards of {index.parent} lack what {index.name} says they hold: {', '.join(absent)}.")
     return found
 
 
@@ -164,7 +166,7 @@ def _safetensors(path: Path) -> dict[str, StoredTensor]:
         # Closed when the last of its tensors is forgotten.
         file = safe_open(path, framework="pt")
     except SafetensorError as error:
-        raise ValueError(f"{path} is not a whole safetensors file ({error}); download or write it anew.") from error
+        raise InputError(f"{path} is not a whole safetensors file ({error}); download or write it anew.") from error
     found = {}
     for name in file.keys():  # noqa: SIM118  (this is no dictionary)
         entry = file.get_slice(name)
@@ -176,19 +178,19 @@ def _pickled(path: Path) -> dict[str, StoredTensor]:
     try:
         content = _load(path)
     except pickle.UnpicklingError as error:
-        raise ValueError(
+        raise InputError(
             f"{path} holds more than tensors: Python objects, which run code when they are read. It was refused and "
             "nothing was run. Get the weights as safetensors from somebody you trust."
         ) from error
     except (RuntimeError, EOFError, OSError) as error:
-        raise ValueError(f"{path} is not a whole file of weights ({error}); download or write it anew.") from error
+        raise InputError(f"{path} is not a whole file of weights ({error}); download or write it anew.") from error
     strange = (
         sorted(str(name) for name, value in content.items() if not isinstance(value, torch.Tensor))
         if isinstance(content, Mapping)
         else [type(content).__name__]
     )
     if strange:
-        raise ValueError(f"{path} holds more than named tensors: {', '.join(strange)}. Save the state dict alone.")
+        raise InputError(f"{path} holds more than named tensors: {', '.join(strange)}. Save the state dict alone.")
     # Copied, since tensors of one file may share memory, which safetensors does not store.
     return {str(name): StoredTensor(tuple(value.shape), value.dtype, value.clone) for name, value in content.items()}
 
@@ -230,7 +232,7 @@ def check_fit(
         if name in found and found[name].shape != tensor.shape
     ]
     if missing or unexpected or misshapen:
-        raise ValueError(
+        raise InputError(
             f"{fault}. Missing: {listed(missing, most=most)}; unexpected: {listed(unexpected, most=most)}; of another "
             f"shape: {listed(misshapen, most=most)}. {advice}."
         )
@@ -277,9 +279,9 @@ def read_json(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except json.JSONDecodeError as error:
-        raise ValueError(f"{path} is not valid JSON: {error}.") from error
+        raise InputError(f"{path} is not valid JSON: {error}.") from error
     if not isinstance(content, dict):
-        raise ValueError(f"{path} holds a {type(content).__name__}; expected an object with keys.")
+        raise InputError(f"{path} holds a {type(content).__name__}; expected an object with keys.")
     return content
 
 

@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import torch
 
+from layerfuse.errors import InputError, MissingPackageError
 from layerfuse.features import FeatureMaps, Grid
 
 __all__ = ["REDUCTIONS", "colorize", "fusion_maps", "png_bytes", "reduce_map"]
@@ -37,12 +38,12 @@ def reduce_map(tokens: torch.Tensor, grid: Grid, *, reduction: str = "component"
     """
     height, width = grid
     if tokens.ndim != 3 or tokens.shape[1] != height * width:
-        raise ValueError(
+        raise InputError(
             f"tokens have shape {tuple(tokens.shape)}, which does not fit the grid {height}x{width}; expected "
             f"(B, {height * width}, C)."
         )
     if reduction not in REDUCTIONS:
-        raise ValueError(f"reduction {reduction!r} is unknown; known: {', '.join(REDUCTIONS)}.")
+        raise InputError(f"reduction {reduction!r} is unknown; known: {', '.join(REDUCTIONS)}.")
     values = tokens.detach().float().cpu()
     if reduction == "norm":
         cells = values.norm(dim=-1)
@@ -85,7 +86,7 @@ def fusion_maps(
     index = range(len(features))[query]
     values = [feature_map for i, feature_map in enumerate(features) if i != index]
     if len(set(features.grids)) > 1 or len(set(features.channels)) > 1:
-        raise ValueError(
+        raise InputError(
             f"the maps have grids {features.grids} and widths {features.channels}; averaging key/value layers needs "
             "one grid and one width: tap layers of one backbone."
         )
@@ -115,7 +116,7 @@ def colorize(
     """
     tensors = [tensor.detach().float().cpu() for tensor in (maps.values() if isinstance(maps, Mapping) else maps)]
     if not tensors:
-        raise ValueError("colorize got no maps; give at least one (H, W) map.")
+        raise InputError("colorize got no maps; give at least one (H, W) map.")
     lookup = _colormap(colormap)
     low = min(float(tensor.min()) for tensor in tensors)
     high = max(float(tensor.max()) for tensor in tensors)
@@ -134,12 +135,12 @@ def _colormap(name: str) -> np.ndarray:
     try:
         import matplotlib
     except ModuleNotFoundError as error:
-        raise ModuleNotFoundError(
+        raise MissingPackageError(
             "pictures are coloured with matplotlib, which is not installed; install the extra: "
             "pip install 'layerfuse[viz]'"
         ) from error
     if name not in matplotlib.colormaps:
-        raise ValueError(f"colour map {name!r} is unknown to matplotlib; try 'viridis', 'magma' or 'cividis'.")
+        raise InputError(f"colour map {name!r} is unknown to matplotlib; try 'viridis', 'magma' or 'cividis'.")
     rgba = matplotlib.colormaps[name](np.linspace(0, 1, 256))
     return np.rint(rgba[:, :3] * 255).astype(np.uint8)
 

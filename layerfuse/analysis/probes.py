@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 import torch
 
+from layerfuse.errors import InputError
 from layerfuse.features import FeatureMaps
 
 __all__ = ["LinearProbe", "fit_probe", "probe_layers"]
@@ -63,17 +64,17 @@ def fit_probe(tokens: torch.Tensor, labels: torch.Tensor, *, num_classes: int, p
         ValueError: if shapes disagree, there is no token, a label is out of range, or the penalty is not positive.
     """
     if tokens.ndim != 2 or labels.shape != tokens.shape[:1] or len(tokens) == 0:
-        raise ValueError(
+        raise InputError(
             f"fit_probe got tokens {tuple(tokens.shape)} and labels {tuple(labels.shape)}; expected (S, C) and (S,) "
             "with S above 0."
         )
     if labels.min() < 0 or labels.max() >= num_classes:
-        raise ValueError(
+        raise InputError(
             f"labels run from {int(labels.min())} to {int(labels.max())}; allowed are 0..{num_classes - 1} "
             f"(num_classes={num_classes}). Leave out tokens without a label."
         )
     if penalty <= 0:
-        raise ValueError(f"penalty={penalty} is not positive; without one the closed form need not exist. Try 1e-2.")
+        raise InputError(f"penalty={penalty} is not positive; without one the closed form need not exist. Try 1e-2.")
     inputs = tokens.double()
     mean = inputs.mean(0)
     scale = inputs.std(0, unbiased=False).clamp_min(1e-8)
@@ -115,7 +116,7 @@ def probe_layers(
         ValueError: if the two sets hold different layers, labels do not fit the maps, or no cell has a label.
     """
     if train.layers != test.layers:
-        raise ValueError(f"train has layers {train.layers}, test has {test.layers}; tap the same layers in both.")
+        raise InputError(f"train has layers {train.layers}, test has {test.layers}; tap the same layers in both.")
     accuracies: dict[int, float] = {}
     for layer, train_map, test_map in zip(train.layers, train.maps, test.maps, strict=True):
         fit_tokens, fit_labels = _labelled(train_map, train_labels, ignore=ignore, layer=layer)
@@ -129,11 +130,11 @@ def _labelled(
     feature_map: torch.Tensor, labels: torch.Tensor, *, ignore: int, layer: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
     if labels.shape != feature_map.shape[:2]:
-        raise ValueError(
+        raise InputError(
             f"labels have shape {tuple(labels.shape)}, the map of layer {layer} has {tuple(feature_map.shape)}; "
             "give one label per image and cell, (B, N)."
         )
     chosen = labels != ignore
     if not chosen.any():
-        raise ValueError(f"every label is {ignore} (ignored); a probe needs at least one labelled cell.")
+        raise InputError(f"every label is {ignore} (ignored); a probe needs at least one labelled cell.")
     return feature_map[chosen], labels[chosen]

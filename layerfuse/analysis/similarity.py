@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import torch
 
+from layerfuse.errors import InputError
 from layerfuse.features import FeatureMaps
 
 __all__ = ["layer_similarity", "linear_cka"]
@@ -30,7 +31,7 @@ def linear_cka(first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
         ValueError: if the two are not matrices with the same number of rows, at least two.
     """
     if first.ndim != 2 or second.ndim != 2 or first.shape[0] != second.shape[0] or first.shape[0] < 2:
-        raise ValueError(
+        raise InputError(
             f"linear_cka got shapes {tuple(first.shape)} and {tuple(second.shape)}; expected (S, C_1) and (S, C_2) "
             "with the same S of at least 2: flatten batch and tokens into one dimension first."
         )
@@ -55,7 +56,7 @@ def layer_similarity(features: FeatureMaps) -> torch.Tensor:
         ValueError: if the maps have different grids.
     """
     if len(set(features.grids)) > 1:
-        raise ValueError(
+        raise InputError(
             f"layers {features.layers} have grids {features.grids}; layer similarity compares token with token: "
             "tap layers of one grid."
         )

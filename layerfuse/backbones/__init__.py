@@ -13,6 +13,7 @@ from layerfuse.backbones.module import MODULES, ModuleBackbone
 from layerfuse.backbones.open_clip import OpenClipBackbone
 from layerfuse.backbones.timm import TimmBackbone
 from layerfuse.backbones.transformers import TransformersBackbone
+from layerfuse.errors import InputError
 
 __all__ = [
     "BACKBONES",
@@ -72,7 +73,7 @@ def backbone_from_config(config: Mapping[str, Any]) -> Backbone:
         ValueError: if the config names no family or an unknown one, or lacks keys.
     """
     if "family" not in config:
-        raise ValueError(
+        raise InputError(
             f"a backbone config needs the key 'family' (one of {', '.join(BACKBONES.names())}); this one has "
             f"{', '.join(config) or 'no keys'}."
         )

@@ -8,6 +8,7 @@ from typing import Any
 from torch import nn
 
 from layerfuse.backbones.base import BackboneFacts, as_pair, checked_multiple
+from layerfuse.errors import InputError
 from layerfuse.preprocessing import Mode, Preprocessing, interpolation_name
 
 __all__ = ["cut_timm_tail", "resize_timm_model", "timm_facts"]
@@ -31,7 +32,7 @@ def timm_facts(model: nn.Module, *, path: str = "") -> BackboneFacts:
     blocks = getattr(model, "blocks", None)
     plain = isinstance(blocks, (nn.ModuleList, nn.Sequential)) and hasattr(model, "num_prefix_tokens")
     if not plain or not hasattr(model, "reset_classifier"):
-        raise ValueError(
+        raise InputError(
             f"{type(model).__name__} is no Vision Transformer with one list of blocks over (B, P + N, C) tokens, so "
             "layerfuse cannot tap it as a timm backbone; use a VisionTransformer, Eva, Beit or NaFlexVit model (CLIP, "
             "SigLIP, EVA02, DINOv2, DINOv3, AIMv2, PE, BEiT), or the 'module' family if its blocks do return tokens."
@@ -69,7 +70,7 @@ def resize_timm_model(model: nn.Module, facts: BackboneFacts, image_size: tuple[
     if setter is not None:
         setter(img_size=image_size)
     elif not facts.any_size:
-        raise ValueError(
+        raise InputError(
             f"{type(model).__name__} takes only {facts.image_size[0]}x{facts.image_size[1]} pixels and has no "
             f"set_input_size, so image_size={image_size} is not possible; leave image_size out."
         )

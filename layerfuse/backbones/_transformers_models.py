@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from layerfuse.backbones.base import BackboneFacts, as_pair
+from layerfuse.errors import InputError
 from layerfuse.preprocessing import (
     CLIP_MEAN,
     CLIP_STD,
@@ -83,7 +84,7 @@ def transformers_facts(model: nn.Module) -> BackboneFacts:
     config: Any = getattr(model, "config", None)
     kind = getattr(config, "model_type", type(model).__name__)
     if kind not in _CLASS_TOKENS:
-        raise ValueError(
+        raise InputError(
             f"transformers model type {kind!r} is unknown to layerfuse; known: {', '.join(sorted(_CLASS_TOKENS))}. Tap "
             "another one as ModuleBackbone(model, ...), which is told the number of prefix tokens and the patch size."
         )

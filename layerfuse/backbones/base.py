@@ -17,6 +17,7 @@ from typing import Any, ClassVar
 import torch
 from torch import nn
 
+from layerfuse.errors import InputError
 from layerfuse.features import FeatureMaps, Grid
 from layerfuse.preprocessing import Preprocessing
 from layerfuse.registry import Registry
@@ -157,13 +158,13 @@ class Backbone(nn.Module, abc.ABC):
         """
         keys = {"family", "layers", "preprocessing", "recipe"}
         if set(config) != keys:
-            raise ValueError(
+            raise InputError(
                 f"a backbone config has the keys {', '.join(sorted(keys))}; missing: "
                 f"{', '.join(sorted(keys - set(config))) or 'none'}, unknown: "
                 f"{', '.join(sorted(set(config) - keys)) or 'none'}."
             )
         if config["family"] != cls.family:
-            raise ValueError(
+            raise InputError(
                 f"this config is of the backbone family {config['family']!r}, not {cls.family!r}; "
                 "use layerfuse.backbones.backbone_from_config, which chooses the family."
             )
@@ -180,7 +181,7 @@ class Backbone(nn.Module, abc.ABC):
             ValueError: if the model was made by code that layerfuse cannot call again, or has options that are no JSON.
         """
         if self._recipe is None:
-            raise ValueError(
+            raise InputError(
                 f"this {self.family!r} backbone was made from a {type(self.model).__name__} that layerfuse cannot "
                 f"build again, so it has no config; make it with {type(self).__name__}.from_name(...) if it is to be "
                 "saved."
@@ -194,7 +195,7 @@ class Backbone(nn.Module, abc.ABC):
         try:
             plain: dict[str, Any] = json.loads(json.dumps(config))
         except TypeError as error:
-            raise ValueError(
+            raise InputError(
                 f"the options of this {self.family!r} backbone cannot be written as JSON ({error}); use options made "
                 "of numbers, texts, lists and dictionaries if the backbone is to be saved."
             ) from error
@@ -213,12 +214,12 @@ class Backbone(nn.Module, abc.ABC):
             ValueError: if the images have a shape or size that the backbone cannot take.
         """
         if images.ndim != 4 or images.shape[1] != 3:
-            raise ValueError(
+            raise InputError(
                 f"images have shape {tuple(images.shape)}; expected (B, 3, height, width): RGB, channels before "
                 "height, as backbone.preprocessing.batch makes them."
             )
         if not images.is_floating_point():
-            raise ValueError(
+            raise InputError(
                 f"images have dtype {images.dtype}; expected a floating dtype: prepare them with "
                 "backbone.preprocessing."
             )
@@ -231,7 +232,7 @@ class Backbone(nn.Module, abc.ABC):
         expected = (batch_size, self.num_prefix_tokens + grid[0] * grid[1], self.embed_dim)
         for layer, states in zip(self.layers, hidden, strict=True):
             if states.shape != expected:
-                raise ValueError(
+                raise InputError(
                     f"layer {layer} put out a tensor of shape {tuple(states.shape)}; expected (B, P + H * W, C) = "
                     f"{expected} for {self.num_prefix_tokens} prefix tokens, a grid of {grid[0]}x{grid[1]} patches and "
                     f"width {self.embed_dim}. Check num_prefix_tokens, patch_size and embed_dim, and that the blocks "
@@ -261,7 +262,7 @@ class Backbone(nn.Module, abc.ABC):
         (patch_height, patch_width), native = self.patch_size, self.image_size
         patches = f"{patch_height}x{patch_width} pixels"
         if not self.any_size and (height, width) != native:
-            raise ValueError(
+            raise InputError(
                 f"images of {height}x{width} pixels do not fit: this backbone (patches of {patches}) takes only "
                 f"{native[0]}x{native[1]}; prepare them with backbone.preprocessing, or build the backbone with "
                 f"image_size=({height}, {width}) if the model can be resized."
@@ -271,7 +272,7 @@ class Backbone(nn.Module, abc.ABC):
             return height // patch_height, width // patch_width
         nearest = _nearest((height, width), self.patch_size)
         if nearest != (height, width):
-            raise ValueError(
+            raise InputError(
                 f"images of {height}x{width} pixels do not fit: this backbone takes multiples of its patch size "
                 f"{patches} (natively {native[0]}x{native[1]}); the nearest is {nearest[0]}x{nearest[1]}. Prepare them "
                 "with backbone.preprocessing, or resize them."
@@ -309,7 +310,7 @@ class Backbone(nn.Module, abc.ABC):
         """
         switch = getattr(self.model, "set_grad_checkpointing", None)
         if switch is None:
-            raise ValueError(
+            raise InputError(
                 f"{type(self.model).__name__} has no set_grad_checkpointing method; wrap its blocks with "
                 "torch.utils.checkpoint in the model's own code."
             )
@@ -353,7 +354,7 @@ def as_pair(size: int | Sequence[int]) -> tuple[int, int]:
     """
     pair = (size, size) if isinstance(size, int) else tuple(int(edge) for edge in size)
     if len(pair) != 2 or min(pair) < 1:
-        raise ValueError(f"size {size!r} is no size in pixels; give one edge, or (height, width), each >= 1.")
+        raise InputError(f"size {size!r} is no size in pixels; give one edge, or (height, width), each >= 1.")
     return pair[0], pair[1]
 
 
@@ -372,7 +373,7 @@ def checked_multiple(image_size: tuple[int, int], patch_size: tuple[int, int]) -
     """
     nearest = _nearest(image_size, patch_size)
     if nearest != image_size:
-        raise ValueError(
+        raise InputError(
             f"image_size {image_size[0]}x{image_size[1]} is no multiple of the patch size "
             f"{patch_size[0]}x{patch_size[1]}; take for example {nearest[0]}x{nearest[1]}."
         )

@@ -18,6 +18,7 @@ from typing import Any
 from torch import nn
 
 from layerfuse.backbones.base import BACKBONES, Backbone, BackboneFacts, as_pair
+from layerfuse.errors import InputError
 from layerfuse.preprocessing import IMAGENET_MEAN, IMAGENET_STD, Preprocessing
 from layerfuse.registry import Registry, unknown_name_message
 from layerfuse.taps import find_blocks
@@ -96,7 +97,7 @@ class ModuleBackbone(Backbone):
         for the class, and ``arguments``, a mapping for the module's constructor.
         """
         if pretrained:
-            raise ValueError(
+            raise InputError(
                 f"module {name!r} has no pretrained weights that layerfuse knows; pass pretrained=False and load them "
                 "into backbone.model, or build the module and call ModuleBackbone(module, ...)."
             )
@@ -122,10 +123,10 @@ class ModuleBackbone(Backbone):
     ) -> ModuleBackbone:
         for key in options:
             if key not in _OPTIONS:
-                raise ValueError(unknown_name_message("module backbone option", key, _OPTIONS))
+                raise InputError(unknown_name_message("module backbone option", key, _OPTIONS))
         missing = [key for key in _OPTIONS[:4] if key not in options]
         if missing:
-            raise ValueError(
+            raise InputError(
                 f"module {name!r} needs the options {', '.join(_OPTIONS[:4])}; missing: {', '.join(missing)}."
             )
         model = MODULES.get(name)(**options.get("arguments", {}))
@@ -150,7 +151,7 @@ class ModuleBackbone(Backbone):
                 model.get_submodule(path)
             except AttributeError as error:
                 names = ", ".join(name for name, _ in model.named_children())
-                raise ValueError(
+                raise InputError(
                     f"{type(model).__name__} has no submodule {path!r} to cut off; its children: {names}."
                 ) from error
             setattr(model.get_submodule(parent), child, nn.Identity())

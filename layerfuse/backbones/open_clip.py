@@ -13,6 +13,7 @@ from torch import nn
 
 from layerfuse.backbones._timm_models import cut_timm_tail, resize_timm_model, timm_facts
 from layerfuse.backbones.base import BACKBONES, Backbone, BackboneFacts, as_pair
+from layerfuse.errors import InputError, MissingFileError, MissingPackageError
 from layerfuse.preprocessing import CLIP_MEAN, CLIP_STD, Mode, Preprocessing, interpolation_name
 from layerfuse.registry import unknown_name_message
 
@@ -120,7 +121,7 @@ def _import_open_clip() -> ModuleType:
     try:
         import open_clip
     except ImportError as error:
-        raise ImportError(
+        raise MissingPackageError(
             "the backbone family 'open_clip' needs the package open_clip_torch; install it with "
             "`pip install layerfuse[open-clip]`."
         ) from error
@@ -134,7 +135,7 @@ def _facts(model: nn.Module) -> BackboneFacts:
         return timm_facts(trunk, path="trunk.")
     transformer: Any = getattr(model, "transformer", None)
     if transformer is None or not hasattr(transformer, "resblocks") or not hasattr(model, "class_embedding"):
-        raise ValueError(
+        raise InputError(
             f"{type(model).__name__} is no Vision Transformer of open_clip; hand over "
             "open_clip.create_model(...).visual of a ViT, or of a model with a timm ViT inside (EVA02, SigLIP, PE)."
         )
@@ -155,7 +156,7 @@ def _resized(model: nn.Module, facts: BackboneFacts, size: tuple[int, int]) -> B
     trunk = getattr(model, "trunk", None)
     if isinstance(trunk, nn.Module):
         return resize_timm_model(trunk, facts, size)
-    raise ValueError(
+    raise InputError(
         f"this open_clip VisionTransformer takes only {facts.image_size[0]}x{facts.image_size[1]} pixels and cannot be "
         f"resized to {size[0]}x{size[1]} once it is built; use OpenClipBackbone.from_name(..., image_size={size})."
     )
@@ -182,16 +183,16 @@ def _check_options(open_clip: ModuleType, given: Mapping[str, Any]) -> None:
     known = (*open_clip.CLIPVisionCfg.__dataclass_fields__, *_OUTER_OPTIONS)
     for key in given:
         if key not in known:
-            raise ValueError(unknown_name_message("open_clip option", key, known))
+            raise InputError(unknown_name_message("open_clip option", key, known))
 
 
 def _model_config(open_clip: ModuleType, base: str, tag: str, *, pretrained: bool) -> dict[str, Any]:
     config: dict[str, Any] | None = open_clip.get_model_config(base)
     if config is None:
-        raise ValueError(unknown_name_message("open_clip model", base, open_clip.list_models()))
+        raise InputError(unknown_name_message("open_clip model", base, open_clip.list_models()))
     if pretrained and not tag:
         tags = open_clip.list_pretrained_tags_by_model(base)
-        raise ValueError(
+        raise InputError(
             f"open_clip model {base!r} needs a tag that says which weights, as in '{base}:{(tags or ['file'])[0]}'; "
             f"known tags: {', '.join(tags) or 'none'}; or pass pretrained=False."
         )
@@ -207,7 +208,7 @@ def _read_scheme(name: str) -> tuple[dict[str, Any], dict[str, Any]]:
     else:
         file = Path(place) / _CONFIG_FILE
     if not file.is_file():
-        raise FileNotFoundError(
+        raise MissingFileError(
             f"{place} holds no {_CONFIG_FILE}, so it is no open_clip model folder; give a folder that open_clip saved."
         )
     config = json.loads(file.read_text(encoding="utf-8"))
@@ -260,7 +261,7 @@ def _load(
         )
     except RuntimeError as error:
         tags = open_clip.list_pretrained_tags_by_model(base)
-        raise ValueError(
+        raise InputError(
             f"open_clip cannot load {tag!r} into {base!r}: {error} Known tags: {', '.join(tags) or 'none'}; a file of "
             "weights is given by its path."
         ) from error

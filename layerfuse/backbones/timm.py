@@ -10,6 +10,7 @@ from torch import nn
 
 from layerfuse.backbones._timm_models import cut_timm_tail, resize_timm_model, timm_facts
 from layerfuse.backbones.base import BACKBONES, Backbone, as_pair
+from layerfuse.errors import InputError
 from layerfuse.preprocessing import Preprocessing
 
 __all__ = ["TimmBackbone"]
@@ -101,7 +102,7 @@ def _create(name: str, *, pretrained: bool, options: Mapping[str, Any]) -> nn.Mo
     try:
         return timm.create_model(name, pretrained=pretrained, **{"num_classes": 0, **options})
     except TypeError as error:
-        raise ValueError(
+        raise InputError(
             f"timm model {name!r} cannot be built with the options {dict(options)}: {error}. Options are the model's "
             "constructor arguments; see help(timm.create_model) and the model's class."
         ) from error
@@ -114,13 +115,13 @@ def _check_name(name: str) -> None:
     if not timm.is_model(architecture):
         known = timm.list_models()
         nearest = difflib.get_close_matches(architecture, known, n=3, cutoff=0.5)
-        raise ValueError(
+        raise InputError(
             f"timm model {architecture!r} is unknown; did you mean {' or '.join(map(repr, nearest)) or 'another'}? "
             f"Known: {len(known)} names, listed by timm.list_models('*vit*')."
         )
     tags = [full.partition(".")[2] for full in timm.list_pretrained(f"{architecture}.*")]
     if tag and tag not in tags:
-        raise ValueError(
+        raise InputError(
             f"timm model {architecture!r} has no pretrained tag {tag!r}; known tags: {', '.join(tags) or 'none'}."
         )
 

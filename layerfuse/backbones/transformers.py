@@ -20,6 +20,7 @@ from layerfuse.backbones._transformers_models import (
     transformers_facts,
 )
 from layerfuse.backbones.base import BACKBONES, Backbone, as_pair, checked_multiple
+from layerfuse.errors import InputError, MissingPackageError
 from layerfuse.preprocessing import Preprocessing
 from layerfuse.registry import unknown_name_message
 
@@ -75,7 +76,7 @@ class TransformersBackbone(Backbone):
         self._patches = takes_patches(model)
         if image_size is not None and as_pair(image_size) != facts.image_size:
             if not facts.any_size:
-                raise ValueError(
+                raise InputError(
                     f"{type(model).__name__} takes only {facts.image_size[0]}x{facts.image_size[1]} pixels, so "
                     f"image_size={image_size} is not possible; leave image_size out."
                 )
@@ -166,7 +167,7 @@ def _import_transformers() -> ModuleType:
     try:
         import transformers
     except ImportError as error:
-        raise ImportError(
+        raise MissingPackageError(
             "the backbone family 'transformers' needs the package transformers; install it with "
             "`pip install layerfuse[transformers]`."
         ) from error
@@ -183,7 +184,7 @@ def _read_config(transformers: ModuleType, name: str, options: Mapping[str, Any]
             config = transformers.AutoConfig.from_pretrained(name, **where)
         except (OSError, ValueError) as error:
             types = "" if pretrained else " or a model type, such as 'clip_vision_model'"
-            raise ValueError(
+            raise InputError(
                 f"transformers finds no model {name!r}; give a hub name, a local folder with config.json{types}. "
                 f"It says: {error}"
             ) from error
@@ -192,7 +193,7 @@ def _read_config(transformers: ModuleType, name: str, options: Mapping[str, Any]
     known = config.to_dict()
     for key in fields:
         if key not in known:
-            raise ValueError(unknown_name_message(f"option of {type(config).__name__}", key, {*known, *_LOADING}))
+            raise InputError(unknown_name_message(f"option of {type(config).__name__}", key, {*known, *_LOADING}))
     known.pop("model_type")
     return type(config)(**{**known, **fields}) if fields else config
 
@@ -204,13 +205,13 @@ def _load(transformers: ModuleType, name: str, config: Any, arguments: Mapping[s
             name, config=config, output_loading_info=True, **arguments
         )
     except OSError as error:
-        raise ValueError(
+        raise InputError(
             f"transformers finds no weights for {name!r}; give a name on the hub or a folder with weights in "
             f"safetensors, or pass pretrained=False. It says: {error}"
         ) from error
     missing = sorted(report["missing_keys"])
     if missing:
-        raise ValueError(
+        raise InputError(
             f"{name!r} lacks weights of {type(model).__name__}, which would be left random: {', '.join(missing)}. "
             "Check that it is a checkpoint of this model, or pass pretrained=False."
         )

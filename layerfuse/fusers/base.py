@@ -16,6 +16,7 @@ from typing import Any, ClassVar
 import torch
 from torch import nn
 
+from layerfuse.errors import InputError, InvalidTypeError
 from layerfuse.features import FeatureMaps, Grid
 from layerfuse.registry import Registry, unknown_name_message
 
@@ -93,7 +94,7 @@ class Fuser(nn.Module, abc.ABC):
         self.num_layers = num_layers
         self.in_channels = _widths(in_channels, num_layers)
         if self.equal_channels and len(set(self.in_channels)) > 1:
-            raise ValueError(
+            raise InputError(
                 f"fuser {self.name!r} got maps of widths {_listed(self.in_channels)}; it needs one width for all maps. "
                 "Tap layers of one width, or use 'concat'."
             )
@@ -101,7 +102,7 @@ class Fuser(nn.Module, abc.ABC):
         self.options: dict[str, Any] = dict(options or {})
         own = _own_options(type(self))
         if set(self.options) != set(own):
-            raise TypeError(
+            raise InvalidTypeError(
                 f"{type(self).__name__} takes the options ({_listed(own)}) but passed ({_listed(self.options)}) to "
                 "Fuser.__init__(options=...); pass each one as it was given, so that a saved config rebuilds the fuser."
             )
@@ -120,7 +121,7 @@ class Fuser(nn.Module, abc.ABC):
         """
         self._check_grids(features.grids)
         if features.channels != self.in_channels:
-            raise ValueError(
+            raise InputError(
                 f"fuser {self.name!r} got maps of widths {_listed(features.channels)}; it was built for "
                 f"{_listed(self.in_channels)}. Build it with in_channels=[{_listed(features.channels)}]."
             )
@@ -196,12 +197,12 @@ class Fuser(nn.Module, abc.ABC):
 
     def _check_grids(self, grids: Sequence[Grid]) -> None:
         if len(grids) != self.num_layers:
-            raise ValueError(
+            raise InputError(
                 f"fuser {self.name!r} got {len(grids)} maps; it was built for num_layers={self.num_layers}. Tap "
                 f"as many layers, or build it with num_layers={len(grids)}."
             )
         if self.equal_grids and len(set(grids)) > 1:
-            raise ValueError(
+            raise InputError(
                 f"fuser {self.name!r} got maps of grids {_listed(f'{height}x{width}' for height, width in grids)}; it "
                 "needs one grid for all maps. Tap layers of one grid, or use 'mmfuser', which samples across grids."
             )
@@ -231,7 +232,7 @@ def create_fuser(
     """
     fuser_class = FUSERS.get(name)
     if fuser_class.name != name:
-        raise ValueError(
+        raise InputError(
             f"the entry point {name!r} leads to {fuser_class.__qualname__}, which is named {fuser_class.name!r}; "
             f"decorate the class with @FUSERS.register({name!r})."
         )
@@ -239,12 +240,12 @@ def create_fuser(
     own = _own_options(fuser_class)
     for option in options:
         if option not in own:
-            raise ValueError(unknown_name_message(f"option of fuser {name!r}", option, own))
+            raise InputError(unknown_name_message(f"option of fuser {name!r}", option, own))
     missing = [
         option for option, parameter in own.items() if parameter.default is parameter.empty and option not in options
     ]
     if missing:
-        raise ValueError(f"fuser {name!r} needs the options {_listed(missing)}; give them in options.")
+        raise InputError(f"fuser {name!r} needs the options {_listed(missing)}; give them in options.")
     build: Callable[..., Fuser] = fuser_class
     return build(in_channels, num_layers, **options)
 
@@ -263,7 +264,7 @@ def fuser_from_config(config: Mapping[str, Any]) -> Fuser:
     """
     missing = [key for key in ("name", "in_channels", "num_layers") if key not in config]
     if missing:
-        raise ValueError(
+        raise InputError(
             f"the fuser config lacks {_listed(missing)}; got the keys {_listed(config) or 'none'}. A config holds "
             "name, in_channels, num_layers and the fuser's options."
         )
@@ -283,15 +284,15 @@ def _own_options(fuser_class: type[Fuser]) -> dict[str, inspect.Parameter]:
 
 def _widths(in_channels: int | Sequence[int], num_layers: int) -> tuple[int, ...]:
     if num_layers < 1:
-        raise ValueError(f"num_layers is {num_layers}; a fuser needs at least one map.")
+        raise InputError(f"num_layers is {num_layers}; a fuser needs at least one map.")
     widths = (in_channels,) * num_layers if isinstance(in_channels, int) else tuple(in_channels)
     if len(widths) != num_layers:
-        raise ValueError(
+        raise InputError(
             f"in_channels has {len(widths)} widths ({_listed(widths)}) for num_layers={num_layers}; give one number "
             "for all maps, or one per map."
         )
     if min(widths) < 1:
-        raise ValueError(f"in_channels is {_listed(widths)}; widths must be at least 1.")
+        raise InputError(f"in_channels is {_listed(widths)}; widths must be at least 1.")
     return widths
 
 

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
+from layerfuse.errors import InputError
 from layerfuse.features import FeatureMaps, Grid
 from layerfuse.fusers.base import FUSERS, Fuser
 
@@ -39,9 +40,9 @@ class Concat(Fuser):
     ) -> None:
         super().__init__(in_channels, num_layers, options={"norm": norm, "out_channels": out_channels})
         if norm not in _NORMS:
-            raise ValueError(f"norm {norm!r} of fuser 'concat' is unknown. Known: {', '.join(_NORMS)}.")
+            raise InputError(f"norm {norm!r} of fuser 'concat' is unknown. Known: {', '.join(_NORMS)}.")
         if out_channels is not None and out_channels < 1:
-            raise ValueError(f"out_channels is {out_channels}; expected at least 1, or None for no linear layer.")
+            raise InputError(f"out_channels is {out_channels}; expected at least 1, or None for no linear layer.")
         width = sum(self.in_channels)
         self.out_channels = width if out_channels is None else out_channels
         self.norm: nn.Module = nn.LayerNorm(width) if norm == "layer" else nn.Identity()

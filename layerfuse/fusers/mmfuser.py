@@ -16,6 +16,7 @@ from typing import TypeVar
 import torch
 from torch import nn
 
+from layerfuse.errors import InputError
 from layerfuse.features import FeatureMaps, Grid
 from layerfuse.fusers.base import FUSERS, Fuser
 from layerfuse.ops import MultiScaleDeformableAttention
@@ -92,12 +93,12 @@ class MMFuser(Fuser):
         }
         super().__init__(in_channels, num_layers, options=options)
         if num_layers < 2:
-            raise ValueError(
+            raise InputError(
                 f"fuser 'mmfuser' got num_layers={num_layers}; it needs at least 2, one query map and one value map. "
                 "For a single map use 'select'."
             )
         if not -num_layers <= query_index < num_layers:
-            raise ValueError(
+            raise InputError(
                 f"query_index {query_index} is outside the {num_layers} maps; allowed: {-num_layers}..{num_layers - 1}."
             )
         channels = self.in_channels[0]
@@ -165,7 +166,7 @@ def from_published_state_dict(state_dict: Mapping[str, _T]) -> dict[str, _T]:
     renamed = [name for name in absent if name.replace("gamma", "weight") in state_dict]
     if absent:
         found = f" (found instead: {', '.join(name.replace('gamma', 'weight') for name in renamed)})" if renamed else ""
-        raise ValueError(
+        raise InputError(
             f"the published weights lack {', '.join(absent)}{found}; without them the block would be the identity. Old "
             "versions of transformers rename these parameters while loading ('gamma' becomes 'weight') and drop them; "
             "what is saved afterwards has lost them. Take the files that the training wrote, and read them themselves; "
@@ -175,7 +176,7 @@ def from_published_state_dict(state_dict: Mapping[str, _T]) -> dict[str, _T]:
     missing = sorted(set(names) - set(state_dict))
     unknown = sorted(set(state_dict) - set(names))
     if missing or unknown:
-        raise ValueError(
+        raise InputError(
             f"these are not the weights of one published block: missing {', '.join(missing) or 'none'}; unknown "
             f"{', '.join(unknown) or 'none'}. Remove any outer prefix, and leave other modules out."
         )
@@ -197,7 +198,7 @@ def to_published_state_dict(state_dict: Mapping[str, _T]) -> dict[str, _T]:
     names = _published_names()
     missing, unknown = sorted({*names.values()} - set(state_dict)), sorted(set(state_dict) - {*names.values()})
     if missing or unknown:
-        raise ValueError(
+        raise InputError(
             f"these are not the weights of one MMFuser: missing {', '.join(missing) or 'none'}; unknown "
             f"{', '.join(unknown) or 'none'}. Give the state dict of the fuser alone."
         )

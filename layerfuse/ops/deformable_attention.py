@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 
+from layerfuse.errors import InputError
 from layerfuse.ops.deformable_gather import gather
 from layerfuse.ops.deformable_reference import reference
 
@@ -71,7 +72,7 @@ def check_implementation(implementation: str) -> None:
         ValueError: if the implementation is unknown; the message lists the known ones.
     """
     if implementation not in IMPLEMENTATIONS:
-        raise ValueError(
+        raise InputError(
             f"implementation {implementation!r} of deformable attention is unknown. "
             f"Known: {', '.join(IMPLEMENTATIONS)}."
         )
@@ -81,13 +82,13 @@ def _check_shapes(
     value: torch.Tensor, grids: Sequence[tuple[int, int]], locations: torch.Tensor, weights: torch.Tensor
 ) -> None:
     if value.ndim != 4:
-        raise ValueError(
+        raise InputError(
             f"value has shape {tuple(value.shape)}; expected (B, S, M, C/M): split the channels into heads first."
         )
     batch_size, num_values, num_heads, _ = value.shape
     expected = sum(height * width for height, width in grids)
     if num_values != expected:
-        raise ValueError(
+        raise InputError(
             f"value has {num_values} tokens, but the grids {tuple(grids)} have {expected} together; give one (H, W) "
             "per level and concatenate the levels along the token dimension."
         )
@@ -98,11 +99,11 @@ def _check_shapes(
         and locations.shape[5] == 2
     )
     if not fits:
-        raise ValueError(
+        raise InputError(
             f"locations has shape {tuple(locations.shape)}; expected (B={batch_size}, Q, M={num_heads}, "
             f"L={len(grids)}, K, 2) to fit value and grids."
         )
     if weights.shape != locations.shape[:-1]:
-        raise ValueError(
+        raise InputError(
             f"weights has shape {tuple(weights.shape)}; expected {tuple(locations.shape[:-1])}, one per location."
         )

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
+from layerfuse.errors import InputError
 from layerfuse.ops.deformable_attention import check_implementation, deformable_attention
 
 __all__ = ["MultiScaleDeformableAttention"]
@@ -41,10 +42,10 @@ class MultiScaleDeformableAttention(nn.Module):
         super().__init__()
         for name, count in (("num_heads", num_heads), ("num_levels", num_levels), ("num_points", num_points)):
             if count < 1:
-                raise ValueError(f"{name} is {count}; expected at least 1.")
+                raise InputError(f"{name} is {count}; expected at least 1.")
         if channels % num_heads:
             allowed = [count for count in range(1, channels + 1) if channels % count == 0]
-            raise ValueError(
+            raise InputError(
                 f"{channels} channels cannot be split evenly over {num_heads} heads; num_heads must be one of "
                 f"{', '.join(map(str, allowed))}."
             )

@@ -13,6 +13,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
 
 from layerfuse.backbones import Backbone
+from layerfuse.errors import MissingFileError
 from layerfuse.fusers import Fuser
 from layerfuse.preprocessing import Preprocessing
 
@@ -217,7 +218,7 @@ def read_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
         FileNotFoundError: if there is none.
     """
     if not any((folder / name).is_file() for name in TOKENIZER_FILES[:2]):
-        raise FileNotFoundError(f"{folder} holds no tokenizer; expected tokenizer.model or tokenizer.json.")
+        raise MissingFileError(f"{folder} holds no tokenizer; expected tokenizer.model or tokenizer.json.")
     with tempfile.TemporaryDirectory() as scratch:
         copy_files(folder, Path(scratch), TOKENIZER_FILES)
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(scratch)

@@ -11,9 +11,10 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
+from layerfuse.errors import InputError, MissingFileError
+from layerfuse.files import atomic_folder, check_disk_space
 from layerfuse.registry import unknown_name_message
 
-from ..atomic import atomic_folder, check_disk_space
 from ..lora import merged_tensors
 from ..model import FusedLlavaConfig
 from ..weight_files import (
@@ -65,7 +66,7 @@ def layout_of(folder: str | Path) -> str:
         return PUBLISHED[0] if has_published_fuser(stored_model(folder)) else PUBLISHED[1]
     if config.get("model_type") == "llava" and "text_config" in config:
         return LLAVA_HF
-    raise ValueError(
+    raise InputError(
         f"{folder} holds a {config.get('model_type')!r} model of {config.get('architectures')}, which is none of "
         f"{', '.join(LAYOUTS)}: its config is no {FusedLlavaConfig.model_type}, names no mm_vision_tower, and is no "
         "transformers LLaVA's."
@@ -145,10 +146,10 @@ def convert_adapter(source: str | Path, target: str | Path, layout: str = OWN) -
     source, target = Path(source), Path(target)
     _check_layout(layout)
     if layout == LLAVA_HF:
-        raise ValueError(f"the layout {layout} has no adapter files; give one of {', '.join((OWN, *PUBLISHED))}.")
+        raise InputError(f"the layout {layout} has no adapter files; give one of {', '.join((OWN, *PUBLISHED))}.")
     adapter = our_adapter(_adapter_tensors(source))
     if not adapter:
-        raise ValueError(f"{source} holds neither a fuser nor a projector under a name of any layout.")
+        raise InputError(f"{source} holds neither a fuser nor a projector under a name of any layout.")
     if layout in PUBLISHED:
         _check_adapter(source, adapter, layout)
         adapter = adapter_to_published(adapter)
@@ -174,24 +175,24 @@ def _check_adapter(source: Path, adapter: Mapping[str, StoredTensor], layout: st
     fused = any(name.startswith("model.fuser.") for name in adapter)
     if fused != (layout == PUBLISHED[0]):
         fitting = PUBLISHED[0] if fused else PUBLISHED[1]
-        raise ValueError(f"{source} has {'a' if fused else 'no'} fuser, so its adapter has the layout {fitting!r}.")
+        raise InputError(f"{source} has {'a' if fused else 'no'} fuser, so its adapter has the layout {fitting!r}.")
     if (source / CONFIG_FILE).is_file() and layout_of(source) == OWN:
         check_fuser(_read_config(source)["fuser"], fused=fused)
 
 
 def _check_layout(layout: str) -> None:
     if layout not in LAYOUTS:
-        raise ValueError(unknown_name_message("layout", layout, LAYOUTS))
+        raise InputError(unknown_name_message("layout", layout, LAYOUTS))
 
 
 def _refuse_used(target: Path) -> None:
     # Hidden files do not count: a conversion that was killed leaves its scratch folder.
     found = sorted(path.name for path in target.glob("*") if not path.name.startswith(".")) if target.is_dir() else []
     if found:
-        raise ValueError(f"{target} already holds {', '.join(found[:3])}; give a new or empty folder.")
+        raise InputError(f"{target} already holds {', '.join(found[:3])}; give a new or empty folder.")
 
 
 def _read_config(folder: Path) -> dict[str, Any]:
     if not (folder / CONFIG_FILE).is_file():
-        raise FileNotFoundError(f"{folder} holds no {CONFIG_FILE}; give the folder of a checkpoint.")
+        raise MissingFileError(f"{folder} holds no {CONFIG_FILE}; give the folder of a checkpoint.")
     return read_json(folder / CONFIG_FILE)

@@ -10,6 +10,7 @@ from typing import Any
 from transformers import AutoConfig, LlavaConfig
 
 from layerfuse.backbones import Backbone
+from layerfuse.errors import InputError
 from layerfuse.fusers import create_fuser
 
 from ..processing import add_image_token
@@ -41,7 +42,7 @@ def read_llava_hf(folder: Path, config: Mapping[str, Any], options: Options) -> 
     tokenizer = read_tokenizer(folder)
     image_token_id = add_image_token(tokenizer)
     if image_token_id != described.image_token_index:
-        raise ValueError(
+        raise InputError(
             f"the config's image_token_index is {described.image_token_index}, but the tokenizer's {IMAGE_TAG} is "
             f"{image_token_id}; config and tokenizer do not belong together."
         )
@@ -81,7 +82,7 @@ def _check(config: LlavaConfig, backbone: Backbone) -> None:
     if config.projector_hidden_act != "gelu" or not config.multimodal_projector_bias:
         faults.append("the projector is not linear, GELU, linear with biases")
     if faults:
-        raise ValueError(f"this checkpoint is no LLaVA-1.5: {'; '.join(faults)}. Only those can be converted.")
+        raise InputError(f"this checkpoint is no LLaVA-1.5: {'; '.join(faults)}. Only those can be converted.")
 
 
 def write_llava_hf(content: Content, folder: Path, options: Options) -> None:
@@ -97,7 +98,7 @@ def write_llava_hf(content: Content, folder: Path, options: Options) -> None:
     """
     backbone, fuser, own = content.backbone, content.fuser, content.model.config
     if fuser.name != "select" or fuser.num_layers != 1:
-        raise ValueError(
+        raise InputError(
             f"the model has the fuser {fuser.name!r} over {fuser.num_layers} layers; transformers' LLaVA has no place "
             "for a fuser. Only 'select' on one layer fits; an MMFuser can be written as 'mmfuser'."
         )

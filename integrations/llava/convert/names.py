@@ -13,6 +13,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping
 
+from layerfuse.errors import InputError
 from layerfuse.fusers.mmfuser import from_published_state_dict, to_published_state_dict
 
 from ..weight_files import StoredTensor
@@ -91,7 +92,7 @@ def _apply(
             if count:
                 break
         if ours in renamed:
-            raise ValueError(f"two weights stand for {ours}, one of them {name}; keep one layout per checkpoint.")
+            raise InputError(f"two weights stand for {ours}, one of them {name}; keep one layout per checkpoint.")
         renamed[ours] = tensor
     return renamed
 
@@ -120,7 +121,7 @@ def adapter_from_published(tensors: Mapping[str, StoredTensor]) -> dict[str, Sto
             if f"{place}.{kind}" in rest:
                 ours[f"{_PROJECTOR}{linear}.{kind}"] = rest.pop(f"{place}.{kind}")
     if rest:
-        raise ValueError(
+        raise InputError(
             f"the published projector has parts that mlp2x_gelu {'behind a fuser ' if fused else ''}does not have: "
             f"{', '.join(f'mm_projector.{name}' for name in sorted(rest))}. Only mlp2x_gelu can be converted."
         )
@@ -149,7 +150,7 @@ def our_adapter(tensors: Mapping[str, StoredTensor]) -> dict[str, StoredTensor]:
 def _check_scales(ours: Mapping[str, StoredTensor]) -> None:
     scales = [ours[name].read() for name in _SCALES]
     if not all(bool(scale.isfinite().all()) for scale in scales):
-        raise ValueError(
+        raise InputError(
             "the fuser's scales gamma1 and gamma2 are not finite: memory that was never written. The published code "
             "loses them when it loads a checkpoint and saves it again; convert the files that the training wrote."
         )
@@ -158,7 +159,7 @@ def _check_scales(ours: Mapping[str, StoredTensor]) -> None:
     trained = [name for name in (_SCALES[1], *_START_AT_ZERO) if bool(ours[name].read().any())]
     if trained:
         moved = ", ".join(name.removeprefix(_FUSER) for name in trained)
-        raise ValueError(
+        raise InputError(
             f"the fuser's scale gamma1 is zero everywhere although the fuser was trained ({moved} moved). That is what "
             "the published code leaves when it loads a checkpoint and saves it again: the fuser would do nothing. "
             "Convert the files that the training wrote."

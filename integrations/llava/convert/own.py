@@ -15,6 +15,7 @@ from safetensors.torch import save_file
 from transformers import AutoProcessor
 
 from layerfuse.backbones import backbone_from_config
+from layerfuse.errors import InputError
 from layerfuse.fusers import fuser_from_config
 from layerfuse.preprocessing import Preprocessing
 
@@ -52,7 +53,7 @@ def read_own(folder: Path, options: Options) -> Content:
     vision = described.vision_config
     assert isinstance(vision, LayerfuseVisionConfig) and vision.backbone is not None and described.fuser is not None
     if options.template is None and described.prompt_template is None:
-        raise ValueError(f"{folder} holds no prompt template; say which one it was trained with: --template v1")
+        raise InputError(f"{folder} holds no prompt template; say which one it was trained with: --template v1")
     template = get_template(options.template) if options.template else Template(**described.prompt_template or {})
     with torch.device("meta"):
         backbone, fuser = backbone_from_config(vision.backbone), fuser_from_config(described.fuser)

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from layerfuse.errors import InputError
+
 from .content import Content
 from .options import Options
 
@@ -70,7 +72,7 @@ def check_published_config(config: Mapping[str, Any]) -> None:
         if key in config and config[key] not in allowed
     ]
     if faults:
-        raise ValueError(
+        raise InputError(
             f"this checkpoint is none of LLaVA-1.5 or MMFuser with a Llama: {'; '.join(faults)}. Only those can be "
             "converted."
         )
@@ -92,7 +94,7 @@ def published_layers(config: Mapping[str, Any], *, fused: bool) -> tuple[int, ..
     layers = (given,) if isinstance(given, int) else tuple(given)
     if len(layers) < _NUM_LAYERS if fused else len(layers) != 1:
         wanted = f"{_NUM_LAYERS} layers, four values and the query" if fused else "one layer, since there is no fuser"
-        raise ValueError(f"mm_vision_select_layer is {given!r}; expected {wanted}.")
+        raise InputError(f"mm_vision_select_layer is {given!r}; expected {wanted}.")
     return (*layers[: _NUM_LAYERS - 1], layers[-1]) if fused else layers
 
 
@@ -121,10 +123,10 @@ def published_config(content: Content, earlier: Mapping[str, Any], options: Opti
     rope = dict(text["rope_parameters"])
     _check_llama(text, rope)
     if content.preprocessing.mode not in _ASPECTS:
-        raise ValueError(f"images are prepared by {content.preprocessing.mode!r}; the published code can pad and crop.")
+        raise InputError(f"images are prepared by {content.preprocessing.mode!r}; the published code can pad and crop.")
     tower = options.vision_tower or earlier.get("mm_vision_tower")
     if not tower or "clip" not in tower.lower():
-        raise ValueError(
+        raise InputError(
             f"the vision model is called {tower!r}; the published code reads it from there, and takes only names with "
             "'clip' in them. Give its hub name or folder: --vision-tower openai/clip-vit-large-patch14-336"
         )
@@ -163,7 +165,7 @@ def check_fuser(config: Mapping[str, Any], *, fused: bool) -> None:
     name, num_layers = config["name"], config["num_layers"]
     if not fused:
         if name != "select" or num_layers != 1:
-            raise ValueError(
+            raise InputError(
                 f"the model has the fuser {name!r} over {num_layers} layers, and LLaVA-1.5 has no place for a fuser: "
                 "only 'select' on one layer fits. An MMFuser can be written in the layout 'mmfuser'."
             )
@@ -171,7 +173,7 @@ def check_fuser(config: Mapping[str, Any], *, fused: bool) -> None:
     other = {key: config.get(key) for key, value in _FUSER.items() if config.get(key) != value}
     if name != "mmfuser" or num_layers != _NUM_LAYERS or other or config["query_index"] not in (-1, num_layers - 1):
         settings = {key: value for key, value in config.items() if key not in ("name", "num_layers", "in_channels")}
-        raise ValueError(
+        raise InputError(
             f"the model has the fuser {name!r} over {num_layers} layers with {settings or 'no settings'}; the "
             f"published code has only 'mmfuser' over {_NUM_LAYERS} layers, the last one the query, with {dict(_FUSER)}."
         )
@@ -188,4 +190,4 @@ def _check_llama(text: Mapping[str, Any], rope: Mapping[str, Any]) -> None:
     if rope["rope_type"] not in _ROPES:
         faults.append(f"has rotary embeddings of type {rope['rope_type']!r}")
     if faults:
-        raise ValueError(f"the language model {', '.join(faults)}; the published code has only plain Llamas.")
+        raise InputError(f"the language model {', '.join(faults)}; the published code has only plain Llamas.")

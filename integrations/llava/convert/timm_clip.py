@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from layerfuse.backbones import Backbone
+from layerfuse.errors import InputError
 
 from ..weight_files import StoredTensor
 from .names import BACKBONE
@@ -53,7 +54,7 @@ def clip_config_of_timm(backbone: Backbone) -> dict[str, Any]:
         and len({*backbone.image_size}) == len({*backbone.patch_size}) == 1
     )
     if not is_clip:
-        raise ValueError(
+        raise InputError(
             f"the backbone is timm's {backbone.config['recipe']['name']!r}, which is no CLIP vision transformer; the "
             "other layouts hold vision models of transformers, and of timm's only CLIP is one of them."
         )

@@ -13,6 +13,7 @@ from huggingface_hub import snapshot_download
 from transformers import AutoConfig, AutoModel
 
 from layerfuse.backbones import Backbone, create_backbone
+from layerfuse.errors import InputError
 
 from ..model import FusedLlavaForConditionalGeneration
 from ..weight_files import CONFIG_FILE, StoredTensor, stored_model
@@ -70,7 +71,7 @@ def find_tower(name: str, *, beside: Path, weights: bool) -> Path:
                 if any((folder / pattern.replace("*", "")).is_file() for pattern in patterns):
                     break
     except (OSError, ValueError) as error:
-        raise ValueError(
+        raise InputError(
             f"the vision model {name!r} is no folder beside the checkpoint and cannot be got from the hub "
             f"({type(error).__name__}). Give the folder of the model, with config.json, preprocessor_config.json and "
             "weights: --vision-tower FOLDER."
@@ -126,14 +127,14 @@ def vision_config_of(backbone: Backbone) -> dict[str, Any]:
     if backbone.family == "timm":
         return clip_config_of_timm(backbone)
     if backbone.family != "transformers":
-        raise ValueError(
+        raise InputError(
             f"the backbone is of family {backbone.family!r}, whose weights the other layouts have no names for; they "
             "hold vision models of transformers, and CLIP as timm has it."
         )
     config: dict[str, Any] = recipe["config"]
     own = config["image_size"]
     if list(backbone.image_size) != ([own, own] if isinstance(own, int) else list(own)):
-        raise ValueError(
+        raise InputError(
             f"the backbone takes images of {backbone.image_size}, its vision model {own}; the other layouts know no "
             "such difference."
         )
@@ -196,7 +197,7 @@ def whole_tower(content: Content, vision_config: Mapping[str, Any], options: Opt
     misshapen = sorted(key for key in shapes.keys() & found.keys() if shapes[key] != found[key].shape)
     if missing or unexpected or misshapen:
         listing = listed([key.removeprefix(BACKBONE) for key in [*missing, *unexpected, *misshapen]])
-        raise ValueError(
+        raise InputError(
             "the layout holds the whole vision model, but ours ends at its deepest tapped layer; missing, or of "
             f"another shape: {listing}. Give the vision model that it was trained with: --vision-tower FOLDER_OR_NAME"
         )
@@ -227,7 +228,7 @@ def check_tower(name: str, tensors: Mapping[str, StoredTensor], *, beside: Path)
         or not torch.equal(named[key].read().to(tensor.dtype), tensor.read())
     ]
     if other:
-        raise ValueError(
+        raise InputError(
             f"the vision model {name} is not the one in this model ({len(other)} weights differ: {', '.join(other[:3])}"
             ", …), and the published code reads the named one. Name the vision model it was trained with; one that was "
             "trained along cannot be given to the published code."

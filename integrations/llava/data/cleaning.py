@@ -12,7 +12,9 @@ from typing import Any
 
 from tqdm.auto import tqdm
 
-from ..atomic import atomic_file
+from layerfuse.errors import ExistingFileError, InputError
+from layerfuse.files import atomic_file
+
 from .files import SampleFile
 from .findings import Finding
 from .samples import Sample
@@ -77,7 +79,7 @@ def write_clean(samples: SampleFile, survey: Survey) -> Cleaned:
     }
     kept = [index for index in range(len(samples)) if index not in problems or index in repairs]
     if not kept:
-        raise ValueError(f"no sample of {samples.path} can be used, so there is nothing to write.")
+        raise InputError(f"no sample of {samples.path} can be used, so there is nothing to write.")
     target = clean_path(samples.path)
 
     def line(index: int) -> bytes:
@@ -110,7 +112,7 @@ def _rename(sample: Sample, names: Mapping[str | None, str | None]) -> dict[str,
 
 def _write(target: Path, rows: Iterable[bytes], count: int) -> None:
     if target.exists():
-        raise FileExistsError(f"{target} exists and is left alone; move it away or remove it.")
+        raise ExistingFileError(f"{target} exists and is left alone; move it away or remove it.")
     with atomic_file(target) as file:
         for row in tqdm(rows, total=count, desc=f"writing {target.name}", unit="sample", disable=None, leave=False):
             file.write(_LINE_BREAKS.sub(b" ", row.strip()) + b"\n")

@@ -12,6 +12,7 @@ from PIL import Image
 from torch.utils.data import Dataset
 
 from integrations.llava.prompts import IGNORE_INDEX, Rendered, Template, TextEncoder, render
+from layerfuse.errors import InputError
 from layerfuse.preprocessing import Preprocessing
 
 from ..images import IMAGE_ERRORS
@@ -27,7 +28,7 @@ __all__ = ["BadSampleError", "ConversationDataset"]
 _KEEP_RENDERED = 64 * 2**20
 
 
-class BadSampleError(ValueError):
+class BadSampleError(InputError):
     """A sample that passed the check but cannot be read now."""
 
 

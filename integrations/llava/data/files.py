@@ -11,6 +11,8 @@ from typing import Any, overload
 
 import numpy as np
 
+from layerfuse.errors import InputError, MissingFileError
+
 from .index import array_spans, line_spans
 from .samples import Sample, count_words
 from .sidecar import FileState, cached_array, file_state
@@ -35,18 +37,18 @@ class SampleFile(Sequence[Sample]):
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
         if not self.path.is_file():
-            raise FileNotFoundError(
+            raise MissingFileError(
                 f"data file {self.path} does not exist; give a json or jsonl file in LLaVA's format."
             )
         self._state = file_state(self.path)
         if self._state[0] == 0:
-            raise ValueError(f"data file {self.path} is empty; it has to hold at least one sample.")
+            raise InputError(f"data file {self.path} is empty; it has to hold at least one sample.")
         self._lines = self.path.suffix == ".jsonl"
         with self.path.open("rb") as file:
             self._data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
         self._spans = cached_array(self.path, self._state, "samples-v1", self._find).reshape(-1, 3)
         if not len(self._spans):
-            raise ValueError(f"data file {self.path} holds an empty list; it has to hold at least one sample.")
+            raise InputError(f"data file {self.path} holds an empty list; it has to hold at least one sample.")
 
     def _find(self) -> np.ndarray:
         return line_spans(self._data) if self._lines else array_spans(self._data, self.path)
@@ -73,7 +75,7 @@ class SampleFile(Sequence[Sample]):
         try:
             sample: Sample = json.loads(self.raw(index))
         except ValueError as error:
-            raise ValueError(f"data file {self.path}, {self.place(index)} is not valid JSON: {error}.") from error
+            raise InputError(f"data file {self.path}, {self.place(index)} is not valid JSON: {error}.") from error
         return sample
 
     def __eq__(self, other: object) -> bool:
@@ -113,7 +115,7 @@ def _reopen(path: Path, state: FileState) -> SampleFile:
     """Open a file in another process, which must see the same samples."""
     samples = SampleFile(path)
     if samples._state != state:
-        raise ValueError(f"data file {path} was changed while it is in use; leave it alone until the run has ended.")
+        raise InputError(f"data file {path} was changed while it is in use; leave it alone until the run has ended.")
     return samples
 
 

@@ -10,6 +10,8 @@ from pathlib import Path
 
 import numpy as np
 
+from layerfuse.errors import InputError
+
 __all__ = ["array_spans", "line_spans"]
 
 _PIECE = 16 * 2**20
@@ -59,7 +61,7 @@ def array_spans(data: mmap.mmap, path: Path, *, piece: int = _PIECE) -> np.ndarr
     window = _Window(data, path, piece)
     if (opening := window.next("'['")) != "[":
         kind = "a dict" if opening == "{" else "no list"
-        raise ValueError(
+        raise InputError(
             f"data file {path} holds {kind}; it has to be a list of samples, [{{…}}, …]. Give a file with one sample a "
             "line the ending .jsonl."
         )
@@ -138,6 +140,6 @@ class _Window:
                 self.move(self.place + length)
                 return start, self.byte
 
-    def fault(self, what: str) -> ValueError:
+    def fault(self, what: str) -> InputError:
         """Word an error; the byte is where the entry at fault begins."""
-        return ValueError(f"data file {self.path} is not valid JSON: {what} (entry {self.entry}, byte {self.byte}).")
+        return InputError(f"data file {self.path} is not valid JSON: {what} (entry {self.entry}, byte {self.byte}).")

@@ -12,6 +12,7 @@ import numpy as np
 
 from integrations.llava.prompts import Template
 from integrations.llava.wording import bulleted
+from layerfuse.errors import InputError
 
 from .files import select_samples
 from .findings import KINDS, Finding
@@ -83,7 +84,7 @@ def usable_indices(
     )
     usable, problems = checked.usable, checked.problems
     if problems and (bad_samples == "fail" or not len(usable)):
-        raise ValueError(describe_problems(problems, image_folder))
+        raise InputError(describe_problems(problems, image_folder))
     if problems:
         left_out = f"{len(samples) - len(usable):,} of {len(samples):,} samples are left out"
         _log.warning("%s: %s; first: %s", left_out, _count_kinds(problems), problems[0])

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ..atomic import atomic_file
+from layerfuse.files import atomic_file
 
 __all__ = ["FileState", "cached_array", "file_state", "sidecar_paths"]
 

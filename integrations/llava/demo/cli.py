@@ -12,6 +12,7 @@ from pathlib import Path
 from integrations.llava.demo.conclusions import conclude, estimate
 from integrations.llava.demo.results import DemoResults
 from integrations.llava.demo.settings import DemoSettings, check_settings
+from layerfuse.errors import UserError
 
 __all__ = ["main"]
 
@@ -25,7 +26,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     try:
         check_settings(settings)
-    except (ValueError, FileNotFoundError, PermissionError, NotADirectoryError) as error:
+    except UserError as error:
         parser.error(str(error))
     # Imported only now: a wrong argument is answered at once, without loading transformers.
     from transformers.utils import logging as transformers_logging

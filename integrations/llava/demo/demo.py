@@ -48,7 +48,7 @@ def run_demo(settings: DemoSettings, *, command: str | None = None) -> tuple[Dem
         The results, and the path of ``report.html``.
 
     Raises:
-        ValueError, FileNotFoundError, PermissionError, NotADirectoryError: for settings that cannot work, before
+        UserError: for settings that cannot work, before
             anything is trained; see `check_settings`.
     """
     check_settings(settings)

@@ -10,7 +10,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from integrations.llava.atomic import write_text
+from layerfuse.files import write_text
 
 __all__ = ["code_digest", "digest", "file_digest", "finished", "folder_digest", "forget", "mark_finished"]
 

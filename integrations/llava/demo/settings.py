@@ -10,6 +10,7 @@ from pathlib import Path
 from integrations.llava.config import Recipe
 from integrations.llava.evaluation import read_image
 from integrations.llava.recipe_files import load_recipe
+from layerfuse.errors import FileAccessError, InputError
 from layerfuse.fusers import FUSERS
 
 __all__ = ["DemoSettings", "check_settings", "run_recipe"]
@@ -59,23 +60,22 @@ def check_settings(settings: DemoSettings) -> None:
         ValueError: if a fuser or the recipe is unknown, a fuser or seed is given twice, a number is too small, an image
             comes without a prompt or a prompt without an image, or the image cannot be read.
         FileNotFoundError: if the image does not exist.
-        PermissionError: if the output folder cannot be written to.
-        NotADirectoryError: if the output is a file.
+        FileAccessError: if the output folder cannot be written to, or is a file.
     """
     if not settings.fusers or not settings.seeds:
-        raise ValueError(f"a demo needs a fuser and a seed; got fusers {settings.fusers} and seeds {settings.seeds}.")
+        raise InputError(f"a demo needs a fuser and a seed; got fusers {settings.fusers} and seeds {settings.seeds}.")
     for name in settings.fusers:
         FUSERS.get(name)
     for what, given in (("fuser", settings.fusers), ("seed", settings.seeds)):
         twice = [str(entry) for entry in dict.fromkeys(given) if list(given).count(entry) > 1]
         if twice:
-            raise ValueError(f"{what} {', '.join(twice)} is given more than once; name each {what} once.")
+            raise InputError(f"{what} {', '.join(twice)} is given more than once; name each {what} once.")
     if min(settings.seeds) < 0:
-        raise ValueError(f"seed {min(settings.seeds)} is negative; seeds are 0 or above.")
+        raise InputError(f"seed {min(settings.seeds)} is negative; seeds are 0 or above.")
     for what in ("pretrain_steps", "finetune_steps", "batch_size", "num_train", "num_test", "num_probe_images"):
         number = getattr(settings, what)
         if number is not None and number < 1:
-            raise ValueError(f"{what} is {number}; it has to be at least 1.")
+            raise InputError(f"{what} is {number}; it has to be at least 1.")
     load_recipe(settings.recipe)
     _check_photo(settings)
     _check_output(settings.output)
@@ -84,12 +84,12 @@ def check_settings(settings: DemoSettings) -> None:
 def _check_photo(settings: DemoSettings) -> None:
     if settings.image is None:
         if settings.prompt:
-            raise ValueError(
+            raise InputError(
                 "a prompt came without an image; also name a picture: --image photo.jpg (IMAGE=photo.jpg)."
             )
         return
     if not (settings.prompt or "").strip():
-        raise ValueError(
+        raise InputError(
             f"image {settings.image} came without a prompt; also ask something: --prompt 'How many …?' (PROMPT='…')."
         )
     read_image(settings.image)
@@ -101,11 +101,11 @@ def _check_output(folder: Path) -> None:
         with tempfile.TemporaryFile(dir=folder):
             pass
     except (FileExistsError, NotADirectoryError) as error:
-        raise NotADirectoryError(
+        raise FileAccessError(
             f"output {folder} is a file, or lies inside one; give a folder: --output runs/demo."
         ) from error
     except OSError as error:
-        raise PermissionError(
+        raise FileAccessError(
             f"output folder {folder} cannot be written to ({error.strerror}); choose another: --output FOLDER."
         ) from error
 

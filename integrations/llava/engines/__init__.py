@@ -18,6 +18,7 @@ from transformers import Trainer
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from integrations.llava.model import FusedLlavaForConditionalGeneration
+from layerfuse.errors import InputError
 
 __all__ = ["check_engine", "engine_arguments", "forget_engine", "set_precision", "shards"]
 
@@ -39,12 +40,12 @@ def check_engine(engine: str, *, num_processes: int, cpu: bool, quantized: bool 
     if num_processes == 1 or engine == "ddp":
         return
     if quantized and engine in ("fsdp2", "zero3"):
-        raise ValueError(f"engine {engine!r} cannot take quantised weights apart; use 'ddp' (--finetune.engine ddp).")
+        raise InputError(f"engine {engine!r} cannot take quantised weights apart; use 'ddp' (--finetune.engine ddp).")
     if engine == "fsdp2" and cpu:
         # accelerate would use DDP without a word.
-        raise ValueError("engine 'fsdp2' needs GPUs; on CPUs use 'ddp' (--finetune.engine ddp).")
+        raise InputError("engine 'fsdp2' needs GPUs; on CPUs use 'ddp' (--finetune.engine ddp).")
     if engine in ("zero2", "zero3") and find_spec("deepspeed") is None:
-        raise ValueError(f"engine {engine!r} needs DeepSpeed (pip install 'layerfuse[deepspeed]'), or use 'fsdp2'.")
+        raise InputError(f"engine {engine!r} needs DeepSpeed (pip install 'layerfuse[deepspeed]'), or use 'fsdp2'.")
 
 
 def engine_arguments(engine: str, model: FusedLlavaForConditionalGeneration, *, num_processes: int) -> dict[str, Any]:

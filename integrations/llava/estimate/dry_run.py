@@ -7,6 +7,8 @@ from dataclasses import dataclass, replace
 
 from transformers import PreTrainedConfig
 
+from layerfuse.errors import InputError
+
 from ..config import STAGES, Recipe, StageConfig
 from ..data import Survey, read_samples, survey_samples
 from ..model import FusedLlavaForConditionalGeneration
@@ -126,11 +128,11 @@ def dry_run(
         FileNotFoundError: if a data file does not exist.
     """
     if not 0 < utilization <= 1:
-        raise ValueError(f"utilization={utilization} is no share of the peak; give a number above 0 and up to 1.")
+        raise InputError(f"utilization={utilization} is no share of the peak; give a number above 0 and up to 1.")
     hardware = get_gpu(gpu)
     models = {name: build_on_meta(recipe.model, recipe.stage(name)) for name in stages}
     if not models:
-        raise ValueError(f"no stage was asked for; give {' or '.join(STAGES)}.")
+        raise InputError(f"no stage was asked for; give {' or '.join(STAGES)}.")
     reports = [_stage_report(name, recipe.stage(name), models[name][0], hardware, num_gpus) for name in models]
     return Report(recipe, hardware, utilization, _summary(*models[stages[0]]), reports)
 

@@ -15,6 +15,8 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig
 
+from layerfuse.errors import InputError
+
 from ..assembly import create_vision, described_llm, set_trainable
 from ..config import PARTS, ModelConfig, StageConfig
 from ..model import FusedLlavaForConditionalGeneration, build_model
@@ -180,7 +182,7 @@ def _blocks(model: FusedLlavaForConditionalGeneration) -> nn.ModuleList:
     blocks = getattr(model.model.language_model, "layers", None)
     text: Any = model.config.text_config
     if not isinstance(blocks, nn.ModuleList) or not hasattr(text, "intermediate_size"):
-        raise ValueError(
+        raise InputError(
             f"a dry run knows language models of blocks like Llama's (Vicuna, Mistral, Qwen2, …), but {text.model_type}"
             " has no list 'layers' or no 'intermediate_size'; train without it, or measure a few steps (max_steps)."
         )

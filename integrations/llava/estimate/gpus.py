@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from layerfuse.errors import InputError
 from layerfuse.registry import unknown_name_message
 
 __all__ = ["GPUS", "Gpu", "get_gpu"]
@@ -54,5 +55,5 @@ def get_gpu(name: str) -> Gpu:
         ValueError: if it is not known; the message gives the nearest match and the full list.
     """
     if name not in GPUS:
-        raise ValueError(unknown_name_message("GPU", name, GPUS))
+        raise InputError(unknown_name_message("GPU", name, GPUS))
     return GPUS[name]

@@ -10,10 +10,11 @@ from typing import Any
 
 from PIL import Image
 
-from integrations.llava.atomic import write_text
 from integrations.llava.evaluation.predict import check_images, predict
 from integrations.llava.evaluation.scoring import KindScores, ScoredAnswer, score_answers, summarise
 from integrations.llava.evaluation.task import read_questions
+from layerfuse.errors import InputError, MissingFileError
+from layerfuse.files import write_text
 
 __all__ = ["Evaluation", "evaluate", "read_predictions", "write_evaluation"]
 
@@ -101,7 +102,7 @@ def read_predictions(path: str | Path) -> list[dict[str, Any]]:
     """
     path = Path(path)
     if not path.is_file():
-        raise FileNotFoundError(f"predictions file {path} does not exist; give the predictions.jsonl of an evaluation.")
+        raise MissingFileError(f"predictions file {path} does not exist; give the predictions.jsonl of an evaluation.")
     rows: list[dict[str, Any]] = []
     for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
         if not line.strip():
@@ -109,10 +110,10 @@ def read_predictions(path: str | Path) -> list[dict[str, Any]]:
         try:
             row = json.loads(line)
         except json.JSONDecodeError as error:
-            raise ValueError(
+            raise InputError(
                 f"{path}, line {number} is not JSON ({error}); expected one JSON object a line."
             ) from error
         if not isinstance(row, dict) or not {"question_id", "prediction"} <= row.keys():
-            raise ValueError(f"{path}, line {number} lacks question_id or prediction; every row needs both.")
+            raise InputError(f"{path}, line {number} lacks question_id or prediction; every row needs both.")
         rows.append(row)
     return rows

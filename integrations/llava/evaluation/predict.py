@@ -11,6 +11,7 @@ from tqdm.auto import tqdm
 
 from integrations.llava.evaluation.task import TASKS, Question
 from integrations.llava.images import read_image
+from layerfuse.errors import InputError, MissingFileError
 
 __all__ = ["Answer", "check_images", "predict", "read_image"]
 
@@ -28,7 +29,7 @@ def check_images(questions: Sequence[Question], image_folder: str | Path) -> Non
     names = dict.fromkeys(question.image for question in questions)
     missing = [name for name in names if not (folder / name).is_file()]
     if missing:
-        raise FileNotFoundError(
+        raise MissingFileError(
             f"{len(missing)} of {len(names)} images are missing in {folder}: {', '.join(missing[:10])}"
             f"{', …' if len(missing) > 10 else ''}. Give the folder that the question file's names are relative to."
         )
@@ -56,7 +57,7 @@ def predict(
         FileNotFoundError: if an image is missing.
     """
     if batch_size < 1:
-        raise ValueError(f"batch_size={batch_size} is too small; ask at least 1 question at a time.")
+        raise InputError(f"batch_size={batch_size} is too small; ask at least 1 question at a time.")
     check_images(questions, image_folder)
     prompts = [TASKS.get(question.kind)().prompt(question) for question in questions]
     order = sorted(range(len(questions)), key=lambda index: -len(prompts[index]))
@@ -67,7 +68,7 @@ def predict(
             images = [read_image(Path(image_folder) / questions[index].image) for index in batch]
             given = list(answer(images, [prompts[index] for index in batch]))
             if len(given) != len(batch):
-                raise ValueError(f"the model gave {len(given)} answers to {len(batch)} questions; expected one each.")
+                raise InputError(f"the model gave {len(given)} answers to {len(batch)} questions; expected one each.")
             answers.update(zip(batch, given, strict=True))
             progress.update(len(batch))
     return [

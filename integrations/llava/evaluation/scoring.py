@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from integrations.llava.evaluation.task import TASKS, Question
+from layerfuse.errors import InputError
 
 __all__ = ["KindScores", "ScoredAnswer", "blind_answers", "score_answers", "summarise"]
 
@@ -82,7 +83,7 @@ def score_answers(questions: Sequence[Question], predictions: Iterable[Mapping[s
     }
     found = [f"{what}: {_some(keys)}" for what, keys in faults.items() if keys]
     if found:
-        raise ValueError(
+        raise InputError(
             f"predictions do not fit the {len(questions)} questions; question ids {'; '.join(found)}. "
             "Give exactly one prediction per question."
         )

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
+from layerfuse.errors import InputError, MissingFileError
 from layerfuse.registry import Registry
 
 __all__ = ["TASKS", "Question", "Task", "read_questions"]
@@ -86,16 +87,16 @@ def read_questions(path: str | Path) -> list[Question]:
     """
     path = Path(path)
     if not path.is_file():
-        raise FileNotFoundError(f"question file {path} does not exist; give a .jsonl file with one question a line.")
+        raise MissingFileError(f"question file {path} does not exist; give a .jsonl file with one question a line.")
     questions: list[Question] = []
     for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
         if line.strip():
             questions.append(_parse(line, f"{path}, line {number}"))
     if not questions:
-        raise ValueError(f"question file {path} holds no question; give one question a line.")
+        raise InputError(f"question file {path} holds no question; give one question a line.")
     twice = [str(key) for key, count in Counter(q.question_id for q in questions).items() if count > 1]
     if twice:
-        raise ValueError(
+        raise InputError(
             f"question file {path} uses these ids more than once: {', '.join(twice)}; every id names one question."
         )
     return questions
@@ -105,11 +106,11 @@ def _parse(line: str, place: str) -> Question:
     try:
         row: Any = json.loads(line)
     except json.JSONDecodeError as error:
-        raise ValueError(f"{place} is not JSON ({error}); expected one JSON object a line.") from error
+        raise InputError(f"{place} is not JSON ({error}); expected one JSON object a line.") from error
     keys = ("question_id", "image", "text", "kind", "answer")
     missing = [key for key in keys if not isinstance(row, dict) or key not in row]
     if missing:
-        raise ValueError(f"{place} lacks {', '.join(missing)}; a question has {', '.join(keys)}.")
+        raise InputError(f"{place} lacks {', '.join(missing)}; a question has {', '.join(keys)}.")
     TASKS.get(str(row["kind"]))
     answer = row["answer"]
     return Question(

@@ -12,6 +12,8 @@ from pathlib import Path
 import torch
 from transformers import CLIPVisionModel
 
+from layerfuse.errors import InputError
+
 from .backbone import BackboneRecipe, pretrain_backbone, to_pixels
 from .language_model import LanguageModelRecipe, pretrain_language_model
 from .lookup import answer_accuracy
@@ -58,7 +60,7 @@ def make_assets(
     """
     unknown = [part for part in parts if part not in PARTS]
     if unknown:
-        raise ValueError(f"assets have no part {', '.join(unknown)}; known: {', '.join(PARTS)}")
+        raise InputError(f"assets have no part {', '.join(unknown)}; known: {', '.join(PARTS)}")
     recipe = recipe or AssetsRecipe()
     folder = Path(folder)
     makers: Mapping[str, tuple[Callable[[Path], None], object]] = {

@@ -21,6 +21,8 @@ from typing import Any
 import numpy as np
 from tqdm.auto import tqdm
 
+from layerfuse.errors import InputError
+
 from .photographs import SPLITS
 from .questions import KINDS, Question, conversation, questions_of_kind
 from .rendering import render
@@ -62,13 +64,13 @@ def make_dataset(
     counts = {"train": num_train, "val": num_val, "test": num_test}
     for split, count in counts.items():
         if count < 1:
-            raise ValueError(f"num_{split} is {count}; every split needs at least 1 image")
+            raise InputError(f"num_{split} is {count}; every split needs at least 1 image")
     settings = {"version": _VERSION, "seed": seed, **{f"num_{split}": counts[split] for split in SPLITS}}
     if folder.exists():
         if _read_settings(folder) == settings:
             return folder
         if not (folder / "settings.json").is_file() and any(folder.iterdir()):
-            raise ValueError(
+            raise InputError(
                 f"{folder} is not empty and was not made by make_dataset; give another folder, or empty it"
             )
     folder.parent.mkdir(parents=True, exist_ok=True)

@@ -14,6 +14,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from layerfuse.errors import InputError, MissingFileError
+
 __all__ = ["PHOTOGRAPHS", "SPLITS", "Crop", "photograph_path", "read_crop", "sample_crop", "split_region"]
 
 SPLITS = ("train", "val", "test")
@@ -67,17 +69,17 @@ def photograph_path(name: str) -> Path:
         FileNotFoundError: if scikit-image, or the file inside it, is missing.
     """
     if name not in PHOTOGRAPHS:
-        raise ValueError(f"photograph {name!r} is unknown; known: {', '.join(PHOTOGRAPHS)}")
+        raise InputError(f"photograph {name!r} is unknown; known: {', '.join(PHOTOGRAPHS)}")
     # find_spec instead of an import: only the folder is needed, not the library.
     spec = find_spec("skimage")
     if spec is None or not spec.submodule_search_locations:
-        raise FileNotFoundError(
+        raise MissingFileError(
             "the embedded data set draws on photographs inside scikit-image, which is not installed; "
             "install the extra: pip install 'layerfuse[llava]'"
         )
     path = Path(spec.submodule_search_locations[0]) / "data" / PHOTOGRAPHS[name]
     if not path.is_file():
-        raise FileNotFoundError(f"photograph {name!r} is missing: {path}; reinstall scikit-image from its wheel")
+        raise MissingFileError(f"photograph {name!r} is missing: {path}; reinstall scikit-image from its wheel")
     return path
 
 
@@ -90,7 +92,7 @@ def split_region(split: str, height: int, width: int) -> tuple[int, int, int, in
         ValueError: if the split is not one of `SPLITS`.
     """
     if split not in SPLITS:
-        raise ValueError(f"split {split!r} is unknown; known: {', '.join(SPLITS)}")
+        raise InputError(f"split {split!r} is unknown; known: {', '.join(SPLITS)}")
     column, row = int(width * 0.6), height // 2
     if split == "train":
         return 0, 0, height, column

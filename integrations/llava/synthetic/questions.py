@@ -13,6 +13,8 @@ from types import MappingProxyType
 
 import numpy as np
 
+from layerfuse.errors import InputError
+
 from .scene import SHAPES, Scene, SceneObject
 
 __all__ = ["CAPTION_PROMPT", "KINDS", "Question", "caption", "conversation", "format_box", "questions_of_kind"]
@@ -103,7 +105,7 @@ def questions_of_kind(scene: Scene, kind: str) -> list[Question]:
         ValueError: if the kind is not one of `KINDS`.
     """
     if kind not in _BY_KIND:
-        raise ValueError(f"question kind {kind!r} is unknown; known: {', '.join(KINDS)}")
+        raise InputError(f"question kind {kind!r} is unknown; known: {', '.join(KINDS)}")
     return _BY_KIND[kind](scene)
 
 

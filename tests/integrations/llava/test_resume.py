@@ -24,13 +24,13 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from integrations.llava import checkpointing, train_command
 from integrations.llava import train as training
-from integrations.llava.atomic import check_disk_space
 from integrations.llava.checkpointing import load_state, save_state
 from integrations.llava.config import Recipe
 from integrations.llava.interruption import EXIT_REQUEUE, RunInterrupted
 from integrations.llava.recipe_files import dump_recipe
 from integrations.llava.run_folder import RunFolder
 from integrations.llava.train import train
+from layerfuse.files import check_disk_space
 
 Usage = namedtuple("Usage", "total used free")
 
