@@ -1,16 +1,21 @@
-# layerfuse: everything runs inside .venv, which is made on first use and renewed when pyproject.toml changes.
+# layerfuse: everything runs inside .venv, which is made on first use and renewed when pyproject.toml or the versions
+# that the tests have passed with (requirements/tested.txt) change.
 #
 #   make demo                                          train, compare and report (CPU, minutes)
 #   make demo FUSERS="select average mmfuser"          other fusers
 #   make demo SEEDS="0 1 2"                            more than one seed
 #   make demo IMAGE=photo.jpg PROMPT="How many ..."    also answer a question about a photograph
-#   make test | check | assets | build
+#   make test | test-slow | check | assets | build
+#   make test-latest                                   the tests with the newest versions that pyproject.toml allows
+#   make test-oldest PYTHON=python3.10                 the tests with the lowest ones
+#   make versions                                      write requirements/*.txt anew: the newest versions, the lowest ones
 
 PYTHON ?= python3
 VENV ?= .venv
 JOBS ?= 2
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
+RESOLVE := $(BIN)/uv pip compile --quiet --universal --python-version 3.10 --extra all --extra dev --no-annotate --no-header pyproject.toml
 
 # The values reach the shell through the environment, unexpanded, so that spaces, quotes and $ in a prompt survive.
 override FUSERS := $(value FUSERS)
@@ -20,16 +25,28 @@ override PROMPT := $(value PROMPT)
 export FUSERS SEEDS IMAGE PROMPT
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check assets build clean
+.PHONY: help demo test test-slow test-latest test-oldest versions check assets build clean
 
 help:
 	@sed -n 's/^#   //p' Makefile
 
-$(INSTALLED): pyproject.toml
-	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	@echo "installing into $(VENV), once; this takes some minutes"
-	$(BIN)/python -m pip install --disable-pip-version-check --quiet -e ".[all,dev]"
-	touch $@
+# $(1): the environment's folder; $(2): pip's options that choose versions. What builds the project is chosen by them, too.
+define install
+	test -x $(1)/bin/python || $(PYTHON) -m venv $(1)
+	@echo "installing into $(1), once; this takes some minutes"
+	$(1)/bin/python -m pip install --disable-pip-version-check --quiet $(2) hatchling
+	$(1)/bin/python -m pip install --disable-pip-version-check --quiet $(2) --no-build-isolation -e ".[all,dev]"
+	touch $(1)/.installed
+endef
+
+$(INSTALLED): pyproject.toml requirements/tested.txt
+	$(call install,$(VENV),-c requirements/tested.txt)
+
+.venv-latest/.installed: pyproject.toml
+	$(call install,.venv-latest,--upgrade --upgrade-strategy eager)
+
+.venv-oldest/.installed: pyproject.toml requirements/oldest.txt
+	$(call install,.venv-oldest,-c requirements/oldest.txt)
 
 demo: $(INSTALLED)
 	@set -- ; \
@@ -41,7 +58,19 @@ demo: $(INSTALLED)
 
 # One thread a worker: two workers with two threads each would fight over two cores.
 test: $(INSTALLED)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) tests
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) -m "not slow" tests
+
+test-slow: $(INSTALLED)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) -m slow tests
+
+test-latest test-oldest: test-%: .venv-%/.installed
+	OMP_NUM_THREADS=1 .venv-$*/bin/python -m pytest -n $(JOBS) -m "not slow" tests
+
+# uv reads the versions of every Python and system at once, and the lowest ones too; pip can do neither.
+versions: $(INSTALLED)
+	$(BIN)/python -m pip install --disable-pip-version-check --quiet uv
+	$(RESOLVE) --upgrade -o requirements/tested.txt
+	$(RESOLVE) --upgrade --resolution lowest-direct -o requirements/oldest.txt
 
 check: $(INSTALLED)
 	$(BIN)/ruff check .
@@ -56,4 +85,4 @@ build: $(INSTALLED)
 	$(BIN)/python -m build
 
 clean:
-	rm -rf $(VENV) dist build .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf $(VENV) .venv-latest .venv-oldest dist build .mypy_cache .ruff_cache .pytest_cache .hypothesis
