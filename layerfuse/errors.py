@@ -14,6 +14,7 @@ __all__ = [
     "InvalidTypeError",
     "MissingFileError",
     "MissingPackageError",
+    "TapError",
     "UnknownKeyError",
     "UserError",
 ]
@@ -25,6 +26,10 @@ class UserError(Exception):
 
 class InputError(UserError, ValueError):
     """A value, a file's content, or a combination of arguments that is not possible."""
+
+
+class TapError(InputError, RuntimeError):
+    """A model that ran in a way in which what its layers put out cannot be told for certain."""
 
 
 class InvalidTypeError(UserError, TypeError):

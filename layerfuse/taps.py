@@ -7,25 +7,43 @@ output of block ``k`` before any final norm; negative numbers count from the end
 from __future__ import annotations
 
 import operator
-from collections.abc import Sequence
+import threading
+from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from types import TracebackType
-from typing import SupportsIndex
+from typing import Any, SupportsIndex
 
 import torch
 from torch import nn
 
-from layerfuse.errors import InputError, InvalidTypeError
+from layerfuse._block_lists import (
+    BlockList,
+    check_depth,
+    count_blocks,
+    find_blocks,
+    first_argument,
+    first_parameter,
+    get_blocks,
+)
+from layerfuse._tapped_layers import (
+    TappedLayer,
+    check_gradients,
+    check_passed_on,
+    check_runs,
+    check_unchanged,
+    record_layer,
+)
+from layerfuse.errors import InputError, InvalidTypeError, TapError
 from layerfuse.features import FeatureMaps, Grid
 
 __all__ = ["BlockTaps", "TappedModel", "find_blocks", "get_blocks", "resolve_layers", "split_prefix", "tap"]
 
 
-def resolve_layers(layers: SupportsIndex | Sequence[SupportsIndex], num_blocks: int) -> tuple[int, ...]:
+def resolve_layers(layers: SupportsIndex | Iterable[SupportsIndex], num_blocks: int) -> tuple[int, ...]:
     """Turn layer numbers, counted from either end, into numbers >= 0, in the order asked.
 
     Args:
-        layers: one layer number or several. 0 = embeddings, 1..num_blocks = block outputs, negatives count from the
-            end, so that (-22, -17, -12, -7, -2) is (3, 8, 13, 18, 23) on a 24-block ViT.
+        layers: one layer number or several (tuple, list, range, array). 0 = embeddings, 1..num_blocks = block outputs,
+            negatives count from the end, so that (-22, -17, -12, -7, -2) is (3, 8, 13, 18, 23) on a 24-block ViT.
         num_blocks: number of blocks of the whole backbone.
 
     Returns:
@@ -35,16 +53,18 @@ def resolve_layers(layers: SupportsIndex | Sequence[SupportsIndex], num_blocks: 
         ValueError: if no layer is given, one is out of range, or one is asked for twice.
         TypeError: if a layer is not an integer.
     """
-    if isinstance(layers, str):
-        raise InvalidTypeError(f"layers must be integers, got the text {layers!r}; write for example (3, 8, -2).")
-    asked = tuple(layers) if isinstance(layers, Sequence) else (layers,)
+    if isinstance(layers, (str, Set, Mapping)):
+        raise InvalidTypeError(
+            f"layers must be integers, got the {type(layers).__name__} {layers!r}; write them in the order wanted, for "
+            "example (3, 8, -2)."
+        )
+    several = isinstance(layers, Iterable) and getattr(layers, "ndim", 1) > 0
+    asked: tuple[Any, ...] = tuple(layers) if several else (layers,)  # type: ignore[arg-type]
     if not asked:
         raise InputError("no layer was asked for; give at least one, for example layers=-2 (the penultimate block).")
     resolved: dict[int, SupportsIndex] = {}
     for given in asked:
-        if isinstance(given, bool) or not hasattr(given, "__index__"):
-            raise InvalidTypeError(f"layers must be integers, got {given!r}; write for example (3, 8, -2).")
-        number = operator.index(given)
+        number = _integer(given)
         layer = number + num_blocks + 1 if number < 0 else number
         if not 0 <= layer <= num_blocks:
             raise InputError(
@@ -60,64 +80,14 @@ def resolve_layers(layers: SupportsIndex | Sequence[SupportsIndex], num_blocks: 
     return tuple(resolved)
 
 
-def get_blocks(model: nn.Module, path: str) -> nn.Module:
-    """Return the block list at a dotted path.
-
-    Args:
-        model: any module.
-        path: such as ``"encoder.layers"``.
-
-    Returns:
-        The ``nn.ModuleList`` or ``nn.Sequential`` there.
-
-    Raises:
-        ValueError: if there is no block list at that path; the message lists the ones found.
-    """
-    try:
-        blocks = model.get_submodule(path)
-    except AttributeError:
-        blocks = None
-    if not isinstance(blocks, (nn.ModuleList, nn.Sequential)):
-        found = ", ".join(_block_list_paths(model)) or "none"
-        raise InputError(
-            f"{type(model).__name__} has no block list at {path!r}; expected the path of an nn.ModuleList or "
-            f"nn.Sequential of blocks. Found: {found}."
-        )
-    return blocks
-
-
-def find_blocks(model: nn.Module) -> str:
-    """Find the one block list of a model by its structure.
-
-    Args:
-        model: a module with one ``nn.ModuleList`` or ``nn.Sequential`` of two or more blocks of one class.
-
-    Returns:
-        Its dotted path.
-
-    Raises:
-        ValueError: if there is none, or more than one; the message lists them.
-    """
-    paths = _block_list_paths(model)
-    if len(paths) != 1:
-        raise InputError(
-            f"{type(model).__name__} has {len(paths)} block lists ({', '.join(paths) or 'none'}); "
-            "say which one to tap by its path, for example blocks='encoder.layers'."
-        )
-    return paths[0]
-
-
-def _block_list_paths(model: nn.Module) -> list[str]:
-    paths: list[str] = []
-    for path, module in model.named_modules():
-        if any(path.startswith(f"{outer}.") for outer in paths):
-            continue
-        children = list(module.children())
-        alike = len(children) > 1 and len({type(child) for child in children}) == 1
-        weighted = alike and next(children[0].parameters(), None) is not None
-        if path and isinstance(module, (nn.ModuleList, nn.Sequential)) and weighted:
-            paths.append(path)
-    return paths
+def _integer(given: Any) -> int:
+    # A boolean counts as an integer in Python, but a mask of layers is no list of their numbers.
+    if "bool" not in str(getattr(given, "dtype", type(given))):
+        try:
+            return operator.index(given)
+        except TypeError:
+            pass
+    raise InvalidTypeError(f"layers must be integers, got {given!r}; write for example (3, 8, -2).")
 
 
 def split_prefix(hidden: torch.Tensor, num_prefix_tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -137,29 +107,74 @@ class _StopForwardError(BaseException):
     """Leaves a forward pass after the deepest tapped block; a BaseException so that no model code catches it."""
 
 
-# Hooks are instances rather than closures, so that copy.deepcopy of a tapped model rebinds them to the copy's store.
-class _StoreInput:
-    def __init__(self, taps: BlockTaps) -> None:
+class _Call:
+    """One run of a tapped model: all that its hooks store, and nobody else's."""
+
+    def __init__(self, taps: BlockTaps, *, copy_maps: bool) -> None:
         self.taps = taps
+        self.copy_maps = copy_maps
+        self.grad = torch.is_grad_enabled()
+        self.stored: dict[int, TappedLayer] = {}
+        self.repeated: set[int] = set()
+        self.passed_on: set[int] = set()
 
-    def __call__(self, module: nn.Module, args: tuple[torch.Tensor, ...], kwargs: dict[str, torch.Tensor]) -> None:
-        self.taps._store(0, args[0] if args else kwargs["hidden_states"])
+
+class _ThreadCalls(threading.local):
+    """The calls that are under way in a thread, outermost first.
+
+    A thread-local rather than a context variable: torch.compile traces it without a graph break, and a store that only
+    one thread can see needs no lock and survives deepcopy, pickling and replication of the model, which know nothing
+    of it.
+    """
+
+    def __init__(self) -> None:
+        self.calls: tuple[_Call, ...] = ()
 
 
-class _StoreOutput:
+_THREAD = _ThreadCalls()
+# RemovableHandle hands out its ids without a lock, so two threads could get one id and lose a hook.
+_REGISTRATION = threading.Lock()
+
+
+# Hooks are instances rather than closures, so that copy.deepcopy of a tapped model rebinds them to the copy's taps.
+class _EntranceHook:
+    """Stands before a block: stores layer 0, or checks that the block receives what the one before it put out."""
+
+    def __init__(self, taps: BlockTaps, layer: int, block: nn.Module) -> None:
+        self.taps = taps
+        self.layer = layer
+        self.keyword = first_parameter(block)
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        call = self.taps._current()
+        if call is None:
+            return
+        if self.layer == 0:
+            self.taps._store(call, 0, first_argument(args, kwargs, self.keyword), module, args)
+        elif self.layer in call.stored and self.layer not in call.passed_on and not torch.compiler.is_compiling():
+            call.passed_on.add(self.layer)
+            check_passed_on(self.layer, call.stored[self.layer], (*args, *kwargs.values()))
+
+
+class _ExitHook:
+    """Stands behind a block and stores what it puts out."""
+
     def __init__(self, taps: BlockTaps, layer: int) -> None:
         self.taps = taps
         self.layer = layer
 
-    def __call__(self, module: nn.Module, args: object, output: torch.Tensor | tuple[torch.Tensor, ...]) -> None:
-        self.taps._store(self.layer, output if isinstance(output, torch.Tensor) else output[0])
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        call = self.taps._current()
+        if call is not None:
+            self.taps._store(call, self.layer, output, module, args)
 
 
 class BlockTaps:
-    """Forward hooks that store what the tapped layers of a block list put out.
+    """Forward hooks that store what the tapped layers of a block list put out, in the call that runs them.
 
-    A hook overwrites and never appends, and stores only between ``start()`` and ``collect()``, so that blocks that run
-    twice (gradient checkpointing) leave nothing behind.
+    The taps themselves keep nothing: each call has a store of its own, found by the thread that runs it, and emptied
+    however the call ends. Blocks that run outside a call (recomputed in a backward pass, or run by somebody else) store
+    nothing.
 
     Args:
         blocks: the block list; every block takes the hidden states (B, P + N, C) first and returns them, or a tuple
@@ -168,54 +183,93 @@ class BlockTaps:
         stop_early: leave the forward pass after the deepest tapped block; only `tap` can catch that.
     """
 
-    def __init__(self, blocks: nn.Module, layers: Sequence[int], *, stop_early: bool = False) -> None:
+    def __init__(self, blocks: BlockList, layers: Sequence[int], *, stop_early: bool = False) -> None:
         self.layers = tuple(layers)
         self.stop_early = stop_early
         self._deepest = max(self.layers)
-        self._outputs: dict[int, torch.Tensor] = {}
-        self._recording = False
-        modules = list(blocks.children())
-        self._handles = [
-            modules[0].register_forward_pre_hook(_StoreInput(self), with_kwargs=True)
-            if layer == 0
-            else modules[layer - 1].register_forward_hook(_StoreOutput(self, layer))
-            for layer in self.layers
-        ]
+        # The layer before the deepest is watched even if nobody wants it: where one block does not receive what the
+        # one before it put out (a residual sum outside the blocks), no entry of the list is a block.
+        watched = set(self.layers)
+        if self._deepest > 1:
+            watched.add(self._deepest - 1)
+        modules = list(blocks)
+        with _REGISTRATION:
+            self._handles = [
+                modules[layer - 1].register_forward_hook(_ExitHook(self, layer)) for layer in watched if layer > 0
+            ]
+            self._handles += [
+                modules[layer].register_forward_pre_hook(_EntranceHook(self, layer, modules[layer]), with_kwargs=True)
+                for layer in watched
+                if layer < len(modules)
+            ]
 
-    def start(self) -> None:
-        """Forget what was stored and begin to store."""
-        self._outputs.clear()
-        self._recording = True
+    def run(self, forward: Callable[..., object], *inputs: Any, copy_maps: bool = False) -> tuple[torch.Tensor, ...]:
+        """Call a function that runs the model once, and hand over what its tapped layers put out.
 
-    def collect(self) -> tuple[torch.Tensor, ...]:
-        """Stop storing, and hand over what was stored.
+        Args:
+            forward: runs the model in this thread.
+            inputs: for the function.
+            copy_maps: copy each tensor when it is tapped.
 
         Returns:
             One tensor (B, P + N, C) per layer, in the order asked.
 
         Raises:
-            RuntimeError: if a tapped block did not run since ``start()``.
+            TapError: (a ValueError and a RuntimeError) if what the layers put out cannot be told for certain.
         """
-        self._recording = False
-        missing = [layer for layer in self.layers if layer not in self._outputs]
-        if missing:
-            raise RuntimeError(
-                f"tapped layers {missing} did not run; asked for {self.layers}. Run the model once, through its "
-                "forward, after the taps were set."
-            )
-        outputs = tuple(self._outputs[layer] for layer in self.layers)
-        self._outputs.clear()
-        return outputs
+        self._move_to_the_end()
+        call = self.begin(copy_maps=copy_maps)
+        try:
+            forward(*inputs)
+            return self.collect(call)
+        finally:
+            self.end(call)
+
+    def begin(self, *, copy_maps: bool = False) -> _Call:
+        """Open a call in this thread; whoever opens it must `end` it."""
+        call = _Call(self, copy_maps=copy_maps)
+        _THREAD.calls = (*_THREAD.calls, call)
+        return call
+
+    def collect(self, call: _Call) -> tuple[torch.Tensor, ...]:
+        """Hand over what a call stored, if it is certain; see `run`."""
+        check_runs(self.layers, call.stored, call.repeated)
+        tapped = {layer: call.stored[layer] for layer in self.layers}
+        check_unchanged(tapped)
+        check_gradients(tapped)
+        return tuple(record.kept for record in tapped.values())
+
+    def end(self, call: _Call) -> None:
+        """Close a call, whatever happened, and let go of its tensors."""
+        _THREAD.calls = tuple(other for other in _THREAD.calls if other is not call)
+        call.stored.clear()
 
     def remove(self) -> None:
         """Take the hooks off the model."""
-        for handle in self._handles:
-            handle.remove()
+        with _REGISTRATION:
+            for handle in self._handles:
+                handle.remove()
 
-    def _store(self, layer: int, hidden: torch.Tensor) -> None:
-        if not self._recording:
+    def _current(self) -> _Call | None:
+        for call in reversed(_THREAD.calls):
+            if call.taps is self:
+                return call
+        return None
+
+    def _move_to_the_end(self) -> None:
+        # A hook that the user added after ours may change what a block takes or gives; ours must see the result.
+        if torch.compiler.is_compiling():
             return
-        self._outputs[layer] = hidden
+        for handle in self._handles:
+            hooks = handle.hooks_dict_ref()
+            if hooks and next(reversed(hooks)) != handle.id and handle.id in hooks:
+                hooks.move_to_end(handle.id)
+
+    def _store(self, call: _Call, layer: int, value: Any, module: nn.Module, args: tuple[Any, ...]) -> None:
+        if layer in call.stored:
+            call.repeated.add(layer)
+            return
+        call.stored[layer] = record_layer(layer, value, module, args, copied=call.copy_maps, grad_at_start=call.grad)
         if self.stop_early and layer == self._deepest:
             raise _StopForwardError
 
@@ -228,32 +282,38 @@ class TappedModel:
         hidden_states: after the block, one tensor (B, P + N, C) per layer, in the order asked.
     """
 
-    def __init__(self, model: nn.Module, layers: tuple[int, ...], blocks: nn.Module, *, stop_early: bool) -> None:
+    def __init__(
+        self, model: nn.Module, layers: tuple[int, ...], blocks: BlockList, *, stop_early: bool, copy_maps: bool
+    ) -> None:
         self.model = model
         self.layers = layers
         self.hidden_states: tuple[torch.Tensor, ...] = ()
         self._blocks = blocks
         self._stop_early = stop_early
-        self._taps: BlockTaps | None = None
+        self._copy_maps = copy_maps
+        self._call: _Call | None = None
 
     def __enter__(self) -> TappedModel:
         """Put the hooks on the model."""
-        if self._taps is not None:
-            raise RuntimeError("this model is tapped already; leave the first 'with' block, or call tap() again.")
-        self._taps = BlockTaps(self._blocks, self.layers, stop_early=self._stop_early)
-        self._taps.start()
+        if self._call is not None:
+            raise TapError("this model is tapped already; leave the first 'with' block, or call tap() again.")
+        taps = BlockTaps(self._blocks, self.layers, stop_early=self._stop_early)
+        self._call = taps.begin(copy_maps=self._copy_maps)
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> bool:
         """Take the hooks off, whatever happened."""
-        assert self._taps is not None
-        taps, self._taps = self._taps, None
-        taps.remove()
+        assert self._call is not None
+        call, self._call = self._call, None
         stopped = kind is not None and issubclass(kind, _StopForwardError)
-        if kind is None or stopped:
-            self.hidden_states = taps.collect()
+        try:
+            if kind is None or stopped:
+                self.hidden_states = call.taps.collect(call)
+        finally:
+            call.taps.end(call)
+            call.taps.remove()
         return stopped
 
     def features(self, *, grid: Grid, num_prefix_tokens: int) -> FeatureMaps:
@@ -284,6 +344,7 @@ def tap(
     *,
     blocks: str | None = None,
     stop_early: bool = False,
+    copy_maps: bool = False,
 ) -> TappedModel:
     """Tap layers of a model that you hold, and leave it as it was found.
 
@@ -299,6 +360,8 @@ def tap(
         blocks: dotted path of the block list; found by structure if there is just one.
         stop_early: do not run what comes after the deepest tapped block; this also leaves the ``with`` block there,
             so make the model's call the last line in it.
+        copy_maps: copy each tensor when it is tapped, for a model that changes its hidden states in place; without it
+            such a change is an error.
 
     Returns:
         A context manager; ``hidden_states`` and ``features()`` are there after the ``with`` block.
@@ -307,5 +370,6 @@ def tap(
         ValueError: if the block list is not found, or a layer is out of range or repeated.
     """
     block_list = get_blocks(model, blocks if blocks is not None else find_blocks(model))
-    resolved = resolve_layers(layers, len(list(block_list.children())))
-    return TappedModel(model, resolved, block_list, stop_early=stop_early)
+    resolved = resolve_layers(layers, count_blocks(block_list))
+    check_depth(block_list, max(resolved))
+    return TappedModel(model, resolved, block_list, stop_early=stop_early, copy_maps=copy_maps)

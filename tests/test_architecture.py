@@ -25,7 +25,15 @@ FOUNDATION = {
     "layerfuse.files": {"layerfuse.errors"},
     "layerfuse.features": {"layerfuse.errors"},
     "layerfuse.registry": {"layerfuse.errors"},
-    "layerfuse.taps": {"layerfuse.errors", "layerfuse.features", "layerfuse.registry"},
+    "layerfuse._block_lists": {"layerfuse.errors"},
+    "layerfuse._tapped_layers": {"layerfuse.errors"},
+    "layerfuse.taps": {
+        "layerfuse.errors",
+        "layerfuse.features",
+        "layerfuse.registry",
+        "layerfuse._block_lists",
+        "layerfuse._tapped_layers",
+    },
     "layerfuse.ops": {"layerfuse.errors", "layerfuse.features", "layerfuse.registry", "layerfuse.ops"},
 }
 FUSERS_MAY_IMPORT = {

@@ -31,6 +31,8 @@ def timm_facts(model: nn.Module, *, path: str = "") -> BackboneFacts:
     """
     blocks = getattr(model, "blocks", None)
     plain = isinstance(blocks, (nn.ModuleList, nn.Sequential)) and hasattr(model, "num_prefix_tokens")
+    # TNT and XCiT have blocks of other shapes behind embeddings without a grid.
+    plain = plain and (hasattr(model, "embeds") or hasattr(getattr(model, "patch_embed", None), "grid_size"))
     if not plain or not hasattr(model, "reset_classifier"):
         raise InputError(
             f"{type(model).__name__} is no Vision Transformer with one list of blocks over (B, P + N, C) tokens, so "
@@ -46,6 +48,8 @@ def timm_facts(model: nn.Module, *, path: str = "") -> BackboneFacts:
         image_size=image_size,
         any_size=any_size,
         preprocessing=_preprocessing(model, image_size),
+        # NaFlexVit's embedding is a linear layer over flat patches.
+        in_channels=getattr(getattr(model, "embeds", None), "in_chans", None),
     )
 
 

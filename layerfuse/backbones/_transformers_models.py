@@ -103,6 +103,7 @@ def transformers_facts(model: nn.Module) -> BackboneFacts:
         image_size=image_size,
         any_size=kind in _RESIZE_THEMSELVES or takes_position_flag(model) or native_aimv2,
         preprocessing=read_preprocessing({}, kind=kind, size=image_size),
+        in_channels=getattr(config, "num_channels", None),
     )
 
 

@@ -17,11 +17,13 @@ from typing import Any, ClassVar
 import torch
 from torch import nn
 
+from layerfuse._block_lists import count_blocks, cut_blocks, get_blocks
+from layerfuse.backbones._image_checks import check_images, check_tokens, find_patch_embedding
 from layerfuse.errors import InputError
 from layerfuse.features import FeatureMaps, Grid
 from layerfuse.preprocessing import Preprocessing
 from layerfuse.registry import Registry
-from layerfuse.taps import BlockTaps, get_blocks, resolve_layers, split_prefix
+from layerfuse.taps import BlockTaps, resolve_layers, split_prefix
 
 __all__ = ["BACKBONES", "Backbone", "BackboneFacts", "as_pair", "checked_multiple"]
 
@@ -38,6 +40,7 @@ class BackboneFacts:
         image_size: native (height, width), in pixels.
         any_size: whether every multiple of the patch size can be taken, not only the native size.
         preprocessing: of the pretrained model.
+        in_channels: of the images; if None, those of the patch embedding where it is a convolution, else 3.
     """
 
     blocks: str
@@ -47,6 +50,7 @@ class BackboneFacts:
     image_size: tuple[int, int]
     any_size: bool
     preprocessing: Preprocessing
+    in_channels: int | None = None
 
 
 class Backbone(nn.Module, abc.ABC):
@@ -70,9 +74,12 @@ class Backbone(nn.Module, abc.ABC):
         num_prefix_tokens: P.
         image_size: native (height, width), in pixels.
         preprocessing: how images are prepared; may be replaced.
+        in_channels: channels of the images.
+        copy_maps: copy each tensor when it is tapped, for a model that changes its hidden states in place; without it
+            such a change is an error. May be set.
 
     Raises:
-        ValueError: if a layer is out of range or repeated.
+        ValueError: if a layer is out of range or repeated, or the entries of the block list are not one block each.
     """
 
     family: ClassVar[str]
@@ -88,7 +95,7 @@ class Backbone(nn.Module, abc.ABC):
         super().__init__()
         blocks = get_blocks(model, facts.blocks)
         self.model = model
-        self.num_blocks = len(list(blocks.children()))
+        self.num_blocks = count_blocks(blocks)
         self.layers = resolve_layers(layers, self.num_blocks)
         self.embed_dim = facts.embed_dim
         self.patch_size = facts.patch_size
@@ -97,9 +104,13 @@ class Backbone(nn.Module, abc.ABC):
         self.any_size = facts.any_size
         self.preprocessing = facts.preprocessing
         self._recipe = None if recipe is None else dict(recipe)
+        self.copy_maps = False
         self._frozen = False
-        _truncate(blocks, max(self.layers))
+        cut_blocks(blocks, max(self.layers))
         self._cut_tail(model)
+        self._patch_embedding, channels = find_patch_embedding(model, facts.blocks, facts.patch_size)
+        self.in_channels = facts.in_channels or channels or 3
+        self._batch_first_seen = False
         self._taps = BlockTaps(blocks, self.layers)
 
     @classmethod
@@ -205,39 +216,19 @@ class Backbone(nn.Module, abc.ABC):
         """Run the blocks up to the deepest tapped layer.
 
         Args:
-            images: (B, 3, height, width), prepared as ``preprocessing`` does it.
+            images: (B, in_channels, height, width), prepared as ``preprocessing`` does it.
 
         Returns:
             L maps, each (B, N, C), with prefix tokens (B, P, C) split off, in the order asked.
 
         Raises:
             ValueError: if the images have a shape or size that the backbone cannot take.
+            TypeError: if they are no tensor.
+            TapError: (a ValueError) if what the layers put out cannot be told for certain.
         """
-        if images.ndim != 4 or images.shape[1] != 3:
-            raise InputError(
-                f"images have shape {tuple(images.shape)}; expected (B, 3, height, width): RGB, channels before "
-                "height, as backbone.preprocessing.batch makes them."
-            )
-        if not images.is_floating_point():
-            raise InputError(
-                f"images have dtype {images.dtype}; expected a floating dtype: prepare them with "
-                "backbone.preprocessing."
-            )
+        check_images(images, self.in_channels)
         grid = self.grid(images.shape[2], images.shape[3])
-        self._taps.start()
-        self._run(images.to(self.dtype))
-        return self._wrap(self._taps.collect(), grid, batch_size=images.shape[0])
-
-    def _wrap(self, hidden: Sequence[torch.Tensor], grid: Grid, *, batch_size: int) -> FeatureMaps:
-        expected = (batch_size, self.num_prefix_tokens + grid[0] * grid[1], self.embed_dim)
-        for layer, states in zip(self.layers, hidden, strict=True):
-            if states.shape != expected:
-                raise InputError(
-                    f"layer {layer} put out a tensor of shape {tuple(states.shape)}; expected (B, P + H * W, C) = "
-                    f"{expected} for {self.num_prefix_tokens} prefix tokens, a grid of {grid[0]}x{grid[1]} patches and "
-                    f"width {self.embed_dim}. Check num_prefix_tokens, patch_size and embed_dim, and that the blocks "
-                    "take and return (B, P + N, C)."
-                )
+        hidden = self._hidden_states(images.to(self.dtype), (self.num_prefix_tokens, grid))
         pairs = [split_prefix(states, self.num_prefix_tokens) for states in hidden]
         return FeatureMaps(
             maps=tuple(patches for _, patches in pairs),
@@ -245,6 +236,20 @@ class Backbone(nn.Module, abc.ABC):
             grids=(grid,) * len(pairs),
             prefix=tuple(prefix for prefix, _ in pairs) if self.num_prefix_tokens else (),
         )
+
+    def _hidden_states(self, images: torch.Tensor, tokens: tuple[int, Grid]) -> Sequence[torch.Tensor]:
+        num_images, num_tokens = images.shape[0], tokens[0] + tokens[1][0] * tokens[1][1]
+        eager = not torch.compiler.is_compiling()
+        # With as many images as tokens, blocks over (N, B, C) would put out the shape of blocks over (B, N, C). Until
+        # a batch of another size has told which they are, such a batch is run in two parts.
+        if eager and num_images == num_tokens > 1 and not self._batch_first_seen:
+            parts = [self._hidden_states(part, tokens) for part in images.tensor_split(2)]
+            return [torch.cat(states) for states in zip(*parts, strict=True)]
+        hidden = self._taps.run(self._run, images, copy_maps=self.copy_maps)
+        check_tokens(dict(zip(self.layers, hidden, strict=True)), num_images, *tokens, self.embed_dim)
+        if eager and not self._batch_first_seen:
+            self._batch_first_seen = num_images != num_tokens
+        return hidden
 
     def grid(self, height: int, width: int) -> Grid:
         """Tell the grid of patches of an image size.
@@ -281,8 +286,14 @@ class Backbone(nn.Module, abc.ABC):
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of the first floating parameter; images are cast to it."""
-        return next((p.dtype for p in self.model.parameters() if p.is_floating_point()), torch.get_default_dtype())
+        """Of the weight that the images meet, to which they are cast; other parameters may have another."""
+        try:
+            weight = getattr(self.model.get_submodule(self._patch_embedding), "weight", None)
+        except AttributeError:  # the model was wrapped since
+            weight = None
+        candidates = [weight] if isinstance(weight, torch.Tensor) else []
+        floating = (p.dtype for p in (*candidates, *self.model.parameters()) if p.is_floating_point())
+        return next(floating, torch.get_default_dtype())
 
     def freeze(self) -> Backbone:
         """Turn gradients off for every parameter and stay in evaluation mode, whatever ``train()`` is called later.
@@ -322,22 +333,6 @@ class Backbone(nn.Module, abc.ABC):
             f"family={self.family!r}, layers={self.layers}, num_blocks={self.num_blocks}, embed_dim={self.embed_dim}, "
             f"patch_size={self.patch_size}, image_size={self.image_size}"
         )
-
-
-class _NoBlock(nn.Module):
-    """Stands where block 1 was if only layer 0 is tapped: a place for the hook, and nothing to run."""
-
-    def forward(self, hidden_states: torch.Tensor, *positional: object, **named: object) -> torch.Tensor:
-        """Return the input, ignoring what blocks take besides (masks, rotary embeddings)."""
-        return hidden_states
-
-
-def _truncate(blocks: nn.Module, depth: int) -> None:
-    assert isinstance(blocks, (nn.ModuleList, nn.Sequential))
-    # In place: the parent may hold the list under several names.
-    del blocks[max(depth, 1) :]
-    if depth == 0:
-        blocks[0] = _NoBlock()
 
 
 def as_pair(size: int | Sequence[int]) -> tuple[int, int]:

@@ -28,12 +28,23 @@ __all__ = ["MODULES", "ModuleBackbone"]
 # A config names a registered class rather than an import path: a downloaded config must not choose what code runs.
 MODULES: Registry[nn.Module] = Registry("module", group="layerfuse.modules")
 
-_OPTIONS = ("embed_dim", "num_prefix_tokens", "patch_size", "image_size", "blocks", "tail", "any_size", "arguments")
+_OPTIONS = (
+    "embed_dim",
+    "num_prefix_tokens",
+    "patch_size",
+    "image_size",
+    "blocks",
+    "tail",
+    "any_size",
+    "in_channels",
+    "copy_maps",
+    "arguments",
+)
 
 
 @BACKBONES.register("module")
 class ModuleBackbone(Backbone):
-    """Any module whose blocks take and return (B, P + N, C) and which is called with images (B, 3, height, width).
+    """Any module whose blocks take and return (B, P + N, C) and which is called with images (B, C, height, width).
 
     Arguments and errors that are not named here are those of `Backbone` and `BackboneFacts`.
 
@@ -63,6 +74,8 @@ class ModuleBackbone(Backbone):
         blocks: str | None = None,
         tail: Sequence[str] = (),
         any_size: bool = False,
+        in_channels: int | None = None,
+        copy_maps: bool = False,
         preprocessing: Preprocessing | None = None,
         _recipe: Mapping[str, Any] | None = None,
     ) -> None:
@@ -76,8 +89,10 @@ class ModuleBackbone(Backbone):
             image_size=size,
             any_size=any_size,
             preprocessing=preprocessing or Preprocessing(size=size, mean=IMAGENET_MEAN, std=IMAGENET_STD),
+            in_channels=in_channels,
         )
         super().__init__(model, layers=layers, facts=facts, recipe=_recipe)
+        self.copy_maps = copy_maps
 
     @classmethod
     def from_name(
@@ -93,8 +108,8 @@ class ModuleBackbone(Backbone):
 
         ``pretrained`` must be False: layerfuse does not know your weights; load them into ``backbone.model``, or make
         the module yourself and hand it over. ``options`` are ``embed_dim``, ``num_prefix_tokens``, ``patch_size``,
-        ``image_size`` (which the argument of that name replaces), and optionally ``blocks``, ``tail``, ``any_size`` as
-        for the class, and ``arguments``, a mapping for the module's constructor.
+        ``image_size`` (which the argument of that name replaces), and optionally ``blocks``, ``tail``, ``any_size``,
+        ``in_channels``, ``copy_maps`` as for the class, and ``arguments``, a mapping for the module's constructor.
         """
         if pretrained:
             raise InputError(
@@ -140,6 +155,8 @@ class ModuleBackbone(Backbone):
             blocks=options.get("blocks"),
             tail=options.get("tail", ()),
             any_size=options.get("any_size", False),
+            in_channels=options.get("in_channels"),
+            copy_maps=options.get("copy_maps", False),
             preprocessing=preprocessing,
             _recipe={"name": name, "options": dict(options)},
         )

@@ -16,6 +16,7 @@ from layerfuse.backbones import BACKBONES, MODULES, Backbone, backbone_from_conf
 from layerfuse.backbones.base import as_pair
 from layerfuse.preprocessing import Preprocessing
 from layerfuse.testing import random_images, tiny_backbone
+from tests.tap_support import tensors_alive
 
 FAMILIES = ("module", "open_clip", "timm", "transformers")
 every_family = pytest.mark.parametrize("family", FAMILIES)
@@ -74,8 +75,12 @@ def test_a_replaced_preprocessing_is_kept_in_the_config(family: str) -> None:
 @every_family
 def test_nothing_tapped_is_kept_after_a_call(family: str) -> None:
     backbone = tiny_backbone(family)
-    backbone(random_images())
-    assert backbone._taps._outputs == {}
+    tokens = (2, 17, 32)
+    assert tensors_alive(tokens) == 0
+    features = backbone(random_images())
+    assert tensors_alive(tokens) > 0
+    del features
+    assert tensors_alive(tokens) == 0
 
 
 @every_family

@@ -1,0 +1,235 @@
+"""The list of blocks inside a model: where it is, what stands in it, and how much of it an earlier backbone left.
+
+A layer number counts entries of this list, so an entry must be one block that runs once in a call. A list in which that
+cannot be so (shared, chunked or paired blocks) is refused here, before anything is changed.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+
+from layerfuse.errors import InputError
+
+__all__ = [
+    "BlockList",
+    "check_depth",
+    "count_blocks",
+    "cut_blocks",
+    "find_blocks",
+    "first_argument",
+    "first_parameter",
+    "get_blocks",
+]
+
+BlockList = nn.ModuleList | nn.Sequential
+
+# Stands on a list that was cut, so that whoever counts it later counts what the model had.
+_DEPTH_MARK = "_layerfuse_num_blocks"
+
+
+def get_blocks(model: nn.Module, path: str) -> BlockList:
+    """Return the block list at a dotted path.
+
+    Args:
+        model: any module.
+        path: such as ``"encoder.layers"``.
+
+    Returns:
+        The ``nn.ModuleList`` or ``nn.Sequential`` there; every entry is one block.
+
+    Raises:
+        ValueError: if there is no block list at that path (the message lists the ones found), or its entries are not
+            one block each.
+    """
+    try:
+        blocks = model.get_submodule(path)
+    except AttributeError:
+        blocks = None
+    if not isinstance(blocks, (nn.ModuleList, nn.Sequential)) or len(blocks) == 0:
+        found = ", ".join(_block_list_paths(model)) or "none"
+        raise InputError(
+            f"{type(model).__name__} has no block list at {path!r}; expected the path of an nn.ModuleList or "
+            f"nn.Sequential of blocks. Found: {found}."
+        )
+    _refuse_what_is_no_block(path, list(blocks))
+    return blocks
+
+
+def find_blocks(model: nn.Module) -> str:
+    """Find the one block list of a model by its structure.
+
+    Args:
+        model: a module with one ``nn.ModuleList`` or ``nn.Sequential`` of two or more blocks of one class.
+
+    Returns:
+        Its dotted path.
+
+    Raises:
+        ValueError: if there is none, or more than one; the message lists them.
+    """
+    paths = _block_list_paths(model)
+    if len(paths) != 1:
+        raise InputError(
+            f"{type(model).__name__} has {len(paths)} block lists ({', '.join(paths) or 'none'}); "
+            "say which one to tap by its path, for example blocks='encoder.layers'."
+        )
+    return paths[0]
+
+
+def count_blocks(blocks: BlockList) -> int:
+    """Count the blocks that the model was built with.
+
+    Args:
+        blocks: the list, possibly cut by `cut_blocks` since.
+
+    Returns:
+        The number that layers are counted by.
+    """
+    return int(getattr(blocks, _DEPTH_MARK, len(blocks)))
+
+
+def cut_blocks(blocks: BlockList, depth: int) -> None:
+    """Remove the blocks after a depth.
+
+    Args:
+        blocks: changed in place: the parent may hold the list under several names.
+        depth: how many blocks stay; of 0, a block that does nothing stands for a place where layer 0 is tapped.
+
+    Raises:
+        ValueError: if an earlier cut left fewer.
+    """
+    check_depth(blocks, depth)
+    setattr(blocks, _DEPTH_MARK, count_blocks(blocks))
+    del blocks[max(depth, 1) :]
+    if depth == 0:
+        blocks[0] = _NoBlock(first_parameter(blocks[0]))
+
+
+def check_depth(blocks: BlockList, depth: int) -> None:
+    """Refuse a layer that an earlier backbone cut off.
+
+    Args:
+        blocks: the list.
+        depth: the deepest layer wanted.
+
+    Raises:
+        ValueError: if that block is no longer there.
+    """
+    left = 0 if isinstance(blocks[0], _NoBlock) else len(blocks)
+    if depth > left:
+        raise InputError(
+            f"layer {depth} is gone: a backbone that was made from this model before cut it after block {left} of "
+            f"{count_blocks(blocks)}. Build the model again (or copy.deepcopy it before the first backbone), or ask "
+            f"for layers 0..{left}."
+        )
+
+
+def first_parameter(block: nn.Module) -> str | None:
+    """Tell the name of a block's first parameter, which are the hidden states.
+
+    Args:
+        block: any module.
+
+    Returns:
+        The name, or None if the first parameter has none.
+    """
+    try:
+        parameters = list(inspect.signature(block.forward).parameters.values())
+    except (TypeError, ValueError):
+        return None
+    named = parameters and parameters[0].kind in (parameters[0].POSITIONAL_OR_KEYWORD, parameters[0].KEYWORD_ONLY)
+    return parameters[0].name if named else None
+
+
+def first_argument(args: tuple[Any, ...], kwargs: Mapping[str, Any], keyword: str | None) -> Any:
+    """Find the hidden states among the arguments that a block is called with.
+
+    Args:
+        args: its positional arguments.
+        kwargs: its keyword arguments.
+        keyword: the name of its first parameter.
+
+    Returns:
+        The hidden states, or all keyword arguments if none or several could be meant.
+    """
+    if args:
+        return args[0]
+    if keyword is not None and keyword in kwargs:
+        return kwargs[keyword]
+    tensors = [value for value in kwargs.values() if isinstance(value, torch.Tensor) and value.ndim == 3]
+    return tensors[0] if len(tensors) == 1 else kwargs
+
+
+class _NoBlock(nn.Module):
+    """Stands where block 1 was if only layer 0 is tapped: a place for the hook, and nothing to run."""
+
+    def __init__(self, keyword: str | None) -> None:
+        super().__init__()
+        self.register_forward_pre_hook(partial(_pass_first_alone, keyword), with_kwargs=True)
+
+    def forward(self, hidden_states: Any) -> Any:
+        """Return the input."""
+        return hidden_states
+
+
+def _pass_first_alone(
+    keyword: str | None, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Leave out what blocks take besides hidden states (masks, rotary embeddings)."""
+    return (first_argument(args, kwargs, keyword),), {}
+
+
+def _block_list_paths(model: nn.Module) -> list[str]:
+    paths: list[str] = []
+    for path, module in model.named_modules():
+        if any(path.startswith(f"{outer}.") for outer in paths):
+            continue
+        if not path or not isinstance(module, (nn.ModuleList, nn.Sequential)) or len(module) < 2:
+            continue
+        alike = len({type(entry) for entry in module}) == 1
+        if alike and isinstance(module[0], nn.Module) and next(module[0].parameters(), None) is not None:
+            paths.append(path)
+    return paths
+
+
+def _refuse_what_is_no_block(path: str, entries: Sequence[nn.Module | None]) -> None:
+    repeated = [type(entry).__name__ for entry, times in Counter(entries).items() if times > 1]
+    if repeated:
+        raise InputError(
+            f"the block list {path!r} has {len(entries)} entries, but only {len(set(entries))} different modules "
+            f"({', '.join(repeated)} in several places): a block that runs more than once in a call cannot be tapped, "
+            "because its runs cannot be told apart. Give every entry its own module (copy.deepcopy of the shared one, "
+            "or new blocks that share parameters)."
+        )
+    for number, entry in enumerate(entries, 1):
+        if entry is None:
+            raise InputError(f"entry {number} of the block list {path!r} is None; every entry must be a module.")
+        if type(entry).forward is nn.Module.forward:  # type: ignore[comparison-overlap]
+            raise InputError(
+                f"entry {number} of the block list {path!r} is an {type(entry).__name__} of "
+                f"{', '.join(type(child).__name__ for child in entry.children()) or 'nothing'}, which never runs as a "
+                "whole, so what it puts out cannot be tapped. Make a module of each block whose forward runs its "
+                "parts, residual sums included."
+            )
+        if _is_chunk(entry):
+            raise InputError(
+                f"entry {number} of the block list {path!r} is a {type(entry).__name__} of several equal blocks, so "
+                "layers would be counted in chunks rather than in blocks. Build the model with one flat list "
+                f"(DINOv2: block_chunks=0), or tap inside one chunk, for example blocks='{path}.{number - 1}'."
+            )
+
+
+def _is_chunk(entry: nn.Module) -> bool:
+    """Tell a stretch of equal blocks from a block whose parts are attention and MLP: these have other shapes."""
+    if not isinstance(entry, (nn.ModuleList, nn.Sequential)):
+        return False
+    shapes = [[(name, tuple(weight.shape)) for name, weight in part.named_parameters()] for part in entry]
+    weighted = [part for part in shapes if part]
+    return len(weighted) > 1 and all(part == weighted[0] for part in weighted)

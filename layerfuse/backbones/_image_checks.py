@@ -1,0 +1,120 @@
+"""What goes into a backbone and what its blocks put out, held against what it was said to take and give."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import nn
+
+from layerfuse.errors import InputError, InvalidTypeError, TapError
+from layerfuse.features import Grid
+
+__all__ = ["check_images", "check_tokens", "find_patch_embedding"]
+
+
+def find_patch_embedding(model: nn.Module, blocks: str, patch_size: tuple[int, int]) -> tuple[str, int | None]:
+    """Find the module that the images meet first.
+
+    Args:
+        model: any Vision Transformer.
+        blocks: dotted path of its block list, in which the patch embedding does not lie.
+        patch_size: (height, width), in pixels.
+
+    Returns:
+        Its dotted path (that of the model itself, ``""``, if none is found), and the number of image channels that it
+        takes if it is a convolution, or else None.
+    """
+    outside = [(path, module) for path, module in model.named_modules() if not f"{path}.".startswith(f"{blocks}.")]
+    convolutions = [(path, module) for path, module in outside if isinstance(module, nn.Conv2d)]
+    for path, module in convolutions:
+        if module.kernel_size == module.stride == tuple(patch_size):
+            return path, module.in_channels
+    if convolutions:
+        return convolutions[0][0], convolutions[0][1].in_channels
+    return next((path for path, module in outside if isinstance(module, nn.Linear)), ""), None
+
+
+def check_images(images: object, in_channels: int) -> None:
+    """Refuse what is no batch of prepared images.
+
+    Args:
+        images: as they were given to a backbone or an encoder.
+        in_channels: how many channels they must have.
+
+    Raises:
+        TypeError: if it is no tensor.
+        ValueError: if its shape or dtype is another.
+    """
+    expected = f"expected (B, {in_channels}, height, width)"
+    if not isinstance(images, torch.Tensor):
+        advice = "prepare pictures with backbone.preprocessing.batch([picture, ...])"
+        if isinstance(images, Mapping):
+            names = ", ".join(map(repr, images)) or "nothing"
+            advice = f"of a processor's output (it holds {names}) pass the pixel values alone"
+        elif isinstance(images, (list, tuple)) and images and all(isinstance(image, torch.Tensor) for image in images):
+            advice = "join tensors of one size with torch.stack(images)"
+        raise InvalidTypeError(f"images are a {type(images).__name__}; {expected} as one tensor: {advice}.")
+    shape = tuple(images.shape)
+    if len(shape) == 3:
+        raise InputError(f"images have shape {shape}; {expected}: give one image as images[None], a batch of one.")
+    if len(shape) != 4 or shape[1] != in_channels:
+        order = "RGB, channels before height" if in_channels == 3 else "as many channels as the patch embedding takes"
+        raise InputError(
+            f"images have shape {shape}; {expected}: {order}, as backbone.preprocessing.batch makes them of pictures."
+        )
+    if 0 in shape[2:]:
+        raise InputError(f"images have shape {shape}, so no pixels; look at the pictures or crops they were made from.")
+    if not images.is_floating_point():
+        raise InputError(
+            f"images have dtype {images.dtype}; expected a floating dtype: prepare them with backbone.preprocessing."
+        )
+
+
+def check_tokens(
+    hidden: Mapping[int, torch.Tensor], num_images: int, num_prefix_tokens: int, grid: Grid, embed_dim: int
+) -> None:
+    """Refuse hidden states that are not (B, P + N, C).
+
+    Args:
+        hidden: by layer.
+        num_images: B.
+        num_prefix_tokens: P.
+        grid: (H, W), in patches.
+        embed_dim: C.
+
+    Raises:
+        TapError: if one has another shape; the message says what that shape points to.
+    """
+    num_patches = grid[0] * grid[1]
+    expected = (num_images, num_prefix_tokens + num_patches, embed_dim)
+    for layer, states in hidden.items():
+        if states.shape != expected:
+            raise TapError(
+                f"layer {layer} put out a tensor of shape {tuple(states.shape)}; expected (B, P + H * W, C) = "
+                f"{expected} for {num_prefix_tokens} prefix tokens, a grid of {grid[0]}x{grid[1]} patches and width "
+                f"{embed_dim}. {_explain(tuple(states.shape), expected, num_patches)}"
+            )
+
+
+def _explain(shape: tuple[int, ...], expected: tuple[int, int, int], num_patches: int) -> str:
+    num_images, num_tokens, embed_dim = expected
+    if len(shape) != 3:
+        return "The blocks do not work on (B, tokens, C): layerfuse cannot tap them."
+    if shape == (num_tokens, num_images, embed_dim):
+        return "The blocks take (tokens, B, C): build the model with batch_first=True, or transpose inside its blocks."
+    if shape[0] != num_images:
+        return "The blocks do not see the batch as it was given (windows, crops): layerfuse cannot tap them."
+    if shape[2] != embed_dim:
+        return "Check embed_dim, the width of the blocks."
+    if shape[1] == num_patches:
+        return (
+            "These are the patches alone: the class token joins later (as in CaiT, XCiT, and ConViT until its last "
+            "blocks). Tap such layers as ModuleBackbone(model, num_prefix_tokens=0, ...)."
+        )
+    if shape[1] < num_patches:
+        return (
+            "Tokens were dropped on the way, so what is left lies on no grid: by patch dropout, which eval mode or "
+            "patch_drop_rate=0 turns off, or by merging or pruning."
+        )
+    return "Check num_prefix_tokens and patch_size."
