@@ -8,6 +8,7 @@ import os
 import re
 import shutil
 import socket
+import stat
 import tempfile
 import uuid
 from collections.abc import Iterator
@@ -15,9 +16,17 @@ from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
-from layerfuse.errors import FileAccessError
+from layerfuse.errors import ExistingFileError, FileAccessError
 
-__all__ = ["atomic_file", "atomic_folder", "check_disk_space", "interrupted_save", "process_is_alive", "write_text"]
+__all__ = [
+    "atomic_file",
+    "atomic_folder",
+    "check_disk_space",
+    "explain_missing_config",
+    "interrupted_save",
+    "process_is_alive",
+    "write_text",
+]
 
 _SAVING, _REPLACED = ".saving-", ".replaced-"
 # Without these, a folder is no model and no adapter.
@@ -45,7 +54,7 @@ def atomic_file(path: Path) -> Iterator[BinaryIO]:
             yield file
             file.flush()
             os.fsync(file.fileno())
-        scratch.replace(path)
+        os.replace(scratch, path)
     finally:
         scratch.unlink(missing_ok=True)
 
@@ -75,29 +84,33 @@ def atomic_folder(folder: str | Path) -> Iterator[Path]:
     stay. An error puts everything back.
 
     Args:
-        folder: made if need be.
+        folder: made if need be; a link to a folder is followed.
 
     Yields:
         The scratch folder, on the same file system.
 
     Raises:
-        OSError: if the folder cannot be written to; it is as it was before.
+        FileAccessError: before the block runs, if the folder cannot be made or written to.
+        OSError: if the disk is full; the folder is as it was before.
     """
     folder = Path(folder)
-    existed = folder.is_dir()
-    folder.mkdir(parents=True, exist_ok=True)
-    scratch = _own_folder(folder, _SAVING)
+    made = [place for place in (folder, *folder.parents) if not place.exists()]
     try:
-        yield scratch
-        for path in scratch.rglob("*"):
-            _open_as_new(path)
-            _flush(path)
-        _swap(scratch, folder)
+        scratch = _scratch_in(folder)
+        try:
+            mode = _mode_of_new_file(scratch)
+            yield scratch
+            for path in sorted(scratch.rglob("*")):
+                if path.is_file():
+                    path.chmod(mode)  # safetensors lets nobody else read its files
+                _flush(path)
+            moved = _swap(scratch, folder)
+        finally:
+            shutil.rmtree(scratch, ignore_errors=True)
     finally:
-        shutil.rmtree(scratch, ignore_errors=True)
-        if not existed:
-            _remove_if_empty(folder)
-    _remove_leftovers(folder)
+        for place in made:
+            _remove_if_empty(place)
+    _remove_leftovers(folder, moved)
 
 
 def interrupted_save(folder: str | Path) -> Path | None:
@@ -107,32 +120,75 @@ def interrupted_save(folder: str | Path) -> Path | None:
         folder: of a model.
 
     Returns:
-        The folder with the earlier model's files, or None.
+        The folder with the earlier model's files, the newest if there are several; None if there is none.
     """
-    return next(iter(sorted(Path(folder).glob(f"{_REPLACED}*"))), None)
+    found = [path for path in Path(folder).glob(f"{_REPLACED}*") if any(path.iterdir())]
+    return max(found, key=lambda path: path.stat().st_mtime, default=None)
 
 
-def _swap(scratch: Path, folder: Path) -> None:
-    """Move the files of `scratch` into `folder`, a config last, and out of it what they replace, a config first."""
-    new = sorted(scratch.iterdir(), key=_rank)
-    names = {path.name for path in new}
-    weights = folder.iterdir() if _CONFIGS[0] in names else ()
-    stale = [path for path in weights if path.name not in names and _WEIGHTS.fullmatch(path.name)]
-    old = [folder / path.name for path in reversed(new) if os.path.lexists(folder / path.name)] + stale
-    if len(new) == 1 and not stale and new[0].is_file():
-        os.replace(new[0], folder / new[0].name)
+def explain_missing_config(folder: str | Path) -> str:
+    """Say what happened where a folder lacks its config because a save into it was killed.
+
+    Args:
+        folder: of a model.
+
+    Returns:
+        A sentence with a space before it, to go behind "… holds no config.json"; empty if no save was killed.
+    """
+    aside = interrupted_save(folder)
+    if aside is None and not any(Path(folder).glob(f"{_SAVING}*")):
+        return ""
+    earlier = f", or move the earlier model's files back from {aside.name}" if aside else ""
+    return f" A save into this folder was killed half-way: save again{earlier}."
+
+
+def _scratch_in(folder: Path) -> Path:
+    if folder.exists() and not folder.is_dir():
+        raise ExistingFileError(errno.EEXIST, f"{folder} is a file; give a folder, or a name that is not taken")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        return _own_folder(folder, _SAVING)
+    except OSError as error:
+        raise FileAccessError(
+            error.errno, f"nothing can be written into {folder} ({error.strerror}); give another folder"
+        ) from error
+
+
+def _swap(scratch: Path, folder: Path) -> set[Path]:
+    """Move the files of `scratch` into `folder`, a config last, and out of it what they replace, a config first.
+
+    Returns:
+        The names that were written or taken away, relative to the folder.
+    """
+    new = sorted((path.relative_to(scratch) for path in scratch.rglob("*") if not path.is_dir()), key=_rank)
+    weights = folder.iterdir() if Path(_CONFIGS[0]) in new else ()
+    stale = [Path(path.name) for path in weights if _WEIGHTS.fullmatch(path.name) and Path(path.name) not in new]
+    old = [name for name in reversed(new) if os.path.lexists(folder / name) and not (folder / name).is_dir()] + stale
+    if not new:
+        return set()
+    if len(new) == 1 and not stale:
+        (folder / new[0]).parent.mkdir(parents=True, exist_ok=True)
+        os.replace(scratch / new[0], folder / new[0])
         _flush(folder)
-        return
+        return set(new)
     aside = _own_folder(folder, _REPLACED)
+    moves = [(folder / name, aside / name) for name in old] + [(scratch / name, folder / name) for name in new]
     with ExitStack() as undo:
-        undo.callback(_remove_if_empty, aside)
-        for source, target in [*((path, aside / path.name) for path in old), *((p, folder / p.name) for p in new)]:
+        for source, target in moves:
+            target.parent.mkdir(parents=True, exist_ok=True)
+            undo.callback(_remove_if_empty, target.parent)
+            # A disk may write names in another order than they were given: an old config is gone before anything else
+            # moves, and all else is there before a new one.
+            if source.name in _CONFIGS:
+                _flush(folder)
             os.replace(source, target)
             undo.callback(os.replace, target, source)
-            if _rank(source):
+            if source.name in _CONFIGS:
                 _flush(folder)
+        _flush(folder)
         undo.pop_all()
     shutil.rmtree(aside, ignore_errors=True)
+    return {*new, *stale}
 
 
 def _remove_if_empty(folder: Path) -> None:
@@ -150,12 +206,18 @@ def _own_folder(folder: Path, prefix: str) -> Path:
     return Path(tempfile.mkdtemp(prefix=f"{prefix}{socket.gethostname()}-{os.getpid()}-", dir=folder))
 
 
-def _remove_leftovers(folder: Path) -> None:
-    """Remove scratch folders of processes of this machine that are gone; called when a whole model is in place."""
+def _remove_leftovers(folder: Path, moved: set[Path]) -> None:
+    """Remove what processes of this machine that are gone left behind, but nothing that was not written anew."""
     for prefix in (_SAVING, _REPLACED):
         for path in folder.glob(f"{prefix}{glob.escape(socket.gethostname())}-*-*"):
             process = path.name.rsplit("-", 2)[1]
-            if process.isdigit() and not process_is_alive(int(process)):
+            if not process.isdigit() or process_is_alive(int(process)):
+                continue
+            kept = {file.relative_to(path) for file in path.rglob("*") if not file.is_dir()}
+            # Of an earlier model, this may be the only copy, as when a new save wrote no model.
+            whole = Path(_CONFIGS[0]) in moved
+            again = all(name in moved or (whole and _WEIGHTS.fullmatch(name.name)) for name in kept)
+            if prefix == _SAVING or again:
                 shutil.rmtree(path, ignore_errors=True)
 
 
@@ -190,13 +252,13 @@ def _flush(path: Path) -> None:
         os.close(descriptor)
 
 
-def _open_as_new(path: Path) -> None:
-    """Give a file the rights of one that was opened in the usual way; safetensors lets nobody else read its files."""
-    if path.is_file():
-        with tempfile.TemporaryDirectory(dir=path.parent) as folder:
-            probe = Path(folder) / "probe"
-            probe.touch()
-            path.chmod(probe.stat().st_mode)
+def _mode_of_new_file(folder: Path) -> int:
+    """Ask the file system for the rights of a file that is opened in the usual way."""
+    probe = folder / "probe"
+    probe.touch()
+    mode = stat.S_IMODE(probe.stat().st_mode)
+    probe.unlink()
+    return mode
 
 
 def check_disk_space(folder: str | Path, needed: int, what: str) -> None:
