@@ -31,7 +31,7 @@ class TappedLayer(NamedTuple):
 
 
 def record_layer(
-    layer: int, value: Any, module: nn.Module, args: tuple[Any, ...], *, copied: bool, grad_at_start: bool
+    layer: int, value: Any, module: nn.Module, args: tuple[Any, ...], *, copied: bool, wanted: bool, grad_at_start: bool
 ) -> TappedLayer:
     """Note what a block put out, or what enters block 1.
 
@@ -41,6 +41,7 @@ def record_layer(
         module: the block that put it out, or that it enters.
         args: the block's arguments.
         copied: hand over a copy.
+        wanted: it is to be handed over; else it is only to be compared with what the next block receives.
         grad_at_start: whether gradients were on when the call began.
 
     Returns:
@@ -55,6 +56,8 @@ def record_layer(
             f"layer {layer} is a {type(value).__name__} where hidden states were expected: "
             f"{type(module).__name__} must take and return a tensor (B, P + N, C), or a tuple that begins with one."
         )
+    if not wanted:
+        return TappedLayer(seen, seen, None, lost_graph=False)
     # Inference tensors and traced ones have no version that could tell a later change.
     copied = copied or torch.compiler.is_compiling() or seen.is_inference()
     kept = seen.clone() if copied else seen
@@ -144,18 +147,20 @@ def check_gradients(tapped: Mapping[int, TappedLayer]) -> None:
     Raises:
         TapError: if there is one.
     """
-    with_graph = sorted(layer for layer, record in tapped.items() if record.kept.requires_grad)
-    # Layers before the first one that is trained have no graph either, and never had one.
+    with_graph = sorted(layer for layer, record in tapped.items() if record.seen.requires_grad)
+    # Layers before the first one that is trained have no graph either, and never had one. A copy made inside a
+    # reentrant checkpoint has none, though its original is given one afterwards.
     lost = [
         layer
         for layer, record in tapped.items()
-        if with_graph and not record.kept.requires_grad and (layer > with_graph[0] or record.lost_graph)
+        if with_graph and not record.kept.requires_grad and (layer >= with_graph[0] or record.lost_graph)
     ]
     if lost:
         raise TapError(
-            f"layers {lost} have no gradient although layers {with_graph} do: their blocks ran with gradients turned "
-            "off (torch.no_grad, or checkpoints with use_reentrant=True), or their output was detached. Checkpoint "
-            "with use_reentrant=False, or run the whole model under torch.no_grad()."
+            f"what was tapped of layers {lost} has no gradient, while the model goes on with hidden states that have one "
+            f"(layers {with_graph}): blocks ran with gradients turned off (checkpoints with use_reentrant=True, "
+            "torch.no_grad), or their output was detached. Checkpoint with use_reentrant=False, or run the whole model "
+            "under torch.no_grad()."
         )
 
 

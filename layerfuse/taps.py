@@ -116,7 +116,7 @@ class _Call:
         self.grad = torch.is_grad_enabled()
         self.stored: dict[int, TappedLayer] = {}
         self.repeated: set[int] = set()
-        self.passed_on: set[int] = set()
+        self.settled: set[int] = set()
 
 
 class _ThreadCalls(threading.local):
@@ -151,8 +151,8 @@ class _EntranceHook:
             return
         if self.layer == 0:
             self.taps._store(call, 0, first_argument(args, kwargs, self.keyword), module, args)
-        elif self.layer in call.stored and self.layer not in call.passed_on and not torch.compiler.is_compiling():
-            call.passed_on.add(self.layer)
+        elif self.layer in call.stored and self.layer not in call.settled and not torch.compiler.is_compiling():
+            call.settled.add(self.layer)
             check_passed_on(self.layer, call.stored[self.layer], (*args, *kwargs.values()))
 
 
@@ -268,8 +268,11 @@ class BlockTaps:
     def _store(self, call: _Call, layer: int, value: Any, module: nn.Module, args: tuple[Any, ...]) -> None:
         if layer in call.stored:
             call.repeated.add(layer)
+            call.settled.add(layer)
             return
-        call.stored[layer] = record_layer(layer, value, module, args, copied=call.copy_maps, grad_at_start=call.grad)
+        call.stored[layer] = record_layer(
+            layer, value, module, args, copied=call.copy_maps, wanted=layer in self.layers, grad_at_start=call.grad
+        )
         if self.stop_early and layer == self._deepest:
             raise _StopForwardError
 

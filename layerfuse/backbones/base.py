@@ -291,8 +291,9 @@ class Backbone(nn.Module, abc.ABC):
             weight = getattr(self.model.get_submodule(self._patch_embedding), "weight", None)
         except AttributeError:  # the model was wrapped since
             weight = None
-        candidates = [weight] if isinstance(weight, torch.Tensor) else []
-        floating = (p.dtype for p in (*candidates, *self.model.parameters()) if p.is_floating_point())
+        if isinstance(weight, torch.Tensor) and weight.is_floating_point():
+            return weight.dtype
+        floating = (p.dtype for p in self.model.parameters() if p.is_floating_point())
         return next(floating, torch.get_default_dtype())
 
     def freeze(self) -> Backbone:
