@@ -189,14 +189,17 @@ def _pass_first_alone(
 def _block_list_paths(model: nn.Module) -> list[str]:
     paths: list[str] = []
     for path, module in model.named_modules():
-        if any(path.startswith(f"{outer}.") for outer in paths):
-            continue
-        if not path or not isinstance(module, (nn.ModuleList, nn.Sequential)) or len(module) < 2:
-            continue
-        alike = len({type(entry) for entry in module}) == 1
-        if alike and isinstance(module[0], nn.Module) and next(module[0].parameters(), None) is not None:
+        inside = any(path.startswith(f"{outer}.") for outer in paths)
+        if path and not inside and isinstance(module, (nn.ModuleList, nn.Sequential)) and _looks_like_blocks(module):
             paths.append(path)
     return paths
+
+
+def _looks_like_blocks(entries: BlockList) -> bool:
+    if hasattr(entries, _DEPTH_MARK):
+        return True
+    alike = len(entries) > 1 and len({type(entry) for entry in entries}) == 1
+    return alike and isinstance(entries[0], nn.Module) and next(entries[0].parameters(), None) is not None
 
 
 def _refuse_what_is_no_block(path: str, entries: Sequence[nn.Module | None]) -> None:

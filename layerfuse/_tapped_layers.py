@@ -157,8 +157,8 @@ def check_gradients(tapped: Mapping[int, TappedLayer]) -> None:
     ]
     if lost:
         raise TapError(
-            f"what was tapped of layers {lost} has no gradient, while the model goes on with hidden states that have one "
-            f"(layers {with_graph}): blocks ran with gradients turned off (checkpoints with use_reentrant=True, "
+            f"what was tapped of layers {lost} has no gradient, while the model goes on with hidden states that have "
+            f"one (layers {with_graph}): blocks ran with gradients turned off (checkpoints with use_reentrant=True, "
             "torch.no_grad), or their output was detached. Checkpoint with use_reentrant=False, or run the whole model "
             "under torch.no_grad()."
         )

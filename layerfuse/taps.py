@@ -145,11 +145,14 @@ class _EntranceHook:
         self.layer = layer
         self.keyword = first_parameter(block)
 
-    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None) -> None:
+        # torch notes that a hook takes kwargs after it has registered it, so another thread may run it without them.
         call = self.taps._current()
         if call is None:
             return
+        kwargs = kwargs or {}
         if self.layer == 0:
+            _refuse_hooks_behind(self, 0, module._forward_pre_hooks)
             self.taps._store(call, 0, first_argument(args, kwargs, self.keyword), module, args)
         elif self.layer in call.stored and self.layer not in call.settled and not torch.compiler.is_compiling():
             call.settled.add(self.layer)
@@ -166,7 +169,23 @@ class _ExitHook:
     def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         call = self.taps._current()
         if call is not None:
+            if self.layer in self.taps.layers:
+                _refuse_hooks_behind(self, self.layer, module._forward_hooks)
             self.taps._store(call, self.layer, output, module, args)
+
+
+def _refuse_hooks_behind(ours: _EntranceHook | _ExitHook, layer: int, hooks: dict[int, Any]) -> None:
+    """Refuse to tap before a hook of somebody else's, which may yet replace the tensor."""
+    # A list first: another thread may add hooks of its own while this one looks.
+    for hook in reversed(list(hooks.values())):
+        if hook is ours:
+            return
+        if not isinstance(hook, (_EntranceHook, _ExitHook)):
+            raise TapError(
+                f"a hook was added at layer {layer} after the taps were set, and would run behind them, so what it "
+                "changes would not be seen. Add hooks before layerfuse.tap; before a backbone with such hooks is "
+                "compiled or exported, call it once, which moves the taps behind them."
+            )
 
 
 class BlockTaps:
@@ -262,8 +281,11 @@ class BlockTaps:
             return
         for handle in self._handles:
             hooks = handle.hooks_dict_ref()
-            if hooks and next(reversed(hooks)) != handle.id and handle.id in hooks:
-                hooks.move_to_end(handle.id)
+            if hooks and handle.id in hooks and list(hooks)[-1] != handle.id:
+                with _REGISTRATION:
+                    # Not OrderedDict.move_to_end: torch 2.11 compiles hooks by the order of the dict beneath, which
+                    # that leaves as it was.
+                    hooks[handle.id] = hooks.pop(handle.id)
 
     def _store(self, call: _Call, layer: int, value: Any, module: nn.Module, args: tuple[Any, ...]) -> None:
         if layer in call.stored:
