@@ -10,7 +10,7 @@ import torch
 from transformers.utils import logging as transformers_logging
 
 from .decoding import Decoding
-from .generate import Answerer, default_dtype, load_answerer
+from .generate import Answerer, default_dtype, load_answerer, usable_device
 from .quantization import QUANTIZATIONS
 
 __all__ = [
@@ -63,10 +63,14 @@ def read_decoding(arguments: argparse.Namespace) -> Decoding:
 
 
 def find_device(arguments: argparse.Namespace) -> torch.device:
-    """The device that was asked for; else, if there is CUDA, this process's own under torchrun."""
+    """The device that was asked for; else, if there is CUDA, this process's own under torchrun.
+
+    Raises:
+        ValueError: if it cannot be used.
+    """
     if arguments.device is None and torch.cuda.is_available():
         return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
-    return torch.device(arguments.device or "cpu")
+    return usable_device(arguments.device)
 
 
 def find_dtype(arguments: argparse.Namespace) -> torch.dtype:

@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import torch
 from torch.utils.data import DataLoader, Dataset
+from tqdm.auto import tqdm
 
-from .answer_files import Shard
+from layerfuse.errors import InputError
+
+from .answer_files import AnswerFile, Shard
 from .decoding import Decoding
 from .generate import Answerer
 from .images import read_image
 from .preparing import Preparer
-from .request_files import Request
+from .request_files import Request, refuse_broken_images
 
-__all__ = ["answer_requests", "form_batches"]
+__all__ = ["answer_into", "answer_requests", "form_batches"]
 
 
 def form_batches(lengths: Sequence[int], batch_size: int, shard: Shard) -> list[list[int]]:
@@ -28,9 +31,60 @@ def form_batches(lengths: Sequence[int], batch_size: int, shard: Shard) -> list[
 
     Returns:
         Batches of indices. They depend on nothing but the arguments, so that a run that is continued forms the same.
+
+    Raises:
+        ValueError: if the batch size is below 1.
     """
+    if batch_size < 1:
+        raise InputError(f"batch_size={batch_size} is too small; ask at least 1 question at a time.")
     order = sorted(range(len(lengths)), key=lambda index: -lengths[index])[shard.index :: shard.count]
     return [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
+
+
+def answer_into(
+    output: AnswerFile,
+    load: Callable[[], Answerer],
+    batches: Sequence[Sequence[int]],
+    *,
+    image_folder: str | Path,
+    decoding: Decoding,
+    num_workers: int | None = None,
+    show_bar: bool | None = None,
+) -> int:
+    """Answer the questions that wait, and write each batch as it comes.
+
+    Args:
+        output: of these questions; those that it knows answers of are left out.
+        load: loads the model; called when all images are known to be whole, and not at all if nothing waits.
+        batches: indices of the questions of this process.
+        image_folder: what names of images are relative to.
+        decoding: how.
+        num_workers: as for `answer_requests`.
+        show_bar: of progress; None shows it on a terminal.
+
+    Returns:
+        How many questions were answered now.
+
+    Raises:
+        ValueError: if an image cannot be read; all are listed at the start.
+        OSError: if answers cannot be written any more.
+    """
+    requests = output.requests
+    share = sum(map(len, batches))
+    batches = [own for full in batches if (own := [index for index in full if requests[index].id not in output])]
+    waiting = sum(map(len, batches))
+    refuse_broken_images((requests[index] for batch in batches for index in batch), image_folder)
+    if not waiting:
+        return 0
+    disable = None if show_bar is None else not show_bar
+    with tqdm(total=share, initial=share - waiting, desc="answers", unit="question", disable=disable) as bar:
+        answered = answer_requests(
+            load(), requests, batches, image_folder=image_folder, decoding=decoding, num_workers=num_workers
+        )
+        for answers in answered:
+            output.write(answers)
+            bar.update(len(answers))
+    return waiting
 
 
 def answer_requests(
@@ -40,7 +94,7 @@ def answer_requests(
     *,
     image_folder: str | Path,
     decoding: Decoding,
-    num_workers: int = 0,
+    num_workers: int | None = None,
 ) -> Iterator[dict[int | str, str]]:
     """Answer questions batch by batch.
 
@@ -50,15 +104,21 @@ def answer_requests(
         batches: indices of those to be answered.
         image_folder: what names of images are relative to.
         decoding: how.
-        num_workers: processes that prepare prompts and images; 0 prepares them in this one.
+        num_workers: processes that prepare prompts and images; 0 prepares them in this one, and None starts 4 where a
+            GPU computes.
 
     Yields:
         Per batch, id -> answer.
 
     Raises:
-        ValueError: if an image cannot be read.
+        ValueError: if an image cannot be read, or the number of workers is negative.
         FileNotFoundError: if an image is missing.
     """
+    on_gpu = answerer.model.device.type == "cuda"
+    if num_workers is None:
+        num_workers = 4 if on_gpu else 0
+    if num_workers < 0:
+        raise InputError(f"num_workers={num_workers} is negative; give 0 or more processes.")
     size = max(map(len, batches), default=0)
     # Compiled code is for one batch size: a smaller batch is filled up with copies, whose answers are dropped.
     filled = [[*batch, *[batch[-1]] * (size - len(batch))] if answerer.compile else [*batch] for batch in batches]
@@ -67,7 +127,7 @@ def answer_requests(
         batch_sampler=filled,
         collate_fn=answerer.collate,
         num_workers=num_workers,
-        pin_memory=answerer.model.device.type == "cuda",
+        pin_memory=on_gpu,
         generator=torch.Generator(),
     )
     for batch, tensors in zip(filled, loader, strict=True):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import io
 import sys
 from collections.abc import Sequence
 from contextlib import closing, suppress
@@ -11,7 +12,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from layerfuse.errors import InputError
+from layerfuse.errors import InputError, UserError
 
 from .answer_options import add_decoding_options, add_model_options, load_from_options, read_decoding
 from .decoding import Decoding
@@ -63,7 +64,8 @@ class Conversation:
     def say(self, text: str) -> None:
         """Print the answer to a message while it is written, and remember both; Ctrl-C keeps what is there by then.
 
-        Stopped before its first word, the message is forgotten, and its images still wait.
+        Stopped before its first word, the message is forgotten, and its images still wait. An answer ends where the
+        positions that the model reads do; if that is sooner than was asked for, it is said before.
 
         Raises:
             ValueError: if the model cannot be asked that; the message is forgotten likewise.
@@ -74,6 +76,10 @@ class Conversation:
         messages = [*self.messages, {"from": "human", "value": value}]
         images = [*self.images, *self.shown]
         decoding = dataclasses.replace(self.decoding, seed=self.decoding.seed + len(self.messages))
+        room = self.answerer.prepare.room(messages, len(images))
+        if room is not None and 0 < room < decoding.max_new_tokens:
+            print(f"(room for {room} more tokens is left; /clear forgets what was said)", file=sys.stderr, flush=True)
+            decoding = dataclasses.replace(decoding, max_new_tokens=room)
         answer, stopped = "", True
         with suppress(KeyboardInterrupt), closing(self.answerer.stream(images, messages, decoding=decoding)) as pieces:
             for piece in pieces:
@@ -105,9 +111,12 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise InputError(f"--num-beams {decoding.num_beams}: beams cannot be streamed; leave it out.")
         opened = [read_image(path) for path in arguments.image]
         conversation = Conversation(load_from_options(arguments), decoding)
-    except (ValueError, FileNotFoundError, ImportError) as error:
+    except UserError as error:
         parser.error(str(error))
     conversation.shown = opened
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        # Bytes that are no text are told as such, with what else a model cannot be asked, and the conversation goes on.
+        sys.stdin.reconfigure(errors="surrogateescape")
     _talk(conversation)
     return 0
 
@@ -133,7 +142,7 @@ def _talk(conversation: Conversation) -> None:
                 print(_obey(conversation, line), flush=True)
             elif line:
                 conversation.say(line)
-        except (ValueError, FileNotFoundError) as error:
+        except UserError as error:
             print(error, flush=True)
         except KeyboardInterrupt:
             print(flush=True)

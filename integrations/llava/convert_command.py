@@ -10,6 +10,7 @@ from typing import get_args
 
 from transformers.utils import logging as transformers_logging
 
+from layerfuse.errors import UserError
 from layerfuse.preprocessing import Mode
 
 from .convert import LAYOUTS, Options, convert, convert_adapter
@@ -63,7 +64,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             written = convert(
                 arguments.source, arguments.target, arguments.layout, options=options, lora=arguments.merge_lora
             )
-    except (ValueError, OSError) as error:
+    except UserError as error:
         parser.error(str(error))
     print(f"converted: {written}")
     return 0

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from transformers import AutoTokenizer
 
-from layerfuse.errors import ExistingFileError, MissingFileError
+from layerfuse.errors import ExistingFileError, FileAccessError, MissingFileError, UserError
 from layerfuse.files import atomic_file
 
 from .data.cleaning import clean_path, lines_path, write_clean, write_lines
@@ -38,9 +38,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     command = check if arguments.command == "check" else convert
     try:
         return _check(arguments) if arguments.command == "check" else _convert(arguments)
-    except OSError as error:
+    except FileAccessError as error:
         command.error(str(error))
-    except ValueError as error:
+    except UserError as error:
         print(f"{command.prog}: {error}", file=sys.stderr)
         return 1
 

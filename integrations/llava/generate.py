@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from transformers import LlavaProcessor, LogitsProcessorList, StoppingCriteriaList
 
-from layerfuse.errors import InputError
+from layerfuse.errors import InputError, InvalidTypeError
 
 from .checkpoint import load_config, load_model, load_processor
 from .data import Collator
@@ -19,7 +19,7 @@ from .preparing import Images, Preparer, Prompt, as_list
 from .quantization import Quantization
 from .streaming import StopWhenSet, WholeTextStreamer, stream_text
 
-__all__ = ["Answerer", "default_dtype", "load_answerer"]
+__all__ = ["Answerer", "default_dtype", "load_answerer", "usable_device"]
 
 
 class Answerer:
@@ -58,8 +58,8 @@ class Answerer:
         """Answer prompts.
 
         Args:
-            images: per prompt an image, several, or None. Images stand in front of the prompt, unless the prompt has
-                as many `<image>` tags as there are images.
+            images: per prompt an image, several, or None; an image may be the path of its file. Images stand in front
+                of the prompt, unless the prompt has as many `<image>` tags as there are images.
             prompts: questions, or conversations that end with one.
             max_new_tokens: an answer's longest length; goes before that of `decoding`.
             batch_size: prompts at a time; it changes the speed, not the answers.
@@ -69,9 +69,14 @@ class Answerer:
             The answers, without control tokens and surrounding blanks.
 
         Raises:
-            ValueError: if numbers of images and prompts differ, the batch size is below 1, or a prompt cannot be
-                written, see `Preparer.encode`.
+            ValueError: if numbers of images and prompts differ, the batch size is below 1, an image file cannot be
+                read, or a prompt cannot be written, see `Preparer.encode`.
+            TypeError: if images or prompts are no list, or an entry is of another kind.
+            FileNotFoundError: if there is no such image file.
         """
+        for name, given in (("images", images), ("prompts", prompts)):
+            if isinstance(given, str | bytes) or not isinstance(given, Sequence):
+                raise InvalidTypeError(f"{name} is a {type(given).__name__}; give a list with one entry per prompt.")
         if len(images) != len(prompts):
             raise InputError(
                 f"got {len(images)} images for {len(prompts)} prompts; give one entry of images per prompt."
@@ -80,15 +85,19 @@ class Answerer:
             raise InputError(f"batch_size={batch_size} is too small; answer at least 1 prompt at a time.")
         decoding = _decoding(decoding, max_new_tokens)
         pictures = [as_list(entry) for entry in images]
-        ids = [self.prepare.encode(prompt, len(own)) for prompt, own in zip(prompts, pictures, strict=True)]
+        longest = decoding.max_new_tokens
+        ids = [
+            self.prepare.encode(prompt, len(own), max_new_tokens=longest)
+            for prompt, own in zip(prompts, pictures, strict=True)
+        ]
         # Prompts of like length share a batch, the longest first: they show at once whether memory suffices.
         order = sorted(range(len(ids)), key=lambda index: -len(ids[index]))
         answers: dict[int, str] = {}
         for start in range(0, len(order), batch_size):
             batch = order[start : start + batch_size]
             samples = [{"input_ids": ids[own], "pixel_values": self.prepare.pixels(pictures[own])} for own in batch]
-            given = self.answer_batch(self.collate(samples), [str(own) for own in batch], decoding)
-            answers.update(zip(batch, given, strict=True))
+            answered = self.answer_batch(self.collate(samples), [str(own) for own in batch], decoding)
+            answers.update(zip(batch, answered, strict=True))
         return [answers[index] for index in range(len(ids))]
 
     def stream(
@@ -116,7 +125,7 @@ class Answerer:
         decoding = _decoding(decoding, max_new_tokens)
         if decoding.num_beams > 1:
             raise InputError(f"num_beams={decoding.num_beams}: beams cannot be streamed; set num_beams to 1.")
-        batch = self.collate([self.prepare(images, prompt)])
+        batch = self.collate([self.prepare(images, prompt, max_new_tokens=decoding.max_new_tokens)])
 
         def generate(streamer: WholeTextStreamer, stop: StopWhenSet) -> None:
             self.answer_batch(batch, ["0"], decoding, streamer=streamer, stop=stop)
@@ -209,11 +218,31 @@ def load_answerer(
         ValueError: if its weights do not cover the model, or it has no prompt template.
         ImportError: if bitsandbytes is needed and not installed.
     """
-    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    device = usable_device(device)
     config, processor = load_config(folder), load_processor(folder)
     Preparer(config, processor)  # says what is missing before the weights are read
     dtype = dtype or default_dtype(folder, device, quantize)
     return Answerer(load_model(folder, device=device, dtype=dtype, quantize=quantize), processor, compile=compile)
+
+
+def usable_device(device: str | torch.device | None) -> torch.device:
+    """Find the device that was asked for, and try it.
+
+    Args:
+        device: None takes CUDA if there is one, else the CPU.
+
+    Raises:
+        ValueError: if torch knows no such device, or cannot use it here.
+    """
+    try:
+        found = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        torch.empty(0, device=found)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = str(error).partition("\n")[0]
+        raise InputError(
+            f"device {str(device)!r} cannot be used ({reason}); give cpu, or cuda where there is one."
+        ) from error
+    return found
 
 
 def default_dtype(folder: str | Path, device: torch.device, quantize: Quantization = "none") -> torch.dtype:

@@ -8,24 +8,21 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from tqdm.auto import tqdm
+from layerfuse.errors import InputError, UserError
 
-from layerfuse.errors import InputError
-
-from .answer_files import AnswerFile, Shard, find_shard, weights_fingerprint
+from .answer_files import AnswerFile, Shard, answer_settings, find_shard
 from .answer_options import (
     add_decoding_options,
     add_model_options,
-    find_device,
     find_dtype,
     load_from_options,
     read_decoding,
 )
-from .batch_answers import answer_requests, form_batches
+from .batch_answers import answer_into, form_batches
 from .decoding import Decoding
 from .images import read_image
 from .preparing import load_preparer
-from .request_files import prompt_lengths, read_requests, refuse_broken_images
+from .request_files import prompt_lengths, question_fingerprints, read_requests
 
 __all__ = ["main"]
 
@@ -53,7 +50,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         decoding = read_decoding(arguments)
         return _answer_prompts(arguments, decoding) if arguments.input is None else _answer_file(arguments, decoding)
-    except (ValueError, FileNotFoundError, ImportError) as error:
+    except UserError as error:
         parser.error(str(error))
 
 
@@ -74,7 +71,9 @@ def _parser() -> argparse.ArgumentParser:
     files.add_argument("--image-folder", help="what image names are relative to (default: the input's folder)")
     files.add_argument("--output", help="jsonl of id, prompt, answer, model_id, metadata; continued if it is there")
     files.add_argument("--shard", metavar="INDEX/COUNT", help="answer a share (default: torchrun's RANK/WORLD_SIZE)")
-    files.add_argument("--overwrite", action="store_true", help="remove earlier answers instead of continuing")
+    files.add_argument(
+        "--overwrite", action="store_true", help="answer anew; earlier answers go once a new one is there"
+    )
     files.add_argument("--num-workers", type=int, help="processes that prepare images (default: 4 with CUDA, else 0)")
     parser.add_argument("--batch-size", type=int, default=8, help="prompts at a time")
     add_model_options(parser)
@@ -94,7 +93,7 @@ def _answer_prompts(arguments: argparse.Namespace, decoding: Decoding) -> int:
     prompts = arguments.prompt if len(arguments.prompt) == count else arguments.prompt * count
     preparer = load_preparer(arguments.model)
     for own, prompt in zip(images, prompts, strict=True):
-        preparer.encode(prompt, len(own))
+        preparer.encode(prompt, len(own), max_new_tokens=decoding.max_new_tokens)
     answerer = load_from_options(arguments)
     for answer in answerer(images, prompts, batch_size=arguments.batch_size, decoding=decoding):
         print(answer)
@@ -105,43 +104,32 @@ def _answer_file(arguments: argparse.Namespace, decoding: Decoding) -> int:
     shard = find_shard(arguments.shard)
     folder = arguments.image_folder or Path(arguments.input).parent
     requests = read_requests(arguments.input)
-    batches = form_batches(prompt_lengths(requests, load_preparer(arguments.model)), arguments.batch_size, shard)
-    metadata = {
-        "weights": weights_fingerprint(arguments.model),
-        "dtype": str(find_dtype(arguments)).removeprefix("torch."),
-        "quantize": arguments.quantize,
-        **decoding.to_dict(),
-    }
+    preparer = load_preparer(arguments.model)
+    lengths = prompt_lengths(requests, preparer, max_new_tokens=decoding.max_new_tokens)
+    batches = form_batches(lengths, arguments.batch_size, shard)
+    dtype = find_dtype(arguments)
     output = AnswerFile(
         arguments.output,
         requests,
+        fingerprints=question_fingerprints(requests, folder),
         model_id=Path(arguments.model).resolve().name,
-        metadata=metadata,
+        metadata=answer_settings(
+            arguments.model, preparer, dtype=dtype, quantize=arguments.quantize, decoding=decoding
+        ),
         shard=shard,
         overwrite=arguments.overwrite,
     )
-    share = sum(map(len, batches))
-    batches = [batch for full in batches if (batch := [own for own in full if requests[own].id not in output])]
-    waiting = sum(map(len, batches))
-    refuse_broken_images((requests[index] for batch in batches for index in batch), folder)
-    # Processes that torchrun started share a terminal: one bar is enough.
-    quiet = True if int(os.environ.get("LOCAL_RANK", 0)) else None
-    with tqdm(total=share, initial=share - waiting, desc="answers", unit="question", disable=quiet) as bar:
-        if waiting:
-            workers = arguments.num_workers
-            if workers is None:
-                workers = 4 if find_device(arguments).type == "cuda" else 0
-            for answers in answer_requests(
-                load_from_options(arguments),
-                requests,
-                batches,
-                image_folder=folder,
-                decoding=decoding,
-                num_workers=workers,
-            ):
-                output.write(answers)
-                bar.update(len(answers))
-    _report(output, shard, waiting)
+    answered = answer_into(
+        output,
+        lambda: load_from_options(arguments),
+        batches,
+        image_folder=folder,
+        decoding=decoding,
+        num_workers=arguments.num_workers,
+        # Processes that torchrun started share a terminal: one bar is enough.
+        show_bar=False if int(os.environ.get("LOCAL_RANK", 0)) else None,
+    )
+    _report(output, shard, answered)
     return 0
 
 

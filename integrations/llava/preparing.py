@@ -2,27 +2,37 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from PIL import Image
 from transformers import LlavaProcessor, PreTrainedConfig
 
-from layerfuse.errors import InputError
+from layerfuse.errors import InputError, InvalidTypeError, MissingFileError
 from layerfuse.preprocessing import Preprocessing
 
 from .checkpoint import load_config, load_processor
+from .images import read_image
+from .json_lines import is_writable_text
 from .model import FusedLlavaConfig
 from .processing import LayerfuseImageProcessor
 from .prompts import IMAGE_TAG, Message, Template, TextEncoder, render
 
-__all__ = ["Images", "Preparer", "Prompt", "as_list", "load_preparer"]
+__all__ = ["Images", "Picture", "Preparer", "Prompt", "as_list", "as_turns", "load_preparer"]
 
-Images = Image.Image | Sequence[Image.Image] | None
+Picture = Image.Image | str | Path
+"""An image, or the path of its file."""
+Images = Picture | Sequence[Picture] | None
 """What belongs to a prompt: an image, several, or none."""
 Prompt = str | Sequence[Message]
 """A question; or a conversation whose last turn is the human's, with the model's earlier answers in it."""
+
+# A text with more characters a position than this is looked at before it is tokenised whole.
+_CHARACTERS = 32
 
 
 class Preparer:
@@ -31,6 +41,10 @@ class Preparer:
     Args:
         config: the model's; holds its prompt template.
         processor: the one saved beside the model.
+
+    Attributes:
+        fingerprint: 12 hexadecimal digits of a hash over template, tokenizer and preprocessing: what the model reads
+            of a prompt and its images, and how its answer is spelled, follows from these.
 
     Raises:
         ValueError: if the checkpoint holds no prompt template, or a processor of another kind.
@@ -55,39 +69,89 @@ class Preparer:
         self.image_token_id: int = config.image_token_index
         self.num_image_tokens: int = config.image_seq_length
         self.max_positions: int | None = getattr(config.text_config, "max_position_embeddings", None)
+        self.fingerprint = self._fingerprint(processor)
 
-    def __call__(self, images: Images, prompt: Prompt) -> dict[str, torch.Tensor]:
+    def _fingerprint(self, processor: LlavaProcessor) -> str:
+        tokenizer = processor.tokenizer
+        # Truncation and padding are states of a tokenizer that was used; no prompt is written with them.
+        spelling = json.loads(tokenizer.backend_tokenizer.to_str()) | {"truncation": None, "padding": None}
+        numbers = [self.image_token_id, self.num_image_tokens, self.encoder.begin, self.encoder.end]
+        read = [self.template.to_dict(), self.preprocessing.to_dict(), numbers, sorted(tokenizer.all_special_ids)]
+        return hashlib.sha256(json.dumps([read, spelling], sort_keys=True).encode()).hexdigest()[:12]
+
+    def __call__(self, images: Images, prompt: Prompt, *, max_new_tokens: int = 1) -> dict[str, torch.Tensor]:
         """Write a prompt out and prepare its images.
 
         Returns:
             `input_ids` (T,) with images expanded, `pixel_values` (images, 3, height, width).
 
         Raises:
-            ValueError: as `encode`.
+            ValueError: as `encode`, or if an image file cannot be read.
+            TypeError: if an image is neither an image nor a path, or a prompt neither text nor turns.
+            FileNotFoundError: if there is no such image file.
         """
         pictures = as_list(images)
-        return {"input_ids": self.encode(prompt, len(pictures)), "pixel_values": self.pixels(pictures)}
+        ids = self.encode(prompt, len(pictures), max_new_tokens=max_new_tokens)
+        return {"input_ids": ids, "pixel_values": self.pixels(pictures)}
 
-    def pixels(self, images: Sequence[Image.Image]) -> torch.Tensor:
-        """Prepare a prompt's images: (images, 3, height, width)."""
-        return self.preprocessing.batch(images) if images else torch.empty(0, 3, *self.preprocessing.size)
+    def pixels(self, images: Sequence[Picture]) -> torch.Tensor:
+        """Prepare a prompt's images: (images, 3, height, width).
 
-    def encode(self, prompt: Prompt, num_images: int) -> torch.Tensor:
+        Raises:
+            ValueError: if an image file cannot be read.
+            FileNotFoundError: if there is no such image file.
+        """
+        opened = [own if isinstance(own, Image.Image) else read_image(own) for own in images]
+        return self.preprocessing.batch(opened) if opened else torch.empty(0, 3, *self.preprocessing.size)
+
+    def room(self, prompt: Prompt, num_images: int) -> int | None:
+        """Count the positions that a prompt leaves to its answer.
+
+        Args:
+            prompt: as for `encode`.
+            num_images: as for `encode`.
+
+        Returns:
+            Tokens, 0 or fewer if there is no room; None where the language model names no limit.
+
+        Raises:
+            ValueError: as `encode`, but for the length.
+        """
+        return None if self.max_positions is None else self.max_positions - len(self._written(prompt, num_images))
+
+    def encode(self, prompt: Prompt, num_images: int, *, max_new_tokens: int = 1) -> torch.Tensor:
         """Write a prompt out, up to where the answer begins.
 
         Args:
             prompt: where it has no `<image>` tag, its images stand in front of its first turn.
             num_images: images that belong to it; with 0, `<image>` is text.
+            max_new_tokens: an answer's longest length, for which there has to be room behind the prompt: what a model
+                writes beyond its last position means nothing.
 
         Returns:
             T token ids, images expanded.
 
         Raises:
             ValueError: if tags and images differ in number, turns do not alternate or end with the human's, the
-                template cannot write the conversation, or it is longer than the model can read.
+                template cannot write the conversation, or it is longer, answer included, than the model can read.
+            TypeError: if the prompt is neither text nor turns.
         """
+        ids = self._written(prompt, num_images)
+        if self.max_positions is not None and len(ids) + max_new_tokens > self.max_positions:
+            left = self.max_positions - len(ids)
+            shorter = f", or ask for answers of at most {left} tokens (max_new_tokens)" if left > 0 else ""
+            raise InputError(
+                f"the prompt takes up {len(ids)} positions ({self.num_image_tokens} an image) and its answer up to "
+                f"{max_new_tokens}, and the model reads {self.max_positions}; shorten it, or leave out images{shorter}."
+            )
+        return ids
+
+    def _written(self, prompt: Prompt, num_images: int) -> torch.Tensor:
+        messages = _placed(as_turns(prompt), num_images)
+        for message in messages:
+            self._refuse_endless(message["value"])
         rendered = render(
-            _messages(prompt, num_images),
+            messages,
             template=self.template,
             encoder=self.encoder,
             image_token_id=self.image_token_id,
@@ -95,22 +159,78 @@ class Preparer:
             answer_next=True,
         )
         ids = torch.tensor(rendered.input_ids)
-        ids = ids.repeat_interleave(torch.where(ids == self.image_token_id, self.num_image_tokens, 1))
-        if self.max_positions is not None and len(ids) >= self.max_positions:
+        return ids.repeat_interleave(torch.where(ids == self.image_token_id, self.num_image_tokens, 1))
+
+    def _refuse_endless(self, text: str) -> None:
+        """Refuse a text whose beginning is too long already; tokenised whole, 10 MB would take gigabytes."""
+        if self.max_positions is None or len(text) <= _CHARACTERS * self.max_positions:
+            return
+        if len(self.encoder(text[: _CHARACTERS * self.max_positions])) > self.max_positions:
             raise InputError(
-                f"the prompt takes up {len(ids)} positions ({self.num_image_tokens} an image), and the model reads "
-                f"{self.max_positions}, answer included; shorten it, or leave out images."
+                f"a text of {len(text):,} characters takes up more positions than the {self.max_positions} that the "
+                "model reads; shorten it."
             )
-        return ids
 
 
-def as_list(images: Images) -> list[Image.Image]:
-    """One image, several or none, as a list."""
-    return [] if images is None else [images] if isinstance(images, Image.Image) else list(images)
+def as_list(images: Images) -> list[Picture]:
+    """One image, several or none, as a list.
+
+    Raises:
+        TypeError: if one is neither an image nor a path.
+        FileNotFoundError: if there is no file of that path.
+    """
+    single = images is None or isinstance(images, Image.Image | str | Path)
+    pictures: Any = [] if images is None else [images] if single else images
+    if not isinstance(pictures, Sequence):
+        pictures = [pictures]
+    for picture in pictures:
+        if not isinstance(picture, Image.Image | str | Path):
+            raise InvalidTypeError(
+                f"an image is a {type(picture).__name__}; give a PIL image (Image.fromarray makes one of an array), "
+                "the path of a file, several of these in a list, or None."
+            )
+        if not isinstance(picture, Image.Image) and not Path(picture).is_file():
+            raise MissingFileError(f"image {picture} does not exist; give the path of a picture, or a PIL image.")
+    return list(pictures)
 
 
-def _messages(prompt: Prompt, num_images: int) -> list[Message]:
-    messages: list[Message] = [{"from": "human", "value": prompt}] if isinstance(prompt, str) else list(prompt)
+def as_turns(prompt: Prompt) -> list[Message]:
+    """A question, or a conversation, as turns in LLaVA's form.
+
+    Raises:
+        ValueError: if a turn is of another form, or its text is no whole Unicode.
+        TypeError: if it is neither text nor a list of turns.
+    """
+    if isinstance(prompt, bytes) or not isinstance(prompt, Sequence):
+        raise InvalidTypeError(
+            f"a prompt is a {type(prompt).__name__}; give a text, or a list of turns {{'from': 'human' | 'gpt', "
+            f"'value': text}}.{_other_form(prompt)}"
+        )
+    turns: list[Message] = [{"from": "human", "value": prompt}] if isinstance(prompt, str) else [*prompt]
+    for turn in turns:
+        well_formed = isinstance(turn, Mapping) and isinstance(turn.get("value"), str)
+        if not well_formed or turn.get("from") not in ("human", "gpt"):
+            raise InputError(
+                f"a turn is {turn!r:.80}; write {{'from': 'human' | 'gpt', 'value': text}}.{_other_form(turn)}"
+            )
+        if not is_writable_text(turn["value"]):
+            raise InputError(
+                f"the text {turn['value'][:40]!r} holds half of a character (\\ud800 to \\udfff alone); write it whole."
+            )
+    return turns
+
+
+def _other_form(value: object) -> str:
+    if not isinstance(value, Mapping) or "role" not in value:
+        return ""
+    return (
+        " Role and content are what chat APIs take: here 'user' is from 'human', 'assistant' is from 'gpt', the "
+        "content's text is the value, and images are given beside the prompt."
+    )
+
+
+def _placed(messages: list[Message], num_images: int) -> list[Message]:
+    """Put tags in front of a conversation that has none."""
     if not messages or messages[-1]["from"] != "human":
         raise InputError("a conversation has to end with the human's turn, which the model then answers.")
     human = [index for index, message in enumerate(messages) if message["from"] == "human"]

@@ -8,23 +8,30 @@ an answer behind it, as training data have, is not shown to the model.
 
 from __future__ import annotations
 
+import hashlib
+import json
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from layerfuse.errors import InputError
+from layerfuse.errors import InputError, UserError
 
 from .data import read_samples
+from .data.conversations import is_outside
 from .images import find_broken_images
-from .preparing import Preparer, Prompt
+from .json_lines import is_writable_text
+from .preparing import Preparer, Prompt, as_turns
 from .wording import bulleted
 
-__all__ = ["Request", "prompt_lengths", "read_requests", "refuse_broken_images"]
+__all__ = ["Request", "prompt_lengths", "question_fingerprints", "read_requests", "refuse_broken_images"]
 
 # What a row may call its id, and its question.
 _IDS = ("id", "question_id")
 _PROMPTS = ("prompt", "text", "conversations")
+# Other names that people give to pictures and the like; such a row must not be answered without them.
+_MEDIA = re.compile(r"image|img|picture|photo|video|audio", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -63,27 +70,30 @@ def read_requests(path: str | Path) -> list[Request]:
     rows = read_samples(path)
     requests: list[Request] = []
     problems: list[str] = []
-    places: dict[int | str, str] = {}
+    # By their spelling: 1 and "1" would be one question to whoever reads the answers, and to the seed of sampling.
+    places: dict[str, str] = {}
     for index in range(len(rows)):
         try:
             request = _parse(rows[index])
-        except ValueError as error:
+        except UserError as error:
             problems.append(f"{rows.place(index)}: {error}")
             continue
-        if request.id in places:
-            problems.append(f"{rows.place(index)}: id {request.id!r} was used in {places[request.id]}")
-        places.setdefault(request.id, rows.place(index))
+        key = str(request.id)
+        if key in places:
+            problems.append(f"{rows.place(index)}: id {request.id!r} was used in {places[key]}")
+        places.setdefault(key, rows.place(index))
         requests.append(request)
     _refuse(problems, str(path))
     return requests
 
 
-def prompt_lengths(requests: Sequence[Request], preparer: Preparer) -> list[int]:
+def prompt_lengths(requests: Sequence[Request], preparer: Preparer, *, max_new_tokens: int = 1) -> list[int]:
     """Write every prompt out.
 
     Args:
         requests: the questions.
         preparer: of the model that shall answer.
+        max_new_tokens: an answer's longest length.
 
     Returns:
         Positions that each takes up, images included.
@@ -95,8 +105,9 @@ def prompt_lengths(requests: Sequence[Request], preparer: Preparer) -> list[int]
     problems: list[str] = []
     for request in requests:
         try:
-            lengths.append(len(preparer.encode(request.prompt, len(request.images))))
-        except ValueError as error:
+            ids = preparer.encode(request.prompt, len(request.images), max_new_tokens=max_new_tokens)
+            lengths.append(len(ids))
+        except UserError as error:
             problems.append(f"id {request.id!r}: {error}")
     _refuse(problems, "the questions")
     return lengths
@@ -106,9 +117,36 @@ def refuse_broken_images(requests: Iterable[Request], image_folder: str | Path) 
     """Decode every image of the questions.
 
     Raises:
-        ValueError: listing the files that are missing or broken.
+        ValueError: listing the files that are missing, broken or outside of the folder.
     """
-    _refuse(find_broken_images(image_folder, (name for own in requests for name in own.images)), str(image_folder))
+    names = list(dict.fromkeys(name for own in requests for name in own.images))
+    # As in training: a file of questions from elsewhere chooses among the images that it was given.
+    outside = [
+        f"image {name}: outside the image folder (for absolute names give / as the folder)"
+        for name in names
+        if is_outside(name, image_folder)
+    ]
+    _refuse(outside or find_broken_images(image_folder, names), str(image_folder))
+
+
+def question_fingerprints(requests: Sequence[Request], image_folder: str | Path) -> dict[int | str, str]:
+    """Tell whether a question is still the one that was answered: its words, earlier turns and images.
+
+    Args:
+        requests: the questions.
+        image_folder: what names of images are relative to.
+
+    Returns:
+        Id -> 12 hexadecimal digits of a hash over prompt, names of images and their sizes in bytes.
+    """
+    sizes: dict[str, int | None] = {}
+    for name in dict.fromkeys(name for own in requests for name in own.images):
+        try:
+            sizes[name] = (Path(image_folder) / name).stat().st_size
+        except (OSError, ValueError):  # told by `refuse_broken_images`, unless the question was answered already
+            sizes[name] = None
+    asked = {own.id: [own.prompt, [[name, sizes[name]] for name in own.images]] for own in requests}
+    return {own_id: hashlib.sha256(json.dumps(what).encode()).hexdigest()[:12] for own_id, what in asked.items()}
 
 
 def _refuse(problems: Sequence[str], place: str) -> None:
@@ -120,8 +158,13 @@ def _parse(row: Any) -> Request:
     if not isinstance(row, Mapping):
         raise InputError(f"a {type(row).__name__}; a question is an object with id, prompt and, if any, image")
     own_id, key = _one_of(row, _IDS), _one_of(row, _PROMPTS)
+    if not is_writable_text(row):
+        raise InputError("holds half of a character (an escape such as \\ud83d alone); write it whole")
     if not isinstance(row[own_id], int | str) or isinstance(row[own_id], bool):
         raise InputError(f"{own_id} is {row[own_id]!r}; give a number or a text")
+    media = [name for name, value in row.items() if _MEDIA.search(name) and isinstance(value, str | list) and value]
+    if media and "image" not in row:
+        raise InputError(f"has {', '.join(media)}, which is not read; name images under image, or write image: null")
     images = row.get("image")
     names = [] if images is None else [images] if isinstance(images, str) else images
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
@@ -141,14 +184,10 @@ def _one_of(row: Mapping[str, Any], keys: Sequence[str]) -> str:
     return present[0]
 
 
-def _conversation(turns: Any) -> list[dict[str, str]]:
-    well_formed = isinstance(turns, list) and all(
-        isinstance(turn, Mapping) and turn.get("from") in ("human", "gpt") and isinstance(turn.get("value"), str)
-        for turn in turns
-    )
-    if not well_formed:
-        raise InputError("conversations is no list of {'from': 'human' | 'gpt', 'value': text}")
-    asked = [dict(turn) for turn in turns]
+def _conversation(turns: Any) -> list[Any]:
+    if not isinstance(turns, list):
+        raise InputError(f"conversations is a {type(turns).__name__}; give a list of turns")
+    asked = as_turns(turns)
     if asked and asked[-1]["from"] == "gpt":
         asked.pop()
     if not asked:

@@ -102,7 +102,7 @@ class RunLog(TrainerCallback):
 
 
 def _parsed(text: str) -> Iterator[dict[str, Any]]:
-    for line in text.splitlines():
+    for line in filter(None, text.split("\n")):
         try:
             yield json.loads(line)
         except json.JSONDecodeError:

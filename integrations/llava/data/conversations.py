@@ -47,7 +47,7 @@ def conversation_faults(sample: Any, template: Template, image_folder: str | Pat
         yield Fault("bad_image_entry", f"has the image entry {str(image)[:80]!r}; give a file name, several, or none")
         return
     for name in names:
-        if _is_outside(name, image_folder):
+        if is_outside(name, image_folder):
             yield Fault("outside_folder", f"image {name}: outside the image folder", name)
     for turn in messages:
         if not (
@@ -58,7 +58,13 @@ def conversation_faults(sample: Any, template: Template, image_folder: str | Pat
     yield from _turn_faults(messages, len(names), template)
 
 
-def _is_outside(name: str, image_folder: str | Path) -> bool:
+def is_outside(name: str, image_folder: str | Path) -> bool:
+    """Tell whether an image's name leads out of its folder.
+
+    Args:
+        name: as a data file or a file of questions has it.
+        image_folder: what it is relative to.
+    """
     if os.pardir not in name and not os.path.isabs(name):
         return False
     # By name only: folders that are links to other disks are common.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import time
 from collections.abc import Mapping
@@ -25,6 +24,7 @@ from integrations.llava.demo.fingerprint import (
 )
 from integrations.llava.demo.results import FuserRun
 from integrations.llava.evaluation import evaluate, read_predictions, read_questions, score_answers, summarise
+from integrations.llava.json_lines import json_lines
 from integrations.llava.model import FusedLlavaForConditionalGeneration
 from integrations.llava.recipe_files import dump_recipe
 from integrations.llava.synthetic.questions import KINDS
@@ -61,7 +61,7 @@ def finish_run(recipe: Recipe, folder: Path, data: Path) -> FuserRun:
     noted = finished(folder, _EVALUATION, evaluation)
     if noted is None:
         started = time.perf_counter()
-        evaluate(folder, questions_file, data / "images", output=folder / _EVALUATION)
+        evaluate(folder, questions_file, data / "images", output=folder / _EVALUATION, overwrite=True)
         noted = {"evaluation": time.perf_counter() - started}
         mark_finished(folder, _EVALUATION, evaluation, noted)
     else:
@@ -134,7 +134,6 @@ class _Stopwatch(TrainerCallback):
 
 def _losses(path: Path) -> Mapping[str, list[tuple[int, float]]]:
     losses: dict[str, list[tuple[int, float]]] = {}
-    for line in path.read_text(encoding="utf-8").splitlines():
-        row = json.loads(line)
+    for _, row in json_lines(path):
         losses.setdefault(row["stage"], []).append((row["step"], row["loss"]))
     return losses

@@ -8,8 +8,17 @@ from __future__ import annotations
 import math
 import re
 import unicodedata
+from collections.abc import Sequence
 
-__all__ = ["edit_distance", "intersection_over_union", "normalise_answer", "parse_box", "parse_count", "strip_answer"]
+__all__ = [
+    "as_box",
+    "edit_distance",
+    "intersection_over_union",
+    "normalise_answer",
+    "parse_box",
+    "parse_count",
+    "strip_answer",
+]
 
 _NUMBER_WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
 _COUNTS = {**{word: number for number, word in enumerate(_NUMBER_WORDS)}, "none": 0, "no": 0}
@@ -19,11 +28,11 @@ _BOX = re.compile(r"\[([^\[\]]*)\]")
 
 
 def strip_answer(answer: str) -> str:
-    """Remove what surrounds an answer: blanks, one pair of quotes, a full stop at the end. Case is kept."""
+    """Remove what surrounds an answer: blanks, one pair of quotes, a full stop behind or inside them. Case is kept."""
     text = unicodedata.normalize("NFKC", answer).strip()
     text = text.removesuffix(".").strip()
     if len(text) > 1 and text[0] == text[-1] and text[0] in "\"'`":
-        text = text[1:-1].strip()
+        text = text[1:-1].strip().removesuffix(".").strip()
     return text
 
 
@@ -64,9 +73,15 @@ def parse_box(answer: str) -> tuple[float, float, float, float] | None:
     parts = [part.strip() for part in found.group(1).split(",")]
     if len(parts) != 4 or not all(re.fullmatch(_DECIMAL, part) for part in parts):
         return None
-    x1, y1, x2, y2 = (float(part) for part in parts)
-    inside = all(math.isfinite(value) and 0 <= value <= 1 for value in (x1, y1, x2, y2))
-    return (x1, y1, x2, y2) if inside and x1 < x2 and y1 < y2 else None
+    return as_box([float(part) for part in parts])
+
+
+def as_box(numbers: Sequence[float]) -> tuple[float, float, float, float] | None:
+    """Take four numbers as a box, if they are between 0 and 1 with x1 < x2 and y1 < y2."""
+    if len(numbers) != 4 or not all(math.isfinite(value) and 0 <= value <= 1 for value in numbers):
+        return None
+    x1, y1, x2, y2 = map(float, numbers)
+    return (x1, y1, x2, y2) if x1 < x2 and y1 < y2 else None
 
 
 def intersection_over_union(first: tuple[float, ...], second: tuple[float, ...]) -> float:

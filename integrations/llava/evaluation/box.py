@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
+from typing import Any
 
-from integrations.llava.evaluation.answers import intersection_over_union, parse_box
+from integrations.llava.evaluation.answers import as_box, intersection_over_union, parse_box
 from integrations.llava.evaluation.task import TASKS, Question, Task
+from layerfuse.errors import InputError
 
 __all__ = ["BoxTask"]
 
@@ -24,6 +27,17 @@ class BoxTask(Task):
     title = "locating (box)"
     source = "RefCOCO: precision at IoU > 0.5"
     metrics = ("accuracy", "iou")
+
+    def read_answer(self, value: Any) -> tuple[float, ...]:
+        """Read a box: four numbers, or a text that holds them."""
+        numbers = isinstance(value, list) and all(type(number) in (int, float) for number in value)
+        corners = parse_box(value) if isinstance(value, str) else as_box(value) if numbers else None
+        if corners is None:
+            raise InputError(
+                f"answer is {json.dumps(value):.80}; give a box [x1, y1, x2, y2] in fractions of the image's "
+                "sides, x1 < x2, y1 < y2."
+            )
+        return corners
 
     def score(self, answer: str, question: Question) -> Mapping[str, float]:
         """Score a box; one that cannot be read has an IoU of 0."""

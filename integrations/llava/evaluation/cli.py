@@ -9,6 +9,7 @@ from pathlib import Path
 from integrations.llava.evaluation.evaluate import Evaluation, evaluate, read_predictions, write_evaluation
 from integrations.llava.evaluation.scoring import score_answers, summarise
 from integrations.llava.evaluation.task import read_questions
+from layerfuse.errors import UserError
 
 __all__ = ["main"]
 
@@ -25,7 +26,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--images", help="folder of the images (default: 'images' beside the question file)")
     parser.add_argument("--predictions", help="score this predictions.jsonl in place of a model")
-    parser.add_argument("--output", help="folder for predictions.jsonl and metrics.json (default: MODEL/evaluation)")
+    parser.add_argument(
+        "--output",
+        help="folder for answers, predictions, metrics; continued (default: MODEL/evaluation)",
+    )
+    parser.add_argument("--overwrite", action="store_true", help="replace other answers and predictions in --output")
     parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument("--max-new-tokens", type=int, default=32)
     parser.add_argument("--device", help="torch device (default: CUDA if there is one, else the CPU)")
@@ -34,7 +39,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error("give either --model FOLDER or --predictions FILE")
     try:
         evaluation = _evaluate(arguments)
-    except (ValueError, FileNotFoundError) as error:
+    except UserError as error:
         parser.error(str(error))
     print(_table(evaluation))
     return 0
@@ -45,7 +50,7 @@ def _evaluate(arguments: argparse.Namespace) -> Evaluation:
         answers = score_answers(read_questions(arguments.questions), read_predictions(arguments.predictions))
         evaluation = Evaluation(kinds=summarise(answers), answers=answers)
         if arguments.output is not None:
-            write_evaluation(evaluation, arguments.output)
+            write_evaluation(evaluation, arguments.output, overwrite=arguments.overwrite)
         return evaluation
     return evaluate(
         arguments.model,
@@ -55,6 +60,7 @@ def _evaluate(arguments: argparse.Namespace) -> Evaluation:
         batch_size=arguments.batch_size,
         max_new_tokens=arguments.max_new_tokens,
         device=arguments.device,
+        overwrite=arguments.overwrite,
     )
 
 

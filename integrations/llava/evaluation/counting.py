@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 from integrations.llava.evaluation.answers import parse_count
 from integrations.llava.evaluation.task import TASKS, Question, Task
+from layerfuse.errors import InputError
 
 __all__ = ["CountingTask"]
 
@@ -20,6 +22,13 @@ class CountingTask(Task):
 
     title = "counting"
     source = "TallyQA: accuracy"
+
+    def read_answer(self, value: Any) -> str:
+        """Read a count, in digits or in words up to ten."""
+        answer = str(super().read_answer(value))
+        if parse_count(answer) is None:
+            raise InputError(f"answer is {answer:.80}; give one whole number.")
+        return answer
 
     def score(self, answer: str, question: Question) -> Mapping[str, float]:
         """Score a count, in digits or in words up to ten; no number, or several, is wrong."""

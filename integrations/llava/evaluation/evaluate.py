@@ -4,19 +4,23 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
-from PIL import Image
-
-from integrations.llava.evaluation.predict import check_images, predict
+from integrations.llava.evaluation.predict import check_images
 from integrations.llava.evaluation.scoring import KindScores, ScoredAnswer, score_answers, summarise
-from integrations.llava.evaluation.task import read_questions
-from layerfuse.errors import InputError, MissingFileError
+from integrations.llava.evaluation.task import TASKS, read_questions
+from integrations.llava.json_lines import json_lines
+from layerfuse.errors import ExistingFileError, FileAccessError, InputError, MissingFileError
 from layerfuse.files import write_text
 
 __all__ = ["Evaluation", "evaluate", "read_predictions", "write_evaluation"]
+
+_PREDICTIONS = "predictions.jsonl"
 
 
 @dataclass(frozen=True)
@@ -47,6 +51,7 @@ def evaluate(
     batch_size: int = 32,
     max_new_tokens: int = 32,
     device: str | None = None,
+    overwrite: bool = False,
 ) -> Evaluation:
     """Ask a trained model every question of a file, greedily, and score its answers.
 
@@ -54,43 +59,96 @@ def evaluate(
         model_folder: a folder that training wrote.
         questions: question file, see `integrations.llava.evaluation.task`.
         image_folder: where the images of the questions are.
-        output: folder for ``predictions.jsonl`` and ``metrics.json``; nothing is written if None.
+        output: folder for ``answers.jsonl``, ``predictions.jsonl`` and ``metrics.json``. Answers are written there as
+            they come, and an evaluation that was interrupted goes on from them. Nothing is written if None.
         batch_size: questions at a time.
         max_new_tokens: longest answer, in tokens.
         device: torch device; CUDA if there is one, else the CPU.
+        overwrite: ask anew whatever `output` holds.
 
     Returns:
         Scores and answers.
 
     Raises:
         FileNotFoundError: if a file or folder is missing.
-        ValueError: if the question file is at fault or the folder holds another kind of model.
+        FileExistsError: if `output` holds other predictions.
+        OSError: if `output` cannot be written; this is tried before the model is loaded.
+        ValueError: if the question file is at fault, a prompt does not fit, the folder holds another kind of model, or
+            `output` holds answers of another model, to other questions or under other settings.
     """
     # Imported here so that scoring predictions needs no model library.
-    from integrations.llava.generate import load_answerer
+    from integrations.llava.answer_files import AnswerFile, Shard, answer_settings
+    from integrations.llava.batch_answers import answer_into, form_batches
+    from integrations.llava.decoding import Decoding
+    from integrations.llava.generate import default_dtype, load_answerer, usable_device
+    from integrations.llava.preparing import load_preparer
+    from integrations.llava.request_files import Request, prompt_lengths, question_fingerprints
 
     asked = read_questions(questions)
-    # Before the model is loaded: that can take minutes.
     check_images(asked, image_folder)
-    answerer = load_answerer(model_folder, device=device)
-
-    def answer(images: Sequence[Image.Image], prompts: Sequence[str]) -> list[str]:
-        return answerer(images, prompts, max_new_tokens=max_new_tokens, batch_size=batch_size)
-
-    answers = score_answers(asked, predict(asked, image_folder, answer, batch_size=batch_size))
-    evaluation = Evaluation(kinds=summarise(answers), answers=answers)
-    if output is not None:
-        write_evaluation(evaluation, output)
+    requests = [Request(own.question_id, (own.image,), TASKS.get(own.kind)().prompt(own)) for own in asked]
+    preparer, decoding, where = load_preparer(model_folder), Decoding(max_new_tokens), usable_device(device)
+    lengths = prompt_lengths(requests, preparer, max_new_tokens=max_new_tokens)
+    batches = form_batches(lengths, batch_size, Shard())
+    dtype = default_dtype(model_folder, where)
+    with ExitStack() as stack:
+        folder = Path(stack.enter_context(TemporaryDirectory()) if output is None else output)
+        answers = AnswerFile(
+            folder / "answers.jsonl",
+            requests,
+            fingerprints=question_fingerprints(requests, image_folder),
+            model_id=Path(model_folder).resolve().name,
+            metadata=answer_settings(model_folder, preparer, dtype=dtype, quantize="none", decoding=decoding),
+            shard=Shard(),
+            overwrite=overwrite,
+        )
+        if not overwrite:
+            _refuse_others(folder, answers.answers)
+        load = partial(load_answerer, model_folder, device=where, dtype=dtype)
+        answer_into(answers, load, batches, image_folder=image_folder, decoding=decoding)
+        answers.merge()
+        given = [{"question_id": own_id, "prediction": text} for own_id, text in answers.answers.items()]
+        scored = score_answers(asked, given)
+        evaluation = Evaluation(kinds=summarise(scored), answers=scored)
+        if output is not None:
+            write_evaluation(evaluation, folder, overwrite=True)
     return evaluation
 
 
-def write_evaluation(evaluation: Evaluation, folder: str | Path) -> None:
-    """Write ``predictions.jsonl`` (one row a question) and ``metrics.json``, each whole or not at all."""
+def write_evaluation(evaluation: Evaluation, folder: str | Path, *, overwrite: bool = False) -> None:
+    """Write ``predictions.jsonl`` (one row a question) and ``metrics.json``, each whole or not at all.
+
+    Args:
+        evaluation: what was found.
+        folder: made if need be.
+        overwrite: replace other predictions. The same ones are always replaced, with their new scores.
+
+    Raises:
+        FileExistsError: if the folder holds other predictions.
+        OSError: if it cannot be written.
+    """
     folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
+    if not overwrite:
+        _refuse_others(folder, {answer.question.question_id: answer.prediction for answer in evaluation.answers})
     rows = (json.dumps(answer.row(), ensure_ascii=False) + "\n" for answer in evaluation.answers)
-    write_text(folder / "predictions.jsonl", "".join(rows))
-    write_text(folder / "metrics.json", json.dumps(evaluation.metrics(), indent=1) + "\n")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        write_text(folder / _PREDICTIONS, "".join(rows))
+        write_text(folder / "metrics.json", json.dumps(evaluation.metrics(), indent=1) + "\n")
+    except OSError as error:
+        raise FileAccessError(
+            f"{folder} cannot be written ({error.strerror or error}); give another output."
+        ) from error
+
+
+def _refuse_others(folder: Path, answers: Mapping[int | str, str]) -> None:
+    """Refuse to replace predictions that are not among these answers."""
+    path = folder / _PREDICTIONS
+    earlier = read_predictions(path) if path.exists() else []
+    if any(answers.get(row["question_id"]) != str(row["prediction"]) for row in earlier):
+        raise ExistingFileError(
+            f"{path} holds other predictions, and is left alone. Give another output, or overwrite it (--overwrite)."
+        )
 
 
 def read_predictions(path: str | Path) -> list[dict[str, Any]]:
@@ -104,16 +162,14 @@ def read_predictions(path: str | Path) -> list[dict[str, Any]]:
     if not path.is_file():
         raise MissingFileError(f"predictions file {path} does not exist; give the predictions.jsonl of an evaluation.")
     rows: list[dict[str, Any]] = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise InputError(
-                f"{path}, line {number} is not JSON ({error}); expected one JSON object a line."
-            ) from error
-        if not isinstance(row, dict) or not {"question_id", "prediction"} <= row.keys():
+    for number, row in json_lines(path):
+        if not {"question_id", "prediction"} <= row.keys():
             raise InputError(f"{path}, line {number} lacks question_id or prediction; every row needs both.")
+        own_id, prediction = row["question_id"], row["prediction"]
+        if not isinstance(own_id, int | str) or not isinstance(prediction, str | int | float):
+            raise InputError(
+                f"{path}, line {number}: expected numbers or texts as question_id and prediction; got "
+                f"{json.dumps(own_id):.40} and {json.dumps(prediction):.40}."
+            )
         rows.append(row)
     return rows

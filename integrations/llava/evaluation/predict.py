@@ -24,9 +24,19 @@ def check_images(questions: Sequence[Question], image_folder: str | Path) -> Non
 
     Raises:
         FileNotFoundError: naming the first missing files and their number.
+        ValueError: naming those that are outside the folder, likewise.
     """
+    # Imported here so that whoever only scores answers needs no model library.
+    from integrations.llava.data.conversations import is_outside
+
     folder = Path(image_folder)
     names = dict.fromkeys(question.image for question in questions)
+    outside = [name for name in names if is_outside(name, folder)]
+    if outside:
+        raise InputError(
+            f"{len(outside)} of {len(names)} images are outside the image folder {folder}: {', '.join(outside[:10])}"
+            f"{', …' if len(outside) > 10 else ''}. Give names inside it; for absolute names, / as the folder."
+        )
     missing = [name for name in names if not (folder / name).is_file()]
     if missing:
         raise MissingFileError(

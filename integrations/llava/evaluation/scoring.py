@@ -97,7 +97,7 @@ def _score(question: Question, prediction: str) -> ScoredAnswer:
 
 
 def _some(keys: Sequence[object], limit: int = 10) -> str:
-    shown = ", ".join(str(key) for key in keys[:limit])
+    shown = ", ".join(repr(key) for key in keys[:limit])
     return shown if len(keys) <= limit else f"{shown} and {len(keys) - limit} more"
 
 

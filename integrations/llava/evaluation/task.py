@@ -14,7 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
-from layerfuse.errors import InputError, MissingFileError
+from integrations.llava.json_lines import json_lines
+from layerfuse.errors import InputError, MissingFileError, UserError
 from layerfuse.registry import Registry
 
 __all__ = ["TASKS", "Question", "Task", "read_questions"]
@@ -56,6 +57,22 @@ class Task(ABC):
         """Return the text that the model is asked."""
         return question.text
 
+    def read_answer(self, value: Any) -> str | tuple[float, ...]:
+        """Read the right answer as a question file has it.
+
+        Args:
+            value: from JSON.
+
+        Returns:
+            What `score` compares with; here a text, or a number as text.
+
+        Raises:
+            ValueError: if the task cannot compare with it.
+        """
+        if isinstance(value, bool) or not isinstance(value, str | int | float) or value != value:
+            raise InputError(f"answer is {json.dumps(value):.80}; give a text or a number.")
+        return str(value)
+
     @abstractmethod
     def score(self, answer: str, question: Question) -> Mapping[str, float]:
         """Score what a model answered.
@@ -83,18 +100,16 @@ def read_questions(path: str | Path) -> list[Question]:
 
     Raises:
         FileNotFoundError: if there is no such file.
-        ValueError: if the file is empty, a line is no question, a kind is unknown, or an id occurs twice.
+        ValueError: if the file is empty, a line is no question, a kind is unknown, an answer is none that its kind can
+            compare with, or an id occurs twice; file and line are named.
     """
     path = Path(path)
     if not path.is_file():
         raise MissingFileError(f"question file {path} does not exist; give a .jsonl file with one question a line.")
-    questions: list[Question] = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
-        if line.strip():
-            questions.append(_parse(line, f"{path}, line {number}"))
+    questions = [_parse(row, f"{path}, line {number}") for number, row in json_lines(path)]
     if not questions:
         raise InputError(f"question file {path} holds no question; give one question a line.")
-    twice = [str(key) for key, count in Counter(q.question_id for q in questions).items() if count > 1]
+    twice = [key for key, count in Counter(str(q.question_id) for q in questions).items() if count > 1]
     if twice:
         raise InputError(
             f"question file {path} uses these ids more than once: {', '.join(twice)}; every id names one question."
@@ -102,21 +117,19 @@ def read_questions(path: str | Path) -> list[Question]:
     return questions
 
 
-def _parse(line: str, place: str) -> Question:
-    try:
-        row: Any = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise InputError(f"{place} is not JSON ({error}); expected one JSON object a line.") from error
+def _parse(row: Mapping[str, Any], place: str) -> Question:
     keys = ("question_id", "image", "text", "kind", "answer")
-    missing = [key for key in keys if not isinstance(row, dict) or key not in row]
+    missing = [key for key in keys if key not in row]
     if missing:
         raise InputError(f"{place} lacks {', '.join(missing)}; a question has {', '.join(keys)}.")
-    TASKS.get(str(row["kind"]))
-    answer = row["answer"]
-    return Question(
-        question_id=row["question_id"],
-        image=str(row["image"]),
-        text=str(row["text"]),
-        kind=row["kind"],
-        answer=tuple(float(value) for value in answer) if isinstance(answer, list) else str(answer),
-    )
+    own_id = row["question_id"]
+    if isinstance(own_id, bool) or not isinstance(own_id, int | str):
+        raise InputError(f"{place}: question_id is {json.dumps(own_id):.80}; give a number or a text.")
+    for key in ("image", "text", "kind"):
+        if not isinstance(row[key], str):
+            raise InputError(f"{place}: {key} is {json.dumps(row[key]):.80}; give a text.")
+    try:
+        answer = TASKS.get(row["kind"])().read_answer(row["answer"])
+    except UserError as error:
+        raise InputError(f"{place}: {error}") from error
+    return Question(question_id=own_id, image=row["image"], text=row["text"], kind=row["kind"], answer=answer)

@@ -30,7 +30,15 @@ PROMPTS = [
 SAMPLED = Decoding(max_new_tokens=12, temperature=0.8, top_p=0.95, seed=3)
 
 
-def save_run(folder: Path, backbone_folder: Path, *, width: int = 32, template: str = "v1", ends: bool = True) -> Path:
+def save_run(
+    folder: Path,
+    backbone_folder: Path,
+    *,
+    width: int = 32,
+    template: str = "v1",
+    ends: bool = True,
+    positions: int = 512,
+) -> Path:
     """Save a random model with a fuser that fuses, and a projector strong enough for images to matter.
 
     Tokens that are single bytes lose against words, so that answers are text. The end comes after some words, or never.
@@ -42,7 +50,7 @@ def save_run(folder: Path, backbone_folder: Path, *, width: int = 32, template: 
     fuser = create_fuser("mmfuser", in_channels=backbone.embed_dim, num_layers=4, options={"num_heads": 4})
     for parameter in fuser.parameters():
         torch.nn.init.normal_(parameter, std=0.2)
-    llm = tiny_llm(len(tokenizer), hidden_size=width, intermediate_size=2 * width, max_position_embeddings=512)
+    llm = tiny_llm(len(tokenizer), hidden_size=width, intermediate_size=2 * width, max_position_embeddings=positions)
     written = get_template(template)
     model = build_model(backbone, fuser, llm, image_token_id=image_token_id, prompt_template=written.to_dict())
     with torch.no_grad():

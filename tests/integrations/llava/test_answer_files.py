@@ -49,6 +49,13 @@ def read(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
+def answer_file(path: Path, count: int, **options: Any) -> AnswerFile:
+    """Answers to `count` questions "q", with ids from 0."""
+    settings: dict[str, Any] = {"model_id": "m", "metadata": {}, "shard": Shard()} | options
+    requests = [Request(index, (), "q") for index in range(count)]
+    return AnswerFile(path, requests, fingerprints=dict.fromkeys(range(count), "f"), **settings)
+
+
 @pytest.fixture
 def ask(run: Path, questions: Path, data_folder: Path) -> Callable[..., int]:
     """The command, with `questions` as its input; it takes the output and further options."""
@@ -87,13 +94,22 @@ def test_rows_of_every_kind_are_read(questions: Path) -> None:
         ({"id": 1, "prompt": ["a"]}, "prompt is a list; give a text"),
         ({"id": 1, "prompt": "a", "image": {"name": "x"}}, "give a file name, a list of them"),
         ({"id": 1, "prompt": "a", "image": [1]}, "give a file name, a list of them"),
-        ({"id": 1, "conversations": [{"from": "user", "value": "a"}]}, "conversations is no list of"),
+        (
+            {"id": 1, "conversations": [{"from": "user", "value": "a"}]},
+            "a turn is {'from': 'user', 'value': 'a'}; write",
+        ),
+        ({"id": 1, "conversations": "a"}, "conversations is a str; give a list of turns"),
+        ({"id": 1, "prompt": "half \ud83d"}, "line 2: holds half of a character"),
+        ({"id": "\ud83d", "prompt": "a"}, "line 2: holds half of a character"),
+        ({"id": 1, "prompt": "a", "images": ["a.png"]}, "has images, which is not read; name images under image"),
+        ({"id": 1, "prompt": "a", "image_path": "a.png"}, "has image_path, which is not read"),
         ({"id": 1, "conversations": [{"from": "gpt", "value": "a"}]}, "conversations has no question"),
         ({"id": "first", "prompt": "a"}, "line 2: id 'first' was used in line 1"),
+        ({"id": 7, "prompt": "a"}, "line 2: id 7 was used in line 1"),
     ],
 )
 def test_rows_at_fault_are_listed(row: Any, message: str, tmp_path: Path) -> None:
-    path = write(tmp_path / "q.jsonl", [{"id": "first", "prompt": "a"}, row])
+    path = write(tmp_path / "q.jsonl", [{"id": "7" if row and row.get("id") == 7 else "first", "prompt": "a"}, row])
 
     with pytest.raises(ValueError, match="1 problems in .*q.jsonl") as error:
         read_requests(path)
@@ -195,7 +211,7 @@ def interrupted(
 def test_an_interrupted_run_answers_only_what_is_left(
     ask: Callable[..., int], interrupted: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    part = tmp_path / "a.jsonl.part-00000-of-00001"
+    (part,) = tmp_path.glob("a.jsonl.part-00000-of-00001-*")
     assert not interrupted.exists()
     assert len(read(part)) == 6
 
@@ -310,20 +326,22 @@ def test_answers_of_another_model_in_the_same_folder_are_not_mixed(
     [
         ('{"id": 0}', "is no answer (id, prompt, answer, model_id, metadata)"),
         ('{"id": 9, "prompt": "a", "answer": "b", "metadata": {}}', "answers another question with id 9: 'a'"),
+        ('{"id": [0], "prompt": "a", "answer": "b", "metadata": {}}', "is no answer (id, prompt, answer"),
         ('{"id": 0,', "line 1 is not JSON"),
+        ("[]", "line 1 is a list; expected one JSON object a line"),
     ],
 )
 def test_an_output_that_holds_something_else_is_refused(line: str, message: str, tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_text(line + "\n")
 
     with pytest.raises(ValueError) as error:
-        AnswerFile(tmp_path / "a.jsonl", [Request(0, (), "q")], model_id="m", metadata={}, shard=Shard())
+        answer_file(tmp_path / "a.jsonl", 1)
     assert message in str(error.value)
 
 
 def test_several_processes_do_not_overwrite(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="several processes cannot overwrite"):
-        AnswerFile(tmp_path / "a", [], model_id="m", metadata={}, shard=Shard(0, 2), overwrite=True)
+        answer_file(tmp_path / "a", 1, shard=Shard(0, 2), overwrite=True)
 
 
 def test_shards_are_read_from_text_or_torchruns_environment() -> None:

@@ -29,6 +29,12 @@ def chat(run: Path, lines: list[str], monkeypatch: pytest.MonkeyPatch, *argument
     assert main(["--model", str(run), "--max-new-tokens", "8", *arguments]) == 0
 
 
+def stub(stream: Any) -> Any:
+    """An answerer whose stream is given, and whose model reads any length."""
+    prepare = type("Preparer", (), {"room": staticmethod(lambda *_: None)})
+    return type("Stub", (), {"stream": staticmethod(stream), "prepare": prepare})
+
+
 def test_piped_questions_are_answered_with_what_was_said_before(
     run: Path,
     answerer: Answerer,
@@ -109,7 +115,7 @@ def test_a_sampled_turn_draws_anew(answerer: Answerer) -> None:
         seeds.append(decoding.seed)
         yield "x"
 
-    conversation.answerer = type("Stub", (), {"stream": staticmethod(stream)})  # type: ignore[assignment]
+    conversation.answerer = stub(stream)
     conversation.say("a")
     conversation.say("b")
 
@@ -126,7 +132,7 @@ def test_ctrl_c_keeps_what_was_said_by_then(answerer: Answerer, capsys: pytest.C
         finally:
             closed.append(True)
 
-    conversation = Conversation(type("Stub", (), {"stream": staticmethod(stream)}), SHORT)  # type: ignore[arg-type]
+    conversation = Conversation(stub(stream), SHORT)
     conversation.say("Count.")
 
     assert conversation.messages == human_and_gpt("Count.", "one ")
@@ -139,7 +145,7 @@ def test_a_message_stopped_before_the_first_word_is_forgotten(answerer: Answerer
         raise KeyboardInterrupt
         yield
 
-    conversation = Conversation(type("Stub", (), {"stream": staticmethod(stream)}), SHORT)  # type: ignore[arg-type]
+    conversation = Conversation(stub(stream), SHORT)
     conversation.shown = pictures[:1]
     conversation.say("Count.")
 
@@ -211,7 +217,7 @@ class Terminal:
 def test_in_a_terminal_ctrl_c_stops_the_answer_and_not_the_program(
     root: Path, backbone_folder: Path, tmp_path: Path
 ) -> None:
-    endless = save_run(tmp_path / "run", backbone_folder, ends=False)
+    endless = save_run(tmp_path / "run", backbone_folder, ends=False, positions=2400)
     arguments = ["--model", str(endless), "--max-new-tokens", "1900"]
     terminal = Terminal([sys.executable, "-m", "integrations.llava", "chat", *arguments], root)
     try:

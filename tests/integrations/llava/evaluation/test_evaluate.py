@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 from PIL import Image
@@ -99,3 +100,41 @@ def test_faulty_predictions_files_are_named(tmp_path: Path) -> None:
     path.write_text('{"question_id": 0}\n')
     with pytest.raises(ValueError, match="line 1 lacks question_id or prediction"):
         read_predictions(path)
+    path.write_text('{"question_id": 0, "prediction": null}\n')
+    with pytest.raises(ValueError, match="line 1: expected numbers or texts .*; got 0 and null"):
+        read_predictions(path)
+
+
+def test_an_answer_with_any_line_break_is_read_as_it_was_written(questions: Path, tmp_path: Path) -> None:
+    asked = read_questions(questions)
+    said = "one\u2028two\u0085three\u2029\x0b\x0c\x1c\x1d\x1efour\r\nfive"
+    answers = score_answers(asked, [{"question_id": 0, "prediction": said}, {"question_id": 1, "prediction": said}])
+    write_evaluation(Evaluation(summarise(answers), answers), tmp_path / "out")
+
+    assert score_answers(asked, read_predictions(tmp_path / "out" / "predictions.jsonl")) == answers
+
+
+def test_other_predictions_are_overwritten_only_if_asked_for(
+    questions: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    first = write(tmp_path / "first.jsonl", PREDICTIONS)
+    second = write(tmp_path / "second.jsonl", [{**PREDICTIONS[0], "prediction": "[0, 0, 1, 1]"}, PREDICTIONS[1]])
+    command = ["--questions", str(questions), "--output", str(tmp_path / "out"), "--predictions"]
+    assert main([*command, str(first)]) == 0
+    assert main([*command, str(first)]) == 0  # the same, scored again
+    written = (tmp_path / "out" / "predictions.jsonl").read_bytes()
+    with pytest.raises(SystemExit, match="2"):
+        main([*command, str(second)])
+
+    assert "holds other predictions, and is left alone. Give another output, or" in capsys.readouterr().err
+    assert (tmp_path / "out" / "predictions.jsonl").read_bytes() == written
+    assert main([*command, str(second), "--overwrite"]) == 0
+    assert (tmp_path / "out" / "predictions.jsonl").read_bytes() != written
+
+
+def test_scores_that_cannot_be_written_are_told_with_the_place(questions: Path, tmp_path: Path, capsys: Any) -> None:
+    predictions = write(tmp_path / "predictions.jsonl", PREDICTIONS)
+    (tmp_path / "file").touch()
+    with pytest.raises(SystemExit, match="2"):
+        main(["--questions", str(questions), "--predictions", str(predictions), "--output", str(tmp_path / "file")])
+    assert "cannot be written (" in capsys.readouterr().err

@@ -53,6 +53,65 @@ def test_unknown_kind_gets_the_nearest(tmp_path: Path) -> None:
         read_questions(write(tmp_path / "q.jsonl", {**ROW, "kind": "boxs"}))
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"kind": "color", "answer": ["red", "crimson"]}, r'answer is \["red", "crimson"\]; give a text or a number'),
+        ({"kind": "ocr", "answer": ["3", "4"]}, r'answer is \["3", "4"\]; give a text'),
+        ({"kind": "counting", "answer": None}, "answer is null; give a text or a number"),
+        ({"kind": "color", "answer": True}, "answer is true; give a text"),
+        ({"kind": "color", "answer": float("nan")}, "answer is NaN; give a text"),
+        ({"kind": "counting", "answer": "many"}, "answer is many; give one whole number"),
+        ({"answer": [0.1, 0.2, 0.3]}, "answer is .*; give a box"),
+        ({"answer": ["0.1", "0.2", "0.3", "0.4"]}, "answer is .*; give a box"),
+        ({"answer": [0.3, 0.2, 0.1, 0.4]}, "answer is .*; give a box"),
+        ({"answer": [0.1, 0.2, float("nan"), 0.4]}, "answer is .*; give a box"),
+        ({"answer": "somewhere"}, "answer is .*; give a box"),
+        ({"question_id": None}, "question_id is null; give a number or a text"),
+        ({"question_id": [1]}, r"question_id is \[1\]; give a number or a text"),
+        ({"image": ["a.png", "b.png"]}, "image is .*; give a text"),
+        ({"image": None}, "image is null; give a text"),
+        ({"text": None}, "text is null; give a text"),
+        ({"text": "\ud83d"}, "holds half of a character"),
+    ],
+)
+def test_what_would_be_asked_or_scored_otherwise_is_refused_with_its_line(
+    change: dict[str, object], message: str, tmp_path: Path
+) -> None:
+    with pytest.raises(ValueError, match=rf"q\.jsonl, line 2:? {message}"):
+        read_questions(write(tmp_path / "q.jsonl", ROW, {**ROW, "question_id": 8, **change}))
+
+
+@pytest.mark.parametrize(
+    ("kind", "answer", "expected"),
+    [
+        ("counting", 2, "2"),
+        ("counting", "two", "two"),
+        ("ocr", "K7F", "K7F"),
+        ("box", [0, 1e-5, 1, 0.5], (0.0, 1e-5, 1.0, 0.5)),
+        ("box", "[0.1, 0.2, 0.3, 0.4]", (0.1, 0.2, 0.3, 0.4)),
+    ],
+)
+def test_answers_are_read_as_their_kind_compares_them(
+    kind: str, answer: object, expected: object, tmp_path: Path
+) -> None:
+    (question,) = read_questions(write(tmp_path / "q.jsonl", {**ROW, "kind": kind, "answer": answer}))
+    assert question.answer == expected
+
+
+def test_question_ids_that_are_spelled_alike_are_an_error(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"more than once: 7"):
+        read_questions(write(tmp_path / "q.jsonl", ROW, {**ROW, "question_id": "7"}))
+
+
+def test_images_outside_the_folder_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "images").mkdir()
+    make_images(tmp_path, "a.png")
+    asked = [Question(0, "../a.png", "?", "color", "red")]
+    with pytest.raises(ValueError, match=r"1 of 1 images are outside the image folder .*: \.\./a\.png\. Give names"):
+        predict(asked, tmp_path / "images", lambda images, prompts: pytest.fail("ran"))
+
+
 def test_repeated_question_id_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"more than once: 7"):
         read_questions(write(tmp_path / "q.jsonl", ROW, ROW))

@@ -69,3 +69,8 @@ def test_blind_answer_to_a_new_question_is_the_commonest_of_its_kind() -> None:
     asked = [*questions(), Question(3, "b.png", "How many now?", "counting", "1")]
     turns = [("How many?", "2"), ("How many?", "3")]
     assert [row["prediction"] for row in blind_answers(asked, turns)] == ["2", "", "2", "2"]
+
+
+def test_ids_of_another_type_are_told_apart() -> None:
+    with pytest.raises(ValueError, match=r"missing: 0, 1, 2; of no question: '0', '1', '2'"):
+        score_answers(questions(), [{**row, "question_id": str(row["question_id"])} for row in rows("2", "red", "3")])

@@ -174,3 +174,26 @@ def test_unreadable_count_is_wrong_even_if_the_reference_is_too() -> None:
 )
 def test_words_match_after_normalisation(kind: str, answer: str, right: float) -> None:
     assert score(kind, answer, "ring")["accuracy"] == right
+
+
+@pytest.mark.parametrize(
+    ("answer", "stripped"),
+    [
+        ('"K7F."', "K7F"),
+        ('"K7F".', "K7F"),
+        ("'K7F.'", "K7F"),
+        ("`K7F. `", "K7F"),
+        ("K7F.", "K7F"),
+        ("K7F..", "K7F."),
+        ('"K7F', '"K7F'),
+        ("'", "'"),
+        ('"."', ""),
+    ],
+)
+def test_blanks_quotes_and_a_stop_around_an_answer_are_removed(answer: str, stripped: str) -> None:
+    assert strip_answer(answer) == stripped
+
+
+def test_a_full_stop_inside_quotes_is_forgiven() -> None:
+    assert score("ocr", '"K7F."', "K7F") == {"accuracy": 1.0, "character_accuracy": 1.0}
+    assert score("color", "'Red.'", "red")["accuracy"] == 1.0
