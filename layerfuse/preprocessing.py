@@ -135,11 +135,17 @@ class Preprocessing:
 
         Raises:
             TypeError: if this is no PIL image.
+            ValueError: if it has no pixels.
         """
         if not isinstance(image, Image.Image):
             raise InvalidTypeError(
                 f"Preprocessing takes PIL images, got {type(image).__name__}; open files with PIL.Image.open, make "
                 "arrays images with PIL.Image.fromarray."
+            )
+        if 0 in image.size:
+            raise InputError(
+                f"an image of {image.size[0]}x{image.size[1]} pixels (width x height) has nothing to show; look at the "
+                "file or the crop that it was made from."
             )
         rgb = image.convert("RGB")
         if self.mode == "crop":

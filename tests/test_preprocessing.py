@@ -140,6 +140,13 @@ def test_a_missing_key_is_refused() -> None:
         Preprocessing.from_dict({"size": (28, 28)})
 
 
+@pytest.mark.parametrize("size", [(0, 8), (8, 0), (0, 0)])
+@pytest.mark.parametrize("mode", ["crop", "squash", "pad"])
+def test_an_image_without_pixels_is_refused(mode: Any, size: tuple[int, int]) -> None:
+    with pytest.raises(ValueError, match=f"image of {size[0]}x{size[1]} pixels.*nothing to show"):
+        Preprocessing(size=(28, 28), mean=(0.5,) * 3, std=(0.5,) * 3, mode=mode)(Image.new("RGB", size))
+
+
 def test_what_is_no_pil_image_is_refused() -> None:
     with pytest.raises(TypeError, match="Preprocessing takes PIL images, got ndarray; open files with PIL.Image.open"):
         CLIP(np.zeros((28, 28, 3), dtype=np.uint8))  # type: ignore[arg-type]

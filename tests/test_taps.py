@@ -72,6 +72,19 @@ def test_paper_layers_are_the_same_from_both_ends() -> None:
     assert resolve_layers((np.int64(3), np.int64(-1)), 24) == (3, 24)
 
 
+@pytest.mark.parametrize(
+    "layers",
+    [np.array([3, -2]), torch.tensor([3, 23]), range(3, 24, 20), (layer for layer in (3, 23)), [3, np.int32(23)]],
+)
+def test_layers_are_taken_from_arrays_tensors_ranges_and_generators(layers) -> None:
+    assert resolve_layers(layers, 24) == (3, 23)
+
+
+@pytest.mark.parametrize("layer", [np.array(3), torch.tensor(3), np.int8(3)])
+def test_a_layer_is_taken_from_an_array_of_no_dimension(layer) -> None:
+    assert resolve_layers(layer, 24) == (3,)
+
+
 @given(num_blocks=st.integers(1, 40), beyond=st.integers(1, 5))
 def test_layers_outside_the_backbone_are_refused(num_blocks: int, beyond: int) -> None:
     for layer in (num_blocks + beyond, -num_blocks - 1 - beyond):
@@ -89,7 +102,10 @@ def test_a_layer_asked_for_twice_is_refused() -> None:
 def test_layers_that_are_no_integers_are_refused() -> None:
     with pytest.raises(ValueError, match="no layer was asked for"):
         resolve_layers((), 24)
-    for wrong in ("-2", (3.0,), (True,), ("3",)):
+    booleans = (np.array([True, False]), torch.tensor([True]), (True,))
+    unordered = ({3, 8}, {3: 8}, "-2")
+    numbers = ((3.0,), np.array([3.0]), np.array([[3, 8]]), None, ("3",))
+    for wrong in (*booleans, *unordered, *numbers):
         with pytest.raises(TypeError, match="layers must be integers, got"):
             resolve_layers(wrong, 24)
 

@@ -63,8 +63,11 @@ def check_images(images: object, in_channels: int) -> None:
         raise InputError(
             f"images have shape {shape}; {expected}: {order}, as backbone.preprocessing.batch makes them of pictures."
         )
-    if 0 in shape[2:]:
-        raise InputError(f"images have shape {shape}, so no pixels; look at the pictures or crops they were made from.")
+    if 0 in shape:
+        raise InputError(
+            f"images have shape {shape}, which holds no pixel; leave an empty batch out, or look at the pictures or "
+            "crops that it was made from."
+        )
     if not images.is_floating_point():
         raise InputError(
             f"images have dtype {images.dtype}; expected a floating dtype: prepare them with backbone.preprocessing."

@@ -7,10 +7,12 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from PIL import Image
 
 from layerfuse.backbones import BACKBONES, MODULES, Backbone, backbone_from_config, create_backbone
 from layerfuse.backbones.base import as_pair
@@ -118,7 +120,9 @@ def test_double_precision_is_kept(family: str) -> None:
 @pytest.mark.parametrize(
     ("shape", "message"),
     [
-        ((3, 32, 32), r"images have shape \(3, 32, 32\); expected \(B, 3, height, width\)"),
+        ((3, 32, 32), r"images have shape \(3, 32, 32\); expected \(B, 3, height, width\).*images\[None\]"),
+        ((2, 3, 0, 32), r"images have shape \(2, 3, 0, 32\), which holds no pixel"),
+        ((0, 3, 32, 32), r"images have shape \(0, 3, 32, 32\), which holds no pixel; leave an empty batch out"),
         ((2, 1, 32, 32), r"images have shape \(2, 1, 32, 32\); expected \(B, 3, height, width\)"),
         ((2, 32, 32, 3), r"images have shape \(2, 32, 32, 3\); expected \(B, 3, height, width\)"),
     ],
@@ -126,6 +130,65 @@ def test_double_precision_is_kept(family: str) -> None:
 def test_images_of_another_shape_are_refused(family: str, shape: tuple[int, ...], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         tiny_backbone(family)(torch.zeros(shape))
+
+
+@pytest.mark.parametrize(
+    ("images", "message"),
+    [
+        (
+            {"pixel_values": torch.zeros(1, 3, 32, 32)},
+            r"are a dict; .*\(it holds 'pixel_values'\) pass the pixel values",
+        ),
+        ([torch.zeros(3, 32, 32)] * 2, r"are a list; expected \(B, 3, height, width\).*torch.stack\(images\)"),
+        (Image.new("RGB", (32, 32)), r"are a Image; .*preprocessing.batch\(\[picture"),
+        ([Image.new("RGB", (32, 32))], r"are a list; .*preprocessing.batch\(\[picture"),
+        (np.zeros((1, 3, 32, 32)), r"are a ndarray; .*preprocessing.batch\(\[picture"),
+    ],
+)
+def test_images_that_are_no_tensor_are_refused(images: Any, message: str) -> None:
+    with pytest.raises(TypeError, match=f"images {message}"):
+        tiny_backbone("module")(images)
+
+
+@pytest.mark.parametrize("channels", [1, 4, 6])
+def test_images_have_the_channels_of_the_patch_embedding(channels: int) -> None:
+    sizes = {"depth": 2, "embed_dim": 32, "num_heads": 2, "in_chans": channels}
+    vision = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
+    for family, name, options in (
+        ("timm", "vit_tiny_patch16_224", sizes),
+        ("timm", "naflexvit_base_patch16_siglip", sizes),
+        ("transformers", "clip_vision_model", {**vision, "num_channels": channels}),
+        ("transformers", "siglip2_vision_model", {**vision, "num_channels": channels}),
+    ):
+        backbone = create_backbone(family, name, layers=(0, 2), pretrained=False, options=options).eval()
+        assert backbone.in_channels == channels
+        assert backbone_from_config(backbone.config).in_channels == channels
+        with torch.no_grad():
+            features = backbone(torch.randn(1, channels, *backbone.image_size))
+        height, width = backbone.image_size
+        assert features.grids[0] == backbone.grid(height, width)
+        with pytest.raises(
+            ValueError, match=rf"expected \(B, {channels}, height, width\): as many channels as the patch"
+        ):
+            backbone(torch.randn(1, 3, *backbone.image_size))
+
+
+@every_family
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_images_are_cast_to_the_dtype_of_the_weight_that_they_meet(family: str, dtype: torch.dtype) -> None:
+    """As in open_clip's half precision, where the class token stays in float32."""
+    backbone = tiny_backbone(family).to(dtype)
+    for name, parameter in backbone.model.named_parameters():
+        if "class" in name or "cls" in name:
+            parameter.data = parameter.data.float()
+    assert backbone.dtype == dtype
+
+
+def test_the_dtype_is_known_of_a_model_that_was_wrapped_since() -> None:
+    backbone = tiny_backbone("module").double()
+    backbone.model = torch.nn.Sequential(backbone.model)
+    assert backbone.dtype == torch.float64
+    assert backbone(random_images()).maps[0].dtype == torch.float64
 
 
 def test_images_of_whole_numbers_are_refused() -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -9,6 +11,7 @@ import torch
 from torch import nn
 
 from layerfuse.backbones import ModuleBackbone, create_backbone
+from layerfuse.errors import TapError
 from layerfuse.preprocessing import IMAGENET_MEAN, Preprocessing
 from layerfuse.testing import TinyViT, random_images, randomise_parameters
 
@@ -63,6 +66,101 @@ def test_an_own_preprocessing_is_taken() -> None:
 def test_a_wrong_number_of_prefix_tokens_is_told_from_the_shapes() -> None:
     backbone = ModuleBackbone(TinyViT(), layers=1, **{**FACTS, "num_prefix_tokens": 2})
     with pytest.raises(ValueError, match=r"layer 1 put out a tensor of shape \(2, 17, 32\); expected.*\(2, 18, 32\)"):
+        backbone(random_images())
+
+
+class TokenViT(nn.Module):
+    """A Vision Transformer whose blocks may take (tokens, B, C), without a convolution."""
+
+    def __init__(self, *, batch_first: bool, channels: int = 3) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.embed = nn.Linear(channels * 16, 8)
+        layer = nn.TransformerEncoderLayer(8, 2, 8, dropout=0.0, batch_first=batch_first)
+        self.blocks = nn.ModuleList(copy.deepcopy(layer) for _ in range(2))
+        self.batch_first = batch_first
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        tokens = self.embed(nn.functional.unfold(images, 4, stride=4).transpose(1, 2))
+        tokens = tokens if self.batch_first else tokens.transpose(0, 1)
+        for block in self.blocks:
+            tokens = block(tokens)
+        return tokens
+
+
+TOKEN_FACTS: dict[str, Any] = {"embed_dim": 8, "num_prefix_tokens": 0, "patch_size": 4, "image_size": 8}
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 3, 4, 5, 8])
+def test_blocks_that_take_tokens_before_the_batch_are_refused_at_every_batch_size(batch_size: int) -> None:
+    """With as many images as tokens (4) both orders have one shape."""
+    backbone = ModuleBackbone(TokenViT(batch_first=False), layers=(0, 1, 2), **TOKEN_FACTS)
+    with pytest.raises(TapError, match=r"layer 0 put out.*The blocks take \(tokens, B, C\): build.*batch_first=True"):
+        backbone(random_images(batch_size, size=8))
+
+
+@pytest.mark.parametrize("seen_before", [False, True])
+def test_as_many_images_as_tokens_give_the_maps_of_each_image(seen_before: bool) -> None:
+    backbone = ModuleBackbone(TokenViT(batch_first=True), layers=(0, 2), **TOKEN_FACTS).eval()
+    images = random_images(4, size=8)
+    with torch.no_grad():
+        if seen_before:
+            backbone(images[:3])
+        together = backbone(images)
+        for index in range(4):
+            alone = backbone(images[index : index + 1])
+            torch.testing.assert_close([m[index : index + 1] for m in together], list(alone))
+
+
+def test_channels_of_a_module_without_a_convolution_are_told_by_the_user() -> None:
+    model = TokenViT(batch_first=True, channels=4)
+    with pytest.raises(ValueError, match=r"expected \(B, 3, height, width\)"):
+        ModuleBackbone(model, layers=1, **TOKEN_FACTS)(torch.zeros(1, 4, 8, 8))
+    backbone = ModuleBackbone(model, layers=1, in_channels=4, **TOKEN_FACTS)
+    assert backbone(torch.zeros(1, 4, 8, 8)).grids == ((2, 2),)
+
+
+def test_layer_0_is_tapped_alone_whatever_its_block_is_called_with() -> None:
+    class Keyword(TokenViT):
+        def forward(self, images: torch.Tensor) -> torch.Tensor:
+            tokens = self.embed(nn.functional.unfold(images, 4, stride=4).transpose(1, 2))
+            for block in self.blocks:
+                tokens = block(src_mask=None, src=tokens)
+            return tokens
+
+    both = ModuleBackbone(Keyword(batch_first=True), layers=(0, 1), **TOKEN_FACTS).eval()
+    alone = ModuleBackbone(Keyword(batch_first=True), layers=0, **TOKEN_FACTS).eval()
+    images = random_images(size=8)
+    torch.testing.assert_close(alone(images).maps[0], both(images).maps[0], rtol=0, atol=0)
+
+
+class Odd(nn.Module):
+    """A block whose output has another shape than its input."""
+
+    def __init__(self, change: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        super().__init__()
+        self.change = change
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        return self.change(tokens)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda x: x[:, :-3], r"\(2, 14, 32\).*Tokens were dropped.*patch dropout, which eval mode"),
+        (lambda x: x[:, 1:], r"\(2, 16, 32\).*the patches alone.*num_prefix_tokens=0"),
+        (lambda x: x[:, :, :-1], r"\(2, 17, 31\).*Check embed_dim"),
+        (lambda x: x[:, 1:].unflatten(1, (4, 4)), r"\(2, 4, 4, 32\).*do not work on \(B, tokens, C\)"),
+        (lambda x: x[:1], r"\(1, 17, 32\).*do not see the batch"),
+        (lambda x: torch.cat([x, x[:, :2]], dim=1), r"\(2, 19, 32\).*Check num_prefix_tokens and patch_size"),
+    ],
+)
+def test_a_shape_that_does_not_fit_says_what_it_points_to(change, message: str) -> None:
+    model = TinyViT(depth=1)
+    model.blocks[0] = Odd(change)
+    backbone = ModuleBackbone(model, layers=1, blocks="blocks", tail=("norm", "head"), **FACTS)
+    with pytest.raises(TapError, match=f"layer 1 put out a tensor of shape {message}"):
         backbone(random_images())
 
 

@@ -234,3 +234,18 @@ def test_a_missing_library_says_what_to_install(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setitem(sys.modules, "open_clip", None)
     with pytest.raises(ImportError, match=r"pip install layerfuse\[open-clip\]"):
         create_backbone("open_clip", "ViT-B-16:openai", layers=1)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_a_model_in_half_precision_takes_images_as_its_patch_embedding_does(dtype: torch.dtype) -> None:
+    """open_clip's precision "fp16" and "bf16" leave the class token, which comes first, in float32."""
+    from open_clip.model import CLIP, convert_weights_to_lp
+
+    vision = {"width": 32, "layers": 2, "head_width": 16, "patch_size": 8, "image_size": 32}
+    text = {"context_length": 1, "vocab_size": 1, "width": 8, "heads": 1, "layers": 1}
+    clip = CLIP(embed_dim=16, vision_cfg=vision, text_cfg=text)
+    convert_weights_to_lp(clip, dtype=dtype)
+    assert next(clip.visual.parameters()).dtype == torch.float32
+    backbone = OpenClipBackbone(clip.visual, layers=(0, 1, 2)).eval()
+    assert backbone.dtype == dtype
+    assert {feature_map.dtype for feature_map in backbone(random_images())} == {dtype}

@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 from timm.data import create_transform, resolve_model_data_config
 
-from layerfuse.backbones import TimmBackbone, backbone_from_config, create_backbone
+from layerfuse.backbones import ModuleBackbone, TimmBackbone, backbone_from_config, create_backbone
 from layerfuse.preprocessing import CLIP_MEAN, HALF, IMAGENET_MEAN, Preprocessing
 from layerfuse.testing import random_images, randomise_parameters
 
@@ -158,6 +158,8 @@ def test_the_weights_of_the_tag_are_asked_of_timm(monkeypatch: pytest.MonkeyPatc
         ("vit_large_patch14_clip_quickgelu_336.opnai", {}, "has no pretrained tag 'opnai'; known tags: .*openai"),
         (CLIP, {"depht": 2}, "cannot be built with the options {'depht': 2}"),
         ("resnet18", {}, "ResNet is no Vision Transformer with one list of blocks"),
+        ("tnt_s_patch16_224", {}, "TNT is no Vision Transformer with one list of blocks"),
+        ("xcit_nano_12_p8_224", {}, "Xcit is no Vision Transformer with one list of blocks"),
         ("samvit_base_patch16", {}, "VisionTransformerSAM is no Vision Transformer with one list of blocks"),
         ("swin_tiny_patch4_window7_224", {}, "SwinTransformer is no Vision Transformer with one list of blocks"),
     ],
@@ -195,3 +197,24 @@ def test_a_class_instance_that_timm_did_not_create_has_no_config() -> None:
     model = timm.models.VisionTransformer(img_size=16, patch_size=8, embed_dim=16, depth=1, num_heads=1)
     with pytest.raises(ValueError, match="made from a VisionTransformer that layerfuse cannot build again"):
         _ = TimmBackbone(model, layers=1).config
+
+
+@pytest.mark.parametrize("name", ["cait_xxs24_224", "convit_tiny"])
+def test_layers_before_the_class_token_joins_are_refused_here_and_tapped_as_a_module(name: str) -> None:
+    sizes = {"embed_dim": 32, "num_heads": 2, "img_size": 32}
+    images = random_images()
+    backbone = create_backbone("timm", name, layers=(0, 2), pretrained=False, options=sizes)
+    with pytest.raises(ValueError, match=r"the class token joins later.*ModuleBackbone\(model, num_prefix_tokens=0"):
+        backbone(images)
+    model = timm.create_model(name, pretrained=False, **sizes)
+    facts = {"embed_dim": model.embed_dim, "num_prefix_tokens": 0, "patch_size": 16, "image_size": 32}
+    module = ModuleBackbone(model, layers=(0, 2), blocks="blocks", **facts)
+    assert module(images).grids == ((2, 2),) * 2
+
+
+def test_patch_dropout_is_refused_in_training_and_off_in_evaluation() -> None:
+    backbone = tiny(patch_drop_rate=0.5, img_size=56)
+    images = random_images(size=56)
+    assert backbone(images).grids == ((4, 4),) * 2
+    with pytest.raises(ValueError, match="Tokens were dropped on the way.*patch dropout, which eval mode"):
+        backbone.train()(images)
