@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
+import typing
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal, cast, get_args
+from typing import Annotated, Any, Literal, cast, get_args
 
 from layerfuse.errors import InputError
 from layerfuse.registry import unknown_name_message
@@ -30,7 +32,68 @@ ImageMode = Literal["pad", "crop", "squash"]
 
 
 @dataclass(frozen=True)
-class ModelConfig:
+class Within:
+    """Limits of a number.
+
+    Attributes:
+        least: the smallest that is allowed.
+        most: the largest.
+        above: `least` itself is not allowed.
+    """
+
+    least: float
+    most: float = math.inf
+    above: bool = False
+
+    def check(self, name: str, value: float) -> None:
+        """Refuse a number outside the limits, or none at all (NaN).
+
+        Args:
+            name: of what has the value.
+            value: the number.
+
+        Raises:
+            ValueError: naming what is allowed.
+        """
+        if not math.isfinite(value):
+            raise InputError(f"{name}={value} is no finite number.")
+        if value < self.least or (self.above and value == self.least):
+            raise InputError(
+                f"{name}={value} is too small; give {'more than' if self.above else 'at least'} {self.least:g}."
+            )
+        if value > self.most:
+            raise InputError(f"{name}={value} is too large; give at most {self.most:.10g}.")
+
+
+Count = Annotated[int, Within(1)]
+Natural = Annotated[int, Within(0)]
+# What numpy and torch both take.
+Seed = Annotated[int, Within(0, 2**32 - 1)]
+Rate = Annotated[float, Within(0)]
+Positive = Annotated[float, Within(0, above=True)]
+Share = Annotated[float, Within(0, 1)]
+
+
+class _Checked:
+    """A dataclass whose numbers lie within the limits that their types declare."""
+
+    def __post_init__(self) -> None:
+        """Refuse a number outside its limits."""
+        for name, kind in typing.get_type_hints(type(self), include_extras=True).items():
+            value = getattr(self, name)
+            # Limits may stand on an entry, as in `int | None` or `dict[str, float]`.
+            limits = [m for part in (kind, *get_args(kind)) for m in getattr(part, "__metadata__", ())]
+            named = (
+                {f"{name}.{key}": entry for key, entry in value.items()} if isinstance(value, dict) else {name: value}
+            )
+            for limit in limits:
+                for key, entry in named.items():
+                    if entry is not None:
+                        limit.check(key, entry)
+
+
+@dataclass(frozen=True)
+class ModelConfig(_Checked):
     """What the model is built from.
 
     Attributes:
@@ -54,7 +117,7 @@ class ModelConfig:
     family: str = "timm"
     backbone: str = "vit_large_patch14_clip_quickgelu_336.openai"
     layers: tuple[int, ...] = (-22, -17, -12, -7, -2)
-    image_size: int | None = None
+    image_size: Count | None = None
     backbone_options: dict[str, Any] = field(default_factory=dict)
     backbone_pretrained: bool = True
     fuser: str = "mmfuser"
@@ -66,9 +129,20 @@ class ModelConfig:
     tokenizer: str | None = None
     attention: str = "sdpa"
 
+    def __post_init__(self) -> None:
+        """Refuse numbers outside their limits, and layers that no model can have."""
+        super().__post_init__()
+        twice = sorted({layer for layer in self.layers if self.layers.count(layer) > 1})
+        if twice or not self.layers:
+            raise InputError(
+                f"layers={self.layers} names {', '.join(map(str, twice))} twice; name each layer once."
+                if twice
+                else "layers is empty; name at least one layer."
+            )
+
 
 @dataclass(frozen=True)
-class DataConfig:
+class DataConfig(_Checked):
     """Where a stage's samples are, and how its images are brought to the backbone's size.
 
     Attributes:
@@ -84,14 +158,14 @@ class DataConfig:
     path: str = ""
     image_folder: str = ""
     image_mode: ImageMode = "pad"
-    max_length: int = 2048
-    cache_images: int = 256
+    max_length: Count = 2048
+    cache_images: Natural = 256
     check_images: Literal["decode", "size", "none"] = "size"
     bad_samples: Literal["fail", "skip"] = "fail"
 
 
 @dataclass(frozen=True)
-class LoraConfig:
+class LoraConfig(_Checked):
     """Low-rank adaptation (LoRA, arXiv:2106.09685) of the language model, through peft.
 
     Attributes:
@@ -103,15 +177,15 @@ class LoraConfig:
             bitsandbytes.
     """
 
-    rank: int = 0
-    alpha: float = 16.0
-    dropout: float = 0.0
+    rank: Natural = 0
+    alpha: Positive = 16.0
+    dropout: Share = 0.0
     target_modules: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
     quantize: Literal["none", "int8", "nf4"] = "none"
 
 
 @dataclass(frozen=True)
-class StageConfig:
+class StageConfig(_Checked):
     """One stage of training.
 
     Attributes:
@@ -147,36 +221,37 @@ class StageConfig:
     template: str
     data: DataConfig = field(default_factory=DataConfig)
     lora: LoraConfig = field(default_factory=LoraConfig)
-    learning_rate: float = 1e-3
-    learning_rates: dict[str, float] = field(default_factory=dict)
-    batch_size: int = 16
-    micro_batch_size: int | None = None
+    learning_rate: Rate = 1e-3
+    learning_rates: dict[str, Rate] = field(default_factory=dict)
+    batch_size: Count = 16
+    micro_batch_size: Count | None = None
     loss_average: Literal["micro_batch", "token"] = "micro_batch"
-    epochs: float = 1.0
-    max_steps: int | None = None
-    warmup_ratio: float = 0.03
-    weight_decay: float = 0.0
+    epochs: Positive = 1.0
+    max_steps: Count | None = None
+    warmup_ratio: Share = 0.03
+    weight_decay: Rate = 0.0
     scheduler: str = "cosine"
-    max_grad_norm: float = 1.0
+    max_grad_norm: Rate = 1.0
     precision: Literal["fp32", "bf16"] = "fp32"
     gradient_checkpointing: bool = False
     group_by_modality: bool = False
     engine: Engine = "ddp"
-    save_every: int | None = None
-    keep_checkpoints: int = 1
-    num_workers: int = 0
-    log_every: int = 10
-    seed: int = 42
+    save_every: Count | None = None
+    keep_checkpoints: Count = 1
+    num_workers: Natural = 0
+    log_every: Count = 10
+    seed: Seed = 42
 
     def __post_init__(self) -> None:
-        """Refuse parts that do not exist and batches that cannot be."""
+        """Refuse numbers outside their limits, parts that do not exist and batches that cannot be."""
+        super().__post_init__()
         for part in (*self.trainable, *self.learning_rates):
             if part not in PARTS:
                 raise InputError(unknown_name_message("part", part, PARTS))
-        for name in ("batch_size", "micro_batch_size", "save_every", "keep_checkpoints", "max_steps"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise InputError(f"{name}={value} is too small; give at least 1.")
+        if self.micro_batch_size is not None and self.batch_size % self.micro_batch_size:
+            raise InputError(
+                f"batch_size={self.batch_size} is no multiple of micro_batch_size={self.micro_batch_size}; change one."
+            )
         if self.lora.rank and "llm" not in self.trainable:
             raise InputError(f"lora.rank={self.lora.rank}, but 'llm' is not among the trainable parts; add it.")
         if self.lora.quantize != "none" and not self.lora.rank:

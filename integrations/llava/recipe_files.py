@@ -1,42 +1,40 @@
 """Recipe files: YAML in `recipes/` (or anywhere) read into a `Recipe`, and written back.
 
-Values given on the command line or in code win over the file. An unknown key is an error that names the nearest right
-one. Paths that begin with `./` or `../` are meant from the recipe file's own folder; all others as the process sees
-them.
+Values given on the command line or in code win over the file, a variant's over those of its base. Sections and
+dictionaries are merged key by key; an empty dictionary clears the one below. Options belong to what they were written
+for: another fuser does not inherit `fuser_options`, another backbone no `backbone_options`, another language model no
+`llm_architecture`. Paths that begin with `./` or `../` are meant from the recipe file's own folder; all others as the
+process sees them.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import difflib
-import re
-import typing
+import logging
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
-
-import draccus
-import yaml
+from typing import Any, get_args, get_origin, get_type_hints
 
 from layerfuse.errors import InputError, MissingFileError
 from layerfuse.registry import unknown_name_message
 
-from .config import Recipe
+from .config import ModelConfig, Recipe
+from .recipe_values import decode, encode, field_types, is_text
+from .recipe_yaml import dump_yaml, parse_yaml, read_yaml
 
 __all__ = ["dump_recipe", "load_recipe", "parse_overrides", "recipe_names"]
 
+_log = logging.getLogger(__name__)
+
 RECIPE_FOLDER = Path(__file__).parent / "recipes"
 
-
-class _Loader(yaml.SafeLoader):
-    """YAML 1.1 reads `2e-5` as text; here it is a number."""
-
-
-_Loader.add_implicit_resolver(  # type: ignore[no-untyped-call]
-    "tag:yaml.org,2002:float",
-    re.compile(r"^[-+]?(?:\d[\d_]*\.?[\d_]*|\.\d[\d_]*)(?:[eE][-+]?\d+)$"),
-    list("-+0123456789."),
-)
+# Options of the model -> the values that they were written for.
+_BELONG_TO = {
+    "fuser_options": ("fuser",),
+    "backbone_options": ("family", "backbone"),
+    "llm_architecture": ("llm",),
+}
 
 
 def recipe_names() -> tuple[str, ...]:
@@ -59,23 +57,40 @@ def load_recipe(recipe: str | Path, overrides: Mapping[str, Any] | None = None) 
         FileNotFoundError: if the file does not exist.
     """
     path = _find(recipe)
-    values = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader) or {}
+    return _decode({"name": path.stem} | _read(path), overrides or {}, origin=str(path))
+
+
+def _read(path: Path, variants: Sequence[Path] = ()) -> dict[str, Any]:
+    """Read a file, and below it the one it derives from (`base: other.yaml`), and so on."""
+    if path.resolve() in variants:
+        names = " -> ".join(file.name for file in (*variants, path))
+        raise InputError(f"{path} derives from itself ({names}); remove one `base`.")
+    values = read_yaml(path)
+    values = {} if values is None else values
     if not isinstance(values, dict):
         raise InputError(f"{path} holds a {type(values).__name__}; a recipe is a mapping of keys to values.")
-    values = _anchor(_with_base(values, path), path.parent)
-    return _decode({"name": path.stem} | values, overrides or {}, origin=str(path))
-
-
-def _with_base(values: dict[str, Any], path: Path) -> dict[str, Any]:
-    """Resolve `base: other.yaml`: a variant shows only what differs."""
+    _check_keys({key: value for key, value in values.items() if key != "base"}, str(path))
     base = values.pop("base", None)
+    values = _anchor(values, path.parent)
     if base is None:
         return values
-    base_path = path.parent / base
-    if not base_path.is_file():
-        raise MissingFileError(f"{path} derives from {base_path}, which does not exist.")
-    inherited = yaml.load(base_path.read_text(encoding="utf-8"), Loader=_Loader)
-    return _merge(_anchor(_with_base(inherited, base_path), base_path.parent), values)
+    if not isinstance(base, str):
+        raise InputError(f"{path}: base is {base!r}; give the file or the name of a recipe.")
+    below = _read(_find_base(base, path), (*variants, path.resolve()))
+    # The name is the file's own: a variant that took it over would train into its base's folder.
+    below.pop("name", None)
+    return _merge(below, values)
+
+
+def _find_base(base: str, path: Path) -> Path:
+    beside = path.parent / base
+    if not beside.is_file() and base in recipe_names():
+        return RECIPE_FOLDER / f"{base}.yaml"
+    if not beside.is_file():
+        raise MissingFileError(
+            f"{path} derives from {beside}, which does not exist; recipes of the package: {', '.join(recipe_names())}."
+        )
+    return beside
 
 
 def _find(recipe: str | Path) -> Path:
@@ -91,64 +106,70 @@ def _find(recipe: str | Path) -> Path:
 
 
 def _decode(values: Mapping[str, Any], overrides: Mapping[str, Any], *, origin: str) -> Recipe:
-    merged = _merge(_plain(draccus.encode(Recipe())), values)
-    for key, value in overrides.items():
+    merged = _merge(encode(Recipe()), values)
+    options = tuple(f"model.{name}" for name in _BELONG_TO)
+    # What options belong to comes before them, wherever it stands on the command line.
+    for key, value in sorted(overrides.items(), key=lambda item: item[0].startswith(options)):
         nested: Any = value
         for part in reversed(key.split(".")):
             nested = {part: nested}
+        _check_keys(nested, origin)
         merged = _merge(merged, nested)
-    _check_keys(merged, origin)
     try:
-        return draccus.decode(Recipe, merged)
-    except draccus.utils.DecodingError as error:
+        return decode(Recipe, merged)
+    except InputError as error:
         raise InputError(f"{origin}: {error}") from error
-    except draccus.utils.ParsingError as error:
-        # A value refused by a class of ours arrives wrapped; its own message is the one that helps.
-        raise InputError(f"{origin}: {error.__cause__ or error}") from error
 
 
 def _check_keys(values: Mapping[str, Any], origin: str) -> None:
-    known = dict(_fields(Recipe))
-    for key, kind in known.items():
-        section = _lookup(values, key) if dataclasses.is_dataclass(kind) else {}
-        if not isinstance(section, Mapping):
-            raise InputError(f"{origin}: {key!r} is a section with keys of its own; it cannot be {section!r}.")
-    for key in _keys(values, known):
+    known = dict(field_types(Recipe))
+    for key, value in _keys(values, known):
         if key not in known:
             nearest = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
             hint = f" did you mean {nearest[0]!r}?" if nearest else ""
             section = key.rpartition(".")[0]
             siblings = [name for name in known if name.rpartition(".")[0] == section] or list(known)
             raise InputError(f"{origin}: unknown key {key!r};{hint} Known here: {', '.join(siblings)}.")
+        if dataclasses.is_dataclass(known[key]) and not isinstance(value, Mapping):
+            raise InputError(f"{origin}: {key!r} is a section with keys of its own; it cannot be {value!r}.")
 
 
-def _lookup(values: Mapping[str, Any], key: str) -> Any:
-    value: Any = values
-    for part in key.split("."):
-        value = value.get(part, {}) if isinstance(value, Mapping) else {}
-    return value
-
-
-def _fields(cls: type, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    hints = typing.get_type_hints(cls)
-    for item in dataclasses.fields(cls):
-        yield prefix + item.name, hints[item.name]
-        if dataclasses.is_dataclass(hints[item.name]):
-            yield from _fields(hints[item.name], f"{prefix}{item.name}.")
-
-
-def _keys(values: Mapping[str, Any], known: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
+def _keys(values: Mapping[str, Any], known: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
     for name, value in values.items():
-        yield f"{prefix}{name}"
+        yield f"{prefix}{name}", value
         if isinstance(value, Mapping) and dataclasses.is_dataclass(known.get(f"{prefix}{name}")):
             yield from _keys(value, known, f"{prefix}{name}.")
 
 
-def _merge(base: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str, Any]:
-    merged = dict(base)
-    for key, value in values.items():
-        old = merged.get(key)
-        merged[key] = _merge(old, value) if isinstance(old, Mapping) and isinstance(value, Mapping) else value
+def _merge(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
+    """Lay values over others: a variant's over its base's, the command line's over the file's."""
+    kept, changed = dict(below.get("model", {})), above.get("model", {})
+    model = encode(ModelConfig()) | kept
+    for options, owners in _BELONG_TO.items():
+        news = [name for name in owners if name in changed and changed[name] != model[name]]
+        if model[options] and news:
+            _log.info(
+                "%s %s was written for %s %r; it is left out for %r",
+                f"model.{options}",
+                model[options],
+                news[0],
+                model[news[0]],
+                changed[news[0]],
+            )
+            kept[options] = {}
+    return _nest({**below, "model": kept} if kept else below, above, Recipe)
+
+
+def _nest(below: Mapping[str, Any], above: Mapping[str, Any], kind: Any) -> dict[str, Any]:
+    """Merge key by key; where the recipe has a dictionary, an empty one or None clears what is below."""
+    hints = get_type_hints(kind) if dataclasses.is_dataclass(kind) else {}
+    merged = dict(below)
+    for key, value in above.items():
+        old, own = merged.get(key), hints.get(key)
+        if isinstance(old, Mapping) and isinstance(value, Mapping) and (value or dataclasses.is_dataclass(own)):
+            merged[key] = _nest(old, value, own)
+        else:
+            merged[key] = {} if value is None and get_origin(own) is dict else value
     return merged
 
 
@@ -160,12 +181,6 @@ def _anchor(value: Any, folder: Path) -> Any:
     return value
 
 
-def _plain(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return {key: _plain(entry) for key, entry in value.items()}
-    return [_plain(entry) for entry in value] if isinstance(value, list | tuple) else value
-
-
 def parse_overrides(arguments: Sequence[str]) -> dict[str, Any]:
     """Read `--section.key value` pairs; several values, or none for a switch, are allowed.
 
@@ -173,33 +188,45 @@ def parse_overrides(arguments: Sequence[str]) -> dict[str, Any]:
         arguments: what stands on the command line behind the command's own options.
 
     Returns:
-        Dotted key -> value, values read as YAML.
+        Dotted key -> value: as it stands where the recipe has text there, read as YAML elsewhere. Several values may
+        stand apart, or be divided by commas.
 
     Raises:
-        ValueError: if an argument stands where a `--key` is expected.
+        ValueError: if an argument stands where a `--key` is expected, or a key has no value that is no switch.
     """
-    overrides: dict[str, Any] = {}
+    known = dict(field_types(Recipe))
+    words: dict[str, list[str]] = {}
     key: str | None = None
-    values: list[str] = []
-
-    def store() -> None:
-        if key is not None:
-            read = [yaml.load(value, Loader=_Loader) for value in values]
-            overrides[key] = True if not read else read[0] if len(read) == 1 else read
-
     for argument in arguments:
         name, equals, value = argument.partition("=")
         if name.startswith("--"):
-            store()
-            key, values = name[2:].replace("-", "_"), [value] if equals else []
+            key = name[2:].replace("-", "_")
+            words[key] = [value] if equals else []
         elif key is None:
             raise InputError(f"{argument!r} is not a key; overrides look like --finetune.learning_rate 2e-5.")
         else:
-            values.append(argument)
-    store()
-    return overrides
+            words[key].append(argument)
+    return {key: _read_words(key, values, known.get(key, Any)) for key, values in words.items()}
+
+
+def _read_words(key: str, words: Sequence[str], kind: Any) -> Any:
+    if not words:
+        if kind not in (bool, Any):
+            raise InputError(f"--{key} has no value; write it behind: --{key} VALUE.")
+        return True
+    if get_origin(kind) is tuple and not words[0].startswith("["):
+        entries = [part for word in words for part in word.split(",") if part.strip()]
+        return [_read_word(key, part.strip(), get_args(kind)[0]) for part in entries]
+    values = [_read_word(key, word, kind) for word in words]
+    return values[0] if len(values) == 1 else values
+
+
+def _read_word(key: str, word: str, kind: Any) -> Any:
+    if is_text(kind):
+        return None if kind is not str and word in ("null", "~") else word
+    return parse_yaml(word, f"--{key} {word}")
 
 
 def dump_recipe(recipe: Recipe) -> str:
     """Write a recipe as YAML with every value spelled out; `load_recipe` reads it back as the same recipe."""
-    return yaml.safe_dump(_plain(draccus.encode(recipe)), sort_keys=False, allow_unicode=True)
+    return dump_yaml(encode(recipe))

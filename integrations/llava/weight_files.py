@@ -278,8 +278,8 @@ def read_json(path: Path) -> dict[str, Any]:
     """
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        raise InputError(f"{path} is not valid JSON: {error}.") from error
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{path} is not valid JSON in UTF-8: {error}. Download or write it anew.") from error
     if not isinstance(content, dict):
         raise InputError(f"{path} holds a {type(content).__name__}; expected an object with keys.")
     return content

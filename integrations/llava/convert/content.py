@@ -4,32 +4,36 @@ from __future__ import annotations
 
 import shutil
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
 
 from layerfuse.backbones import Backbone
-from layerfuse.errors import MissingFileError
+from layerfuse.errors import InputError, MissingFileError, UserError
 from layerfuse.fusers import Fuser
 from layerfuse.preprocessing import Preprocessing
 
 from ..model import FusedLlavaForConditionalGeneration, build_model
 from ..prompts import Template
-from ..weight_files import StoredTensor, check_fit
+from ..weight_files import StoredTensor, check_fit, read_json
 
 __all__ = [
     "KEPT_FILES",
     "TOKENIZER_FILES",
     "Content",
     "Origin",
+    "check_files",
     "check_weights",
     "copy_files",
     "meta_model",
     "read_tokenizer",
+    "reading",
     "token_ids",
     "with_rows",
 ]
@@ -142,8 +146,9 @@ def meta_model(
         template: how prompts are written.
     """
     text_config.vocab_size = max(text_config.vocab_size, image_token_id + 1)
-    with torch.device("meta"):
+    with reading("the language model's config"), torch.device("meta"):
         llm = AutoModelForCausalLM.from_config(text_config)
+    with torch.device("meta"):
         return build_model(backbone, fuser, llm, image_token_id=image_token_id, prompt_template=template.to_dict())
 
 
@@ -197,6 +202,46 @@ def _resize(tensor: torch.Tensor, rows: int) -> torch.Tensor:
     return torch.cat([kept, kept.new_zeros(rows - len(kept), *kept.shape[1:])])
 
 
+def check_files(folder: Path) -> None:
+    """Make sure that the small files of a checkpoint came whole: a library that reads half of one fails anywhere.
+
+    Raises:
+        ValueError: naming one that is no JSON object in UTF-8.
+    """
+    for name in KEPT_FILES:
+        if name.endswith(".json") and (folder / name).is_file():
+            read_json(folder / name)
+
+
+@contextmanager
+def reading(what: str) -> Iterator[None]:
+    """Turn what a library says about a file that it cannot make sense of into an error of ours.
+
+    Args:
+        what: it reads; the block calls the library and does nothing else.
+
+    Raises:
+        ValueError: in place of the library's own error.
+    """
+    try:
+        yield
+    except UserError:
+        raise
+    except (
+        StrictDataclassError,
+        ArithmeticError,
+        AttributeError,
+        LookupError,
+        OSError,
+        RuntimeError,
+        TypeError,
+        ValueError,
+    ) as error:
+        raise InputError(
+            f"{what} cannot be read: {type(error).__name__}: {error}. Take the file as it was published or saved."
+        ) from error
+
+
 def copy_files(source: Path, target: Path, names: tuple[str, ...]) -> None:
     """Copy those of the files that are there."""
     target.mkdir(exist_ok=True)
@@ -221,5 +266,6 @@ def read_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
         raise MissingFileError(f"{folder} holds no tokenizer; expected tokenizer.model or tokenizer.json.")
     with tempfile.TemporaryDirectory() as scratch:
         copy_files(folder, Path(scratch), TOKENIZER_FILES)
-        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(scratch)
+        with reading(f"the tokenizer of {folder}"):
+            tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(scratch)
     return tokenizer

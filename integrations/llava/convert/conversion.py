@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from layerfuse.errors import InputError, MissingFileError
+from layerfuse.errors import ExistingFileError, InputError, MissingFileError
 from layerfuse.files import atomic_folder, check_disk_space
 from layerfuse.registry import unknown_name_message
 
@@ -25,7 +25,7 @@ from ..weight_files import (
     stored_model,
     stored_tensors,
 )
-from .content import Content
+from .content import Content, check_files
 from .llava_hf import LLAVA_HF, read_llava_hf, write_llava_hf
 from .names import adapter_to_published, has_published_fuser, our_adapter
 from .options import Options
@@ -97,7 +97,8 @@ def convert(
 
     Raises:
         FileNotFoundError: if a file is missing.
-        ValueError: if the source cannot be read as what it says it is, or the layout has no place for the model.
+        ValueError: if the target holds something, the source cannot be read as what it says it is, or the layout has no
+            place for the model.
         OSError: if the disk has not enough room.
     """
     source, target, options = Path(source), Path(target), options or Options()
@@ -106,7 +107,7 @@ def convert(
     content = _read(source, options)
     if lora is not None:
         content = replace(content, tensors=merged_tensors(content.tensors, lora))
-    needed = sum(tensor.num_bytes for tensor in content.tensors.values())
+    needed = sum(tensor.num_bytes for tensor in (*content.tensors.values(), *content.tail.values()))
     check_disk_space(target, needed, "the converted checkpoint")
     with atomic_folder(target) as scratch:
         if layout == OWN:
@@ -121,6 +122,7 @@ def convert(
 def _read(source: Path, options: Options) -> Content:
     found, config = layout_of(source), _read_config(source)
     _log.info("%s has the layout %s", source, found)
+    check_files(source)
     if found == OWN:
         return read_own(source, options)
     if found == LLAVA_HF:
@@ -141,10 +143,16 @@ def convert_adapter(source: str | Path, target: str | Path, layout: str = OWN) -
 
     Raises:
         FileNotFoundError: if there is no adapter.
+        FileExistsError: if the target has such a file already.
         ValueError: if the source holds no fuser and projector, or the layout has no place for them.
+        OSError: if the disk has not enough room.
     """
     source, target = Path(source), Path(target)
     _check_layout(layout)
+    written = target / (_OUR_ADAPTER if layout == OWN else _PUBLISHED_ADAPTER)
+    if written.exists():
+        raise ExistingFileError(f"{written} exists already; give another folder, or move it away.")
+    _refuse_file(target)
     if layout == LLAVA_HF:
         raise InputError(f"the layout {layout} has no adapter files; give one of {', '.join((OWN, *PUBLISHED))}.")
     adapter = our_adapter(_adapter_tensors(source))
@@ -154,13 +162,13 @@ def convert_adapter(source: str | Path, target: str | Path, layout: str = OWN) -
         _check_adapter(source, adapter, layout)
         adapter = adapter_to_published(adapter)
     tensors = {name: tensor.read().contiguous() for name, tensor in adapter.items()}
-    target.mkdir(parents=True, exist_ok=True)
+    check_disk_space(target, sum(tensor.nbytes for tensor in tensors.values()), "the converted adapter")
     with atomic_folder(target) as scratch:
         if layout == OWN:
-            save_file(tensors, scratch / _OUR_ADAPTER, metadata={"format": "pt", "parts": "fuser,projector"})
+            save_file(tensors, scratch / written.name, metadata={"format": "pt", "parts": "fuser,projector"})
         else:
-            torch.save(tensors, scratch / _PUBLISHED_ADAPTER)
-    return target / (_OUR_ADAPTER if layout == OWN else _PUBLISHED_ADAPTER)
+            torch.save(tensors, scratch / written.name)
+    return written
 
 
 def _adapter_tensors(source: Path) -> dict[str, StoredTensor]:
@@ -187,9 +195,16 @@ def _check_layout(layout: str) -> None:
 
 def _refuse_used(target: Path) -> None:
     # Hidden files do not count: a conversion that was killed leaves its scratch folder.
+    _refuse_file(target)
     found = sorted(path.name for path in target.glob("*") if not path.name.startswith(".")) if target.is_dir() else []
     if found:
         raise InputError(f"{target} already holds {', '.join(found[:3])}; give a new or empty folder.")
+
+
+def _refuse_file(target: Path) -> None:
+    place = next(place for place in (target, *target.absolute().parents) if place.exists())
+    if not place.is_dir():
+        raise ExistingFileError(f"{place} is a file, so {target} cannot be a folder; give another place.")
 
 
 def _read_config(folder: Path) -> dict[str, Any]:

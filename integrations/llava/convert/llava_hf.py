@@ -16,7 +16,17 @@ from layerfuse.fusers import create_fuser
 from ..processing import add_image_token
 from ..prompts import IMAGE_TAG, chat_template, get_template
 from ..weight_files import CONFIG_FILE, stored_model, write_json, write_sharded
-from .content import KEPT_FILES, Content, Origin, check_weights, copy_files, meta_model, read_tokenizer, token_ids
+from .content import (
+    KEPT_FILES,
+    Content,
+    Origin,
+    check_weights,
+    copy_files,
+    meta_model,
+    read_tokenizer,
+    reading,
+    token_ids,
+)
 from .names import BACKBONE, from_llava_hf, to_llava_hf
 from .options import Options
 from .tower import backbone_like, split_tail, vision_config_of, whole_tower
@@ -34,7 +44,8 @@ def read_llava_hf(folder: Path, config: Mapping[str, Any], options: Options) -> 
     Arguments, result and errors are those of `read_published`. Where the options give no template, it is v1; where they
     give no mode, images are prepared as the checkpoint's processor says.
     """
-    described = AutoConfig.from_pretrained(folder)
+    with reading(f"the config of {folder}"):
+        described = AutoConfig.from_pretrained(folder)
     assert isinstance(described, LlavaConfig)
     layers = described.vision_feature_layer
     backbone = backbone_like(folder, (layers,) if isinstance(layers, int) else tuple(layers))

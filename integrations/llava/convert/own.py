@@ -23,7 +23,7 @@ from ..model import FusedLlavaConfig, LayerfuseVisionConfig
 from ..processing import LayerfuseImageProcessor, build_processor
 from ..prompts import Template, get_template
 from ..weight_files import CONFIG_FILE, read_json, stored_model, stored_tensors, write_json, write_sharded
-from .content import KEPT_FILES, Content, Origin, check_weights, copy_files, meta_model, token_ids
+from .content import KEPT_FILES, Content, Origin, check_weights, copy_files, meta_model, reading, token_ids
 from .options import Options
 
 __all__ = ["OWN", "read_own", "write_own"]
@@ -49,20 +49,28 @@ def read_own(folder: Path, options: Options) -> Content:
         FileNotFoundError: if weights are missing.
         ValueError: if it has no prompt template and none is given, or names do not fit.
     """
-    described = FusedLlavaConfig.from_pretrained(folder)
+    with reading(f"the config of {folder}"):
+        described = FusedLlavaConfig.from_pretrained(folder)
     vision = described.vision_config
-    assert isinstance(vision, LayerfuseVisionConfig) and vision.backbone is not None and described.fuser is not None
+    if not isinstance(vision, LayerfuseVisionConfig) or vision.backbone is None or described.fuser is None:
+        raise InputError(f"the config of {folder} describes no backbone and fuser; take the one that was saved.")
     if options.template is None and described.prompt_template is None:
         raise InputError(f"{folder} holds no prompt template; say which one it was trained with: --template v1")
-    template = get_template(options.template) if options.template else Template(**described.prompt_template or {})
-    with torch.device("meta"):
+    with reading(f"the prompt template of {folder}"):
+        template = get_template(options.template) if options.template else Template(**described.prompt_template or {})
+    with reading(f"the config of {folder}"), torch.device("meta"):
         backbone, fuser = backbone_from_config(vision.backbone), fuser_from_config(described.fuser)
     model = meta_model(
         backbone, fuser, described.get_text_config(), image_token_id=described.image_token_index, template=template
     )
-    processor = AutoProcessor.from_pretrained(folder)
-    image_processor = processor.image_processor
-    assert isinstance(image_processor, LayerfuseImageProcessor)
+    with reading(f"the processor of {folder}"):
+        processor = AutoProcessor.from_pretrained(folder)
+        image_processor = processor.image_processor
+    if not isinstance(image_processor, LayerfuseImageProcessor):
+        raise InputError(
+            f"the processor of {folder} prepares images by {type(image_processor).__name__}; expected "
+            f"{LayerfuseImageProcessor.__name__}. Take the processor_config.json that was saved with the model."
+        )
     preprocessing = Preprocessing.from_dict(image_processor.preprocessing)
     kept = folder / _KEPT
     return Content(

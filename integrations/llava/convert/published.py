@@ -21,7 +21,17 @@ from layerfuse.preprocessing import Mode
 from ..processing import add_image_token
 from ..prompts import get_template
 from ..weight_files import CONFIG_FILE, stored_model, write_json, write_sharded
-from .content import Content, Origin, check_weights, copy_files, meta_model, read_tokenizer, token_ids, with_rows
+from .content import (
+    Content,
+    Origin,
+    check_weights,
+    copy_files,
+    meta_model,
+    read_tokenizer,
+    reading,
+    token_ids,
+    with_rows,
+)
 from .names import BACKBONE, from_published, has_published_fuser, to_published
 from .options import Options
 from .published_config import (
@@ -77,7 +87,8 @@ def read_published(folder: Path, config: Mapping[str, Any], options: Options) ->
     if options.template is None:
         _log.info("published checkpoints do not hold their prompt template; taking v1, vicuna's (--template)")
     template = get_template(options.template or "v1")
-    text_config = LlamaConfig(**llama_config(config))
+    with reading(f"the config of {folder}"):
+        text_config = LlamaConfig(**llama_config(config))
     model = meta_model(backbone, fuser, text_config, image_token_id=image_token_id, template=template)
     own, tail = split_tail(model, with_rows(tensors, text_config.vocab_size))
     mode = options.image_mode or _MODES[config.get("image_aspect_ratio") or "square"]

@@ -71,6 +71,8 @@ def check_published_config(config: Mapping[str, Any]) -> None:
         for key, allowed in _ALLOWED.items()
         if key in config and config[key] not in allowed
     ]
+    if not isinstance(config.get("mm_vision_tower"), str):
+        faults.append(f"mm_vision_tower is {config.get('mm_vision_tower')!r}, can be a name or folder")
     if faults:
         raise InputError(
             f"this checkpoint is none of LLaVA-1.5 or MMFuser with a Llama: {'; '.join(faults)}. Only those can be "
@@ -91,8 +93,9 @@ def published_layers(config: Mapping[str, Any], *, fused: bool) -> tuple[int, ..
         ValueError: if there are too few layers for the fuser, or several without one.
     """
     given = config.get("mm_vision_select_layer", -2)
-    layers = (given,) if isinstance(given, int) else tuple(given)
-    if len(layers) < _NUM_LAYERS if fused else len(layers) != 1:
+    layers = tuple(given) if isinstance(given, list | tuple) else (given,)
+    numbers = all(isinstance(layer, int) for layer in layers)
+    if not numbers or (len(layers) < _NUM_LAYERS if fused else len(layers) != 1):
         wanted = f"{_NUM_LAYERS} layers, four values and the query" if fused else "one layer, since there is no fuser"
         raise InputError(f"mm_vision_select_layer is {given!r}; expected {wanted}.")
     return (*layers[: _NUM_LAYERS - 1], layers[-1]) if fused else layers

@@ -32,12 +32,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     from transformers.utils import logging as transformers_logging
 
     from integrations.llava.demo.demo import run_demo
+    from integrations.llava.interruption import EXIT_REQUEUE, RunInterrupted
 
     if not sys.stderr.isatty():
         transformers_logging.disable_progress_bar()
     command = shlex.join(["python", "-m", "integrations.llava", "demo", *arguments])
     try:
         results, report = run_demo(settings, command=command)
+    except UserError as error:
+        parser.error(str(error))
+    except RunInterrupted:
+        print("stopped; the same command goes on from there", file=sys.stderr)
+        return EXIT_REQUEUE
     except KeyboardInterrupt:
         print("stopped; the same command goes on from the last finished part", file=sys.stderr)
         return 130

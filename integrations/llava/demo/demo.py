@@ -7,7 +7,6 @@ import json
 import logging
 import os
 import platform
-import shutil
 import subprocess
 import time
 from collections.abc import Iterator, Mapping
@@ -25,11 +24,12 @@ from integrations.llava.demo.probing import all_layers_backbone, probe_text
 from integrations.llava.demo.report import write_report
 from integrations.llava.demo.results import DemoResults, FuserRun, PhotoAnswer
 from integrations.llava.demo.runs import finish_run, run_folder
-from integrations.llava.demo.settings import DemoSettings, check_settings, run_recipe
+from integrations.llava.demo.settings import REPORT_FILE, RESULTS_FILE, DemoSettings, check_settings, run_recipe
 from integrations.llava.evaluation import blind_answers, read_image, read_questions, score_answers, summarise
 from integrations.llava.generate import load_answerer
 from integrations.llava.synthetic import make_dataset
 from layerfuse import __version__
+from layerfuse.files import write_text
 
 __all__ = ["run_demo"]
 
@@ -88,17 +88,22 @@ def run_demo(settings: DemoSettings, *, command: str | None = None) -> tuple[Dem
         photo=_answer_photo(settings, runs),
     )
     rows = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in results.rows())
-    (settings.output / "results.jsonl").write_text(rows, encoding="utf-8")
-    return results, write_report(results, settings.output / "report.html")
+    write_text(settings.output / RESULTS_FILE, rows)
+    return results, write_report(results, settings.output / REPORT_FILE)
 
 
 def _make_data(settings: DemoSettings) -> Path:
     folder = settings.output / "data"
     # The data set knows its own settings; whether the code that draws it has changed is noted here.
     fingerprint = code_digest("data")
-    if finished(settings.output, "data", fingerprint) is None and (folder / "settings.json").is_file():
-        shutil.rmtree(folder)
-    make_dataset(folder, seed=settings.data_seed, num_train=settings.num_train, num_val=1, num_test=settings.num_test)
+    make_dataset(
+        folder,
+        seed=settings.data_seed,
+        num_train=settings.num_train,
+        num_val=1,
+        num_test=settings.num_test,
+        renew=finished(settings.output, "data", fingerprint) is None,
+    )
     mark_finished(settings.output, "data", fingerprint, {})
     return folder
 

@@ -10,9 +10,19 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from layerfuse.errors import ExistingFileError
 from layerfuse.files import write_text
 
-__all__ = ["code_digest", "digest", "file_digest", "finished", "folder_digest", "forget", "mark_finished"]
+__all__ = [
+    "begin",
+    "code_digest",
+    "digest",
+    "file_digest",
+    "finished",
+    "folder_digest",
+    "mark_finished",
+    "refuse_foreign",
+]
 
 _PACKAGE = Path(__file__).resolve().parents[1]
 _LIBRARY = _PACKAGE.parents[1] / "layerfuse"
@@ -90,14 +100,57 @@ def mark_finished(folder: Path, part: str, fingerprint: str, notes: Mapping[str,
     write_text(folder / _MARK, json.dumps(marks, indent=1))
 
 
-def forget(folder: Path) -> None:
-    """Take back all that was noted in a folder, before it is written to: no half of it may look finished."""
-    (folder / _MARK).unlink(missing_ok=True)
+def begin(folder: Path) -> None:
+    """Mark a folder as the demo's, with nothing finished in it; done before it is written to.
+
+    Args:
+        folder: made if need be; what it notes of earlier parts is taken back, since they are about to be replaced.
+
+    Raises:
+        FileExistsError: if it holds something that no demo wrote.
+    """
+    refuse_foreign(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    write_text(folder / _MARK, "{}")
+
+
+def refuse_foreign(folder: Path, names: Iterable[str] = ()) -> None:
+    """Make sure that nothing is replaced which the demo cannot be shown to have written.
+
+    Args:
+        folder: that is to be written to.
+        names: files that will be written there; without any, the folder has to be the demo's as a whole.
+
+    Raises:
+        FileExistsError: if it holds one of the files, or anything, and no mark of the demo's.
+    """
+    if _marks(folder) is not None or not folder.is_dir():
+        return
+    found = sorted(path.name for path in folder.iterdir() if path.name in names or not names)
+    if found:
+        raise ExistingFileError(
+            f"{folder} holds {', '.join(found[:3])}, which the demo cannot be shown to have written, so it is "
+            "left alone; give another folder (--output FOLDER), or move that away."
+        )
 
 
 def _read(folder: Path) -> dict[str, Any]:
+    return _marks(folder) or {}
+
+
+def _marks(folder: Path) -> dict[str, Any] | None:
+    """Read what is noted in a folder; None where it is no folder of the demo's."""
     path = folder / _MARK
-    if not path.is_file():
-        return {}
-    marks: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    try:
+        marks = json.loads(path.read_text(encoding="utf-8"))
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except ValueError:
+        marks = None
+    if not isinstance(marks, dict) or not all(
+        isinstance(entry, dict) and "fingerprint" in entry for entry in marks.values()
+    ):
+        raise ExistingFileError(
+            f"{path} was not written by the demo; give another folder (--output FOLDER), or move the file away."
+        )
     return marks

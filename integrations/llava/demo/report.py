@@ -15,6 +15,7 @@ from integrations.llava.demo.conclusions import AVERAGE, baseline, conclude, dif
 from integrations.llava.demo.results import DemoResults, Example, Figure, Probe
 from integrations.llava.evaluation import TASKS, ScoredAnswer
 from integrations.llava.evaluation.answers import parse_box
+from layerfuse.files import write_text
 
 __all__ = ["render_report", "write_report"]
 
@@ -32,7 +33,7 @@ def write_report(results: DemoResults, path: str | Path) -> Path:
         The path.
     """
     path = Path(path)
-    path.write_text(render_report(results), encoding="utf-8")
+    write_text(path, render_report(results))
     return path
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -12,14 +12,14 @@ from typing import Any
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from integrations.llava.checkpoint import load_model
-from integrations.llava.config import Recipe
+from integrations.llava.config import STAGES, Recipe
 from integrations.llava.demo.fingerprint import (
+    begin,
     code_digest,
     digest,
     file_digest,
     finished,
     folder_digest,
-    forget,
     mark_finished,
 )
 from integrations.llava.demo.results import FuserRun
@@ -27,13 +27,15 @@ from integrations.llava.evaluation import evaluate, read_predictions, read_quest
 from integrations.llava.json_lines import json_lines
 from integrations.llava.model import FusedLlavaForConditionalGeneration
 from integrations.llava.recipe_files import dump_recipe
+from integrations.llava.run_folder import RunFolder
 from integrations.llava.synthetic.questions import KINDS
 from integrations.llava.train import train
 
 __all__ = ["finish_run", "fuser_cost", "run_folder"]
 
 _LOG = logging.getLogger(__name__)
-_EVALUATION = "evaluation"
+# Parts that are noted: training has begun to write, training is finished, all questions are answered.
+_BEGUN, _TRAINING, _EVALUATION = "begun", "training", "evaluation"
 
 
 def run_folder(output: Path, fuser: str, seed: int) -> Path:
@@ -53,7 +55,7 @@ def finish_run(recipe: Recipe, folder: Path, data: Path) -> FuserRun:
         What was measured.
     """
     training = _train(recipe, folder, data)
-    seconds = dict(finished(folder, "training", training) or {})
+    seconds = dict(finished(folder, _TRAINING, training) or {})
     questions_file = data / "test.jsonl"
     evaluation = digest(
         {"training": training, "code": code_digest("evaluation"), "questions": file_digest(questions_file)}
@@ -104,28 +106,40 @@ def _train(recipe: Recipe, folder: Path, data: Path) -> str:
             "code": code_digest("training"),
         }
     )
-    if finished(folder, "training", fingerprint) is not None:
+    if finished(folder, _TRAINING, fingerprint) is not None:
         _LOG.info("%s: trained already with these settings", folder.name)
         return fingerprint
-    if (folder / "recipe.yaml").exists():
-        _LOG.info("%s: settings, data or code have changed, or training was broken off: training anew", folder.name)
-    forget(folder)
-    watch = _Stopwatch()
-    _LOG.info("%s: training", folder.name)
-    train(recipe, folder, overwrite=True, callbacks=[watch])
-    seconds = dict(zip(("pretrain", "finetune"), watch.seconds, strict=True))
-    mark_finished(folder, "training", fingerprint, seconds)
+    seconds = {}
+    if finished(folder, _BEGUN, fingerprint) is None:
+        if (folder / "recipe.yaml").exists():
+            _LOG.info("%s: settings, data or code have changed: training anew", folder.name)
+        begin(folder)
+        watch = _Stopwatch(lambda: mark_finished(folder, _BEGUN, fingerprint, {}))
+        _LOG.info("%s: training", folder.name)
+        train(recipe, folder, overwrite=True, callbacks=[watch])
+        seconds = dict(zip(STAGES, watch.seconds, strict=True))
+    elif set(RunFolder(folder).finished) < set(STAGES):
+        # What the broken-off part took is not known, so no seconds are noted.
+        _LOG.info("%s: training was broken off: going on", folder.name)
+        train(recipe, folder)
+    mark_finished(folder, _TRAINING, fingerprint, seconds)
     return fingerprint
 
 
 class _Stopwatch(TrainerCallback):
-    """Notes how long each stage trains, in seconds, without loading and saving."""
+    """Notes how long each stage trains, in seconds, without loading and saving.
 
-    def __init__(self) -> None:
+    Args:
+        begun: called when a stage's first step is about to be made.
+    """
+
+    def __init__(self, begun: Callable[[], None]) -> None:
         self.seconds: list[float] = []
+        self._begun = begun
         self._started = 0.0
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        self._begun()
         self._started = time.perf_counter()
 
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:

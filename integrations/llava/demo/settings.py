@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-import dataclasses
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
 from integrations.llava.config import Recipe
+from integrations.llava.demo.fingerprint import refuse_foreign
 from integrations.llava.evaluation import read_image
 from integrations.llava.recipe_files import load_recipe
 from layerfuse.errors import FileAccessError, InputError
 from layerfuse.fusers import FUSERS
 
-__all__ = ["DemoSettings", "check_settings", "run_recipe"]
+__all__ = ["REPORT_FILE", "RESULTS_FILE", "DemoSettings", "check_settings", "run_recipe"]
+
+REPORT_FILE, RESULTS_FILE = "report.html", "results.jsonl"
+"""What a demo leaves at the top of its folder."""
 
 
 @dataclass(frozen=True)
@@ -60,7 +63,8 @@ def check_settings(settings: DemoSettings) -> None:
         ValueError: if a fuser or the recipe is unknown, a fuser or seed is given twice, a number is too small, an image
             comes without a prompt or a prompt without an image, or the image cannot be read.
         FileNotFoundError: if the image does not exist.
-        FileAccessError: if the output folder cannot be written to, or is a file.
+        FileAccessError: if the output folder cannot be written to, is a file, or holds files of other origin under the
+            names of the demo's.
     """
     if not settings.fusers or not settings.seeds:
         raise InputError(f"a demo needs a fuser and a seed; got fusers {settings.fusers} and seeds {settings.seeds}.")
@@ -96,6 +100,7 @@ def _check_photo(settings: DemoSettings) -> None:
 
 
 def _check_output(folder: Path) -> None:
+    refuse_foreign(folder, (REPORT_FILE, RESULTS_FILE))
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
@@ -134,9 +139,7 @@ def run_recipe(settings: DemoSettings, fuser: str, seed: int, data: Path) -> Rec
     overrides |= {f"{stage}.max_steps": number for stage, number in steps.items() if number is not None}
     if settings.batch_size is not None:
         overrides |= {f"{stage}.batch_size": settings.batch_size for stage in steps}
-    recipe = load_recipe(settings.recipe, overrides)
-    # A recipe's options belong to the recipe's own fuser; all others take their defaults.
-    options = recipe.model.fuser_options if fuser == recipe.model.fuser else {}
-    layers = recipe.model.layers[-1:] if fuser == "select" else recipe.model.layers
-    model = dataclasses.replace(recipe.model, fuser=fuser, fuser_options=options, layers=layers)
-    return dataclasses.replace(recipe, model=model)
+    layers = load_recipe(settings.recipe).model.layers
+    # Another fuser than the recipe's takes its own default options.
+    overrides |= {"model.fuser": fuser, "model.layers": layers[-1:] if fuser == "select" else layers}
+    return load_recipe(settings.recipe, overrides)

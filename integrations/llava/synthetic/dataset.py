@@ -11,9 +11,7 @@ folder/
 from __future__ import annotations
 
 import json
-import os
-import shutil
-import tempfile
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -21,7 +19,8 @@ from typing import Any
 import numpy as np
 from tqdm.auto import tqdm
 
-from layerfuse.errors import InputError
+from layerfuse.errors import ExistingFileError, InputError
+from layerfuse.files import atomic_folder
 
 from .photographs import SPLITS
 from .questions import KINDS, Question, conversation, questions_of_kind
@@ -33,6 +32,9 @@ __all__ = ["make_dataset", "scene_at"]
 
 # Raised whenever the same seed starts to mean other pictures or words.
 _VERSION = 3
+_SETTINGS, _IMAGES = "settings.json", "images"
+_FILES = (_SETTINGS, "pretrain.json", "train.json", "val.jsonl", "test.jsonl")
+_IMAGE = re.compile(rf"({'|'.join(SPLITS)})_\d{{6,}}\.png")
 
 
 def scene_at(seed: int, split: str, index: int) -> Scene:
@@ -41,11 +43,18 @@ def scene_at(seed: int, split: str, index: int) -> Scene:
 
 
 def make_dataset(
-    folder: str | Path, *, seed: int = 0, num_train: int = 2000, num_val: int = 50, num_test: int = 100
+    folder: str | Path,
+    *,
+    seed: int = 0,
+    num_train: int = 2000,
+    num_val: int = 50,
+    num_test: int = 100,
+    renew: bool = False,
 ) -> Path:
     """Make the data set, unless the folder already holds it with the same settings.
 
-    The folder appears whole or not at all: it is written beside its place and then renamed.
+    It is written aside and takes the place of an earlier one when it is whole. A folder that holds anything that this
+    function does not write is left alone.
 
     Args:
         folder: where to write.
@@ -53,12 +62,14 @@ def make_dataset(
         num_train: training images; one caption and one conversation each.
         num_val: validation images; one question of each kind each.
         num_test: test images; one question of each kind each.
+        renew: make it anew also where the settings are the same.
 
     Returns:
         The folder.
 
     Raises:
-        ValueError: if a number of images is smaller than one, or the folder holds something else.
+        ValueError: if a number of images is smaller than one.
+        FileExistsError: if the folder holds something else.
     """
     folder = Path(folder)
     counts = {"train": num_train, "val": num_val, "test": num_test}
@@ -66,30 +77,54 @@ def make_dataset(
         if count < 1:
             raise InputError(f"num_{split} is {count}; every split needs at least 1 image")
     settings = {"version": _VERSION, "seed": seed, **{f"num_{split}": counts[split] for split in SPLITS}}
-    if folder.exists():
-        if _read_settings(folder) == settings:
-            return folder
-        if not (folder / "settings.json").is_file() and any(folder.iterdir()):
-            raise InputError(
-                f"{folder} is not empty and was not made by make_dataset; give another folder, or empty it"
-            )
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    scratch = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
-    try:
+    images = {_image_name(split, index) for split, count in counts.items() for index in range(count)}
+    if not renew and _read_settings(folder / _SETTINGS) == settings and _is_whole(folder, images):
+        return folder
+    _refuse_foreign(folder)
+    with atomic_folder(folder) as scratch:
         _write(scratch, settings, counts, seed)
-        # mkdtemp makes folders private to the user; data is shared like any other file.
-        scratch.chmod(0o755)
-        if folder.exists():
-            shutil.rmtree(folder)
-        os.replace(scratch, folder)
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
+    for path in (folder / _IMAGES).iterdir():
+        if path.name not in images and _IMAGE.fullmatch(path.name):
+            path.unlink()
     return folder
+
+
+def _is_whole(folder: Path, images: set[str]) -> bool:
+    """Tell whether no file is missing; a replacement that was killed may have moved some already."""
+    if not all((folder / name).is_file() for name in _FILES) or not (folder / _IMAGES).is_dir():
+        return False
+    return images <= {path.name for path in (folder / _IMAGES).iterdir()}
+
+
+def _image_name(split: str, index: int) -> str:
+    return f"{split}_{index:06d}.png"
+
+
+def _refuse_foreign(folder: Path) -> None:
+    """Make sure that nothing is replaced which `make_dataset` cannot be shown to have written."""
+    if not folder.is_dir():
+        if folder.exists():
+            raise ExistingFileError(f"{folder} is a file; give a folder for the data set.")
+        return
+    # A save that was killed leaves folders of its own, with the settings in one of them.
+    entries = [path for path in folder.iterdir() if not path.name.startswith((".saving-", ".replaced-"))]
+    images = (folder / _IMAGES).iterdir() if (folder / _IMAGES).is_dir() else ()
+    foreign = [path for path in entries if path.name not in (*_FILES, _IMAGES)]
+    foreign += [path for path in images if not _IMAGE.fullmatch(path.name)]
+    noted = [_read_settings(path) for path in (folder / _SETTINGS, *folder.glob(f".*/{_SETTINGS}"))]
+    if not foreign and entries and not any(noted):
+        foreign = entries
+    if foreign:
+        names = ", ".join(sorted(path.relative_to(folder).as_posix() for path in foreign)[:3])
+        raise ExistingFileError(
+            f"{folder} holds {names}, which make_dataset did not write, so nothing in it is replaced; give another "
+            "folder, or move that away."
+        )
 
 
 def _write(folder: Path, settings: dict[str, int], counts: dict[str, int], seed: int) -> None:
     """Write images, then questions, then the settings that declare the folder complete."""
-    (folder / "images").mkdir()
+    (folder / _IMAGES).mkdir()
     pretrain: list[dict[str, Any]] = []
     train: list[dict[str, Any]] = []
     for index, name, scene in _images(folder, "train", counts["train"], seed):
@@ -104,15 +139,15 @@ def _write(folder: Path, settings: dict[str, int], counts: dict[str, int], seed:
             for question in _one_of_each(scene, _rng(seed, split, index, purpose=1)):
                 rows.append(json.dumps(_row(len(rows), name, question)) + "\n")
         (folder / f"{split}.jsonl").write_text("".join(rows), encoding="utf-8")
-    (folder / "settings.json").write_text(json.dumps(settings, indent=1), encoding="utf-8")
+    (folder / _SETTINGS).write_text(json.dumps(settings, indent=1), encoding="utf-8")
 
 
 def _images(folder: Path, split: str, count: int, seed: int) -> Iterator[tuple[int, str, Scene]]:
     """Draw and save the images of a split; yield number, file name and scene of each."""
     for index in tqdm(range(count), desc=f"{split} images", disable=None):
         scene = scene_at(seed, split, index)
-        name = f"{split}_{index:06d}.png"
-        render(scene).save(folder / "images" / name)
+        name = _image_name(split, index)
+        render(scene).save(folder / _IMAGES / name)
         yield index, name, scene
 
 
@@ -144,7 +179,11 @@ def _rng(seed: int, split: str, index: int, *, purpose: int) -> np.random.Genera
     return np.random.default_rng([seed, SPLITS.index(split), index, purpose])
 
 
-def _read_settings(folder: Path) -> dict[str, Any] | None:
-    """Return the settings that a folder was made from; None where there are none."""
-    path = folder / "settings.json"
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+def _read_settings(path: Path) -> dict[str, Any] | None:
+    """Return the settings that a data set was made from; None where the file holds no settings of ours."""
+    try:
+        noted = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    ours = {"version", "seed", *(f"num_{split}" for split in SPLITS)}
+    return noted if isinstance(noted, dict) and set(noted) == ours else None

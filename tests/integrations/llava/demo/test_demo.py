@@ -3,13 +3,17 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from PIL import Image
 
+from integrations.llava.config import Recipe
 from integrations.llava.demo import main
 from integrations.llava.demo.settings import DemoSettings
+from integrations.llava.train import train
+from layerfuse.errors import ExistingFileError
 
 KINDS = ("ocr", "counting", "color", "shape", "box")
 
@@ -101,13 +105,84 @@ def test_data_is_drawn_anew_when_the_code_that_draws_it_has_changed(
 
     settings = DemoSettings(output=output.parent / "fresh", num_train=1, num_test=1)
     settings.output.mkdir()
-    images = demo._make_data(settings) / "images"
-    (images / "mark").touch()
-    assert demo._make_data(settings) == images.parent
-    assert (images / "mark").exists()
+    image = demo._make_data(settings) / "images" / "train_000000.png"
+    made = image.stat().st_mtime_ns
+    demo._make_data(settings)
+    assert image.stat().st_mtime_ns == made
     monkeypatch.setattr(demo, "code_digest", lambda part: "changed")
     demo._make_data(settings)
-    assert not (images / "mark").exists()
+    assert image.stat().st_mtime_ns != made
+
+
+def projects_folder(folder: Path, *names: str) -> Path:
+    """Somebody's own project, which happens to have files of these names."""
+    for name in (*names, "data/settings.json", "data/thesis.tex"):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text('{"theirs": {}}')
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        ((), "data holds thesis.tex, which make_dataset did not write"),
+        (("report.html",), "holds report.html, which the demo cannot be shown to have written"),
+        (("results.jsonl",), "holds results.jsonl, which the demo cannot be shown to have written"),
+        (("demo.json",), "demo.json was not written by the demo"),
+    ],
+)
+def test_a_folder_of_another_project_is_left_as_it_is(
+    names: tuple[str, ...], message: str, tiny_recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = projects_folder(tmp_path / "project", *names)
+    before = {path: path.read_text() for path in folder.rglob("*") if path.is_file()}
+    with pytest.raises(SystemExit, match="2"):
+        main(["--recipe", str(tiny_recipe), "--output", str(folder), "--num-train", "1", "--num-test", "1"])
+    assert message in " ".join(capsys.readouterr().err.split())
+    assert {path: path.read_text() for path in folder.rglob("*") if path.is_file()} == before
+
+
+def test_a_run_that_the_demo_did_not_train_is_not_replaced(tiny_recipe: Path, tmp_path: Path) -> None:
+    from integrations.llava.demo.runs import finish_run
+    from integrations.llava.demo.settings import run_recipe
+    from integrations.llava.synthetic import make_dataset
+
+    data = make_dataset(tmp_path / "data", num_train=1, num_val=1, num_test=1)
+    own = tmp_path / "runs" / "mmfuser-seed0"
+    own.mkdir(parents=True)
+    (own / "model.safetensors").touch()
+    recipe = run_recipe(DemoSettings(recipe=str(tiny_recipe)), "mmfuser", 0, data)
+    with pytest.raises(ExistingFileError, match="mmfuser-seed0 holds model.safetensors, which the demo cannot be sh"):
+        finish_run(recipe, own, data)
+    assert [path.name for path in own.iterdir()] == ["model.safetensors"]
+
+
+def test_training_that_was_killed_goes_on_in_the_next_demo(
+    tiny_recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    from integrations.llava.demo import runs
+    from integrations.llava.demo.settings import run_recipe
+    from integrations.llava.synthetic import make_dataset
+
+    data = make_dataset(tmp_path / "data", num_train=2, num_val=1, num_test=1)
+    folder = tmp_path / "runs" / "select-seed0"
+    recipe = run_recipe(DemoSettings(recipe=str(tiny_recipe)), "select", 0, data)
+
+    def stop(recipe: Recipe, folder: Path, **options: Any) -> None:
+        train(recipe, folder, stages=["pretrain"], **options)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(runs, "train", stop)
+    with pytest.raises(KeyboardInterrupt):
+        runs.finish_run(recipe, folder, data)
+    pretrained = (folder / "pretrain" / "adapter.safetensors").stat().st_mtime_ns
+    monkeypatch.setattr(runs, "train", train)
+    with caplog.at_level("INFO"):
+        run = runs.finish_run(recipe, folder, data)
+    assert "select-seed0: training was broken off: going on" in caplog.text
+    assert (folder / "pretrain" / "adapter.safetensors").stat().st_mtime_ns == pretrained
+    assert [len(run.losses[stage]) for stage in ("pretrain", "finetune")] == [2, 2]
+    assert set(run.seconds) == {"evaluation"}
 
 
 def test_stopping_says_how_to_go_on(

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from integrations.llava.demo import fingerprint
-from integrations.llava.demo.fingerprint import code_digest, digest, finished, folder_digest, forget, mark_finished
+from integrations.llava.demo.fingerprint import begin, code_digest, digest, finished, folder_digest, mark_finished
 
 
 def test_digest_ignores_the_order_of_keys_and_sees_values() -> None:
@@ -20,8 +20,8 @@ def test_part_is_finished_only_with_its_own_fingerprint(tmp_path: Path) -> None:
     assert finished(tmp_path, "training", "x") == {"seconds": 1.5}
     assert finished(tmp_path, "training", "y") is None
     assert finished(tmp_path, "evaluation", "y") == {}
-    forget(tmp_path)
-    forget(tmp_path)
+    begin(tmp_path)
+    begin(tmp_path)
     assert finished(tmp_path, "training", "x") is None
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
+import signal
 from pathlib import Path
 
 import pytest
@@ -102,14 +104,71 @@ def test_more_training_images_leave_the_first_ones_as_they_were(folder: Path, tm
     }
 
 
-def test_an_existing_data_set_is_kept_and_made_again_only_for_other_settings(tmp_path: Path) -> None:
+def test_an_existing_data_set_is_kept_and_made_again_only_for_other_settings_or_when_asked(tmp_path: Path) -> None:
     made = make_dataset(tmp_path / "data", num_train=2, num_val=1, num_test=1)
-    mark = made / "images" / "mark"
-    mark.touch()
+    image = made / "images" / "train_000000.png"
+    first = image.stat().st_mtime_ns
     make_dataset(made, num_train=2, num_val=1, num_test=1)
-    assert mark.exists()
-    make_dataset(made, num_train=3, num_val=1, num_test=1)
-    assert not mark.exists()
+    assert image.stat().st_mtime_ns == first
+    make_dataset(made, num_train=2, num_val=1, num_test=1, renew=True)
+    second = image.stat().st_mtime_ns
+    assert second != first
+    make_dataset(made, num_train=1, num_val=1, num_test=1)
+    assert {path.name for path in (made / "images").iterdir()} == {
+        "train_000000.png",
+        "val_000000.png",
+        "test_000000.png",
+    }
+
+
+@pytest.mark.parametrize("name", ["thesis.tex", "images/holiday.png", "images/train_000000.jpg"])
+def test_what_make_dataset_did_not_write_is_never_replaced(name: str, tmp_path: Path) -> None:
+    made = make_dataset(tmp_path / "data", num_train=1, num_val=1, num_test=1)
+    (made / name).touch()
+    with pytest.raises(FileExistsError, match=f"data holds {name}, which make_dataset did not write"):
+        make_dataset(made, num_train=2, num_val=1, num_test=1)
+    assert (made / name).exists()
+
+
+@pytest.mark.parametrize("settings", [None, "{}", '{"seed": 0, "colour": "red"}', "[1]", "{"])
+def test_a_settings_file_of_another_program_proves_nothing(settings: str | None, tmp_path: Path) -> None:
+    names = ["train.json"]
+    if settings is not None:
+        (tmp_path / "settings.json").write_text(settings)
+        names.insert(0, "settings.json")
+    (tmp_path / "train.json").write_text("[]")
+    with pytest.raises(FileExistsError, match=f"holds {', '.join(names)}, which make_dataset did not write"):
+        make_dataset(tmp_path, num_train=1, num_val=1, num_test=1)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="a process is killed in the middle of a rename")
+def test_a_replacement_that_was_killed_is_made_whole_by_the_next_call(tmp_path: Path) -> None:
+    """Whichever file was the last to move, no half of two data sets is taken for a whole one."""
+    expected = _digest(make_dataset(tmp_path / "fresh", seed=1, num_train=1, num_val=1, num_test=1))
+    for moves in (0, 1, 3, 5, 6, 8, 11):
+        made = make_dataset(tmp_path / f"{moves}", num_train=1, num_val=1, num_test=1)
+        child = os.fork()
+        if child == 0:
+            _replace_and_die(made, moves)
+        assert os.waitpid(child, 0)[1] != 0
+        make_dataset(made, seed=1, num_train=1, num_val=1, num_test=1)
+        assert _digest(made) == expected
+
+
+def _replace_and_die(folder: Path, moves: int) -> None:
+    replace, left = os.replace, list(range(moves))
+
+    def move(source: Path, target: Path) -> None:
+        if not left:
+            os.kill(os.getpid(), signal.SIGKILL)
+        left.pop()
+        replace(source, target)
+
+    os.replace = move
+    try:
+        make_dataset(folder, seed=1, num_train=1, num_val=1, num_test=1)
+    finally:
+        os._exit(0)
 
 
 def test_an_interrupted_run_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -129,6 +188,8 @@ def test_an_empty_split_is_refused(tmp_path: Path) -> None:
 
 def test_a_folder_with_other_things_is_not_overwritten(tmp_path: Path) -> None:
     (tmp_path / "thesis.tex").touch()
-    with pytest.raises(ValueError, match="not empty and was not made by make_dataset"):
+    with pytest.raises(FileExistsError, match=r"holds thesis.tex, which make_dataset did not write, so nothing"):
         make_dataset(tmp_path)
+    with pytest.raises(FileExistsError, match=r"thesis.tex is a file; give a folder"):
+        make_dataset(tmp_path / "thesis.tex")
     assert (tmp_path / "thesis.tex").exists()
