@@ -56,5 +56,5 @@ class ExistingFileError(FileAccessError, FileExistsError):
     """A file or folder that exists and is left alone."""
 
 
-class MissingPackageError(UserError, ImportError):
+class MissingPackageError(UserError, ModuleNotFoundError):
     """A package that is needed here and not installed."""

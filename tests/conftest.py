@@ -10,6 +10,9 @@ import pytest
 import torch
 from hypothesis import settings
 
+# Hooks: they count for all tests by standing here.
+from tests.deprecations import pytest_runtest_call, pytest_runtest_setup  # noqa: F401
+
 # Read by huggingface_hub when it is first imported: a test that asks the hub fails at once instead of retrying.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -21,12 +22,17 @@ def test_compares_with_a_recorded_value(goldens):
 def test_a_missing_golden_skips_unless_goldens_are_required(
     required: str, outcome: str, code: int, tmp_path: Path
 ) -> None:
-    (tmp_path / "conftest.py").write_text((ROOT / "tests" / "conftest.py").read_text(encoding="utf-8"))
+    # A package, since some library installs one of the same name.
+    (tmp_path / "tests").mkdir()
+    for name in ("conftest.py", "deprecations.py"):
+        shutil.copyfile(ROOT / "tests" / name, tmp_path / "tests" / name)
+    (tmp_path / "tests" / "__init__.py").touch()
+    (tmp_path / "tests" / "conftest.py").replace(tmp_path / "conftest.py")
     (tmp_path / "test_recorded.py").write_text(TEST)
     environment = os.environ | {
         "LAYERFUSE_GOLDENS": str(tmp_path / "nowhere"),
         "LAYERFUSE_REQUIRE_GOLDENS": required,
-        "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]),
+        "PYTHONPATH": os.pathsep.join([str(tmp_path), str(ROOT), os.environ.get("PYTHONPATH", "")]),
     }
     command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", str(tmp_path)]
     result = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=600)

@@ -119,6 +119,15 @@ class Content:
         return self.tensors[_EMBEDDING].dtype
 
     @property
+    def generation_config(self) -> dict[str, Any]:
+        """Settings of `generate`: an answer ends with what training taught, and with what ended a text before."""
+        known = self.generation.get("eos_token_id", [])
+        ends = known if isinstance(known, list) else [known]
+        if self.template.end_token:
+            ends = list(dict.fromkeys([self.tokenizer.eos_token_id, *ends]))
+        return {**self.generation, "eos_token_id": ends[0] if len(ends) == 1 else ends} if ends else {**self.generation}
+
+    @property
     def own_vocabulary(self) -> int:
         """Rows of the language model's embedding without what was added for images."""
         rows, image = self.tensors[_EMBEDDING].shape[0], self.model.config.image_token_index

@@ -135,7 +135,7 @@ def write_llava_hf(content: Content, folder: Path, options: Options) -> None:
         _write_processor(content, folder)
         # Our head forbids the image token; transformers' has a row for it.
         suppressed = {"suppress_tokens": [own.image_token_index]}
-        write_json(folder / "generation_config.json", {**content.generation, **suppressed})
+        write_json(folder / "generation_config.json", {**content.generation_config, **suppressed})
     config.save_pretrained(folder)
 
 

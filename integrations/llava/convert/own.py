@@ -107,7 +107,7 @@ def write_own(content: Content, folder: Path) -> None:
     model.config.dtype = content.dtype
     write_sharded(content.tensors, folder)
     build_processor(model, content.tokenizer, content.preprocessing, content.template).save_pretrained(folder)
-    write_json(folder / _GENERATION, content.generation)
+    write_json(folder / _GENERATION, content.generation_config)
     if content.origin is not None:
         kept = folder / _KEPT
         copy_files(content.origin.folder, kept, KEPT_FILES)

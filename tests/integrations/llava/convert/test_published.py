@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -168,3 +169,22 @@ def test_tables_that_old_versions_stored_are_left_out(
     write_weights(weights | tables, source)
     back = convert(convert(source, tmp_path / "ours"), tmp_path / "back", "mmfuser")
     assert_same(weights_of(back), weights)
+
+
+def test_a_converted_model_stops_at_the_end_that_training_taught(mmfuser_folder: Path, tmp_path: Path) -> None:
+    """With plain `generate`, also where the language model's config names another end."""
+    source = tmp_path / "copy" / mmfuser_folder.name
+    shutil.copytree(mmfuser_folder.parent, tmp_path / "copy")
+    prompt = torch.arange(10, 20)[None]
+    first = convert(source, tmp_path / "first")
+    longest = load_model(first).generate(prompt, max_new_tokens=6, min_new_tokens=6, do_sample=False)[0, 10:].tolist()
+    end = next(token for token in longest[1:] if token != longest[0])
+    settings = json.loads((source / "tokenizer_config.json").read_text())
+    settings["eos_token"] = load_processor(first).tokenizer.convert_ids_to_tokens(end)
+    (source / "tokenizer_config.json").write_text(json.dumps(settings))
+
+    model = load_model(convert(source, tmp_path / "second"))
+    answer = model.generate(prompt, max_new_tokens=6, do_sample=False)[0, 10:].tolist()
+    assert answer == longest[: longest.index(end) + 1]
+    other = json.loads((source / "config.json").read_text())["eos_token_id"]
+    assert model.generation_config.eos_token_id == [end, other]
