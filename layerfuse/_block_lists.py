@@ -214,7 +214,12 @@ def _refuse_what_is_no_block(path: str, entries: Sequence[nn.Module | None]) -> 
     for number, entry in enumerate(entries, 1):
         if entry is None:
             raise InputError(f"entry {number} of the block list {path!r} is None; every entry must be a module.")
-        if type(entry).forward is nn.Module.forward:  # type: ignore[comparison-overlap]
+        if isinstance(entry, torch.jit.ScriptModule):
+            raise InputError(
+                f"entry {number} of the block list {path!r} was scripted, and scripted modules take no hooks; hand over "
+                "the model that was not."
+            )
+        if getattr(entry.forward, "__func__", None) is nn.Module.forward:
             raise InputError(
                 f"entry {number} of the block list {path!r} is an {type(entry).__name__} of "
                 f"{', '.join(type(child).__name__ for child in entry.children()) or 'nothing'}, which never runs as a "

@@ -66,15 +66,15 @@ def record_layer(
 
 
 def check_runs(layers: Sequence[int], stored: Mapping[int, TappedLayer], repeated: set[int]) -> None:
-    """Refuse layers that did not run, or ran more than once.
+    """Refuse layers that did not run once each, in their order.
 
     Args:
         layers: that were asked for.
-        stored: layers that ran.
+        stored: layers that ran, in the order in which they did.
         repeated: layers that ran again.
 
     Raises:
-        TapError: if one did not run exactly once.
+        TapError: if one did not run, ran more than once, or ran before one of a lower number.
     """
     missing = [layer for layer in layers if layer not in stored]
     if missing:
@@ -83,6 +83,11 @@ def check_runs(layers: Sequence[int], stored: Mapping[int, TappedLayer], repeate
             "or ended before them; their blocks were left out in this call (LayerDrop: use eval mode); they are called "
             "as block.forward(x) rather than block(x); they ran in another thread (DataParallel inside) or in code "
             "compiled before the taps were set; or another backbone made from this model cut them off."
+        )
+    if list(stored) != sorted(stored):
+        raise TapError(
+            f"layers ran in the order {', '.join(map(str, stored))}, but are counted in the order of the block list, "
+            "so their numbers would not say how deep they are. Give the model a list in the order in which it runs."
         )
     twice = [layer for layer in layers if layer in repeated]
     if twice:
@@ -177,4 +182,6 @@ def _wants_grad(module: nn.Module, args: tuple[Any, ...]) -> bool:
 def _holds(tensor: torch.Tensor, seen: torch.Tensor) -> bool:
     if tensor.shape != seen.shape or not tensor.is_floating_point():
         return False
-    return tensor.data_ptr() == seen.data_ptr() or torch.equal(tensor, seen.to(tensor))
+    if tensor.data_ptr() == seen.data_ptr():
+        return True
+    return torch.allclose(tensor, seen.to(tensor), rtol=0, atol=0, equal_nan=True)

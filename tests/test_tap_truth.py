@@ -211,6 +211,7 @@ def test_a_residual_sum_outside_the_blocks_is_refused() -> None:
         lambda hidden: hidden.clone(),
         lambda hidden: hidden.view_as(hidden),
         lambda hidden: hidden.double().float(),
+        lambda hidden: hidden.clone() * torch.tensor([1, 1, 1, float("nan")]),
         lambda hidden: (hidden, None),
     ],
 )
@@ -251,6 +252,23 @@ def test_blocks_left_out_are_refused() -> None:
     model = Chain(run=lambda model, hidden: model.blocks[3](model.blocks[1](hidden)))
     message = r"layers \[1, 3\] did not run; asked for \(1, 2, 3\).*LayerDrop"
     with pytest.raises(TapError, match=message), tap(model, (1, 2, 3)):
+        model(tokens())
+
+
+@pytest.mark.parametrize("layers", [(1, 3), 4])
+def test_blocks_that_run_in_another_order_are_refused(layers: int | tuple[int, ...]) -> None:
+    model = Chain(run=lambda model, hidden: nn.Sequential(*reversed(model.blocks))(hidden))
+    message = "layers ran in the order (3, 2, 1|4, 3), but are counted in the order of the block list"
+    with pytest.raises(TapError, match=message), tap(model, layers):
+        model(tokens())
+
+
+def test_two_streams_in_one_block_list_are_refused() -> None:
+    def run(model: Chain, hidden: torch.Tensor) -> torch.Tensor:
+        return model.blocks[1](model.blocks[0](hidden)) + model.blocks[3](model.blocks[2](hidden))
+
+    model = Chain(run=run)
+    with pytest.raises(TapError, match="what block 2 puts out is not what block 3 receives"), tap(model, (2, 4)):
         model(tokens())
 
 
@@ -355,6 +373,22 @@ def test_blocks_that_are_sequences_of_unlike_parts_are_blocks() -> None:
 
     blocks = nn.Sequential(block(), block(), block())
     assert len(get_blocks(Chain(blocks), "blocks")) == 3
+
+
+def test_compiled_blocks_are_blocks() -> None:
+    model = Chain()
+    expected = true_layers(model)
+    model.blocks = nn.ModuleList(torch.compile(block, backend="eager") for block in model.blocks)
+    with tap(model, (0, 1, 4), blocks="blocks") as tapped:
+        model(tokens())
+    torch.testing.assert_close(tapped.hidden_states, (expected[0], expected[1], expected[4]))
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch.jit is on its way out
+def test_scripted_blocks_are_refused() -> None:
+    blocks = nn.ModuleList([Block(), torch.jit.script(Block())])
+    with pytest.raises(InputError, match="entry 2 of the block list 'blocks' was scripted"):
+        tap(Chain(blocks), 1, blocks="blocks")
 
 
 def test_an_empty_entry_or_list_is_refused() -> None:
