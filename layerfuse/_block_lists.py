@@ -216,8 +216,8 @@ def _refuse_what_is_no_block(path: str, entries: Sequence[nn.Module | None]) -> 
             raise InputError(f"entry {number} of the block list {path!r} is None; every entry must be a module.")
         if isinstance(entry, torch.jit.ScriptModule):
             raise InputError(
-                f"entry {number} of the block list {path!r} was scripted, and scripted modules take no hooks; hand over "
-                "the model that was not."
+                f"entry {number} of the block list {path!r} was scripted, and scripted modules take no hooks; hand "
+                "over the model that was not."
             )
         if getattr(entry.forward, "__func__", None) is nn.Module.forward:
             raise InputError(
