@@ -66,9 +66,11 @@ def answer_into(
         How many questions were answered now.
 
     Raises:
-        ValueError: if an image cannot be read; all are listed at the start.
+        ValueError: if an image cannot be read (all are listed at the start), or the number of workers is negative.
         OSError: if answers cannot be written any more.
     """
+    if num_workers is not None and num_workers < 0:
+        raise InputError(f"num_workers={num_workers} is negative; give 0 or more processes.")
     requests = output.requests
     share = sum(map(len, batches))
     batches = [own for full in batches if (own := [index for index in full if requests[index].id not in output])]
@@ -111,14 +113,12 @@ def answer_requests(
         Per batch, id -> answer.
 
     Raises:
-        ValueError: if an image cannot be read, or the number of workers is negative.
+        ValueError: if an image cannot be read.
         FileNotFoundError: if an image is missing.
     """
     on_gpu = answerer.model.device.type == "cuda"
     if num_workers is None:
         num_workers = 4 if on_gpu else 0
-    if num_workers < 0:
-        raise InputError(f"num_workers={num_workers} is negative; give 0 or more processes.")
     size = max(map(len, batches), default=0)
     # Compiled code is for one batch size: a smaller batch is filled up with copies, whose answers are dropped.
     filled = [[*batch, *[batch[-1]] * (size - len(batch))] if answerer.compile else [*batch] for batch in batches]

@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
 from transformers import AutoProcessor, LlavaProcessor
@@ -58,7 +60,10 @@ def load_config(folder: str | Path) -> FusedLlavaConfig:
             "integrations.llava train` writes it. Models of MMFuser, LLaVA-1.5 and transformers' LLaVA can be "
             f"converted: python -m integrations.llava convert --from {folder} --to NEW_FOLDER"
         )
-    config: FusedLlavaConfig = FusedLlavaConfig.from_pretrained(folder)
+    try:
+        config: FusedLlavaConfig = FusedLlavaConfig.from_pretrained(folder)
+    except (ValueError, TypeError, StrictDataclassError) as error:
+        raise InputError(f"{folder / CONFIG_FILE} describes no model that can be built: {error}") from error
     return config
 
 
@@ -86,6 +91,7 @@ def load_model(
         ImportError: if bitsandbytes is needed and not installed.
     """
     config = load_config(folder)
+    _check_weights(Path(folder))
     model: FusedLlavaForConditionalGeneration
     if quantize == "none":
         model = FusedLlavaForConditionalGeneration.from_pretrained(folder, config=config, dtype=dtype)
@@ -101,9 +107,34 @@ def load_model(
     return model.eval()
 
 
+def _check_weights(folder: Path) -> None:
+    """Open every file of weights; transformers' own errors name no file."""
+    if not any(folder.glob("*.safetensors")) and not any(folder.glob("pytorch_model*.bin")):
+        raise MissingFileError(f"{folder} holds no weights (model.safetensors); copy them there again.")
+    for path in sorted(folder.glob("model*.safetensors")):
+        try:
+            with safe_open(path, framework="pt"):
+                pass
+        except SafetensorError as error:
+            raise InputError(f"{path} is damaged ({error}); copy it there again.") from error
+
+
 def load_processor(folder: str | Path) -> LlavaProcessor:
-    """Load the processor that was saved beside a model."""
-    processor: LlavaProcessor = AutoProcessor.from_pretrained(folder)
+    """Load the processor that was saved beside a model.
+
+    Raises:
+        FileNotFoundError: if there is no such folder.
+        ValueError: if it lacks files of the processor, or they are damaged.
+    """
+    if not Path(folder).is_dir():
+        raise MissingFileError(f"{folder} does not exist; give a folder that a finished training run wrote.")
+    try:
+        processor: LlavaProcessor = AutoProcessor.from_pretrained(folder)
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise InputError(
+            f"the processor in {folder} cannot be loaded ({type(error).__name__}: {error}); copy "
+            "processor_config.json, tokenizer.json and tokenizer_config.json there again."
+        ) from error
     return processor
 
 

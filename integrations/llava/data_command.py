@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -69,6 +70,8 @@ def _check(arguments: argparse.Namespace) -> int:
     target = clean_path(arguments.data)
     if arguments.fix and target.exists():
         raise ExistingFileError(f"{target} exists and is left alone; move it away or remove it, or leave out --fix.")
+    for written in ([arguments.report] if arguments.report is not None else []) + ([target] if arguments.fix else []):
+        _refuse_unwritable(written)
     samples = read_samples(arguments.data)
     found = survey_samples(
         samples,
@@ -100,6 +103,15 @@ def _check(arguments: argparse.Namespace) -> int:
     return 1 if found.problems or (arguments.strict and found.findings) else 0
 
 
+def _refuse_unwritable(path: Path) -> None:
+    """Try the place of a file that is written at the end, before millions of samples are read."""
+    try:
+        with tempfile.TemporaryFile(dir=path.parent):
+            pass
+    except OSError as error:
+        raise FileAccessError(f"{path} cannot be written ({error.strerror}); give another file.") from error
+
+
 _DEPTH = {"decode": "decoded", "size": "headers only", "none": "not looked at"}
 
 
@@ -120,6 +132,7 @@ def _convert(arguments: argparse.Namespace) -> int:
         raise ExistingFileError(f"{arguments.data} already has one sample a line; there is nothing to convert.")
     samples: SampleFile = read_samples(arguments.data)
     target = arguments.output or lines_path(arguments.data)
+    _refuse_unwritable(target)
     write_lines(samples, target)
     print(f"{len(samples):,} samples: {target}")
     return 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import threading
 from collections.abc import Generator, Mapping, Sequence
 from pathlib import Path
 
@@ -44,6 +45,8 @@ class Answerer:
         self.model = model.eval()
         self.processor = processor
         self.compile = compile
+        # Threads take turns: what transformers keeps for a compiled model, and for stop strings, is one for all.
+        self._turn = threading.Lock()
         self.collate = Collator(processor.tokenizer.pad_token_id, side="left")
 
     def __call__(
@@ -160,27 +163,28 @@ class Answerer:
         sampling = [SeededSampling(decoding, keys, device)] if decoding.temperature else []
         ends_with_text = template.answer_end and not template.end_token
         length = batch["input_ids"].shape[1]
-        ids = self.model.generate(
-            **batch,
-            # Not `max_new_tokens`: language models that were saved with a `max_length`, as Vicuna is, would then be
-            # warned about in every batch.
-            max_length=length + decoding.max_new_tokens,
-            max_new_tokens=None,
-            num_beams=decoding.num_beams,
-            # `SeededSampling` samples; and what a language model's own config says about sampling is not meant here.
-            do_sample=False,
-            temperature=None,
-            top_p=None,
-            top_k=None,
-            eos_token_id=self.prepare.encoder.end,
-            pad_token_id=tokenizer.pad_token_id,
-            stop_strings=[template.answer_end] if ends_with_text else None,
-            tokenizer=tokenizer if ends_with_text else None,
-            cache_implementation="static" if self.compile else None,
-            logits_processor=LogitsProcessorList(sampling),
-            stopping_criteria=StoppingCriteriaList([stop] if stop else []),
-            streamer=streamer,
-        )
+        with self._turn:
+            ids = self.model.generate(
+                **batch,
+                # Not `max_new_tokens`: language models that were saved with a `max_length`, as Vicuna is, would then be
+                # warned about in every batch.
+                max_length=length + decoding.max_new_tokens,
+                max_new_tokens=None,
+                num_beams=decoding.num_beams,
+                # `SeededSampling` samples; what a language model's own config says about sampling is not meant here.
+                do_sample=False,
+                temperature=None,
+                top_p=None,
+                top_k=None,
+                eos_token_id=self.prepare.encoder.end,
+                pad_token_id=tokenizer.pad_token_id,
+                stop_strings=[template.answer_end] if ends_with_text else None,
+                tokenizer=tokenizer if ends_with_text else None,
+                cache_implementation="static" if self.compile else None,
+                logits_processor=LogitsProcessorList(sampling),
+                stopping_criteria=StoppingCriteriaList([stop] if stop else []),
+                streamer=streamer,
+            )
         return [self._text(row) for row in ids[:, length:].tolist()]
 
     def _text(self, ids: Sequence[int]) -> str:

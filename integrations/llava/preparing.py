@@ -63,7 +63,13 @@ class Preparer:
                 "LayerfuseImageProcessor, as build_processor makes it."
             )
         assert isinstance(config.text_config, PreTrainedConfig)
-        self.template = Template(**config.prompt_template)
+        try:
+            self.template = Template(**config.prompt_template)
+        except TypeError as error:
+            raise InputError(
+                f"the checkpoint's prompt_template is {config.prompt_template!r:.200}, which is none ({error}); store "
+                "what get_template(name).to_dict() gives."
+            ) from error
         self.encoder = TextEncoder(processor.tokenizer)
         self.preprocessing = Preprocessing.from_dict(processor.image_processor.preprocessing)
         self.image_token_id: int = config.image_token_index

@@ -78,6 +78,44 @@ def test_what_cannot_be_done_is_explained_and_the_conversation_goes_on(
     assert printed.endswith(capsys.readouterr().out)
 
 
+def test_lines_that_are_no_text_are_told_and_the_conversation_goes_on(
+    run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"caf\xe9\nWhat?\n"), encoding="utf-8"))
+    assert main(["--model", str(run), "--max-new-tokens", "8"]) == 0
+    told, answer = capsys.readouterr().out.splitlines()
+
+    assert "holds half of a character" in told
+    assert answer
+
+
+def test_an_answer_ends_where_the_models_positions_do_and_this_is_said(
+    answerer: Answerer, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = "word"
+    while (room := answerer.prepare.room(words, 0) or 0) >= 50:
+        words += " word"
+    assert room > 0
+    conversation = Conversation(answerer, Decoding(max_new_tokens=100))
+    conversation.say(words)
+    printed = capsys.readouterr()
+
+    assert printed.err == f"(room for {room} more tokens is left; /clear forgets what was said)\n"
+    assert printed.out.strip() == answerer([None], [words], max_new_tokens=room)[0]
+    # Then the conversation is full.
+    with pytest.raises(ValueError, match="the model reads 512"):
+        conversation.say(words)
+
+
+def test_a_real_error_keeps_its_traceback(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: Any, **__: Any) -> None:
+        raise ValueError("of the program")
+
+    monkeypatch.setattr("integrations.llava.generate.load_model", fail)
+    with pytest.raises(ValueError, match="of the program"):
+        main(["--model", str(run)])
+
+
 def test_help_lists_the_commands(run: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
     chat(run, ["/help"], monkeypatch)
     printed = capsys.readouterr().out

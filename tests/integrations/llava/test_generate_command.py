@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 from PIL import Image
@@ -69,6 +70,7 @@ def test_decoding_and_loading_are_options(run: Path, data_folder: Path, capsys: 
         (["--image", "nowhere.png", "--prompt", "a"], "image nowhere.png does not exist"),
         (["--image", __file__, "--prompt", "a"], "cannot be read"),
         (["--prompt", "a"], "holds no config.json"),
+        (["--prompt", "a", "--device", "gpu"], "holds no config.json"),
         (["--input", "nowhere.jsonl", "--output", "a"], "nowhere.jsonl does not exist"),
         (
             ["--prompt", "a", "--prompt", "b", "--image", "x", "--image", "y", "--image", "z"],
@@ -92,3 +94,58 @@ def test_a_prompt_that_does_not_fit_is_refused_before_the_weights_are_read(
     with pytest.raises(SystemExit, match="2"):
         main(["--model", str(run), "--prompt", "word " * 900])
     assert "the model reads 512" in capsys.readouterr().err
+    with pytest.raises(SystemExit, match="2"):
+        main(["--model", str(run), "--prompt", "a", "--max-new-tokens", "500"])
+    assert "its answer up to 500, and the model reads 512" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        # Bytes of the command line that are no UTF-8 come as halves of characters.
+        (["--prompt", "caf\udce9"], "holds half of a character"),
+        (["--prompt", "a" * 10_000_000], "a text of 10,000,000 characters takes up more positions than the 512"),
+        (["--prompt", "a", "--device", "cuda:99"], "device 'cuda:99' cannot be used"),
+    ],
+)
+def test_what_a_model_cannot_be_asked_is_told_before_the_weights_are_read(
+    arguments: list[str],
+    message: str,
+    run: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr("integrations.llava.generate.load_model", lambda *_, **__: pytest.fail("weights were read"))
+
+    with pytest.raises(SystemExit, match="2"):
+        main(["--model", str(run), *arguments])
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--num-workers", "-1"], "num_workers=-1 is negative"),
+        (["--output", "{folder}"], "is a folder; give the name of a file of answers"),
+        (["--output", "{folder}/q.jsonl/a.jsonl"], "a.jsonl cannot be written (File exists). Nothing was asked yet"),
+    ],
+)
+def test_a_file_of_questions_that_cannot_be_answered_is_told(
+    options: list[str], message: str, run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "q.jsonl").write_text('{"id": 1, "prompt": "a"}\n')
+    command = ["--model", run, "--input", tmp_path / "q.jsonl", "--output", tmp_path / "a.jsonl"]
+
+    with pytest.raises(SystemExit, match="2"):
+        main([*map(str, command), *(option.format(folder=tmp_path) for option in options)])
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("error", [ValueError, RuntimeError, FileNotFoundError, ImportError])
+def test_a_real_error_keeps_its_traceback(error: type[Exception], run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: Any, **__: Any) -> None:
+        raise error("of the program")
+
+    monkeypatch.setattr("integrations.llava.generate.load_model", fail)
+    with pytest.raises(error, match="of the program"):
+        main(["--model", str(run), "--prompt", "a"])
