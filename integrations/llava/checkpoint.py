@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
@@ -16,6 +15,7 @@ from layerfuse.errors import InputError, MissingFileError
 from layerfuse.files import atomic_folder
 
 from .config import PARTS
+from .convert.content import reading
 from .convert.names import our_adapter
 from .model import FusedLlavaConfig, FusedLlavaForConditionalGeneration
 from .quantization import Quantization, quantization_config
@@ -60,10 +60,8 @@ def load_config(folder: str | Path) -> FusedLlavaConfig:
             "integrations.llava train` writes it. Models of MMFuser, LLaVA-1.5 and transformers' LLaVA can be "
             f"converted: python -m integrations.llava convert --from {folder} --to NEW_FOLDER"
         )
-    try:
+    with reading(f"{folder / CONFIG_FILE}"):
         config: FusedLlavaConfig = FusedLlavaConfig.from_pretrained(folder)
-    except (ValueError, TypeError, StrictDataclassError) as error:
-        raise InputError(f"{folder / CONFIG_FILE} describes no model that can be built: {error}") from error
     return config
 
 
@@ -128,13 +126,8 @@ def load_processor(folder: str | Path) -> LlavaProcessor:
     """
     if not Path(folder).is_dir():
         raise MissingFileError(f"{folder} does not exist; give a folder that a finished training run wrote.")
-    try:
+    with reading(f"the processor in {folder}"):
         processor: LlavaProcessor = AutoProcessor.from_pretrained(folder)
-    except (OSError, ValueError, TypeError, KeyError) as error:
-        raise InputError(
-            f"the processor in {folder} cannot be loaded ({type(error).__name__}: {error}); copy "
-            "processor_config.json, tokenizer.json and tokenizer_config.json there again."
-        ) from error
     return processor
 
 

@@ -25,10 +25,10 @@ from tests.integrations.llava.answering_parts import PROMPTS
 @pytest.mark.parametrize(
     ("file", "content", "error", "message"),
     [
-        ("tokenizer.json", None, ValueError, "the processor in .*run cannot be loaded"),
-        ("tokenizer.json", b"{", ValueError, "the processor in .*run cannot be loaded .JSONDecodeError"),
-        ("tokenizer_config.json", b"", ValueError, "the processor in .*run cannot be loaded"),
-        ("processor_config.json", None, ValueError, "the processor in .*run cannot be loaded"),
+        ("tokenizer.json", None, ValueError, "the processor in .*run cannot be read"),
+        ("tokenizer.json", b"{", ValueError, "the processor in .*run cannot be read: JSONDecodeError"),
+        ("tokenizer_config.json", b"", ValueError, "the processor in .*run cannot be read"),
+        ("processor_config.json", None, ValueError, "the processor in .*run cannot be read"),
         ("model.safetensors", None, FileNotFoundError, "holds no weights"),
         ("model.safetensors", b"half", ValueError, "model.safetensors is damaged"),
         ("config.json", b"{", ValueError, "config.json is not valid JSON"),
@@ -51,11 +51,11 @@ def test_a_folder_that_lacks_a_file_or_holds_half_of_it_is_told(
     ("key", "value", "message"),
     [
         ("prompt_template", {"nme": "v1"}, "prompt_template is .*nme.*, which is none"),
-        ("text_config", {"model_type": "nothing"}, "config.json describes no model that can be built: .*nothing"),
+        ("text_config", {"model_type": "nothing"}, "config.json cannot be read: .*nothing"),
         (
             "text_config",
             {"model_type": "llama", "hidden_size": "many"},
-            "describes no model .*: .*hidden",
+            "config.json cannot be read: .*hidden",
         ),
     ],
 )

@@ -47,7 +47,7 @@ def test_convert_names_a_processor_that_cannot_be_loaded(
 
     with pytest.raises(SystemExit, match="2"):
         convert_command.main(["--from", str(folder), "--to", str(tmp_path / "to")])
-    assert "the processor in" in capsys.readouterr().err
+    assert "the processor of" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("error", [ValueError, OSError, RuntimeError])
