@@ -1,7 +1,8 @@
 """From a PIL image to the (3, height, width) tensor that a backbone was pretrained on.
 
 Size, statistics, interpolation and the way to reach the size come from each model's own pretrained config; the backbone
-families read them. Resampling is Pillow's, as in the pipelines that the models were trained with. ``pad`` is the
+families read them. Resampling is Pillow's, as in the pipelines that the models were trained with; Pillow 13 rounds
+bicubic resampling otherwise than 10 to 12 do, so values agree within one grey level across versions. ``pad`` is the
 pad-to-square of LLaVA-1.5 (arXiv:2310.03744): nothing is cropped, the border has the mean colour.
 """
 
@@ -9,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, Literal, cast, get_args
 
 import numpy as np
@@ -17,6 +18,7 @@ import torch
 from PIL import Image
 
 from layerfuse.errors import InputError, InvalidTypeError
+from layerfuse.pixels import to_rgb, upright
 from layerfuse.registry import unknown_name_message
 
 __all__ = [
@@ -25,15 +27,20 @@ __all__ = [
     "HALF",
     "IMAGENET_MEAN",
     "IMAGENET_STD",
+    "Geometry",
     "Interpolation",
     "Mode",
     "Preprocessing",
     "interpolation_name",
 ]
 
-Mode = Literal["crop", "squash", "pad"]
+Mode = Literal["crop", "squash", "pad", "border"]
+Geometry = Literal["transformers", "torchvision"]
 Interpolation = Literal["nearest", "bilinear", "bicubic", "lanczos", "box", "hamming"]
 Triple = tuple[float, float, float]
+
+# Pixels of an intermediate image (4 bytes each) up to which the libraries' own order of steps is kept.
+_MAX_PIXELS = 2**26
 
 # Statistics of RGB values in [0, 1]. OpenAI's CLIP, and torchvision's for ImageNet; HALF maps to [-1, 1].
 CLIP_MEAN: Triple = (0.48145466, 0.4578275, 0.40821073)
@@ -53,8 +60,14 @@ class Preprocessing:
         std: of each RGB channel, for values in [0, 1].
         interpolation: Pillow's resampling filter.
         mode: ``"crop"`` scales until the image covers the size, then crops the centre; ``"squash"`` changes the aspect
-            ratio; ``"pad"`` first extends the shorter edge with the colour ``int(mean * 255)``, the image centred.
-        crop_pct: share of each edge that the centre crop keeps, in (0, 1]; for mode ``"crop"`` only.
+            ratio; ``"pad"`` first extends the shorter edge with the colour ``int(mean * 255)``, the image centred;
+            ``"border"`` first scales until the image fits into the size, then extends it with ``fill``.
+        crop_pct: share of each edge that the centre crop keeps, in (0, 1]; for mode ``"crop"``, and in torchvision's
+            geometry for ``"squash"`` and ``"border"``.
+        geometry: who decides on half pixels: ``"transformers"`` rounds them down, ``"torchvision"`` (timm and open_clip
+            stand on it) to the even neighbour.
+        fill: (red, green, blue) of mode ``"border"``, 0 to 255; the mean colour if None.
+        upright: turn images as their Exif data say. The published pipelines do not; `False` reads pixels as stored.
 
     Raises:
         ValueError: if a field has a value that is not allowed.
@@ -66,10 +79,14 @@ class Preprocessing:
     interpolation: Interpolation = "bicubic"
     mode: Mode = "crop"
     crop_pct: float = 1.0
+    geometry: Geometry = "transformers"
+    fill: tuple[int, int, int] | None = None
+    upright: bool = False
 
     def __post_init__(self) -> None:
         """Check the fields, and make lists (as JSON has them) tuples."""
-        for name, length in (("size", 2), ("mean", 3), ("std", 3)):
+        lengths = {"size": 2, "mean": 3, "std": 3} | ({} if self.fill is None else {"fill": 3})
+        for name, length in lengths.items():
             values = tuple(getattr(self, name))
             if len(values) != length:
                 raise InputError(f"Preprocessing {name}={values} has {len(values)} entries; expected {length}.")
@@ -85,6 +102,7 @@ class Preprocessing:
         for name, value, known in (
             ("mode", self.mode, get_args(Mode)),
             ("interpolation", self.interpolation, get_args(Interpolation)),
+            ("geometry", self.geometry, get_args(Geometry)),
         ):
             if value not in known:
                 raise InputError(unknown_name_message(f"Preprocessing {name}", value, known))
@@ -93,13 +111,15 @@ class Preprocessing:
         """Prepare one image.
 
         Args:
-            image: of any mode and size; it is converted to RGB first (alpha is dropped, grey is tripled).
+            image: of any mode and size; it is converted to RGB first (alpha is dropped, grey is tripled, 16 bits are
+                scaled to 8).
 
         Returns:
             (3, height, width) float32.
 
         Raises:
             TypeError: if this is no PIL image.
+            ValueError: if its values have no known range (floats), or an edge has no pixel or more than 131,072.
         """
         pixels = np.asarray(self.fit(image), dtype=np.uint8)
         values = torch.from_numpy(pixels.copy()).permute(2, 0, 1).to(torch.float32) / 255
@@ -135,22 +155,25 @@ class Preprocessing:
 
         Raises:
             TypeError: if this is no PIL image.
-            ValueError: if it has no pixels.
+            ValueError: as `__call__`.
         """
         if not isinstance(image, Image.Image):
             raise InvalidTypeError(
                 f"Preprocessing takes PIL images, got {type(image).__name__}; open files with PIL.Image.open, make "
                 "arrays images with PIL.Image.fromarray."
             )
-        if 0 in image.size:
-            raise InputError(
-                f"an image of {image.size[0]}x{image.size[1]} pixels (width x height) has nothing to show; look at the "
-                "file or the crop that it was made from."
-            )
-        rgb = image.convert("RGB")
+        rgb = to_rgb(image)
+        if self.upright:
+            rgb = upright(rgb)
         if self.mode == "crop":
-            return self._cover_and_crop(rgb)
-        return self._resize(self._pad(rgb) if self.mode == "pad" else rgb, self.size)
+            fitted = self._cover_and_crop(rgb)
+        elif self.mode == "squash":
+            covered = self.covering_size if self.geometry == "torchvision" else self.size
+            fitted = self._crop(self._resize(rgb, covered))
+        else:
+            fitted = self._pad(rgb) if self.mode == "pad" else self._fit_into_border(rgb)
+        # A caller may draw on the result.
+        return fitted.copy() if fitted is image else fitted
 
     @property
     def covering_size(self) -> tuple[int, int]:
@@ -191,7 +214,7 @@ class Preprocessing:
         height, width = size
         if image.size == (width, height):
             return image
-        return image.resize((width, height), resample=Image.Resampling[self.interpolation.upper()])
+        return image.resize((width, height), resample=self._filter)
 
     def _pad(self, image: Image.Image) -> Image.Image:
         width, height = image.size
@@ -199,25 +222,73 @@ class Preprocessing:
         target_height, target_width = self.size
         padded_width = max(width, round(height * target_width / target_height))
         padded_height = max(height, round(width * target_height / target_width))
-        if (padded_width, padded_height) == image.size:
-            return image
-        red, green, blue = (int(channel * 255) for channel in self.mean)
-        canvas = Image.new("RGB", (padded_width, padded_height), (red, green, blue))
+        colour = tuple(int(channel * 255) for channel in self.mean)
+        if padded_width * height > _MAX_PIXELS and padded_width > width:
+            # The canvas would be too large. Columns before rows: the same picture within two grey levels.
+            turned = replace(self, size=(target_width, target_height))
+            return turned._pad(image.transpose(Image.Transpose.TRANSPOSE)).transpose(Image.Transpose.TRANSPOSE)
+        if padded_height > height:
+            # Pillow scales along rows first, each on its own: without the border's rows, the result is the same.
+            image = self._resize(image, (height, target_width))
+            padded_width = width = target_width
+        canvas = Image.new("RGB", (padded_width, padded_height), colour)
         canvas.paste(image, ((padded_width - width) // 2, (padded_height - height) // 2))
-        return canvas
+        return self._resize(canvas, self.size)
 
     def _cover_and_crop(self, image: Image.Image) -> Image.Image:
         width, height = image.size
         box_height, box_width = self.covering_size
-        if box_height * width <= box_width * height:
+        if self.geometry == "torchvision" and box_height != box_width:
+            ratio = min(height / box_height, width / box_width)
+            covered = (round(height / ratio), round(width / ratio))
+        elif box_height * width <= box_width * height:
             covered = (int(box_width * height / width), box_width)
         else:
             covered = (box_height, int(box_height * width / height))
         covered = (max(covered[0], box_height), max(covered[1], box_width))
-        resized = self._resize(image, covered)
+        if covered[0] * covered[1] <= _MAX_PIXELS:
+            return self._crop(self._resize(image, covered))
+        return self._crop_of_long(image, covered)
+
+    def _crop(self, image: Image.Image) -> Image.Image:
+        (target_height, target_width), (width, height) = self.size, image.size
+        if (height, width) == self.size:
+            return image
+        left, top = self._half(width - target_width), self._half(height - target_height)
+        return image.crop((left, top, left + target_width, top + target_height))
+
+    def _crop_of_long(self, image: Image.Image, covered: tuple[int, int]) -> Image.Image:
+        """Scale only what the centre crop keeps, and what its edge pixels are mixed from; within one grey level."""
+        edges, boxes = (image.size[1], image.size[0]), []
+        for edge, scaled, target in zip(edges, covered, self.size, strict=True):
+            scale, first = edge / scaled, self._half(scaled - target)
+            # Six pixels on either side, at either scale: more than any filter reaches.
+            reach = 6 * max(scale, 1.0)
+            start, end = max(0, int(first * scale - reach)), min(edge, int((first + target) * scale + reach) + 1)
+            boxes.append((start, end, first * scale - start, (first + target) * scale - start))
+        (top, bottom, *rows), (left, right, *columns) = boxes
+        part = image.crop((left, top, right, bottom))
+        size, box = (self.size[1], self.size[0]), (columns[0], rows[0], columns[1], rows[1])
+        return part.resize(size, resample=self._filter, box=box)
+
+    def _fit_into_border(self, image: Image.Image) -> Image.Image:
+        width, height = image.size
+        box_height, box_width = self.covering_size
+        ratio = max(height / box_height, width / box_width)
+        scaled = self._resize(image, (max(1, round(height / ratio)), max(1, round(width / ratio))))
+        fill = self.fill or tuple(round(255 * channel) for channel in self.mean)
         target_height, target_width = self.size
-        top, left = (covered[0] - target_height) // 2, (covered[1] - target_width) // 2
-        return resized.crop((left, top, left + target_width, top + target_height))
+        padded_width, padded_height = max(scaled.width, target_width), max(scaled.height, target_height)
+        canvas = Image.new("RGB", (padded_width, padded_height), fill)
+        canvas.paste(scaled, ((padded_width - scaled.width) // 2, (padded_height - scaled.height) // 2))
+        return self._crop(canvas)
+
+    def _half(self, pixels: int) -> int:
+        return round(pixels / 2) if self.geometry == "torchvision" else pixels // 2
+
+    @property
+    def _filter(self) -> Image.Resampling:
+        return Image.Resampling[self.interpolation.upper()]
 
 
 def interpolation_name(given: str | int, *, default: Interpolation = "bicubic") -> Interpolation:

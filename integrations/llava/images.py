@@ -1,52 +1,151 @@
-"""Image files: read as RGB, or all checked before a run that needs them."""
+"""Image files: the one way to open them, for training, its checks and inference; and one error for all they can be.
+
+The data doctor, training and inference come here, so that what one of them takes, all take.
+"""
 
 from __future__ import annotations
 
 import os
 import struct
 import zlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Literal
 
 from PIL import Image
 from tqdm.auto import tqdm
 
 from layerfuse.errors import InputError, MissingFileError
+from layerfuse.pixels import MAX_EDGE, check_picture, to_rgb
 
-__all__ = ["IMAGE_ERRORS", "find_broken_images", "read_image"]
+__all__ = ["IMAGE_ERRORS", "UnreadableImageError", "find_broken_images", "open_image", "printable", "read_image"]
 
 IMAGE_ERRORS = (
     OSError,  # UnidentifiedImageError is one
     SyntaxError,
     ValueError,
+    TypeError,
+    AttributeError,
+    LookupError,
+    ArithmeticError,
     RuntimeError,
     EOFError,
-    IndexError,
     struct.error,
     zlib.error,
     Image.DecompressionBombError,
 )
-"""What Pillow raises on a file that it cannot open or decode."""
+"""What Pillow raises on a file that it cannot open or decode; MemoryError, too, where the picture is large."""
+
+# A process that has no room for a picture of fewer pixels is short of memory; that is no fault of the picture.
+_LARGE = 2**24
+_SHOWN = 400
+
+Reason = Literal["large_image", "unclear_values", "truncated_image", "broken_image"]
 
 
-def read_image(path: str | Path) -> Image.Image:
-    """Read an image file as RGB.
+class UnreadableImageError(InputError):
+    """An image file that cannot be used.
+
+    Args:
+        path: of the file.
+        kind: of fault, as the data doctor names it.
+        reason: in words.
+
+    Attributes:
+        kind: of fault.
+        reason: in words.
+    """
+
+    def __init__(self, path: Path, kind: Reason, reason: str) -> None:
+        way_out = "give a picture that is whole (PNG, JPEG, WebP, …)." if kind.endswith("n_image") else ""
+        super().__init__(f"image {printable(str(path))} cannot be read ({reason.rstrip('.')}); {way_out}".rstrip("; "))
+        self.kind: Reason = kind
+        self.reason = reason.rstrip(".")
+
+
+@contextmanager
+def open_image(path: str | Path) -> Iterator[Image.Image]:
+    """Open an image file; it is decoded when its pixels are asked for inside the block.
+
+    Args:
+        path: of the file; its ending says nothing.
+
+    Yields:
+        The opened image.
 
     Raises:
         FileNotFoundError: if there is no such file.
-        ValueError: if it is not an image that Pillow can read to its end.
+        UnreadableImageError: if the file is at fault for what goes wrong on opening it and inside the block.
     """
     path = Path(path)
-    if not path.is_file():
-        raise MissingFileError(f"image {path} does not exist; give the path of a picture (PNG, JPEG, WebP, …).")
+    try:
+        is_file = path.is_file()
+    except ValueError:  # a name that no file can have
+        is_file = False
+    if not is_file:
+        raise MissingFileError(
+            f"image {printable(str(path))} does not exist; give the path of a picture (PNG, JPEG, WebP, …)."
+        )
+    num_pixels = 0
     try:
         with Image.open(path) as image:
-            return image.convert("RGB")
+            num_pixels = image.width * image.height
+            _check(path, image)
+            yield image
+    except UnreadableImageError:
+        raise
+    except Image.DecompressionBombError as error:
+        raise UnreadableImageError(path, "large_image", f"more pixels than Pillow opens: {error}") from error
+    except MemoryError as error:
+        if num_pixels < _LARGE:
+            raise
+        raise UnreadableImageError(path, "large_image", f"no memory for its {num_pixels:,} pixels") from error
     except IMAGE_ERRORS as error:
-        raise InputError(
-            f"image {path} cannot be read ({error}); give a picture that is whole (PNG, JPEG, WebP, …)."
-        ) from error
+        cut = "truncated" in str(error).lower() or _is_short_riff(path)
+        what = str(error) or type(error).__name__
+        raise UnreadableImageError(path, "truncated_image" if cut else "broken_image", what) from error
+
+
+def read_image(path: str | Path) -> Image.Image:
+    """Read an image file as RGB, eight bits a channel; it is not turned, but keeps the Exif data that say how to.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        UnreadableImageError: a ValueError, if it is not an image that can be read to its end and made RGB.
+    """
+    with open_image(path) as image:
+        return to_rgb(image)
+
+
+def printable(text: str) -> str:
+    """A name or text as it can be shown: halves of characters are escaped, a long one is shortened."""
+    text = text.encode("utf-8", "backslashreplace").decode()
+    return text if len(text) <= _SHOWN else f"{text[: _SHOWN // 2]} … {text[-_SHOWN // 2 :]}"
+
+
+def _check(path: Path, image: Image.Image) -> None:
+    try:
+        check_picture(image)
+    except InputError as error:
+        sized = min(image.size) > 0
+        kind: Reason = "broken_image" if not sized else "large_image" if _is_long(image) else "unclear_values"
+        raise UnreadableImageError(path, kind, str(error)) from error
+
+
+def _is_long(image: Image.Image) -> bool:
+    return max(image.size) > MAX_EDGE
+
+
+def _is_short_riff(path: Path) -> bool:
+    """Whether this is a WebP file that is shorter than it says; Pillow's message does not tell."""
+    try:
+        with path.open("rb") as file:
+            head = file.read(12)
+        return head[:4] == b"RIFF" and len(head) == 12 and struct.unpack("<I", head[4:8])[0] + 8 > path.stat().st_size
+    except OSError:
+        return False
 
 
 def find_broken_images(folder: str | Path, names: Iterable[str]) -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -11,9 +12,9 @@ from layerfuse.backbones.base import BackboneFacts, as_pair, checked_multiple
 from layerfuse.errors import InputError
 from layerfuse.preprocessing import Mode, Preprocessing, interpolation_name
 
-__all__ = ["cut_timm_tail", "resize_timm_model", "timm_facts"]
+__all__ = ["cut_timm_tail", "preprocessing_of", "resize_timm_model", "timm_facts"]
 
-_CROP_MODES: dict[str, Mode] = {"center": "crop", "squash": "squash", "border": "pad"}
+_CROP_MODES: dict[str, Mode] = {"center": "crop", "squash": "squash", "border": "border"}
 
 
 def timm_facts(model: nn.Module, *, path: str = "") -> BackboneFacts:
@@ -112,7 +113,16 @@ def _geometry(model: nn.Module) -> tuple[tuple[int, int], tuple[int, int], bool]
 def _preprocessing(model: nn.Module, size: tuple[int, int]) -> Preprocessing:
     from timm.data import resolve_model_data_config
 
-    config = resolve_model_data_config(model)
+    return preprocessing_of(resolve_model_data_config(model), size)
+
+
+def preprocessing_of(config: Mapping[str, Any], size: tuple[int, int]) -> Preprocessing:
+    """Translate timm's data config.
+
+    Args:
+        config: as ``timm.data.resolve_model_data_config`` gives it.
+        size: (height, width) in pixels.
+    """
     return Preprocessing(
         size=size,
         mean=tuple(config["mean"]),
@@ -120,6 +130,7 @@ def _preprocessing(model: nn.Module, size: tuple[int, int]) -> Preprocessing:
         interpolation=interpolation_name(config["interpolation"]),
         mode=_CROP_MODES.get(config["crop_mode"], "crop"),
         crop_pct=config["crop_pct"],
+        geometry="torchvision",
     )
 
 

@@ -17,9 +17,9 @@ from layerfuse.errors import InputError, MissingFileError, MissingPackageError
 from layerfuse.preprocessing import CLIP_MEAN, CLIP_STD, Mode, Preprocessing, interpolation_name
 from layerfuse.registry import unknown_name_message
 
-__all__ = ["OpenClipBackbone"]
+__all__ = ["OpenClipBackbone", "preprocessing_of"]
 
-_MODES: dict[str, Mode] = {"shortest": "crop", "squash": "squash", "longest": "pad"}
+_MODES: dict[str, Mode] = {"shortest": "crop", "squash": "squash", "longest": "border"}
 _CONFIG_FILE = "open_clip_config.json"
 _SCHEMES = ("hf-hub:", "local-dir:")
 # Of the CLIP model rather than of its vision tower.
@@ -57,7 +57,7 @@ class OpenClipBackbone(Backbone):
         if size != facts.image_size:
             facts = _resized(model, facts, size)
         if preprocessing is None:
-            preprocessing = _from_config(getattr(model, "preprocess_cfg", {}), size)
+            preprocessing = preprocessing_of(getattr(model, "preprocess_cfg", {}), size)
         facts = replace(facts, preprocessing=replace(preprocessing, size=size))
         if recipe is not None:
             recipe["image_size"] = list(size)
@@ -87,7 +87,7 @@ class OpenClipBackbone(Backbone):
         if name.startswith(_SCHEMES):
             base, tag = name, None
             config, described = _read_scheme(name)
-            preprocessing = _from_config(described, (1, 1))
+            preprocessing = preprocessing_of(described, (1, 1))
         else:
             base, _, tag = name.partition(":")
             config = _model_config(open_clip, base, tag, pretrained=pretrained)
@@ -148,7 +148,7 @@ def _facts(model: nn.Module) -> BackboneFacts:
         patch_size=as_pair(tower.patch_size),
         image_size=size,
         any_size=False,
-        preprocessing=Preprocessing(size=size, mean=CLIP_MEAN, std=CLIP_STD),
+        preprocessing=Preprocessing(size=size, mean=CLIP_MEAN, std=CLIP_STD, geometry="torchvision"),
     )
 
 
@@ -162,13 +162,21 @@ def _resized(model: nn.Module, facts: BackboneFacts, size: tuple[int, int]) -> B
     )
 
 
-def _from_config(config: Mapping[str, Any], size: tuple[int, int]) -> Preprocessing:
+def preprocessing_of(config: Mapping[str, Any], size: tuple[int, int]) -> Preprocessing:
+    """Translate open_clip's ``preprocess_cfg``.
+
+    Args:
+        config: what is missing is as OpenAI's models have it.
+        size: (height, width) in pixels.
+    """
     return Preprocessing(
         size=size,
         mean=tuple(config.get("mean", CLIP_MEAN)),
         std=tuple(config.get("std", CLIP_STD)),
         interpolation=interpolation_name(config.get("interpolation", "bicubic")),
         mode=_MODES[config.get("resize_mode", "shortest")],
+        geometry="torchvision",
+        fill=(config.get("fill_color", 0),) * 3,
     )
 
 
@@ -176,7 +184,7 @@ def _of_tag(open_clip: ModuleType, base: str, tag: str) -> Preprocessing:
     # A built model without weights reports OpenAI's statistics for SigLIP too; only the tag's config knows better.
     tags = open_clip.list_pretrained_tags_by_model(base)
     chosen = tag if tag in tags else (tags[0] if tags else "")
-    return _from_config(open_clip.get_pretrained_cfg(base, chosen) if chosen else {}, (1, 1))
+    return preprocessing_of(open_clip.get_pretrained_cfg(base, chosen) if chosen else {}, (1, 1))
 
 
 def _check_options(open_clip: ModuleType, given: Mapping[str, Any]) -> None:

@@ -69,7 +69,9 @@ def test_a_local_folder_is_loaded_with_its_preprocessing(tiny_clip: str, tmp_pat
     backbone = create_backbone("open_clip", f"local-dir:{tmp_path}", layers=(1, 2, 3)).eval()
     with torch.no_grad():
         torch.testing.assert_close(list(backbone(images)), reference(clip.visual, images), rtol=0, atol=0)
-    assert backbone.preprocessing == Preprocessing(size=(28, 28), mean=HALF, std=(0.25,) * 3, mode="squash")
+    assert backbone.preprocessing == Preprocessing(
+        size=(28, 28), mean=HALF, std=(0.25,) * 3, mode="squash", geometry="torchvision", fill=(0, 0, 0)
+    )
     assert str(tmp_path) not in json.dumps(backbone.config)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -13,10 +12,13 @@ import numpy as np
 
 from integrations.llava.prompts import IGNORE_INDEX, IMAGE_TAG, Rendered, Template, TextEncoder, render
 
+from ..images import printable
+from ..json_lines import is_writable_text
 from .findings import Fault
+from .media_names import is_outside, linked_media, unread_media
 from .samples import Sample, image_names
 
-__all__ = ["TokenLimit", "conversation_faults", "expand_images", "sample_warnings"]
+__all__ = ["TokenLimit", "conversation_faults", "expand_images", "is_outside", "sample_warnings"]
 
 # Not an id of any tokenizer.
 _IMAGE_ID = -1
@@ -44,32 +46,28 @@ def conversation_faults(sample: Any, template: Template, image_folder: str | Pat
     image = sample.get("image")
     names = [image] if isinstance(image, str) else [] if image is None else image
     if not isinstance(names, list | tuple) or not all(isinstance(name, str) and name for name in names):
-        yield Fault("bad_image_entry", f"has the image entry {str(image)[:80]!r}; give a file name, several, or none")
+        yield Fault("bad_image_entry", f"has the image entry {str(image)[:80]!a}; give a file name, several, or none")
         return
     for name in names:
-        if is_outside(name, image_folder):
-            yield Fault("outside_folder", f"image {name}: outside the image folder", name)
+        if (link := linked_media(name)) is not None:
+            yield Fault("linked_image", f"image {printable(name)[:120]}: {link}, no file name")
+        elif is_outside(name, image_folder):
+            yield Fault("outside_folder", f"image {printable(name)}: outside the image folder", name)
     for turn in messages:
         if not (
             isinstance(turn, Mapping) and turn.get("from") in ("human", "gpt") and isinstance(turn.get("value"), str)
         ):
-            yield Fault("bad_turn", f"has a turn that is not {{'from': 'human' | 'gpt', 'value': text}}: {turn!r:.80}")
+            yield Fault("bad_turn", f"has a turn that is not {{'from': 'human' | 'gpt', 'value': text}}: {turn!a:.80}")
             return
+        if not is_writable_text(turn["value"]):
+            yield Fault("half_character", f"has half of a character in its text: {turn['value']!a:.80}")
+            return
+    found = list(unread_media(sample))
+    for key, advice in found:
+        yield Fault("unread_media", f"has {printable(key)!r}, which is not read; {advice}")
+    if found:
+        return  # what is to be said about tags is said
     yield from _turn_faults(messages, len(names), template)
-
-
-def is_outside(name: str, image_folder: str | Path) -> bool:
-    """Tell whether an image's name leads out of its folder.
-
-    Args:
-        name: as a data file or a file of questions has it.
-        image_folder: what it is relative to.
-    """
-    if os.pardir not in name and not os.path.isabs(name):
-        return False
-    # By name only: folders that are links to other disks are common.
-    folder = os.path.abspath(image_folder)
-    return os.path.commonpath([folder, os.path.normpath(os.path.join(folder, name))]) != folder
 
 
 def _turn_faults(messages: Sequence[Mapping[str, str]], num_images: int, template: Template) -> Iterator[Fault]:

@@ -8,14 +8,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
 from torch.utils.data import Dataset
 
 from integrations.llava.prompts import IGNORE_INDEX, Rendered, Template, TextEncoder, render
-from layerfuse.errors import InputError
+from layerfuse.errors import InputError, MissingFileError
 from layerfuse.preprocessing import Preprocessing
 
-from ..images import IMAGE_ERRORS
+from ..images import UnreadableImageError, read_image
 from .conversations import expand_images
 from .files import file_index, sample_lengths
 from .policy import BadSamples
@@ -155,10 +154,11 @@ class ConversationDataset(Dataset[dict[str, Any]]):
         if pixels is None:
             path = self.image_folder / name
             try:
-                with Image.open(path) as image:
-                    pixels = np.array(self.preprocessing.fit(image), dtype=np.uint8)
-            except IMAGE_ERRORS as error:
-                raise BadSampleError(f"sample {own_id}: image {path} cannot be read: {error}.") from error
+                pixels = np.array(self.preprocessing.fit(read_image(path)), dtype=np.uint8)
+            except UnreadableImageError as error:
+                raise BadSampleError(f"sample {own_id}: {error}") from error
+            except MissingFileError as error:
+                raise BadSampleError(f"sample {own_id}: image {path} cannot be read: it is missing.") from error
             if len(self._images) < self._max_images:
                 self._images[name] = pixels
         return (torch.from_numpy(pixels).permute(2, 0, 1).float() / 255 - self._mean) / self._std

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import mmap
 from collections.abc import Sequence
@@ -74,7 +75,7 @@ class SampleFile(Sequence[Sample]):
             return [self[position] for position in range(*index.indices(len(self)))]
         try:
             sample: Sample = json.loads(self.raw(index))
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:  # nested too deep is the second
             raise InputError(f"data file {self.path}, {self.place(index)} is not valid JSON: {error}.") from error
         return sample
 
@@ -103,9 +104,18 @@ class SampleFile(Sequence[Sample]):
         for index in range(len(self)):
             try:
                 counts[index] = count_words(json.loads(self.raw(index)))
-            except ValueError:
+            except (ValueError, RecursionError):
                 continue
         return counts
+
+    @property
+    def fingerprint(self) -> str:
+        """A hash of the file's content, 32 hexadecimal digits; taken once for a state of the file, kept beside it."""
+        digest = cached_array(self.path, self._state, "content-v1", self._hash)
+        return digest.tobytes().hex()
+
+    def _hash(self) -> np.ndarray:
+        return np.frombuffer(hashlib.blake2b(self._data, digest_size=16).digest(), dtype=np.int64)
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _reopen, (self.path, self._state)

@@ -46,15 +46,29 @@ KINDS: Mapping[str, Kind] = {
         Kind(
             "outside_folder", "image outside the folder", "Give names inside it; for absolute names, / as the folder."
         ),
+        Kind("linked_image", "image is a link", "Download it into the image folder, and give the file's name."),
+        Kind("unread_media", "media under a key that is not read", "Give the images' names as 'image'."),
+        Kind("half_character", "half of a character in the text", "Write the character whole, or remove it."),
+        Kind("backslash_name", "image named with backslashes", "Write names with slashes; --fix does."),
         Kind("wrong_extension", "image has another ending", "Name the file that is there; --fix does."),
         Kind("missing_image", "image missing", _DOWNLOAD),
         Kind("empty_image", "image file of zero bytes", _DOWNLOAD),
         Kind("truncated_image", "image cut off", _DOWNLOAD),
         Kind("broken_image", "image cannot be decoded", _DOWNLOAD),
+        Kind("unclear_values", "pixel values without a known range", "Scale them to 0…255, and save 8 bits."),
         Kind("large_image", "image over the pixel limit", "Scale the image down, or allow more pixels."),
         Kind("images_too_long", "images exceed max_length", "Raise max_length, or remove the sample."),
         Kind("nothing_supervised", "every answer is cut off", "Raise max_length, or remove the sample."),
         Kind("too_long", "longer than max_length", "Nothing; the end is cut. Or raise max_length.", "warning"),
+        Kind(
+            "turned_image",
+            "stored turned",
+            "Training reads pixels as stored, as the published code does; inference turns them. Or save them upright.",
+            "warning",
+        ),
+        Kind(
+            "deep_image", "16 bits a pixel", "Nothing; they are scaled. Or save 8 bits, if they hold less.", "warning"
+        ),
         Kind("mislabeled_image", "content differs from ending", "Nothing; images are read by content.", "warning"),
         Kind("duplicate_id", "id used before", "Nothing; but ids in messages are ambiguous then.", "warning"),
         Kind("empty_answer", "answer without text", "Nothing, if the model shall learn to be silent.", "warning"),

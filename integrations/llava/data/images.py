@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import os
 import stat
-import struct
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal
 
 from PIL import Image
 
-from ..images import IMAGE_ERRORS
+from layerfuse.errors import FileAccessError
+from layerfuse.pixels import is_16_bit, orientation
+
+from ..images import UnreadableImageError, open_image, printable
 from .findings import Fault
+from .media_names import is_outside
 
 __all__ = ["CheckImages", "image_faults"]
 
@@ -34,68 +37,75 @@ def image_faults(folder: Path, name: str, *, how: CheckImages, max_pixels: int |
     Yields:
         Its faults, at most one of them a problem.
     """
-    path = folder / name
+    path, shown = folder / name, printable(name)
     try:
         status = path.stat()
     except (FileNotFoundError, NotADirectoryError):
         yield _missing(folder, name, how, max_pixels)
         return
     except (OSError, ValueError) as error:
-        yield Fault("broken_image", f"image {name}: cannot be read ({error})", name)
+        yield Fault("broken_image", f"image {shown}: cannot be read ({error})", name)
         return
     if not stat.S_ISREG(status.st_mode):
-        yield Fault("missing_image", f"image {name}: missing, this is no file", name)
+        yield Fault("missing_image", f"image {shown}: missing, this is no file", name)
     elif status.st_size == 0:
-        yield Fault("empty_image", f"image {name}: corrupt, zero bytes", name)
+        yield Fault("empty_image", f"image {shown}: corrupt, zero bytes", name)
     else:
         yield from _content_faults(path, name, how, max_pixels)
 
 
 def _content_faults(path: Path, name: str, how: CheckImages, max_pixels: int | None) -> Iterator[Fault]:
+    shown = printable(name)
     try:
-        with Image.open(path) as image:
+        with open_image(path) as image:
             found, (width, height) = image.format or "", image.size
-            if max_pixels is None or width * height <= max_pixels:
-                if how == "decode":
-                    _decode(image)
-            else:
+            if max_pixels is not None and width * height > max_pixels:
                 yield Fault(
-                    "large_image", f"image {name}: {width} × {height} pixels, the limit is {max_pixels:,}", name
+                    "large_image", f"image {shown}: {width} × {height} pixels, the limit is {max_pixels:,}", name
                 )
-    except Image.DecompressionBombError as error:
-        yield Fault("large_image", f"image {name}: more pixels than Pillow opens ({error})", name)
-    except IMAGE_ERRORS as error:
-        cut = "truncated" in str(error).lower() or _is_short_riff(path)
-        kind, what = ("truncated_image", "corrupt, cut off") if cut else ("broken_image", "corrupt")
-        yield Fault(kind, f"image {name}: {what} ({error})", name)
-    else:
-        named = Image.registered_extensions().get(path.suffix.lower())
-        if named is not None and named != {"MPO": "JPEG"}.get(found, found):
-            yield Fault("mislabeled_image", f"image {name}: called {path.suffix}, but its content is {found}", name)
+            elif how == "decode":
+                _decode(image)
+            turned, deep = orientation(image), is_16_bit(image)
+    except FileAccessError as error:
+        yield Fault("missing_image", f"image {shown}: {error}", name)
+        return
+    except UnreadableImageError as error:
+        what = {"truncated_image": "corrupt, cut off", "broken_image": "corrupt"}.get(error.kind, "cannot be used")
+        yield Fault(error.kind, f"image {shown}: {what} ({error.reason})", name)
+        return
+    if turned != 1:
+        yield Fault("turned_image", f"image {shown}: is to be turned by its Exif data (orientation {turned})", name)
+    if deep:
+        yield Fault("deep_image", f"image {shown}: has 16 bits a pixel, the upper eight are read", name)
+    named = Image.registered_extensions().get(path.suffix.lower())
+    if named is not None and named != {"MPO": "JPEG"}.get(found, found):
+        yield Fault("mislabeled_image", f"image {shown}: called {path.suffix}, but its content is {found}", name)
 
 
 def _decode(image: Image.Image) -> None:
     # JPEG at an eighth of its size: all bytes are read, the faults found are the same, and it takes half the time.
-    image.draft(None, (image.width // 8, image.height // 8))
+    image.draft(None, (max(1, image.width // 8), max(1, image.height // 8)))
     image.load()
 
 
-def _is_short_riff(path: Path) -> bool:
-    """Whether this is a WebP file that is shorter than it says; Pillow's message does not tell."""
-    with path.open("rb") as file:
-        head = file.read(12)
-    return head[:4] == b"RIFF" and len(head) == 12 and struct.unpack("<I", head[4:8])[0] + 8 > os.path.getsize(path)
-
-
 def _missing(folder: Path, name: str, how: CheckImages, max_pixels: int | None) -> Fault:
-    """Look for the same name with another ending: OCR-VQA's GIFs are called .jpg in LLaVA's files."""
-    stem = os.path.splitext(name)[0]
-    for ending in (*_ENDINGS, *map(str.upper, _ENDINGS)):
-        other = stem + ending
-        if not os.path.isfile(folder / other):
+    """Look for the same name with slashes, and with another ending: OCR-VQA's GIFs are called .jpg in LLaVA's files."""
+    shown, slashed = printable(name), name.replace("\\", "/")
+    names = [] if slashed == name else [slashed]
+    stem = os.path.splitext(slashed)[0]
+    names += [stem + ending for ending in (*_ENDINGS, *map(str.upper, _ENDINGS))]
+    for other in names:
+        if is_outside(other, folder) or not os.path.isfile(folder / other):
             continue
         if any(fault.is_problem for fault in image_faults(folder, other, how=how, max_pixels=max_pixels)):
             continue
+        if slashed != name:
+            message = f"image {shown}: written with backslashes, the file is {printable(other)}"
+            return Fault("backslash_name", message, name, other)
         there = os.path.basename(other)
-        return Fault("wrong_extension", f"image {name}: missing, but {there} is there", name, other)
-    return Fault("missing_image", f"image {name}: missing", name)
+        return Fault("wrong_extension", f"image {shown}: missing, but {there} is there", name, other)
+    if slashed != name:
+        return Fault(
+            "missing_image", f"image {shown}: missing; {printable(slashed)}, with slashes, is missing, too", name
+        )
+    return Fault("missing_image", f"image {shown}: missing", name)

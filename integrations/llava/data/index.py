@@ -135,6 +135,8 @@ class _Window:
                 if not self.grow():
                     raise self.fault(error.msg) from error
                 continue
+            except (ValueError, RecursionError) as error:  # a number of 5,000 digits; 100,000 brackets
+                raise self.fault(str(error)) from error
             # A number that touches the window's end may go on behind it.
             if self.place + length < len(self.text) or not self.grow():
                 self.move(self.place + length)

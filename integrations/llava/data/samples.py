@@ -26,13 +26,15 @@ def image_names(sample: Sample) -> tuple[str, ...]:
 def sample_id(sample: Any, index: int) -> str:
     """Name a sample in messages: by its id, or by its index where it has none."""
     own = sample.get("id") if isinstance(sample, Mapping) else None
-    return str(index if own is None else own)
+    # Half of a character could be neither shown nor written.
+    return str(index if own is None else own).encode("utf-8", "backslashreplace").decode()
 
 
 def source_name(image: str | None) -> str:
     """First folder of an image's name, such as coco or ocr_vqa: the data set that it comes from."""
     if image is None:
         return TEXT_ONLY
+    image = image.encode("utf-8", "backslashreplace").decode()
     first, slash, _ = image.lstrip("/").partition("/")
     return first if slash else "(no folder)"
 

@@ -318,3 +318,29 @@ def test_a_selection_knows_lengths_and_places_in_the_file(tmp_path: Path) -> Non
     assert [file_index(selected, position) for position in range(2)] == [2, 0]
     assert select_samples(samples, range(3)) is samples
     assert list(select_samples(samples, [1])) == [SAMPLES[1]]
+
+
+def test_a_fingerprint_is_of_the_content(tmp_path: Path, keep_everything: Path) -> None:
+    first, copy = tmp_path / "a.jsonl", tmp_path / "b.jsonl"
+    for path in (first, copy):
+        path.write_text(as_lines(SAMPLES), encoding="utf-8")
+    before = SampleFile(first).fingerprint
+
+    assert len(before) == 32
+    assert SampleFile(copy).fingerprint == before
+    first.write_bytes(copy.read_bytes().replace(b"boat", b"goat"))
+    assert SampleFile(first).fingerprint != before
+
+
+def test_json_that_python_cannot_hold_is_named(tmp_path: Path) -> None:
+    nested, number = "[" * 100_000 + "]" * 100_000, "9" * 5000
+    for text in (nested, number):
+        lines, entries = tmp_path / "a.jsonl", tmp_path / "a.json"
+        lines.write_text(f'{{"conversations": []}}\n{text}\n')
+        entries.write_text(f'[{{"conversations": []}}, {text}]')
+        samples = SampleFile(lines)
+        with pytest.raises(ValueError, match="line 2 is not valid JSON"):
+            samples[1]
+        assert samples.lengths[1] == 0
+        with pytest.raises(ValueError, match=r"is not valid JSON: .*\(entry 2"):
+            SampleFile(entries)

@@ -1,0 +1,90 @@
+"""Where a sample names media: names that leave the folder, links instead of names, and keys that nobody reads."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from .samples import Sample
+
+__all__ = ["is_outside", "linked_media", "unread_media"]
+
+_LINK = re.compile(r"(data:|[a-z][a-z0-9+.-]+://)", re.IGNORECASE)
+_IMAGE_KEY = re.compile(r"(image|img|picture|photo|pic)s?(file|path|filename|name|url|uri|list)?s?")
+_OTHER_KEY = re.compile(r"(video|audio|movie|clip|frame)s?(file|path|filename|name|url|uri|list)?s?|media|multimedia")
+
+
+def is_outside(name: str, image_folder: str | Path) -> bool:
+    """Tell whether an image's name leads out of its folder.
+
+    Args:
+        name: as a data file or a file of questions has it.
+        image_folder: what it is relative to.
+    """
+    if os.pardir not in name and not os.path.isabs(name):
+        return False
+    # By name only: folders that are links to other disks are common.
+    folder = os.path.abspath(image_folder)
+    return os.path.commonpath([folder, os.path.normpath(os.path.join(folder, name))]) != folder
+
+
+def linked_media(name: str) -> str | None:
+    """Tell what an image's name is that stands for no file: a URL, or the picture itself; None for a name.
+
+    Args:
+        name: as a data file has it.
+    """
+    found = _LINK.match(name)
+    if found is None:
+        return None
+    return "is the picture itself (data:)" if found[1].lower() == "data:" else "is a URL"
+
+
+def unread_media(sample: Sample) -> Iterator[tuple[str, str]]:
+    """Find keys that look like media and that training does not read, in a sample and in its turns.
+
+    Beside an `image`, other keys about images are notes (`image_id`, `image_url`), as long as its tags are as many.
+
+    Args:
+        sample: of good form, but for its tags.
+
+    Yields:
+        The key, and what to write instead.
+    """
+    image = sample.get("image")
+    num_images = 1 if isinstance(image, str) else len(image or ())
+    num_tags = sum(turn["value"].count("<image>") for turn in sample["conversations"] if turn["from"] == "human")
+    for key, value in sample.items():
+        if key == "image" or not _names_media(value):
+            continue
+        word = _plain(key)
+        if _OTHER_KEY.fullmatch(word):
+            yield key, "images alone are read: give the frames as 'image': [name, …], or remove the sample"
+        elif _IMAGE_KEY.fullmatch(word) and (num_images == 0 or num_images < num_tags):
+            yield key, f"write 'image': {_example(value)}"
+    for turn in sample["conversations"]:
+        for key, value in turn.items():
+            word, unseen = _plain(key), num_images == 0 or num_images < num_tags
+            if unseen and _names_media(value) and (_IMAGE_KEY.fullmatch(word) or _OTHER_KEY.fullmatch(word)):
+                yield key, f"write 'image': {_example(value)} beside 'conversations'"
+
+
+def _plain(key: str) -> str:
+    return re.sub(r"[^a-z]", "", key.lower())
+
+
+def _names_media(value: Any) -> bool:
+    """Whether this can be a file, or several; numbers and empty values are notes."""
+    if isinstance(value, list):
+        return any(map(_names_media, value))
+    return bool(value) and isinstance(value, str | Mapping)
+
+
+def _example(value: Any) -> str:
+    names = value if isinstance(value, list) else [value]
+    if not all(isinstance(name, str) and len(name) < 60 for name in names):
+        return "name"
+    return ascii(names[0]) if len(names) == 1 else f"[{names[0]!a}, …]"
