@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -15,10 +16,11 @@ from transformers import (
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
+    set_seed,
 )
 
 from layerfuse.backbones import Backbone, create_backbone
-from layerfuse.errors import InputError
+from layerfuse.errors import InputError, UserError
 from layerfuse.fusers import Fuser, create_fuser
 
 from .config import PARTS, LoraConfig, ModelConfig, StageConfig
@@ -30,9 +32,14 @@ __all__ = [
     "Assembled",
     "assemble",
     "assemble_stage",
+    "build_on_meta",
+    "check_vocabulary",
     "checkpoint_activations",
     "create_vision",
     "described_llm",
+    "llm_config",
+    "llm_from_config",
+    "load_tokenizer",
     "set_trainable",
 ]
 
@@ -71,15 +78,10 @@ def assemble(
         ValueError: if a name, layer or option is not possible, or tokenizer and language model do not fit.
     """
     backbone, fuser = create_vision(config, pretrained=config.backbone_pretrained)
-    tokenizer = AutoTokenizer.from_pretrained(config.tokenizer or config.llm)
+    tokenizer = load_tokenizer(config)
     llm = _language_model(config, llm_dtype, lora)
     embedding: Any = llm.get_input_embeddings()
-    vocabulary = embedding.num_embeddings
-    if len(tokenizer) > vocabulary:
-        raise InputError(
-            f"the tokenizer of {config.tokenizer or config.llm} has {len(tokenizer)} tokens, but the language model "
-            f"has embeddings for {vocabulary}; set model.tokenizer, or vocab_size in model.llm_architecture."
-        )
+    check_vocabulary(config, tokenizer, embedding.num_embeddings)
     image_token_id = add_image_token(tokenizer)
     model = build_model(backbone, fuser, llm, image_token_id=image_token_id, dtype=torch.float32)
     return Assembled(model, tokenizer, image_token_id)
@@ -89,17 +91,74 @@ def _language_model(config: ModelConfig, dtype: torch.dtype, lora: LoraConfig | 
     model: PreTrainedModel
     quantized = quantization_config(lora.quantize, dtype) if lora is not None else None
     if config.llm_pretrained:
-        model = AutoModelForCausalLM.from_pretrained(
-            config.llm,
-            dtype=dtype,
-            attn_implementation=config.attention,
-            quantization_config=quantized,
-        )
+        with _loading(f"the language model {config.llm}", "model.llm, model.attention"):
+            model = AutoModelForCausalLM.from_pretrained(
+                config.llm,
+                dtype=dtype,
+                attn_implementation=config.attention,
+                quantization_config=quantized,
+            )
         return model
     if quantized is not None:
         raise InputError("quantised weights need a pretrained language model; set model.llm_pretrained to true.")
-    model = AutoModelForCausalLM.from_config(described_llm(config), dtype=dtype, attn_implementation=config.attention)
+    return llm_from_config(config, described_llm(config), dtype=dtype)
+
+
+def llm_from_config(config: ModelConfig, architecture: PreTrainedConfig, *, dtype: torch.dtype) -> PreTrainedModel:
+    """Build a language model with random weights.
+
+    Args:
+        config: names the attention implementation.
+        architecture: its own config.
+        dtype: of its weights.
+
+    Returns:
+        The model, on the device that is the default one.
+
+    Raises:
+        ValueError: if transformers cannot build it so.
+    """
+    with _loading(f"the language model {config.llm}", "model.attention, model.llm_architecture"):
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(
+            architecture, dtype=dtype, attn_implementation=config.attention
+        )
     return model
+
+
+def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
+    """Load the tokenizer of a recipe.
+
+    Raises:
+        ValueError: if there is none; the recipe's key is named.
+    """
+    name = config.tokenizer or config.llm
+    with _loading(f"the tokenizer of {name}", "model.tokenizer, model.llm"):
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(name)
+    return tokenizer
+
+
+def check_vocabulary(config: ModelConfig, tokenizer: PreTrainedTokenizerBase, vocabulary: int) -> None:
+    """Make sure that every token has an embedding.
+
+    Raises:
+        ValueError: if the tokenizer has more tokens than the language model embeddings.
+    """
+    if len(tokenizer) > vocabulary:
+        raise InputError(
+            f"the tokenizer of {config.tokenizer or config.llm} has {len(tokenizer)} tokens, but the language model "
+            f"has embeddings for {vocabulary}; set model.tokenizer, or vocab_size in model.llm_architecture."
+        )
+
+
+@contextmanager
+def _loading(what: str, keys: str) -> Iterator[None]:
+    """Say which key of the recipe is at fault where transformers only says what it did not find."""
+    try:
+        yield
+    except UserError:
+        raise
+    except (OSError, ValueError, ImportError) as error:
+        raise InputError(f"{what} cannot be built or loaded (see {keys}): {error}") from error
 
 
 def create_vision(config: ModelConfig, *, pretrained: bool) -> tuple[Backbone, Fuser]:
@@ -143,17 +202,74 @@ def described_llm(config: ModelConfig) -> PreTrainedConfig:
             "model.llm_architecture has to describe it: model_type, hidden_size, num_hidden_layers, … as transformers "
             "names them."
         )
-    described: PreTrainedConfig = AutoConfig.for_model(**config.llm_architecture)
+    with _loading(f"the language model that describes {config.llm}", "model.llm_architecture"):
+        described: PreTrainedConfig = AutoConfig.for_model(**config.llm_architecture)
     return described
 
 
-def assemble_stage(config: ModelConfig, stage: StageConfig, *, quantized: bool = True) -> Assembled:
+def llm_config(config: ModelConfig) -> PreTrainedConfig:
+    """Find the language model's config: its own, or the one that the recipe describes.
+
+    Args:
+        config: names it.
+
+    Returns:
+        The config; no weights are read.
+
+    Raises:
+        ValueError: if it is nowhere.
+    """
+    if not config.llm_pretrained:
+        return described_llm(config)
+    with _loading(f"the language model {config.llm}", "model.llm"):
+        found: PreTrainedConfig = AutoConfig.from_pretrained(config.llm)
+    return found
+
+
+def build_on_meta(
+    config: ModelConfig, stage: StageConfig, architecture: PreTrainedConfig, *, image_token_id: int
+) -> FusedLlavaForConditionalGeneration:
+    """Build a recipe's model as a stage trains it, without allocating it.
+
+    Args:
+        config: names the parts.
+        stage: says which learn, and whether through adapters.
+        architecture: the language model's config.
+        image_token_id: id of `<image>`.
+
+    Returns:
+        The model on the meta device, all in the precision that the stage computes in, not quantised.
+
+    Raises:
+        ValueError: if a name, layer or option is not possible.
+        ImportError: if adapters are asked for and peft is not installed.
+    """
+    with torch.device("meta"):
+        backbone, fuser = create_vision(config, pretrained=False)
+        llm = llm_from_config(config, architecture, dtype=torch.float32)
+        model = build_model(backbone, fuser, llm, image_token_id=image_token_id)
+        if stage.lora.rank:
+            from .lora import add_lora
+
+            add_lora(model, stage.lora)
+    set_trainable(model, stage.trainable, adapters_only=stage.lora.rank > 0)
+    if stage.precision == "bf16":
+        model.bfloat16()
+    return model
+
+
+def assemble_stage(
+    config: ModelConfig, stage: StageConfig, *, quantized: bool = True, seed: int | None = None
+) -> Assembled:
     """Build the model as a stage trains it: adapters added, parts frozen, each in its precision.
 
     Args:
         config: names the parts.
         stage: says what learns, and how precisely.
         quantized: store a quantised stage's language model so; False to merge adapters into whole weights.
+        seed: of parts that are not loaded. A run gives all its stages the same one: what is random and frozen has to be
+            the same in each. Adapters, which only this stage has, come from the stage's own seed. None: as the random
+            state stands.
 
     Returns:
         The model. Trained parameters are float32; frozen ones have the type the stage computes in.
@@ -164,7 +280,11 @@ def assemble_stage(config: ModelConfig, stage: StageConfig, *, quantized: bool =
     lora = stage.lora if stage.lora.rank else None
     frozen = torch.bfloat16 if stage.precision == "bf16" else torch.float32
     llm_learns = "llm" in stage.trainable and lora is None
+    if seed is not None:
+        set_seed(seed)
     assembled = assemble(config, llm_dtype=torch.float32 if llm_learns else frozen, lora=lora if quantized else None)
+    if seed is not None:
+        set_seed(stage.seed)
     model = assembled.model
     if lora is not None:
         from .lora import add_lora

@@ -12,6 +12,7 @@ into the same folder and reads them back with the same number of processes only.
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 import shutil
@@ -25,20 +26,21 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor import DTensor, Shard
 from torch.optim import Optimizer
 from transformers import Trainer
 
-from layerfuse.errors import InputError
+from layerfuse.errors import FileAccessError, InputError
 from layerfuse.files import check_disk_space
 
-from .processes import on_main
+from .processes import on_main, wait_for_all
 
 __all__ = [
     "CheckpointingTrainer",
     "checkpoints",
     "load_state",
     "load_trained",
+    "own_part",
     "save_state",
     "state_bytes",
     "trained_state",
@@ -75,26 +77,23 @@ def save_state(model: nn.Module, optimizer: Optimizer, folder: Path, *, write: b
         model: the wrapped or plain model.
         optimizer: of its trained parameters.
         folder: exists.
-        write: whether this process writes; the others only take part in gathering.
+        write: whether this process writes; the others only send their part. Of a sharded model, the main process.
 
     Raises:
-        OSError: if a file cannot be written; in this process alone, once all have gathered everything.
+        OSError: if a file cannot be written.
     """
     names = _trained(model)
     kinds = sorted({kind for parameter in names.values() for kind in optimizer.state.get(parameter, ())})
-    failure: OSError | None = None
     for kind in (None, *kinds):
-        keep = write and failure is None
-        tensors = trained_state(model, keep=keep) if kind is None else _optimizer_state(names, optimizer, kind, keep)
-        if keep:
+        tensors = trained_state(model, keep=write) if kind is None else _optimizer_state(names, optimizer, kind, write)
+        if write:
             try:
                 save_file(tensors, folder / (_TRAINED if kind is None else f"optimizer-{kind}.safetensors"))
             except (OSError, SafetensorError) as error:
-                failure = OSError(
-                    f"a checkpoint could not be written to {folder} ({error}); the one before it is whole"
-                )
-    if failure is not None:
-        raise failure
+                raise FileAccessError(
+                    getattr(error, "errno", None) or errno.EIO,
+                    f"a checkpoint could not be written to {folder} ({error}); the one before it is whole",
+                ) from error
 
 
 def _optimizer_state(
@@ -104,8 +103,8 @@ def _optimizer_state(
     for name, parameter in names.items():
         # A parameter that never had a gradient has no state.
         if kind in optimizer.state.get(parameter, {}):
-            whole = _whole(optimizer.state[parameter][kind])
-            if keep:
+            whole = _whole(optimizer.state[parameter][kind], keep=keep)
+            if whole is not None:
                 state[name] = whole.cpu().contiguous()
     return state
 
@@ -115,7 +114,7 @@ def trained_state(model: nn.Module, *, keep: bool = True) -> dict[str, torch.Ten
 
     Args:
         model: the wrapped or plain model.
-        keep: whether this process wants them; the others only take part in gathering.
+        keep: whether this process wants them; the others only send their part. Of a sharded model, the main process.
 
     Returns:
         Name -> whole parameter, on the CPU; empty if not kept.
@@ -123,8 +122,8 @@ def trained_state(model: nn.Module, *, keep: bool = True) -> dict[str, torch.Ten
     state = {}
     for name, parameter in _trained(model).items():
         with _gathered(parameter):
-            whole = _whole(parameter.detach())
-            if keep:
+            whole = _whole(parameter.detach(), keep=keep)
+            if whole is not None:
                 state[name] = whole.cpu().contiguous()
     return state
 
@@ -163,7 +162,8 @@ def load_state(model: nn.Module, optimizer: Optimizer, folder: Path) -> None:
     }
     with torch.no_grad():
         for name, value in _read(folder / _TRAINED, names):
-            names[name].copy_(_placed_like(names[name], value))
+            parameter: torch.Tensor = names[name]
+            (parameter.to_local() if isinstance(parameter, DTensor) else parameter).copy_(value)
         for path in sorted(folder.glob("optimizer-*.safetensors")):
             kind = path.stem.removeprefix("optimizer-")
             for name, value in _read(path, names, all_of_them=False):
@@ -178,11 +178,31 @@ def load_state(model: nn.Module, optimizer: Optimizer, folder: Path) -> None:
 def _read(
     path: Path, names: Mapping[str, nn.Parameter], *, all_of_them: bool = True
 ) -> Iterator[tuple[str, torch.Tensor]]:
+    """Read tensors; of a sharded parameter, this process's part alone."""
     with safe_open(path, framework="pt") as file:
         stored = set(file.keys())
         _check_names(f"checkpoint {path}", names if all_of_them else names.keys() & stored, stored)
         for name in sorted(stored):
-            yield name, file.get_tensor(name)
+            parameter = names[name]
+            part = file.get_slice(name)
+            if isinstance(parameter, DTensor) and len(part.get_shape()) == parameter.ndim:
+                yield name, part[own_part(parameter)]
+            else:
+                yield name, file.get_tensor(name)
+
+
+def own_part(value: DTensor) -> tuple[slice, ...]:
+    """Say which part of a sharded tensor this process holds, as slices of the whole."""
+    part = [slice(0, size) for size in value.shape]
+    for dimension, placement in enumerate(value.placements):
+        if isinstance(placement, Shard):
+            start, stop = part[placement.dim].start, part[placement.dim].stop
+            # torch.chunk's rule: equal parts, the last ones shorter or empty.
+            size = -(-(stop - start) // value.device_mesh.size(dimension))
+            first = min(start + size * value.device_mesh.get_local_rank(dimension), stop)
+            part[placement.dim] = slice(first, min(first + size, stop))
+    assert [each.stop - each.start for each in part] == list(value.to_local().shape)
+    return tuple(part)
 
 
 def _check_names(what: str, expected: Iterable[str], found: Iterable[str]) -> None:
@@ -194,9 +214,24 @@ def _check_names(what: str, expected: Iterable[str], found: Iterable[str]) -> No
         )
 
 
-def _whole(value: torch.Tensor) -> torch.Tensor:
-    """Gather a sharded tensor, a collective of all processes."""
-    return value.full_tensor() if isinstance(value, DTensor) else value
+def _whole(value: torch.Tensor, *, keep: bool) -> torch.Tensor | None:
+    """Put a sharded tensor together where it is kept, a collective of all processes; None elsewhere."""
+    if not isinstance(value, DTensor):
+        return value if keep else None
+    (*others, placement) = value.placements
+    if others or not isinstance(placement, Shard):
+        whole = value.full_tensor()
+        return whole if keep else None
+    # Only the one that keeps it receives, instead of everyone everything.
+    group, local = value.device_mesh.get_group(), value.to_local()
+    size = -(-value.shape[placement.dim] // value.device_mesh.size())
+    padded = local.new_zeros([size if at == placement.dim else length for at, length in enumerate(value.shape)])
+    padded.narrow(placement.dim, 0, local.shape[placement.dim]).copy_(local)
+    parts = [torch.empty_like(padded) for _ in range(value.device_mesh.size())] if keep else None
+    torch.distributed.gather(padded, parts, group=group, group_dst=0)
+    if parts is None:
+        return None
+    return torch.cat(parts, placement.dim).narrow(placement.dim, 0, value.shape[placement.dim])
 
 
 def _gathered(parameter: nn.Parameter) -> AbstractContextManager[Any]:
@@ -222,8 +257,14 @@ def _placed_like(parameter: nn.Parameter, value: torch.Tensor) -> torch.Tensor:
     if not isinstance(parameter, DTensor):
         return value.to(parameter.device)
     mesh = parameter.device_mesh
-    # Every process has read the tensor: each keeps its own share, nothing is sent.
-    return distribute_tensor(value.to(mesh.device_type), mesh, parameter.placements, src_data_rank=None)
+    return DTensor.from_local(
+        value.to(mesh.device_type),
+        mesh,
+        parameter.placements,
+        run_check=False,
+        shape=parameter.shape,
+        stride=parameter.stride(),
+    )
 
 
 class CheckpointingTrainer(Trainer):
@@ -234,13 +275,13 @@ class CheckpointingTrainer(Trainer):
         folder = Path(self.args.output_dir or "")
         final, scratch = folder / f"checkpoint-{self.state.global_step}", folder / _SCRATCH
         on_main(lambda: self._make_room(scratch, final.name))
-        failure: OSError | None = None
         try:
             self._write(scratch)
-        except OSError as error:
-            failure = error
-        self.accelerator.wait_for_everyone()
-        on_main(lambda: self._put_in_place(scratch, final, failure))
+            wait_for_all()
+            on_main(lambda: self._put_in_place(scratch, final))
+        finally:
+            if self.is_world_process_zero():
+                shutil.rmtree(scratch, ignore_errors=True)
 
     def _make_room(self, scratch: Path, name: str) -> None:
         shutil.rmtree(scratch, ignore_errors=True)
@@ -260,19 +301,14 @@ class CheckpointingTrainer(Trainer):
             torch.save(self.lr_scheduler.state_dict(), scratch / _SCHEDULER)
             self.state.save_to_json(str(scratch / "trainer_state.json"))
 
-    def _put_in_place(self, scratch: Path, final: Path, failure: OSError | None) -> None:
+    def _put_in_place(self, scratch: Path, final: Path) -> None:
         """Rename the new checkpoint once it is on the disk, then remove old ones."""
-        try:
-            if failure is not None:
-                raise failure
-            for path in scratch.rglob("*"):
-                if path.is_file():
-                    with path.open("rb") as file:
-                        os.fsync(file.fileno())
-            shutil.rmtree(final, ignore_errors=True)
-            os.replace(scratch, final)
-        finally:
-            shutil.rmtree(scratch, ignore_errors=True)
+        for path in scratch.rglob("*"):
+            if path.is_file():
+                with path.open("rb+") as file:
+                    os.fsync(file.fileno())
+        shutil.rmtree(final, ignore_errors=True)
+        os.replace(scratch, final)
         for old in checkpoints(final.parent)[: -(self.args.save_total_limit or 1)]:
             shutil.rmtree(old)
 

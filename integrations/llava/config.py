@@ -214,7 +214,8 @@ class StageConfig(_Checked):
         keep_checkpoints: the newest checkpoints that stay while a stage runs.
         num_workers: processes that prepare samples; 0 prepares them in the training process.
         log_every: steps between two log entries; losses are kept for every step.
-        seed: of the sampler and of new weights.
+        seed: of the order of samples, dropout and new adapters; `pretrain`'s is also that of the model's parts that are
+            not loaded, in both stages.
     """
 
     trainable: tuple[str, ...]

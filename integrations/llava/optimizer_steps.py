@@ -8,7 +8,30 @@ from dataclasses import dataclass, field
 
 import torch
 
-__all__ = ["BrokenBatch", "NonFiniteLossError", "OptimizerStep"]
+__all__ = ["BrokenBatch", "Later", "NonFiniteLossError", "OptimizerStep"]
+
+
+class Later:
+    """A value on its way from the device; nobody waits for it before it is read.
+
+    Args:
+        value: on any device.
+    """
+
+    def __init__(self, value: torch.Tensor) -> None:
+        self._value = value.detach()
+        self._arrived: torch.cuda.Event | None = None
+        if value.is_cuda:
+            self._value = torch.empty(value.shape, dtype=value.dtype, pin_memory=True)
+            self._value.copy_(value.detach(), non_blocking=True)
+            self._arrived = torch.cuda.Event()
+            self._arrived.record()
+
+    def read(self) -> torch.Tensor:
+        """Wait until the device has come as far as the value, no further, and return it on the CPU."""
+        if self._arrived is not None:
+            self._arrived.synchronize()
+        return self._value.cpu()
 
 
 @dataclass
@@ -21,6 +44,7 @@ class OptimizerStep:
         sample_ids: of each micro batch; empty where the data have no ids.
         num_skipped: samples left out of the micro batches.
         losses: one number per micro batch, on the device.
+        finite: whether each loss is finite; None until the last one is computed.
         grad_norm: norm of all gradients before they are clipped; None until it is known.
     """
 
@@ -29,6 +53,7 @@ class OptimizerStep:
     sample_ids: list[list[str]]
     num_skipped: int = 0
     losses: list[torch.Tensor] = field(default_factory=list)
+    finite: Later | None = None
     grad_norm: torch.Tensor | float | None = None
 
 

@@ -1,23 +1,198 @@
-"""What the processes of a run have to agree on: work that one does for all, errors that all raise, requests to stop."""
+"""What the processes of a run have to agree on: work that one does for all, requests to stop, and failures.
+
+A failure of one process reaches all of them within seconds. The one that fails writes what happened onto the run's
+board (torch.distributed's key-value store); the others look there while they wait for work of the main process, when a
+collective breaks, and in a thread of their own, for a collective can also wait for ever.
+"""
 
 from __future__ import annotations
 
+import logging
+import os
+import pickle
+import re
+import threading
+import time
+import traceback
 from collections.abc import Callable
+from contextlib import AbstractContextManager, suppress
+from types import TracebackType
 from typing import Any, TypeVar
 
 import torch
+import torch.distributed as dist
 from accelerate import PartialState
-from accelerate.utils import broadcast_object_list
+from torch.distributed import distributed_c10d
 
-__all__ = ["any_process", "on_main"]
+__all__ = ["ProcessFailedError", "any_process", "on_main", "shared_failures", "wait_for_all"]
+
+_log = logging.getLogger(__name__)
 
 Result = TypeVar("Result")
 
+_LOOK = 0.1  # seconds between two looks at the board
+_GRACE = 10.0  # seconds in which a process can end by itself once another one has failed
+_PEER_GONE = re.compile(r"connection (closed|reset|refused)|broken pipe", re.IGNORECASE)
+
+
+class ProcessFailedError(RuntimeError):
+    """Raised where another process of the run has failed; the message holds that one's own.
+
+    Args:
+        process: rank of the one that failed; None if it ended without a word.
+        kind: name of its exception's class.
+        text: its message.
+        traceback: as it would have been printed there.
+    """
+
+    def __init__(self, process: int | None, kind: str, text: str, traceback: str = "") -> None:
+        super().__init__(process, kind, text, traceback)
+        self.process, self.kind, self.text, self.traceback = process, kind, text, traceback
+
+    def __str__(self) -> str:
+        """Who failed, with what, and where."""
+        if self.process is None:
+            return f"another process of this run ended without a word (was it killed, was memory short?): {self.text}"
+        where = f"\n\nThere:\n{self.traceback.rstrip()}" if self.traceback else ""
+        return f"process {self.process} failed: {self.kind}: {self.text}{where}"
+
+
+class _Board:
+    """The key-value store of the process group, through a connection that nobody else waits on."""
+
+    def __init__(self, group: dist.ProcessGroup) -> None:
+        self.group = group
+        self.store = distributed_c10d._get_default_store().clone()
+        self.rank, self.size = dist.get_rank(), dist.get_world_size()
+        self.num_results = 0
+        self.heard: tuple[ProcessFailedError, BaseException | None] | None = None
+        self.guarded = False
+        self.cpu_group: dist.ProcessGroup | None = None
+
+    def publish(self, error: BaseException, same: tuple[type[BaseException], ...]) -> None:
+        """Tell the others of this process's failure, if it is the first, and let them read it before the store ends."""
+        with suppress(RuntimeError):  # a store that is gone has nobody left to tell
+            if self.store.add("layerfuse/failures", 1) > 1:
+                self.store.add("layerfuse/heard", 1)
+                return
+            self.set("layerfuse/failure", self._described(error, same))
+            deadline = time.monotonic() + _GRACE / 2
+            while self.store.add("layerfuse/heard", 0) < self.size - 1 and time.monotonic() < deadline:
+                time.sleep(_LOOK / 2)
+
+    def set(self, key: str, value: Any) -> None:
+        """Write something that can be pickled."""
+        self.store.set(key, pickle.dumps(value))  # type: ignore[arg-type]  # its bytes are taken, too
+
+    def _described(self, error: BaseException, same: tuple[type[BaseException], ...]) -> tuple[Any, ...]:
+        own = None
+        if isinstance(error, same):
+            with suppress(pickle.PicklingError, TypeError, AttributeError):
+                own = pickle.dumps(error)
+        text = "".join(traceback.format_exception(type(error), error, error.__traceback__))
+        return self.rank, type(error).__name__, str(error), text, own
+
+    def look(self) -> tuple[ProcessFailedError, BaseException | None] | None:
+        """What failed in another process: in its words, and the exception itself where all are to raise it."""
+        if self.heard is None:
+            with suppress(RuntimeError):  # the store went with its process; then there is nothing more to hear
+                if self.store.check(["layerfuse/failure"]):
+                    rank, kind, text, where, own = pickle.loads(self.store.get("layerfuse/failure"))
+                    if rank == self.rank:
+                        return None
+                    error = None
+                    with suppress(pickle.UnpicklingError, TypeError, AttributeError, ImportError):
+                        error = pickle.loads(own) if own is not None else None
+                    # A message to a user says where it comes from without a traceback.
+                    self.heard = ProcessFailedError(rank, kind, text, "" if error is not None else where), error
+                    self.store.add("layerfuse/heard", 1)
+        return self.heard
+
+    def raise_if_heard(self, cause: BaseException | None = None) -> None:
+        """Raise what another process has told."""
+        heard = self.look()
+        if heard is None:
+            return
+        failure, error = heard
+        if error is None:
+            raise failure from cause
+        _log.error("process %d stops, since process %s failed", self.rank, failure.process)
+        raise error from failure
+
+
+_boards: list[_Board] = []
+
+
+def _board() -> _Board | None:
+    """The board of the present process group; None for a single process."""
+    state = PartialState()
+    if state.num_processes == 1 or not dist.is_initialized():
+        return None
+    group = dist.group.WORLD
+    if not _boards or _boards[0].group is not group:
+        assert group is not None
+        _boards[:] = [_Board(group)]
+    return _boards[0]
+
+
+class shared_failures(AbstractContextManager[None]):  # noqa: N801 (used as a function)
+    """Lets every process of a run end when one fails in the block; every process has to enter it.
+
+    The one that fails keeps its exception. The others raise within seconds, wherever they are; a process that cannot,
+    because it sits in a collective which waits for ever, is ended with exit code 1, the message on stderr.
+
+    Args:
+        same: classes of exceptions that all processes raise, instead of `ProcessFailedError`.
+    """
+
+    def __init__(self, *, same: tuple[type[BaseException], ...] = ()) -> None:
+        self.same = same
+        self.board: _Board | None = None
+        self.done = threading.Event()
+
+    def __enter__(self) -> None:
+        """Begin to listen, unless a block around this one does."""
+        board = _board()
+        if board is not None and not board.guarded:
+            self.board, board.guarded = board, True
+            threading.Thread(target=_watch, args=(board, self.done), name="failures of others", daemon=True).start()
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, where: TracebackType | None
+    ) -> None:
+        """Tell of an error, or raise what another process has told."""
+        board = self.board
+        if board is None:
+            return
+        board.guarded = False
+        try:
+            if isinstance(error, RuntimeError) and not isinstance(error, ProcessFailedError):
+                # What breaks in a collective is seldom the cause.
+                board.raise_if_heard(error)
+                if _PEER_GONE.search(str(error)):
+                    gone = ProcessFailedError(None, type(error).__name__, str(error))
+                    board.publish(gone, self.same)
+                    raise gone from error
+            if error is not None and board.heard is None:
+                board.publish(error, self.same)
+        finally:
+            self.done.set()
+
+
+def _watch(board: _Board, done: threading.Event) -> None:
+    """Look for failures of others; end this process if it does not end by itself."""
+    while not done.wait(_LOOK):
+        heard = board.look()
+        if heard is not None:
+            if not done.wait(_GRACE):
+                _log.error("%s\nprocess %d waited for it and is ended.", heard[0], board.rank)
+                logging.shutdown()
+                os._exit(1)
+            return
+
 
 def on_main(work: Callable[[], Result]) -> Result:
-    """Do something in the main process for all of them; every process has to call this.
-
-    Without it, an error in one process leaves the others waiting for it.
+    """Do something in the main process for all of them, however long it takes; every process has to call this.
 
     Args:
         work: done in the main process alone; its result can be pickled.
@@ -26,31 +201,50 @@ def on_main(work: Callable[[], Result]) -> Result:
         Its result, in every process.
 
     Raises:
-        OSError, ValueError: what the work raised, in every process.
+        ProcessFailedError: in the others, if the work raised, or as `shared_failures` says.
     """
-    state = PartialState()
-    outcome: list[Any] = [None, None]
-    if state.is_main_process:
-        try:
-            outcome[0] = work()
-        except (OSError, ValueError) as error:
-            outcome[1] = error
-    if state.num_processes > 1:
-        result, failure = outcome
-        # The main process keeps its own: a traceback does not travel.
-        outcome = broadcast_object_list([result, failure])
-        outcome[1] = failure or outcome[1]
-    if outcome[1] is not None:
-        raise outcome[1]
-    done: Result = outcome[0]
-    return done
+    board = _board()
+    if board is None:
+        return work()
+    with shared_failures():
+        board.num_results += 1
+        key = f"layerfuse/result/{board.num_results}"
+        if board.rank == 0:
+            result = work()
+            board.set(key, result)
+        else:
+            while not board.store.check([key]):
+                board.raise_if_heard()
+                time.sleep(_LOOK / 5)
+            result = pickle.loads(board.store.get(key))
+        # Nobody goes on before all have read, so that the result need not stay.
+        if board.store.add(f"{key}/read", 1) == board.size:
+            board.store.delete_key(key)
+    return result
 
 
 def any_process(flag: bool) -> bool:
-    """Tell every process whether any of them says yes; every process has to call this."""
-    state = PartialState()
-    if state.num_processes == 1:
+    """Tell every process whether any of them says yes; every process has to call this.
+
+    It waits for no device: the processes agree through CPU memory.
+    """
+    board = _board()
+    if board is None:
         return flag
-    together = torch.tensor(int(flag), device=state.device)
-    torch.distributed.all_reduce(together, torch.distributed.ReduceOp.MAX)
+    together = torch.tensor(int(flag))
+    dist.all_reduce(together, dist.ReduceOp.MAX, group=_cpu_group(board))
     return bool(together.item())
+
+
+def wait_for_all() -> None:
+    """Wait until every process has come here."""
+    any_process(False)
+
+
+def _cpu_group(board: _Board) -> dist.ProcessGroup:
+    if board.cpu_group is None:
+        own = "gloo" in dist.get_backend(board.group)
+        group: Any = board.group if own else dist.new_group(backend="gloo")
+        board.cpu_group = group
+    assert board.cpu_group is not None
+    return board.cpu_group

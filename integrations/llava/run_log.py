@@ -41,6 +41,7 @@ class RunLog(TrainerCallback):
         self.folder = folder
         self.stage = stage
         self.num_skipped = 0
+        self.start = 0
         self.writer: SummaryWriter | None = None
         self.bar: tqdm[Any] | None = None
 
@@ -49,13 +50,10 @@ class RunLog(TrainerCallback):
         return self.folder / "metrics.jsonl"
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """Open bar and files; forget the steps that an interrupted run made after its last checkpoint."""
+        """Open the bar; files change when there is something to write, after the first step."""
         if state.is_world_process_zero:
-            self._rewind(state.global_step)
-            self.writer = SummaryWriter(str(self.folder / "logs" / self.stage), purge_step=state.global_step + 1)
-            self.bar = tqdm(
-                total=state.max_steps, desc=self.stage, unit="step", disable=None, initial=state.global_step
-            )
+            self.start = state.global_step
+            self.bar = tqdm(total=state.max_steps, desc=self.stage, unit="step", disable=None, initial=self.start)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Move the bar, and write before a checkpoint is."""
@@ -71,16 +69,21 @@ class RunLog(TrainerCallback):
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Write what is left, say what was left out, close bar and files."""
         self._write()
-        if self.bar is not None and self.writer is not None:
+        if self.bar is not None:
             self.bar.close()
-            self.writer.close()
+            if self.writer is not None:
+                self.writer.close()
             if self.num_skipped:
                 _log.warning("stage %s: %d samples were skipped", self.stage, self.num_skipped)
 
     def _write(self) -> None:
         """Write the steps that are not yet; every process has to call this."""
         rows = self.trainer.take_rows()
-        if rows and self.writer is not None and self.bar is not None:
+        if rows and self.bar is not None:
+            if self.writer is None:
+                # What an interrupted run logged after its last checkpoint is forgotten.
+                self._rewind(self.start)
+                self.writer = SummaryWriter(str(self.folder / "logs" / self.stage), purge_step=self.start + 1)
             with self._file.open("a", encoding="utf-8") as file:
                 file.writelines(_line({"stage": self.stage} | row) for row in rows)
             for row in rows:

@@ -7,57 +7,29 @@ holds, `docs/training.md` how runs are spread over processes and continued.
 
 from __future__ import annotations
 
-import gc
-import logging
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
-from datetime import timedelta
+import hashlib
+from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 
+import numpy as np
 import torch
 from accelerate import PartialState
-from torch import nn
-from transformers import TrainerCallback, TrainingArguments, set_seed
-from transformers.trainer_callback import PrinterCallback
+from transformers import TrainerCallback
 
-from layerfuse.errors import InputError, MissingFileError
-from layerfuse.files import check_disk_space
-from layerfuse.preprocessing import Preprocessing
+from layerfuse.errors import UserError
 
-from .assembly import Assembled, assemble, assemble_stage, checkpoint_activations, set_trainable
-from .checkpoint import load_adapter, save_adapter, save_model
-from .checkpointing import checkpoints, load_trained, state_bytes, trained_state
+from .assembly import Assembled, assemble, set_trainable
 from .config import STAGES, Recipe, StageConfig
-from .data import Collator, ConversationDataset, Sample, read_samples, select_samples, usable_indices
-from .engines import check_engine, engine_arguments, forget_engine, set_precision, shards
-from .interruption import RunInterrupted, StopOnSignal, StopRequest, stop_requests
-from .model import FusedLlavaForConditionalGeneration
-from .processes import any_process, on_main
-from .processing import build_processor
-from .prompts import TextEncoder, get_template
+from .data import SampleFile, read_samples, sample_lengths, select_samples, usable_indices
+from .interruption import RunInterrupted, stop_requests
+from .processes import on_main, shared_failures
+from .prompts import get_template
 from .run_folder import RunFolder
-from .run_log import RunLog
-from .trainer import LlavaTrainer
+from .stage import Run, StageData, run_stage
+from .starting import RANDOM, check_stages, find_connector, in_order
 
-__all__ = ["Assembled", "assemble", "set_trainable", "train"]
-
-_log = logging.getLogger(__name__)
-
-_ADAPTER = ("fuser", "projector")
-# Checking the images of a large data set happens in one process while the others wait.
-_PATIENCE = timedelta(hours=2)
-
-
-@dataclass(frozen=True)
-class _Run:
-    recipe: Recipe
-    folder: RunFolder
-    samples: Mapping[str, Sequence[Sample]]
-    left_out: Mapping[str, int]
-    adapter: Path | None
-    callbacks: Sequence[TrainerCallback]
-    request: StopRequest
-    state: PartialState
+__all__ = ["RANDOM", "Assembled", "assemble", "set_trainable", "train"]
 
 
 def train(
@@ -71,272 +43,80 @@ def train(
 ) -> Path:
     """Run a recipe, or go on with a run that was interrupted.
 
-    Under `torchrun` or `accelerate launch`, every process calls this.
+    Under `torchrun` or `accelerate launch`, every process calls this. Nothing in the folder changes before the first
+    step is made, and the folder is this run's alone while it lasts.
 
     Args:
         recipe: what to train, from `load_recipe`.
         output: the run's folder. If it holds an unfinished run of this recipe, that run goes on.
-        stages: which stages to run, in order.
+        stages: which stages to run; they run in the recipe's order, each once.
         adapter: weights of fuser and projector that the first stage asked for starts from, as an earlier `pretrain`
-            wrote them.
-        overwrite: replace an earlier run in the folder.
+            wrote them; "random" for new ones, which a finetune without pretrain would otherwise refuse.
+        overwrite: train these stages anew and remove what the folder holds of them; other stages stay.
         callbacks: of transformers' Trainer, for every stage.
 
     Returns:
         The folder.
 
     Raises:
-        ValueError: if a name is unknown, the data are at fault, or the folder already holds another or a finished run.
+        ValueError: if something in the recipe is not possible, the data are at fault, or the folder already holds
+            another or a finished run, or is in use.
         FileNotFoundError: if a file of data or the adapter does not exist.
+        ImportError: if a package is missing that the recipe needs.
         OSError: if the disk has no room for what the run will write.
         NonFiniteLossError: if a loss or gradient is NaN or infinite; the ids of the samples are in its message.
-        RunInterrupted: if SIGTERM or SIGUSR1 arrived; the same call goes on from the step that was reached.
+        RunInterrupted: if SIGTERM, SIGUSR1 or Ctrl-C arrived; the same call goes on from the step that was reached.
+        ProcessFailedError: if another process of the run has failed otherwise.
     """
-    folder = RunFolder(output)
-    configs = {name: recipe.stage(name) for name in stages}
-    state = _join_processes(configs)
-    left = tuple(configs) if overwrite else on_main(lambda: folder.open(recipe, stages))
-    checked = {name: _read_and_check(name, configs[name]) for name in left}
-    if adapter is not None and not Path(adapter).is_file():
-        raise MissingFileError(f"adapter {adapter} does not exist; run the stage that writes it first.")
-    samples = {name: usable for name, (usable, _) in checked.items()}
-    on_main(lambda: _begin(folder, recipe, samples, overwrite=overwrite))
-    with stop_requests() as request:
-        left_out = {name: num_problems for name, (_, num_problems) in checked.items()}
-        run = _Run(recipe, folder, samples, left_out, Path(adapter) if adapter else None, callbacks, request, state)
+    cpu = not torch.cuda.is_available()
+    folder, state = RunFolder(output), PartialState(cpu=cpu)
+    locked = folder.locked() if state.is_main_process else nullcontext()
+    with shared_failures(same=(UserError, RunInterrupted)), stop_requests() as request, locked:
+        with request.at_once():
+            asked = in_order(stages, recipe)
+            left = on_main(lambda: folder.open(recipe, asked, overwrite=overwrite))
+            on_main(lambda: check_stages(recipe, left, num_processes=state.num_processes, cpu=cpu, folder=folder.path))
+            on_main(
+                lambda: find_connector(folder, left[0], asked=asked, left=left, adapter=adapter, overwrite=overwrite)
+            )
+            data = {name: _read_and_check(folder, name, recipe.stage(name), overwrite) for name in left}
+        run = Run(recipe, folder, data, asked, left, adapter, overwrite, callbacks, request, state)
         for name in left:
-            if any_process(request.received):
-                raise RunInterrupted(f"stopped on request before stage {name}; start the same command again to go on.")
-            _run_stage(run, name, last=name == left[-1])
+            run_stage(run, name)
     return folder.path
 
 
-def _join_processes(configs: Mapping[str, StageConfig]) -> PartialState:
-    """Join the other processes, and make sure that they can share the work of every stage."""
-    cpu = not torch.cuda.is_available()
-    state = PartialState(cpu=cpu, timeout=_PATIENCE)
-    for config in configs.values():
-        config.batches(state.num_processes)
-        quantized = config.lora.quantize != "none"
-        check_engine(config.engine, num_processes=state.num_processes, cpu=cpu, quantized=quantized)
-    return state
+def _read_and_check(folder: RunFolder, name: str, config: StageConfig, overwrite: bool) -> StageData:
+    """Open a stage's data; the main process reads and checks them for all."""
 
-
-def _begin(folder: RunFolder, recipe: Recipe, samples: Mapping[str, Sequence[Sample]], *, overwrite: bool) -> None:
-    if overwrite:
-        folder.clear()
-    folder.begin(recipe)
-    for name, usable in samples.items():
-        folder.note_samples(name, len(usable))
-
-
-def _read_and_check(name: str, config: StageConfig) -> tuple[Sequence[Sample], int]:
-    """Open a stage's data; returns the samples that can be used, and how many cannot."""
-    if not config.data.path:
-        raise InputError(
-            f"stage {name} has no data; give --{name}.data.path FILE and --{name}.data.image_folder FOLDER."
-        )
-    # The first to open a file writes its index, which the others read.
-    on_main(lambda: len(read_samples(config.data.path)))
-    samples = read_samples(config.data.path)
-    usable, _ = on_main(
-        lambda: usable_indices(
+    def look() -> tuple[np.ndarray, str, np.ndarray | None]:
+        # The first to open a file writes its index, which the others read.
+        samples = read_samples(config.data.path)
+        usable, _ = usable_indices(
             samples,
             image_folder=config.data.image_folder,
             template=get_template(config.template),
             check_images=config.data.check_images,
             bad_samples=config.data.bad_samples,
         )
-    )
-    return select_samples(samples, usable), len(samples) - len(usable)
+        selected = select_samples(samples, usable)
+        digest = _digest(samples, usable)
+        if not overwrite:
+            folder.check_samples(name, len(usable), digest)
+        return usable, digest, sample_lengths(selected) if config.group_by_modality else None
+
+    usable, digest, lengths = on_main(look)
+    samples = read_samples(config.data.path)
+    return StageData(select_samples(samples, usable), len(samples) - len(usable), digest, lengths)
 
 
-def _run_stage(run: _Run, name: str, *, last: bool) -> None:
-    config = run.recipe.stage(name)
-    # What an earlier stage left behind: its engine's settings, and a model in reference cycles.
-    forget_engine()
-    gc.collect()
-    torch.cuda.empty_cache()
-    set_seed(run.recipe.pretrain.seed)
-    finished, checkpoint = _seen_by_all(run, name)
-    assembled = assemble_stage(run.recipe.model, config)
-    _load_earlier(run, name, assembled.model, finished)
-    _log.info("stage %s: %s", name, _describe(assembled.counts))
-    on_main(lambda: _prepare_folder(run, name, assembled, last=last))
-    stop = StopOnSignal(run.request)
-    trainer = _trainer(run, name, assembled, [*run.callbacks, stop])
-    if checkpoint is not None:
-        _log.info("stage %s goes on from %s", name, checkpoint.name)
-    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-    if stop.stopped:
-        raise RunInterrupted(
-            f"stage {name} stopped on request at step {trainer.state.global_step} of {trainer.state.max_steps}; start "
-            "the same command again to go on."
-        )
-    if run.left_out[name]:
-        _log.warning("stage %s: %d bad samples of its data had been left out", name, run.left_out[name])
-    trained = _trained_apart(run, config, trainer)
-    forget_engine()
-    on_main(lambda: _finish_stage(run, name, assembled, trained, finished, last=last))
+def _digest(samples: SampleFile, usable: np.ndarray) -> str:
+    """Digest samples as they are written, in their order: about a second for a gigabyte.
 
-
-def _seen_by_all(run: _Run, name: str) -> tuple[Sequence[str], Path | None]:
-    """Let the main process say which stages are finished and which checkpoint is the newest; all have to see them."""
-    finished, checkpoint = on_main(lambda: (run.folder.finished, run.folder.checkpoint(name)))
-    needed = [run.folder.adapter(stage) for stage in finished] + ([checkpoint] if checkpoint else [])
-    if any_process(not all(path.exists() for path in needed)):
-        raise InputError(
-            f"not every process sees {', '.join(map(str, needed))}; put the run's folder on a disk that all machines "
-            "share (--output)."
-        )
-    return finished, checkpoint
-
-
-def _prepare_folder(run: _Run, name: str, assembled: Assembled, *, last: bool) -> None:
-    config, model, folder = run.recipe.stage(name), assembled.model, run.folder
-    folder.note_parameters(name, assembled.counts)
-    written = checkpoints(folder.path / name)
-    needed = max(config.keep_checkpoints + 1 - len(written), 1) * state_bytes(model)
-    if last:
-        size = 2 if config.precision == "bf16" else 4
-        needed += size * sum(parameter.numel() for parameter in model.parameters())
-    check_disk_space(folder.path, needed, f"stage {name} with its checkpoints{' and model' if last else ''}")
-
-
-def _load_earlier(run: _Run, name: str, model: FusedLlavaForConditionalGeneration, finished: Sequence[str]) -> None:
-    """Load what the stage before this one left, or the adapter that was given."""
-    before = STAGES[STAGES.index(name) - 1] if STAGES.index(name) else None
-    if before is not None and before in finished:
-        if run.adapter is not None:
-            _log.info("stage %s goes on from this folder's %s; the adapter %s is not read", name, before, run.adapter)
-        load_adapter(model, _kept(run.recipe.stage(before)), run.folder.adapter(before))
-    elif run.adapter is not None:
-        load_adapter(model, _ADAPTER, run.adapter)
-    elif before is not None and run.folder.checkpoint(name) is None:
-        _log.warning(
-            "stage %s starts from a random fuser and projector: no %s was run and no adapter given", name, before
-        )
-
-
-def _kept(config: StageConfig) -> tuple[str, ...]:
-    """Name the parts that a stage's adapter file holds."""
-    return (*_ADAPTER, "backbone") if "backbone" in config.trainable else _ADAPTER
-
-
-def _trainer(run: _Run, name: str, assembled: Assembled, callbacks: Sequence[TrainerCallback]) -> LlavaTrainer:
-    config, model, tokenizer = run.recipe.stage(name), assembled.model, assembled.tokenizer
-    dataset = ConversationDataset(
-        run.samples[name],
-        image_folder=config.data.image_folder,
-        template=get_template(config.template),
-        encoder=TextEncoder(tokenizer),
-        preprocessing=_preprocessing(model, config),
-        image_token_id=assembled.image_token_id,
-        num_image_tokens=model.config.image_seq_length,
-        max_length=config.data.max_length,
-        cache_images=config.data.cache_images,
-        bad_samples=config.data.bad_samples,
-    )
-    if config.gradient_checkpointing:
-        checkpoint_activations(model)
-    trainer = LlavaTrainer(
-        model=model,
-        args=_arguments(config, run.folder.path / name, model, run.state.num_processes),
-        train_dataset=dataset,
-        data_collator=Collator(tokenizer.pad_token_id),
-        learning_rates=config.learning_rates,
-        loss_average=config.loss_average,
-        group_by_modality=config.group_by_modality,
-        callbacks=list(callbacks),
-    )
-    set_precision(config.engine, trainer)
-    trainer.remove_callback(PrinterCallback)
-    trainer.add_callback(RunLog(trainer, run.folder.path, name))
-    return trainer
-
-
-def _arguments(
-    config: StageConfig, folder: Path, model: FusedLlavaForConditionalGeneration, num_processes: int
-) -> TrainingArguments:
-    cuda = torch.cuda.is_available()
-    micro_batch_size, accumulation = config.batches(num_processes)
-    return TrainingArguments(
-        output_dir=str(folder),
-        per_device_train_batch_size=micro_batch_size,
-        gradient_accumulation_steps=accumulation,
-        num_train_epochs=config.epochs,
-        max_steps=config.max_steps if config.max_steps is not None else -1,
-        learning_rate=config.learning_rate,
-        weight_decay=config.weight_decay,
-        lr_scheduler_type=config.scheduler,
-        warmup_steps=config.warmup_ratio,
-        max_grad_norm=config.max_grad_norm,
-        bf16=config.precision == "bf16",
-        dataloader_num_workers=config.num_workers,
-        dataloader_pin_memory=cuda,
-        remove_unused_columns=False,
-        use_cpu=not cuda,
-        save_strategy="no" if config.save_every is None else "steps",
-        save_steps=config.save_every or 0,
-        save_total_limit=config.keep_checkpoints,
-        logging_steps=config.log_every,
-        logging_nan_inf_filter=False,
-        report_to=[],
-        disable_tqdm=True,
-        seed=config.seed,
-        **engine_arguments(config.engine, model, num_processes=num_processes),
-    )
-
-
-def _trained_apart(run: _Run, config: StageConfig, trainer: LlavaTrainer) -> dict[str, torch.Tensor] | None:
-    """Gather what was trained where the model at hand cannot be saved: taken apart, or of quantised weights."""
-    if not shards(config.engine, num_processes=run.state.num_processes) and config.lora.quantize == "none":
-        return None
-    return trained_state(trainer.model_wrapped, keep=run.state.is_main_process)
-
-
-def _finish_stage(
-    run: _Run,
-    name: str,
-    assembled: Assembled,
-    trained: Mapping[str, torch.Tensor] | None,
-    finished: Sequence[str],
-    *,
-    last: bool,
-) -> None:
-    if trained is not None:
-        assembled = assemble_stage(run.recipe.model, run.recipe.stage(name), quantized=False)
-        _load_earlier(run, name, assembled.model, finished)
-        load_trained(assembled.model, trained)
-    _save_stage(run, name, assembled, last=last)
-    run.folder.finish(name)
-
-
-def _save_stage(run: _Run, name: str, assembled: Assembled, *, last: bool) -> None:
-    config, model = run.recipe.stage(name), assembled.model
-    save_adapter(model, _kept(config), run.folder.adapter(name))
-    if not last:
-        return
-    if config.lora.rank:
-        from .lora import merge_lora, save_lora
-
-        save_lora(model, run.folder.path / name / "lora")
-        merge_lora(model)
-    template, preprocessing = get_template(config.template), _preprocessing(model, config)
-    model.config.prompt_template = template.to_dict()
-    model.eval().to("cpu")
-    if config.precision == "bf16":
-        nn.Module.to(model, torch.bfloat16)
-    save_model(model, build_processor(model, assembled.tokenizer, preprocessing, template), run.folder.path)
-
-
-def _preprocessing(model: FusedLlavaForConditionalGeneration, config: StageConfig) -> Preprocessing:
-    return replace(model.model.vision_tower.backbone.preprocessing, mode=config.data.image_mode)
-
-
-def _describe(counts: Mapping[str, Mapping[str, int]]) -> str:
-    return "; ".join(
-        f"{part} {count['trainable']:,} parameters trained, {count['frozen']:,} frozen"
-        for part, count in counts.items()
-        if sum(count.values())
-    )
+    Size and time of change would not do: an edit can keep both, a copy changes the time alone.
+    """
+    digest = hashlib.blake2b(digest_size=16)
+    for index in usable.tolist():
+        raw = samples.raw(index)
+        digest.update(len(raw).to_bytes(8, "little") + raw)
+    return digest.hexdigest()

@@ -11,13 +11,15 @@ from typing import Any
 import torch
 from transformers.utils import logging as transformers_logging
 
-from layerfuse.errors import InputError
+from layerfuse.errors import InputError, UserError
 
 from .config import STAGES
 from .estimate import GPUS, dry_run, render
-from .interruption import EXIT_REQUEUE, RunInterrupted
+from .interruption import RunInterrupted
+from .optimizer_steps import NonFiniteLossError
+from .processes import ProcessFailedError
 from .recipe_files import load_recipe, parse_overrides, recipe_names
-from .train import train
+from .train import RANDOM, train
 
 __all__ = ["main"]
 
@@ -43,15 +45,18 @@ def main(argv: Sequence[str] | None = None) -> int:
             adapter=arguments.adapter,
             overwrite=arguments.overwrite,
         )
-    except (ValueError, OSError, ImportError) as error:
-        parser.error(str(error))
-    except FloatingPointError as error:
+    except UserError as error:
+        # Where another process found it, that is the cause.
+        failed = getattr(error.__cause__, "process", None)
+        print(f"{parser.prog}: {'' if failed is None else f'process {failed}: '}{error}", file=sys.stderr)
+        return 2
+    except (NonFiniteLossError, ProcessFailedError) as error:
         # Not to be requeued: the same step would break again.
         print(error, file=sys.stderr)
         return 1
     except RunInterrupted as stop:
         print(stop, file=sys.stderr)
-        return EXIT_REQUEUE
+        return stop.exit_code
     finally:
         if torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()
@@ -71,10 +76,13 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--output", help="folder of the run (default: runs/RECIPE)")
     parser.add_argument("--data", nargs="+", help="LLaVA json or jsonl: one file for all stages, or one a stage")
     parser.add_argument("--image-folder", nargs="+", help="folder of the images: one for all stages, or one a stage")
-    parser.add_argument("--stages", nargs="+", choices=STAGES, default=STAGES, help="stages to run (default: both)")
+    parser.add_argument(
+        "--stages", nargs="+", choices=STAGES, default=STAGES, help="stages to run, in their order (default: both)"
+    )
     parser.add_argument(
         "--adapter",
-        help="fuser and projector to start from: RUN/pretrain/adapter.safetensors, or the published mm_projector.bin",
+        help="fuser and projector to start from: RUN/pretrain/adapter.safetensors, the published mm_projector.bin, or "
+        f"{RANDOM!r} for new ones",
     )
     parser.add_argument(
         "--dry-run",
@@ -82,22 +90,28 @@ def _parser() -> argparse.ArgumentParser:
         help="say what the run would take and what is wrong with its data; train nothing",
     )
     parser.add_argument("--gpu", choices=GPUS, default="h100", help="the GPU a dry run reckons with (default: h100)")
-    parser.add_argument("--overwrite", action="store_true", help="replace an earlier run in the folder")
+    parser.add_argument(
+        "--overwrite",
+        action="store_true",
+        help="train the stages asked for anew, once the first step is made, and remove what the folder holds of them; "
+        "other stages stay",
+    )
     return parser
 
 
 def _data_overrides(arguments: argparse.Namespace) -> dict[str, Any]:
     overrides = {}
+    stages = list(dict.fromkeys(arguments.stages))
     for option, key in (("data", "path"), ("image_folder", "image_folder")):
         values = getattr(arguments, option) or []
         if len(values) == 1:
-            values = values * len(arguments.stages)
-        if len(values) not in (0, len(arguments.stages)):
+            values = values * len(stages)
+        if len(values) not in (0, len(stages)):
             raise InputError(
-                f"--{option.replace('_', '-')} names {len(values)} paths for the stages {', '.join(arguments.stages)}; "
+                f"--{option.replace('_', '-')} names {len(values)} paths for the stages {', '.join(stages)}; "
                 "give one for all, or one each."
             )
-        for stage, value in zip(arguments.stages, values, strict=False):
+        for stage, value in zip(stages, values, strict=False):
             overrides[f"{stage}.data.{key}"] = value
     return overrides
 

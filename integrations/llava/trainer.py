@@ -11,7 +11,7 @@ import itertools
 import json
 import logging
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -27,7 +27,8 @@ from layerfuse.files import write_text
 from .checkpointing import CheckpointingTrainer
 from .config import PARTS
 from .interruption import DeafWorker
-from .optimizer_steps import BrokenBatch, NonFiniteLossError, OptimizerStep
+from .optimizer_steps import BrokenBatch, Later, NonFiniteLossError, OptimizerStep
+from .processes import any_process
 from .prompts import IGNORE_INDEX
 from .run_log import RunLog
 from .sampler import ModalityLengthSampler, ShuffleSampler, modality_length_indices
@@ -92,7 +93,8 @@ class LlavaTrainer(CheckpointingTrainer):
         learning_rates: part -> its own peak learning rate.
         loss_average: "micro_batch": micro batches and processes weigh alike, whatever they supervise; "token": every
             supervised token of an optimizer step weighs alike.
-        group_by_modality: use `ModalityLengthSampler`; the data set needs `lengths`.
+        group_by_modality: use `ModalityLengthSampler`.
+        lengths: of the samples, which that sampler needs; None: the data set's own `lengths`.
         **kwargs: Trainer's.
     """
 
@@ -103,6 +105,7 @@ class LlavaTrainer(CheckpointingTrainer):
         learning_rates: Mapping[str, float] | None = None,
         loss_average: Literal["micro_batch", "token"] = "micro_batch",
         group_by_modality: bool = False,
+        lengths: Sequence[int] | None = None,
         **kwargs: Any,
     ) -> None:
         if args.n_gpu > 1:
@@ -117,9 +120,10 @@ class LlavaTrainer(CheckpointingTrainer):
         self.learning_rates = learning_rates
         self.loss_average = loss_average
         self.group_by_modality = group_by_modality
+        self.lengths = lengths
         self._step = OptimizerStep(0, 0.0, [])
         self._made: list[OptimizerStep] = []
-        self._broken: OptimizerStep | None = None
+        self._unchecked: tuple[OptimizerStep, Later] | None = None
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """Build AdamW over `parameter_groups`."""
@@ -141,7 +145,7 @@ class LlavaTrainer(CheckpointingTrainer):
         if not self.group_by_modality:
             return ShuffleSampler(len(dataset), seed=self.args.seed)
         return ModalityLengthSampler(
-            dataset.lengths,
+            dataset.lengths if self.lengths is None else self.lengths,
             batch_size=self.args.train_batch_size,
             # Published: micro batches of one step count as processes, so one step stays within one modality.
             world_size=self.args.world_size * self.args.gradient_accumulation_steps,
@@ -191,7 +195,7 @@ class LlavaTrainer(CheckpointingTrainer):
         return_outputs: bool = False,
         num_items_in_batch: torch.Tensor | int | None = None,
     ) -> Any:
-        """Compute the loss of a micro batch; stop at the last one of a step if any is NaN or infinite.
+        """Compute the loss of a micro batch; a step in which any is NaN or infinite is not made.
 
         Args:
             model: the whole model, as the engine has wrapped it.
@@ -199,9 +203,6 @@ class LlavaTrainer(CheckpointingTrainer):
             return_outputs: return the model's outputs, too.
             num_items_in_batch: what the sum of the tokens' losses is divided by; None: their own number. A micro batch
                 in which nothing is supervised has loss 0.
-
-        Raises:
-            NonFiniteLossError: in every process, before gradients are computed.
         """
         own = _num_supervised(inputs["labels"]).clamp(min=1)
         outputs = model(**inputs, num_items_in_batch=own if num_items_in_batch is None else num_items_in_batch)
@@ -212,20 +213,32 @@ class LlavaTrainer(CheckpointingTrainer):
         if model.training:
             self._step.losses.append(loss.detach())
             if self.accelerator.sync_gradients:
-                self._stop_if_loss_broke(self._step)
+                self._step.finite = Later(torch.stack(self._step.losses).isfinite())
+                if self.is_deepspeed_enabled:  # makes the step together with the backward pass
+                    self._stop_if_loss_broke(self._step)
         return (loss, outputs) if return_outputs else loss
 
-    def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
-        """As Trainer, and keep what is known of the step."""
-        loss = super().training_step(*args, **kwargs)
-        if self.accelerator.sync_gradients:
-            self._made.append(self._step)
-        return loss
-
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
+        """Take the norm, and look whether the step may be made: Trainer asks just before it is."""
         norm = super()._get_grad_norm(model, grad_norm=grad_norm)
-        self._made[-1].grad_norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
+        # Of the step before: its norm came behind its backward pass, and is read where that costs nothing.
+        self.stop_if_gradients_broke()
+        if not self.is_deepspeed_enabled:
+            self._stop_if_loss_broke(self._step)
+        self._step.grad_norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
+        self._made.append(self._step)
+        self._unchecked = self._step, Later(torch.as_tensor(self._step.grad_norm))
         return norm
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """As Trainer, and look at the last step's gradients."""
+        output = super().train(*args, **kwargs)
+        self.stop_if_gradients_broke()
+        return output
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        self.stop_if_gradients_broke()
+        super()._save_checkpoint(model, trial)
 
     def take_rows(self) -> list[dict[str, float]]:
         """Hand over the optimizer steps since the last call; every process has to call this.
@@ -245,29 +258,31 @@ class LlavaTrainer(CheckpointingTrainer):
             row["learning_rate"] = step.learning_rate
             if step.grad_norm is not None:
                 row["grad_norm"] = float(step.grad_norm)
-                if not math.isfinite(row["grad_norm"]):
-                    self._broken = self._broken or step
             rows.append(row | ({"skipped": int(skipped)} if skipped else {}))
         return rows
 
     def stop_if_gradients_broke(self) -> None:
-        """Stop if a step that `take_rows` has handed over had gradients that are NaN or infinite.
+        """Stop if the last step's gradients were NaN or infinite; all before it have been looked at.
 
         Raises:
             NonFiniteLossError: in every process, since all know the norm.
         """
-        if self._broken is not None:
-            step, self._broken = self._broken, None
-            self._stop(step, range(len(step.losses)), grad_norm=float(step.grad_norm or 0))
+        unchecked, self._unchecked = self._unchecked, None
+        if unchecked is not None:
+            step, norm = unchecked
+            if not math.isfinite(float(norm.read())):
+                self._stop(step, range(len(step.losses)), grad_norm=float(norm.read()))
 
     def _stop_if_loss_broke(self, step: OptimizerStep) -> None:
-        broken = ~torch.stack(step.losses).isfinite()
-        if self.accelerator.reduce(broken.sum().float(), reduction="sum").item():
-            # Steps that were made but not yet written are written now.
-            self.callback_handler.on_log(self.args, self.state, self.control, {})
-            self._stop(step, broken.nonzero().flatten().tolist())
+        """Read what was known when the last forward pass ended, while the device is busy with the backward pass."""
+        assert step.finite is not None
+        finite = step.finite.read()
+        if any_process(not finite.all()):
+            self._stop(step, (~finite).nonzero().flatten().tolist())
 
     def _stop(self, step: OptimizerStep, indices: Any, *, grad_norm: float | None = None) -> None:
+        # Steps that were made but not yet written are written now.
+        self.callback_handler.on_log(self.args, self.state, self.control, {})
         own = [
             BrokenBatch(self.args.process_index, float(step.losses[index]), tuple(step.sample_ids[index]))
             for index in indices

@@ -13,13 +13,14 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig
+from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig
 
 from layerfuse.errors import InputError
 
-from ..assembly import create_vision, described_llm, set_trainable
+from .. import assembly
+from ..assembly import described_llm
 from ..config import PARTS, ModelConfig, StageConfig
-from ..model import FusedLlavaForConditionalGeneration, build_model
+from ..model import FusedLlavaForConditionalGeneration
 from ..processing import add_image_token
 
 __all__ = ["Block", "ModelFacts", "build_on_meta", "linear_layers", "model_facts"]
@@ -104,18 +105,8 @@ def build_on_meta(config: ModelConfig, stage: StageConfig) -> tuple[FusedLlavaFo
         ValueError: if a name, layer or option is not possible, or nothing describes the language model.
     """
     architecture, origin = _architecture(config)
-    with torch.device("meta"):
-        backbone, fuser = create_vision(config, pretrained=False)
-        llm = AutoModelForCausalLM.from_config(architecture, attn_implementation=config.attention)
-        model = build_model(backbone, fuser, llm, image_token_id=_image_token_id(config, architecture.vocab_size))
-        if stage.lora.rank:
-            from ..lora import add_lora
-
-            add_lora(model, stage.lora)
-    set_trainable(model, stage.trainable, adapters_only=stage.lora.rank > 0)
-    if stage.precision == "bf16":
-        model.bfloat16()
-    return model, origin
+    image_token_id = _image_token_id(config, architecture.vocab_size)
+    return assembly.build_on_meta(config, stage, architecture, image_token_id=image_token_id), origin
 
 
 def _architecture(config: ModelConfig) -> tuple[PreTrainedConfig, str]:

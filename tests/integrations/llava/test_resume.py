@@ -23,7 +23,7 @@ from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from integrations.llava import checkpointing, train_command
-from integrations.llava import train as training
+from integrations.llava import stage as stage_module
 from integrations.llava.checkpointing import load_state, save_state
 from integrations.llava.config import Recipe
 from integrations.llava.interruption import EXIT_REQUEUE, RunInterrupted
@@ -195,11 +195,12 @@ def test_a_folder_with_another_or_a_finished_run_is_refused(tiny_recipe: Recipe,
     folder = train(tiny_recipe, tmp_path / "run", stages=["pretrain"])
     with pytest.raises(ValueError, match=r"already holds a finished run of this recipe \(pretrain\)"):
         train(tiny_recipe, folder, stages=["pretrain"])
-    other = dataclasses.replace(tiny_recipe.finetune, learning_rate=0.5)
+    other = dataclasses.replace(tiny_recipe.pretrain, learning_rate=0.5)
     with pytest.raises(
-        ValueError, match=r"another recipe, which differs in finetune.learning_rate \(.* then, 0.5 now\)"
-    ):
-        train(dataclasses.replace(tiny_recipe, finetune=other), folder)
+        ValueError, match=r"another recipe, which differs in pretrain.learning_rate \(.* then, 0.5 now\)"
+    ) as refused:
+        train(dataclasses.replace(tiny_recipe, pretrain=other), folder)
+    assert "overwrite" not in str(refused.value)
 
 
 def test_what_only_changes_a_run_s_speed_may_change_when_it_goes_on(tiny_recipe: Recipe, tmp_path: Path) -> None:
@@ -218,7 +219,7 @@ def test_a_run_that_died_while_its_model_was_saved_makes_no_further_step(
     def dies(*_: Any, **__: Any) -> None:
         raise RuntimeError("power cut")
 
-    monkeypatch.setattr(training, "_save_stage", dies)
+    monkeypatch.setattr(stage_module, "_save", dies)
     with pytest.raises(RuntimeError, match="power cut"):
         train(recipe, tmp_path / "run")
     monkeypatch.undo()
@@ -230,13 +231,13 @@ def test_a_run_that_died_while_its_model_was_saved_makes_no_further_step(
 def test_a_stop_while_a_stage_is_saved_starts_no_other(
     tiny_recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    save = training._save_stage
+    save = stage_module._save
 
     def stopped_meanwhile(*arguments: Any, **options: Any) -> None:
         os.kill(os.getpid(), signal.SIGTERM)
         save(*arguments, **options)
 
-    monkeypatch.setattr(training, "_save_stage", stopped_meanwhile)
+    monkeypatch.setattr(stage_module, "_save", stopped_meanwhile)
     with pytest.raises(RunInterrupted, match="stopped on request before stage finetune"):
         train(tiny_recipe, tmp_path / "run")
     assert RunFolder(tmp_path / "run").finished == ("pretrain",)

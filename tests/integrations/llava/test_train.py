@@ -15,7 +15,7 @@ from integrations.llava.checkpoint import load_model
 from integrations.llava.config import PARTS, Recipe
 from integrations.llava.data import read_samples
 from integrations.llava.recipe_files import load_recipe
-from integrations.llava.train import assemble, set_trainable, train
+from integrations.llava.train import RANDOM, assemble, set_trainable, train
 
 
 def part_of(name: str) -> str:
@@ -115,7 +115,7 @@ def test_batches_without_images_train(tiny_recipe: Recipe, data_folder: Path, tm
     data = dataclasses.replace(tiny_recipe.finetune.data, path=str(tmp_path / "text.json"))
     recipe = dataclasses.replace(tiny_recipe, finetune=dataclasses.replace(tiny_recipe.finetune, data=data))
 
-    folder = train(recipe, tmp_path / "run", stages=["finetune"])
+    folder = train(recipe, tmp_path / "run", stages=["finetune"], adapter=RANDOM)
 
     assert len((folder / "metrics.jsonl").read_text().splitlines()) == 3
 
@@ -125,7 +125,7 @@ def test_a_batch_in_which_nothing_is_supervised_has_loss_zero(tiny_recipe: Recip
     (tmp_path / "cut.json").write_text(json.dumps(samples))
     data = dataclasses.replace(tiny_recipe.finetune.data, path=str(tmp_path / "cut.json"), max_length=30)
     recipe = dataclasses.replace(tiny_recipe, finetune=dataclasses.replace(tiny_recipe.finetune, data=data))
-    folder = train(recipe, tmp_path / "run", stages=["finetune"])
+    folder = train(recipe, tmp_path / "run", stages=["finetune"], adapter=RANDOM)
 
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     assert [row["loss"] for row in rows] == [0, 0, 0]
@@ -161,10 +161,9 @@ def test_faults_in_the_data_are_found_before_anything_is_built(tiny_recipe: Reci
     (tmp_path / "bad.json").write_text(json.dumps(bad))
     data = dataclasses.replace(tiny_recipe.finetune.data, path=str(tmp_path / "bad.json"))
     finetune = dataclasses.replace(tiny_recipe.finetune, data=data)
-    model = dataclasses.replace(tiny_recipe.model, llm="does-not-exist")
 
     with pytest.raises(ValueError, match=r"nowhere.png: missing"):
-        train(dataclasses.replace(tiny_recipe, finetune=finetune, model=model), tmp_path / "run")
+        train(dataclasses.replace(tiny_recipe, finetune=finetune), tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
 
@@ -172,7 +171,7 @@ def test_a_stage_without_data_says_how_to_name_them(tiny_recipe: Recipe, tmp_pat
     data = dataclasses.replace(tiny_recipe.pretrain.data, path="")
     recipe = dataclasses.replace(tiny_recipe, pretrain=dataclasses.replace(tiny_recipe.pretrain, data=data))
 
-    with pytest.raises(ValueError, match=r"stage pretrain has no data; give --pretrain.data.path"):
+    with pytest.raises(ValueError, match=r"stage pretrain: no data; give --pretrain.data.path"):
         train(recipe, tmp_path / "run")
 
 
