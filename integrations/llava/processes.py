@@ -64,25 +64,42 @@ class _Board:
         self.group = group
         self.store = distributed_c10d._get_default_store().clone()
         self.rank, self.size = dist.get_rank(), dist.get_world_size()
-        self.num_results = 0
+        self.num_results = self.block = 0
         self.heard: tuple[ProcessFailedError, BaseException | None] | None = None
         self.guarded = False
         self.cpu_group: dist.ProcessGroup | None = None
 
+    def enter(self) -> None:
+        """Begin a block with nothing on the board; all processes count their blocks alike."""
+        self.block, self.heard, self.guarded = self.block + 1, None, True
+
+    def key(self, name: str) -> str:
+        """Name a value of the present block."""
+        return f"layerfuse/{self.block}/{name}"
+
     def publish(self, error: BaseException, same: tuple[type[BaseException], ...]) -> None:
         """Tell the others of this process's failure, if it is the first, and let them read it before the store ends."""
         with suppress(RuntimeError):  # a store that is gone has nobody left to tell
-            if self.store.add("layerfuse/failures", 1) > 1:
-                self.store.add("layerfuse/heard", 1)
+            if self.store.add(self.key("failures"), 1) > 1:
+                self.store.add(self.key("heard"), 1)
                 return
-            self.set("layerfuse/failure", self._described(error, same))
+            self.set(self.key("failure"), self._described(error, same))
             deadline = time.monotonic() + _GRACE / 2
-            while self.store.add("layerfuse/heard", 0) < self.size - 1 and time.monotonic() < deadline:
+            while self.store.add(self.key("heard"), 0) < self.size - 1 and time.monotonic() < deadline:
                 time.sleep(_LOOK / 2)
 
     def set(self, key: str, value: Any) -> None:
         """Write something that can be pickled."""
         self.store.set(key, pickle.dumps(value))  # type: ignore[arg-type]  # its bytes are taken, too
+
+    def leave(self) -> None:
+        """Let the process that holds the store end last; else those that still read there would take it for dead."""
+        key = self.key("left")
+        left = self.store.add(key, 1)
+        while self.rank == 0 and left < self.size and self.look() is None:
+            time.sleep(_LOOK / 10)
+            left = self.store.add(key, 0)
+        self.raise_if_heard()
 
     def _described(self, error: BaseException, same: tuple[type[BaseException], ...]) -> tuple[Any, ...]:
         own = None
@@ -96,8 +113,8 @@ class _Board:
         """What failed in another process: in its words, and the exception itself where all are to raise it."""
         if self.heard is None:
             with suppress(RuntimeError):  # the store went with its process; then there is nothing more to hear
-                if self.store.check(["layerfuse/failure"]):
-                    rank, kind, text, where, own = pickle.loads(self.store.get("layerfuse/failure"))
+                if self.store.check([self.key("failure")]):
+                    rank, kind, text, where, own = pickle.loads(self.store.get(self.key("failure")))
                     if rank == self.rank:
                         return None
                     error = None
@@ -105,7 +122,7 @@ class _Board:
                         error = pickle.loads(own) if own is not None else None
                     # A message to a user says where it comes from without a traceback.
                     self.heard = ProcessFailedError(rank, kind, text, "" if error is not None else where), error
-                    self.store.add("layerfuse/heard", 1)
+                    self.store.add(self.key("heard"), 1)
         return self.heard
 
     def raise_if_heard(self, cause: BaseException | None = None) -> None:
@@ -154,7 +171,8 @@ class shared_failures(AbstractContextManager[None]):  # noqa: N801 (used as a fu
         """Begin to listen, unless a block around this one does."""
         board = _board()
         if board is not None and not board.guarded:
-            self.board, board.guarded = board, True
+            board.enter()
+            self.board = board
             threading.Thread(target=_watch, args=(board, self.done), name="failures of others", daemon=True).start()
 
     def __exit__(
@@ -175,6 +193,8 @@ class shared_failures(AbstractContextManager[None]):  # noqa: N801 (used as a fu
                     raise gone from error
             if error is not None and board.heard is None:
                 board.publish(error, self.same)
+            elif error is None:
+                board.leave()
         finally:
             self.done.set()
 
@@ -208,7 +228,7 @@ def on_main(work: Callable[[], Result]) -> Result:
         return work()
     with shared_failures():
         board.num_results += 1
-        key = f"layerfuse/result/{board.num_results}"
+        key = board.key(f"result/{board.num_results}")
         if board.rank == 0:
             result = work()
             board.set(key, result)

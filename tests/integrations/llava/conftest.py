@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from integrations.llava.generate import Answerer, load_answerer
 from integrations.llava.images import read_image
 from integrations.llava.recipe_files import load_recipe
 from tests.integrations.llava.answering_parts import save_run
+from tests.integrations.llava.process_pairs import Nursery
 from tests.integrations.llava.tiny_parts import (
     human_and_gpt,
     make_tokenizer,
@@ -81,6 +83,14 @@ def run_folder(tiny_recipe: Recipe, tmp_path_factory: pytest.TempPathFactory) ->
     from integrations.llava.train import train
 
     return train(tiny_recipe, tmp_path_factory.mktemp("run") / "mmfuser")
+
+
+@pytest.fixture(scope="session")
+def nursery(root: Path) -> Iterator[Nursery]:
+    """Starts two processes at a time that have imported everything already."""
+    made = Nursery(root)
+    yield made
+    made.close()
 
 
 @pytest.fixture(scope="session")

@@ -1,13 +1,9 @@
-"""What two processes run for test_distributed.py: one start, several runs, results left in files.
-
-torchrun --nproc-per-node 2 tests/integrations/llava/distributed_worker.py FOLDER ENGINE …
-"""
+"""What two processes run for test_distributed.py: one training each, its results left in files."""
 
 from __future__ import annotations
 
 import os
 import signal
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,6 +16,7 @@ from accelerate.utils import DistributedType
 from torch.distributed.tensor import DTensor
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from integrations.llava import starting
 from integrations.llava import train as training
 from integrations.llava.interruption import RunInterrupted
 from integrations.llava.recipe_files import load_recipe
@@ -75,61 +72,35 @@ def engines_on_cpu() -> Iterator[None]:
     with (
         mock.patch.object(accelerate.state.AcceleratorState, "__init__", patched),
         mock.patch.object(accelerate.state.AcceleratorState, "is_fsdp2", property(_is_fsdp2)),
-        mock.patch.object(training, "check_engine", lambda *_, **__: None),
+        mock.patch.object(starting, "check_engine", lambda *_, **__: None),
     ):
         yield
 
 
 def run(
-    folder: Path, name: str, engine: str, *, stop_at: int | None = None, go_on: bool = True, **changes: Any
+    rank: int, folder: str, name: str, engine: str, stop_at: int | None, go_on: bool, changes: dict[str, Any]
 ) -> None:
     """Finetune with an engine; if told so, stop on request at a step, and go on."""
-    overrides = {f"finetune.{key}": value for key, value in changes.items()} | {"finetune.engine": engine}
-    recipe = load_recipe(folder / "recipe.yaml", overrides)
+    recipe = load_recipe(Path(folder) / "recipe.yaml", changes | {"finetune.engine": engine})
     checks: list[TrainerCallback] = [IsSharded()] if engine == "fsdp2" else []
 
     def start(*callbacks: TrainerCallback) -> None:
-        adapter = folder / "adapter.safetensors"
-        training.train(recipe, folder / name, stages=["finetune"], adapter=adapter, callbacks=[*checks, *callbacks])
+        adapter = Path(folder) / "adapter.safetensors"
+        output = Path(folder) / name
+        training.train(recipe, output, stages=["finetune"], adapter=adapter, callbacks=[*checks, *callbacks])
 
-    if stop_at is not None:
-        try:
-            start(AskToStop(stop_at))
-        except RunInterrupted as stop:
-            (folder / f"{name}.stopped").write_text(str(stop))
-    if go_on:
-        start()
-
-
-def fail_in_all(folder: Path) -> None:
-    """Give data that only the main process looks at, and write down what each process hears of them."""
-    rank = os.environ["RANK"]
-    (folder / "broken.json").write_text('[{"id": "x", "conversations": []}]')
-    recipe = load_recipe(folder / "recipe.yaml", {"finetune.data.path": str(folder / "broken.json")})
-    try:
-        training.train(recipe, folder / "never", stages=["finetune"])
-    except ValueError as error:
-        (folder / f"heard-{rank}").write_text(str(error))
+    with engines_on_cpu():
+        if stop_at is not None:
+            try:
+                start(AskToStop(stop_at))
+            except RunInterrupted as stop:
+                (Path(folder) / f"{name}.stopped").write_text(str(stop))
+        if go_on:
+            start()
 
 
-def main() -> None:
-    """Run everything with each engine; the folder holds recipe.yaml and adapter.safetensors."""
-    folder = Path(sys.argv[1])
-    for engine in sys.argv[2:]:
-        with engines_on_cpu():
-            run(folder, engine, engine)
-            run(folder, f"{engine}_resumed", engine, stop_at=3)
-            run(folder, f"{engine}_left", engine, stop_at=3, go_on=False)
-            run(folder, f"{engine}_mixed", engine, group_by_modality=False)
-            run(folder, f"{engine}_accumulated", engine, micro_batch_size=1)
-    fail_in_all(folder)
-    if "fsdp2" in sys.argv[2:]:
-        # One engine after the other in one run: none leaves anything to the next.
-        with engines_on_cpu():
-            recipe = load_recipe(folder / "recipe.yaml", {"pretrain.engine": "fsdp2", "finetune.engine": "ddp"})
-            training.train(recipe, folder / "fsdp2_then_ddp")
-    torch.distributed.destroy_process_group()
-
-
-if __name__ == "__main__":
-    main()
+def both_engines(rank: int, folder: str) -> None:
+    """One engine after the other in one run: none leaves anything to the next."""
+    with engines_on_cpu():
+        recipe = load_recipe(Path(folder) / "recipe.yaml", {"pretrain.engine": "fsdp2", "finetune.engine": "ddp"})
+        training.train(recipe, Path(folder) / "fsdp2_then_ddp")

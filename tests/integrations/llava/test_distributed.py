@@ -1,6 +1,6 @@
 """Two processes (gloo, CPU) train as one does: DDP and FSDP2, text-only batches, stopped and resumed runs.
 
-One start of two processes does everything (`distributed_worker.py`); the tests read what it left.
+Each run is made when a test first asks for it (`distributed_worker.py`), so one that fails fails its own tests alone.
 """
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -27,6 +27,7 @@ from integrations.llava.interruption import EXIT_REQUEUE
 from integrations.llava.recipe_files import dump_recipe
 from integrations.llava.run_folder import RunFolder
 from integrations.llava.train import train
+from tests.integrations.llava.process_pairs import Nursery
 
 ENGINES = ("ddp", "fsdp2")
 STEPS = 6
@@ -68,12 +69,6 @@ def launch_apart(root: Path, *arguments: str) -> list[subprocess.Popen[str]]:
     return [start(root, *arguments, RANK=rank, LOCAL_RANK=rank, **common) for rank in ("0", "1")]
 
 
-def train_with(engines: Sequence[str], folder: Path, root: Path) -> None:
-    worker = launch(root, str(Path(__file__).with_name("distributed_worker.py")), str(folder), *engines)
-    output, _ = worker.communicate(timeout=300)
-    assert worker.returncode == 0, output
-
-
 def finetuned(recipe: Recipe, **changes: object) -> Recipe:
     return dataclasses.replace(recipe, finetune=dataclasses.replace(recipe.finetune, **changes))  # type: ignore[arg-type]
 
@@ -92,27 +87,62 @@ def recipe(tiny_recipe: Recipe) -> Recipe:
     )
 
 
-@pytest.fixture(scope="module")
-def runs(recipe: Recipe, root: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Everything the worker trains, and `single` and `mixed`, the same runs in one process."""
-    folder = tmp_path_factory.mktemp("runs")
-    (folder / "recipe.yaml").write_text(dump_recipe(recipe))
-    train(recipe, folder / "before", stages=["pretrain"])
-    shutil.copy(folder / "before" / "pretrain" / "adapter.safetensors", folder)
-    for name, changes in {
-        "single": {},
+class Runs:
+    """Folders of runs by name, each trained when it is first asked for.
+
+    `single`, `mixed` (not grouped) and `accumulated` are trained in one process; `ddp` and the like, `ddp_mixed`,
+    `ddp_accumulated`, `ddp_resumed` (stopped at step 3, and gone on) and `ddp_left` (stopped) in two.
+    """
+
+    VARIANTS: ClassVar[dict[str, dict[str, Any]]] = {
         "mixed": {"group_by_modality": False},
         "accumulated": {"micro_batch_size": 1},
-    }.items():
-        variant = finetuned(recipe, **changes)
-        train(variant, folder / name, stages=["finetune"], adapter=folder / "adapter.safetensors")
-    train(recipe, folder / "both")
-    train_with(ENGINES, folder, root)
-    return folder
+    }
+
+    def __init__(self, recipe: Recipe, folder: Path, nursery: Nursery) -> None:
+        self.recipe, self.folder, self.nursery = recipe, folder, nursery
+        self.made: set[str] = set()
+        (folder / "recipe.yaml").write_text(dump_recipe(recipe))
+        train(recipe, folder / "before", stages=["pretrain"])
+        shutil.copy(folder / "before" / "pretrain" / "adapter.safetensors", folder)
+
+    @property
+    def adapter(self) -> Path:
+        """Where finetunes start from."""
+        return self.folder / "adapter.safetensors"
+
+    def __truediv__(self, name: str) -> Path:
+        if name not in self.made:
+            self.made.add(name)
+            self._make(name)
+        return self.folder / name
+
+    def _make(self, name: str) -> None:
+        engine, _, variant = name.partition("_")
+        if name == "both":
+            train(self.recipe, self.folder / name)
+        elif name in ("single", *self.VARIANTS):
+            changed = finetuned(self.recipe, **self.VARIANTS.get(name, {}))
+            train(changed, self.folder / name, stages=["finetune"], adapter=self.adapter)
+        elif name == "fsdp2_then_ddp":
+            self._in_two("both_engines")
+        else:
+            changes = {f"finetune.{key}": value for key, value in self.VARIANTS.get(variant, {}).items()}
+            stop_at = 3 if variant in ("resumed", "left") else None
+            self._in_two("run", name, engine, stop_at, variant != "left", changes)
+
+    def _in_two(self, function: str, *arguments: Any) -> None:
+        ended = self.nursery.run(f"distributed_worker.py:{function}", str(self.folder), *arguments)
+        assert [each.code for each in ended] == [0, 0], ended
+
+
+@pytest.fixture(scope="module")
+def runs(recipe: Recipe, nursery: Nursery, tmp_path_factory: pytest.TempPathFactory) -> Runs:
+    return Runs(recipe, tmp_path_factory.mktemp("runs"), nursery)
 
 
 @pytest.mark.parametrize("engine", ENGINES)
-def test_two_processes_give_the_losses_and_weights_of_one(engine: str, runs: Path) -> None:
+def test_two_processes_give_the_losses_and_weights_of_one(engine: str, runs: Runs) -> None:
     torch.testing.assert_close(losses(runs / engine), losses(runs / "single"), atol=2e-6, rtol=0)
     ours, single = (load_file(runs / name / "model.safetensors") for name in (engine, "single"))
     assert ours.keys() == single.keys()
@@ -121,30 +151,24 @@ def test_two_processes_give_the_losses_and_weights_of_one(engine: str, runs: Pat
 
 
 @pytest.mark.parametrize("engine", ENGINES)
-def test_a_process_without_images_waits_for_none(engine: str, runs: Path, data_folder: Path) -> None:
+def test_a_process_without_images_waits_for_none(engine: str, runs: Runs, data_folder: Path) -> None:
     """Not grouped, a step gives one process images and the other one none, and some steps give neither any."""
     assert any("image" not in sample for sample in json.loads((data_folder / "train.json").read_text()))
     torch.testing.assert_close(losses(runs / f"{engine}_mixed"), losses(runs / "mixed"), atol=2e-6, rtol=0)
 
 
 @pytest.mark.parametrize("engine", ENGINES)
-def test_gradients_of_several_micro_batches_are_summed_in_every_process(engine: str, runs: Path) -> None:
+def test_gradients_of_several_micro_batches_are_summed_in_every_process(engine: str, runs: Runs) -> None:
     torch.testing.assert_close(losses(runs / f"{engine}_accumulated"), losses(runs / "accumulated"), atol=2e-6, rtol=0)
 
 
-def test_what_is_wrong_for_one_process_is_raised_by_all(runs: Path) -> None:
-    heard = [(runs / f"heard-{rank}").read_text() for rank in (0, 1)]
-    assert heard[0] == heard[1]
-    assert heard[0].startswith("1 problems in the data")
-
-
-def test_an_engine_leaves_nothing_to_the_stage_after_it(runs: Path) -> None:
+def test_an_engine_leaves_nothing_to_the_stage_after_it(runs: Runs) -> None:
     torch.testing.assert_close(losses(runs / "fsdp2_then_ddp"), losses(runs / "both"), atol=2e-6, rtol=0)
 
 
 @pytest.mark.parametrize("engine", ENGINES)
-def test_a_stopped_run_goes_on_with_the_same_bits(engine: str, runs: Path) -> None:
-    stopped = (runs / f"{engine}_resumed.stopped").read_text()
+def test_a_stopped_run_goes_on_with_the_same_bits(engine: str, runs: Runs) -> None:
+    stopped = (runs / f"{engine}_resumed").with_suffix(".stopped").read_text()
 
     assert "stage finetune stopped on request at step 3 of 6" in stopped
     assert losses(runs / f"{engine}_resumed") == losses(runs / engine)
@@ -153,11 +177,11 @@ def test_a_stopped_run_goes_on_with_the_same_bits(engine: str, runs: Path) -> No
 
 
 @pytest.mark.parametrize("engine", ENGINES)
-def test_a_run_of_two_processes_goes_on_in_one(engine: str, runs: Path, recipe: Recipe, tmp_path: Path) -> None:
+def test_a_run_of_two_processes_goes_on_in_one(engine: str, runs: Runs, recipe: Recipe, tmp_path: Path) -> None:
     folder = tmp_path / "run"
     shutil.copytree(runs / f"{engine}_left", folder)
     assert [path.name for path in (folder / "finetune").iterdir()] == ["checkpoint-3"]
-    train(recipe, folder, stages=["finetune"], adapter=runs / "adapter.safetensors")
+    train(recipe, folder, stages=["finetune"], adapter=runs.adapter)
 
     assert losses(folder)[:3] == losses(runs / engine)[:3]
     torch.testing.assert_close(losses(folder), losses(runs / "single"), atol=2e-6, rtol=0)
@@ -168,12 +192,9 @@ def test_a_run_of_two_processes_goes_on_in_one(engine: str, runs: Path, recipe: 
     find_spec("deepspeed") is None, reason="needs DeepSpeed, an extra that compiles code when first used"
 )
 def test_deepspeed_gives_the_losses_and_weights_of_one_process(
-    runs: Path, root: Path, monkeypatch: pytest.MonkeyPatch
+    runs: Runs,
 ) -> None:
-    monkeypatch.setenv("DS_ACCELERATOR", "cpu")
     engines = ("zero2", "zero3")
-    train_with(engines, runs, root)
-
     single = load_file(runs / "single" / "model.safetensors")
     for engine in engines:
         torch.testing.assert_close(losses(runs / engine), losses(runs / "single"), atol=2e-6, rtol=0)
@@ -183,7 +204,7 @@ def test_deepspeed_gives_the_losses_and_weights_of_one_process(
 
 
 def test_a_run_killed_in_mid_epoch_and_started_again_has_the_losses_of_one_that_was_left_alone(
-    recipe: Recipe, runs: Path, root: Path, tmp_path: Path
+    recipe: Recipe, runs: Runs, root: Path, tmp_path: Path
 ) -> None:
     """Two processes from the command line: SIGTERM, then the same command again, now from torchrun."""
     samples = json.loads(Path(recipe.finetune.data.path).read_text()) * 20
@@ -192,7 +213,7 @@ def test_a_run_killed_in_mid_epoch_and_started_again_has_the_losses_of_one_that_
     long = finetuned(recipe, data=data, max_steps=40)
     assert len(samples) > 40 * long.finetune.batch_size, "the whole run lies within one epoch"
     (tmp_path / "recipe.yaml").write_text(dump_recipe(long))
-    stages = ["--stages", "finetune", "--adapter", str(runs / "adapter.safetensors")]
+    stages = ["--stages", "finetune", "--adapter", str(runs.adapter)]
     command = ["-m", "integrations.llava", "train", "--recipe", str(tmp_path / "recipe.yaml"), *stages]
     killed = launch_apart(root, *command, "--output", str(tmp_path / "killed"))
     metrics = tmp_path / "killed" / "metrics.jsonl"

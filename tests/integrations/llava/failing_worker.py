@@ -1,0 +1,83 @@
+"""What two processes run for test_every_process.py: a training in which one of them fails at a chosen place."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import signal
+from typing import Any
+
+import yaml
+from safetensors import SafetensorError
+
+from integrations.llava import train_command
+from integrations.llava.data import BadSampleError
+
+__all__ = ["ERRORS", "PLACES", "fail", "killed"]
+
+ERRORS = {
+    "SafetensorError": SafetensorError,
+    "RuntimeError": RuntimeError,
+    "KeyError": KeyError,
+    "MemoryError": MemoryError,
+    "YAMLError": yaml.YAMLError,
+    "BadSampleError": BadSampleError,
+}
+
+# Phase -> for each rank, what it calls there: module, name, and which of the calls fails.
+PLACES: dict[str, tuple[tuple[str, str, int], tuple[str, str, int]]] = {
+    "data check": (
+        ("integrations.llava.train", "usable_indices", 1),
+        ("integrations.llava.train", "read_samples", 1),
+    ),
+    "build": (("integrations.llava.stage", "assemble_stage", 1),) * 2,
+    "step": (("integrations.llava.data.dataset.ConversationDataset", "__getitem__", 3),) * 2,
+    "checkpoint": (
+        ("integrations.llava.checkpointing", "save_file", 2),
+        ("integrations.llava.trainer.LlavaTrainer", "_save_rng_state", 1),
+    ),
+    "finish": (
+        ("integrations.llava.stage", "save_model", 1),
+        ("integrations.llava.stage", "forget_engine", 2),
+    ),
+}
+
+
+def fail(rank: int, arguments: list[str], phase: str, failing: int, error: str) -> int:
+    """Train from the command line; one process raises in a phase."""
+    if rank == failing:
+        _raise_at(PLACES[phase][rank], ERRORS[error]("the coffee is cold"))
+    return train_command.main(arguments)
+
+
+def killed(rank: int, arguments: list[str], failing: int) -> int:
+    """Train from the command line; one process is killed in a step."""
+    if rank == failing:
+        _at(PLACES["step"][rank], lambda: os.kill(os.getpid(), signal.SIGKILL))
+    return train_command.main(arguments)
+
+
+def _raise_at(place: tuple[str, str, int], error: Exception) -> None:
+    def throw() -> None:
+        raise error
+
+    _at(place, throw)
+
+
+def _at(place: tuple[str, str, int], act: Any) -> None:
+    """Let a call of a function do something else; this process is not used for anything after it."""
+    where, name, number = place
+    try:
+        owner: Any = importlib.import_module(where)
+    except ModuleNotFoundError:
+        module, _, cls = where.rpartition(".")
+        owner = getattr(importlib.import_module(module), cls)
+    plain, calls = getattr(owner, name), []
+
+    def called(*args: Any, **options: Any) -> Any:
+        calls.append(name)
+        if len(calls) == number:
+            act()
+        return plain(*args, **options)
+
+    setattr(owner, name, called)
