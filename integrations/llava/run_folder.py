@@ -102,7 +102,9 @@ class RunFolder:
             lock.release()
             with suppress(OSError):
                 file.unlink(missing_ok=True)
-                for folder in made:
+            # Those that are empty: Trainer makes a stage's before anything is written.
+            for folder in (*(self.path / stage for stage in STAGES), *made):
+                with suppress(OSError):
                     folder.rmdir()
 
     def adapter(self, stage: str) -> Path:
