@@ -6,12 +6,9 @@ import dataclasses
 import json
 import logging
 import os
-import signal
 import socket
 import subprocess
 import sys
-import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -22,11 +19,11 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from integrations.llava import train_command
 from integrations.llava.config import LoraConfig, Recipe
-from integrations.llava.interruption import RunInterrupted, StopRequest, stop_requests
+from integrations.llava.interruption import RunInterrupted
 from integrations.llava.recipe_files import dump_recipe
 from integrations.llava.run_folder import RunFolder
 from integrations.llava.train import RANDOM, train
-from layerfuse.errors import InputError, UserError
+from layerfuse.errors import InputError
 from tests.integrations.llava.test_resume import StopAt, both_stages, rows
 
 ADAPTER = "pretrain/adapter.safetensors"
@@ -119,7 +116,7 @@ def test_stages_run_in_their_order_each_once(tiny_recipe: Recipe, finished: Path
     """Data that are named for each belong to the stages as they were named."""
     data = [tiny_recipe.finetune.data.path, tiny_recipe.pretrain.data.path]
     stages = ["--stages", "finetune", "pretrain", "pretrain"]
-    assert train_command.main(_command(tiny_recipe, tmp_path, *stages, "--data", *data)) == 0
+    assert train_command.main(command(tiny_recipe, tmp_path, *stages, "--data", *data)) == 0
     folder = tmp_path / "run"
 
     assert rows(folder) == rows(finished)
@@ -181,80 +178,6 @@ def test_a_data_file_with_as_many_but_other_samples_is_noticed(tiny_recipe: Reci
     # Written in another way, they are the same.
     own.write_text("[" + ",\n\n".join(map(json.dumps, json.loads(data.read_text()))) + "]\n")
     assert rows(train(recipe, tmp_path / "run", stages=["pretrain"]))[-1][1] == 3
-
-
-def _with_lora(recipe: Recipe, **values: Any) -> Recipe:
-    return changed(recipe, "finetune", lora=LoraConfig(rank=2, **values))
-
-
-UNBUILDABLE: dict[str, tuple[Callable[[Recipe], Recipe], str]] = {
-    "scheduler": (lambda r: changed(r, "finetune", scheduler="cosin"), "scheduler 'cosin' is unknown; did you mean 'c"),
-    "scheduler with settings": (
-        lambda r: changed(r, "finetune", scheduler="warmup_stable_decay"),
-        "'warmup_stable_decay' wants settings that a recipe does not have",
-    ),
-    "plateau": (lambda r: changed(r, "finetune", scheduler="reduce_lr_on_plateau"), "scheduler 'reduce_lr_on_plat"),
-    "LoRA targets": (lambda r: _with_lora(r, target_modules=("q_prj",)), "no linear layers called q_prj"),
-    "template": (lambda r: changed(r, "finetune", template="v2"), "template 'v2' is unknown"),
-    "attention": (
-        lambda r: dataclasses.replace(r, model=dataclasses.replace(r.model, attention="sdqa")),
-        "see model.attention",
-    ),
-    "fuser": (
-        lambda r: dataclasses.replace(r, model=dataclasses.replace(r.model, fuser="mmfusr")),
-        "did you mean 'mmfuser'",
-    ),
-    "fuser options": (
-        lambda r: dataclasses.replace(r, model=dataclasses.replace(r.model, fuser_options={"heads": 4})),
-        "heads",
-    ),
-    "language model": (
-        lambda r: dataclasses.replace(r, model=dataclasses.replace(r.model, llm="no/where")),
-        "language model no/where cannot be built or loaded",
-    ),
-    "tokenizer": (
-        lambda r: dataclasses.replace(r, model=dataclasses.replace(r.model, tokenizer="no/where")),
-        "tokenizer of no/where cannot be built or loaded",
-    ),
-    "data": (
-        lambda r: changed(r, "finetune", data=dataclasses.replace(r.finetune.data, path="")),
-        "stage finetune: no data; give --finetune.data.path",
-    ),
-}
-
-
-@pytest.mark.parametrize("what", UNBUILDABLE)
-def test_what_cannot_be_built_is_said_before_data_are_read(
-    what: str, tiny_recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    change, message = UNBUILDABLE[what]
-    monkeypatch.setattr("integrations.llava.train.read_samples", None)
-    with pytest.raises(UserError, match=message):
-        train(change(tiny_recipe), tmp_path / "run")
-    assert not (tmp_path / "run").exists()
-
-
-@pytest.mark.parametrize(
-    ("package", "lora", "message"),
-    [
-        ("peft", LoraConfig(rank=2), "stage finetune: LoRA needs the package peft"),
-        ("bitsandbytes", LoraConfig(rank=2, quantize="nf4"), "stage finetune: nf4 weights need the package bitsandb"),
-    ],
-)
-def test_a_missing_package_is_said_before_data_are_read(
-    package: str, lora: LoraConfig, message: str, tiny_recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setitem(sys.modules, package, None)
-    monkeypatch.setattr("integrations.llava.train.read_samples", None)
-    if package == "bitsandbytes":
-        monkeypatch.setattr("integrations.llava.quantization.find_spec", lambda _: None)
-    with pytest.raises(ImportError, match=message):
-        train(changed(tiny_recipe, "finetune", lora=lora), tmp_path / "run")
-
-
-def test_steps_between_log_entries_cannot_be_none(tiny_recipe: Recipe) -> None:
-    with pytest.raises(InputError, match="log_every=0 is too small"):
-        changed(tiny_recipe, "finetune", log_every=0)
 
 
 HOLD = """
@@ -356,103 +279,6 @@ def _based(name: str) -> str:
     return f"{module}.base_layer.{kind}"
 
 
-def test_handlers_of_signals_are_put_back_whatever_happens() -> None:
-    numbers = [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1]
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    try:
-        expected = [signal.getsignal(number) for number in numbers]
-        with pytest.raises(MemoryError), stop_requests() as request:
-            assert [signal.getsignal(number) for number in numbers] == [request] * 3
-            raise MemoryError
-        assert [signal.getsignal(number) for number in numbers] == expected
-        with stop_requests():
-            os.kill(os.getpid(), signal.SIGINT)
-            # The next one is the system's own: it kills at once.
-            assert signal.getsignal(signal.SIGINT) == signal.SIG_DFL
-        assert signal.getsignal(signal.SIGINT) == signal.default_int_handler
-    finally:
-        signal.signal(signal.SIGINT, before)
-
-
-def test_a_request_where_nothing_is_to_be_saved_ends_the_run_at_once() -> None:
-    request = StopRequest()
-    with pytest.raises(RunInterrupted, match="nothing had to be saved"), request.at_once():
-        request(signal.SIGTERM, None)
-    with pytest.raises(RunInterrupted) as stop, request.at_once():
-        raise AssertionError("not reached")
-    assert stop.value.exit_code == 75
-
-
-def _long_run(recipe: Recipe, folder: Path, root: Path) -> subprocess.Popen[str]:
-    (folder / "recipe.yaml").write_text(dump_recipe(both_stages(recipe, max_steps=2000, log_every=1, num_workers=1)))
-    command = ["-m", "integrations.llava", "train", "--recipe", str(folder / "recipe.yaml")]
-    process = subprocess.Popen(
-        [sys.executable, *command, "--output", str(folder / "run")],
-        cwd=root,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,
-        # A shell has jobs in the background ignore it.
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
-    )
-    while not (folder / "run" / "metrics.jsonl").is_file():
-        assert process.poll() is None, process.communicate()[0]
-        time.sleep(0.02)
-    return process
-
-
-def test_the_first_ctrl_c_stops_with_a_checkpoint_and_says_how_to_go_on(
-    tiny_recipe: Recipe, root: Path, tmp_path: Path
-) -> None:
-    """Sent to the whole group, loaders included, as a terminal does."""
-    process = _long_run(tiny_recipe, tmp_path, root)
-    os.killpg(process.pid, signal.SIGINT)
-    output, _ = process.communicate(timeout=60)
-
-    assert process.returncode == 130, output
-    assert "start the same command again to go on" in output and "Traceback" not in output
-    assert RunFolder(tmp_path / "run").checkpoint("pretrain") is not None
-
-
-def test_a_second_ctrl_c_kills_at_once(tiny_recipe: Recipe, root: Path, tmp_path: Path) -> None:
-    process = _long_run(tiny_recipe, tmp_path, root)
-    process.send_signal(signal.SIGSTOP)  # so that both come within one step
-    process.send_signal(signal.SIGINT)
-    process.send_signal(signal.SIGCONT)
-    deadline = time.monotonic() + 30
-    while process.poll() is None and time.monotonic() < deadline:
-        process.send_signal(signal.SIGINT)
-        time.sleep(0.001)
-
-    process.communicate(timeout=60)
-    assert process.returncode == -signal.SIGINT
-    assert not [*(tmp_path / "run").glob("*/.saving/trained.safetensors.part")]
-
-
-def _command(recipe: Recipe, folder: Path, *arguments: str) -> list[str]:
+def command(recipe: Recipe, folder: Path, *arguments: str) -> list[str]:
     (folder / "recipe.yaml").write_text(dump_recipe(recipe))
     return ["--recipe", str(folder / "recipe.yaml"), "--output", str(folder / "run"), *arguments]
-
-
-def test_what_a_user_can_mend_is_one_line_and_exit_code_2(
-    tiny_recipe: Recipe, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    recipe = changed(tiny_recipe, "finetune", scheduler="cosin")
-    assert train_command.main(_command(recipe, tmp_path)) == 2
-    said = capsys.readouterr().err.strip().splitlines()[-1]
-    assert said.startswith("python -m integrations.llava train: stage finetune: scheduler 'cosin' is unknown")
-    assert "usage" not in said
-
-
-@pytest.mark.parametrize("error", [ValueError, OSError, ImportError, RuntimeError])
-def test_an_error_of_the_program_keeps_its_traceback(
-    error: type[Exception], tiny_recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def breaks(*_: Any, **__: Any) -> None:
-        raise error("deep inside")
-
-    monkeypatch.setattr("integrations.llava.trainer.LlavaTrainer.compute_loss", breaks)
-    with pytest.raises(error, match="deep inside"):
-        train_command.main(_command(tiny_recipe, tmp_path))
