@@ -7,6 +7,8 @@ import logging
 from collections.abc import Sequence
 from pathlib import Path
 
+from layerfuse.errors import UserError
+
 from .synthetic import BACKBONE_FOLDER
 from .synthetic.assets import PARTS, make_assets
 
@@ -23,5 +25,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS, help="what to make (default: both)")
     arguments = parser.parse_args(argv)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    print(f"assets: {make_assets(arguments.output, parts=arguments.parts)}")
+    try:
+        made = make_assets(arguments.output, parts=arguments.parts)
+    except UserError as error:
+        parser.error(str(error))
+    print(f"assets: {made}")
     return 0

@@ -12,7 +12,9 @@ from pathlib import Path
 import torch
 from transformers import CLIPVisionModel
 
-from layerfuse.errors import InputError
+from integrations.llava.weight_files import read_json
+from layerfuse.errors import ExistingFileError, InputError
+from layerfuse.files import atomic_folder, write_text
 
 from .backbone import BackboneRecipe, pretrain_backbone, to_pixels
 from .language_model import LanguageModelRecipe, pretrain_language_model
@@ -57,6 +59,7 @@ def make_assets(
 
     Raises:
         ValueError: if a part is not one of `PARTS`.
+        FileExistsError: if the folder holds a part that this function did not make; said before anything is trained.
     """
     unknown = [part for part in parts if part not in PARTS]
     if unknown:
@@ -67,16 +70,29 @@ def make_assets(
         "backbone": (lambda path: pretrain_backbone(path, recipe.backbone), recipe.backbone),
         "llm": (lambda path: pretrain_language_model(path, recipe.llm), recipe.llm),
     }
+    _refuse_foreign(folder, parts)
     for part in parts:
         make, settings = makers[part]
         start = time.perf_counter()
-        make(folder / part)
+        with atomic_folder(folder / part) as scratch:
+            make(scratch)
         seconds = round(time.perf_counter() - start)
         measured = _measure(part, folder / part)
         report = {"recipe": asdict(settings), "seconds": seconds, "measured": measured}  # type: ignore[call-overload]
-        (folder / f"{part}.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+        write_text(folder / f"{part}.json", json.dumps(report, indent=1) + "\n")
         _LOG.info("%s: made in %d s; %s", part, seconds, measured)
     return folder
+
+
+def _refuse_foreign(folder: Path, parts: Sequence[str]) -> None:
+    """Make sure that no model is replaced which was not made here: beside one that was lies its report."""
+    for part in parts:
+        report = folder / f"{part}.json"
+        ours = report.is_file() and {"recipe", "seconds", "measured"} <= set(read_json(report))
+        if not ours and (report.exists() or (folder / part).exists()):
+            raise ExistingFileError(
+                f"{folder} holds a {part!r} that was not made by `assets`, so it is left alone; give another folder."
+            )
 
 
 def _measure(part: str, folder: Path) -> object:

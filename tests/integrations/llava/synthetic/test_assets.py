@@ -17,6 +17,7 @@ from transformers import (
     CLIPVisionModel,
 )
 
+from integrations.llava.assets_command import main
 from integrations.llava.prompts import IGNORE_INDEX
 from integrations.llava.synthetic import BACKBONE_FOLDER, LLM_FOLDER
 from integrations.llava.synthetic.assets import AssetsRecipe, make_assets
@@ -228,3 +229,16 @@ def test_answers_are_scored_exactly_and_boxes_by_overlap() -> None:
     assert not is_right("[0.10, 0.20]", box)
     word = Question("color", "What color is the circle?", "red")
     assert is_right(" red", word) and not is_right("reddish", word)
+
+
+@pytest.mark.parametrize("name", ["llm/model.safetensors", "llm.json"])
+def test_a_model_that_was_made_elsewhere_is_left_alone(
+    name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    theirs = tmp_path / name
+    theirs.parent.mkdir(exist_ok=True)
+    theirs.write_text("{}")
+    with pytest.raises(SystemExit, match="2"):
+        main(["--output", str(tmp_path)])
+    assert "holds a 'llm' that was not made by `assets`" in capsys.readouterr().err
+    assert [path for path in tmp_path.rglob("*") if path.is_file()] == [theirs]
