@@ -5,8 +5,19 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from transformers import GenerationConfig
 
-__all__ = ["GeneratesFromImages"]
+__all__ = ["GeneratesFromImages", "forbid_token"]
+
+
+def forbid_token(config: GenerationConfig, token: int) -> None:
+    """Add a token to those that a generation config never lets be chosen.
+
+    Args:
+        config: changed in place.
+        token: its id.
+    """
+    config.suppress_tokens = sorted({*(config.suppress_tokens or ()), token})
 
 
 class GeneratesFromImages:

@@ -8,24 +8,28 @@ they subclass transformers' own and replace only how image features come about.
 
 from __future__ import annotations
 
+import functools
+import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
+from copy import deepcopy
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
 from transformers import (
-    AutoConfig,
     AutoModel,
     AutoModelForImageTextToText,
-    LlavaConfig,
+    AutoModelForMultimodalLM,
+    AutoModelForPreTraining,
     LlavaForConditionalGeneration,
     LlavaModel,
     PreTrainedConfig,
     PreTrainedModel,
 )
 from transformers.modeling_outputs import BaseModelOutputWithPooling
+from transformers.utils.generic import can_return_tuple
 
 from layerfuse.backbones import Backbone, backbone_from_config
 from layerfuse.encoder import check_fuser_fits
@@ -33,7 +37,9 @@ from layerfuse.errors import InputError
 from layerfuse.features import FeatureMaps
 from layerfuse.fusers import Fuser, fuser_from_config
 
-from .generate_mixin import GeneratesFromImages
+from .generate_mixin import GeneratesFromImages, forbid_token
+from .language_head import build_head, decoder_of, head_settings, text_loss
+from .model_config import FusedLlavaConfig, LayerfuseVisionConfig
 
 __all__ = [
     "FusedLlavaConfig",
@@ -48,34 +54,6 @@ __all__ = [
 ]
 
 
-class LayerfuseVisionConfig(PreTrainedConfig):
-    """A backbone's config, as transformers stores configs.
-
-    Attributes:
-        backbone: `Backbone.config`.
-        hidden_size: width C of its maps.
-        image_size: (height, width) in pixels.
-    """
-
-    model_type = "layerfuse_vision"
-    backbone: dict[str, Any] | None = None
-    hidden_size: int | None = None
-    image_size: list[int] | None = None
-
-
-class FusedLlavaConfig(LlavaConfig):
-    """LLaVA's config with a fuser and the prompt template the model was trained with.
-
-    Attributes:
-        fuser: `Fuser.config`.
-        prompt_template: `Template.to_dict()`; what the model expects to read.
-    """
-
-    model_type = "layerfuse_llava"
-    fuser: dict[str, Any] | None = None
-    prompt_template: dict[str, Any] | None = None
-
-
 class _LoadsWhole(PreTrainedModel):
     """Loading that is complete or fails: weights cover the model, and buffers no checkpoint holds are right."""
 
@@ -84,13 +62,13 @@ class _LoadsWhole(PreTrainedModel):
         """As in transformers, but weights that do not cover the model are an error, not a warning.
 
         Raises:
-            ValueError: listing every missing, unexpected and misshapen key.
+            ValueError: listing every missing, unexpected and misshapen key; with `ignore_mismatched_sizes=True` the
+                misshapen are drawn anew.
         """
         loaded: Any = super().from_pretrained(*args, output_loading_info=True, **kwargs)
         model, info = loaded
-        faults = {
-            kind: sorted(map(str, info.get(f"{kind}_keys") or ())) for kind in ("missing", "unexpected", "mismatched")
-        }
+        kinds = ["missing", "unexpected"] + ([] if kwargs.get("ignore_mismatched_sizes") else ["mismatched"])
+        faults = {kind: sorted(map(str, info.get(f"{kind}_keys") or ())) for kind in kinds}
         if any(faults.values()):
             listing = "; ".join(f"{kind}: {', '.join(keys)}" for kind, keys in faults.items() if keys)
             raise InputError(
@@ -121,7 +99,8 @@ class LayerfuseVisionModel(_LoadsWhole):
     def __init__(self, config: LayerfuseVisionConfig, backbone: Backbone | None = None) -> None:
         super().__init__(config)
         if backbone is None:
-            assert config.backbone is not None
+            if config.backbone is None:
+                raise InputError("LayerfuseVisionConfig describes no backbone; set backbone=Backbone.config.")
             with _real_tensors() as dtype:
                 backbone = backbone_from_config(config.backbone).to(dtype)
         self.backbone = backbone
@@ -166,20 +145,6 @@ class Projector(nn.Module):
         return projected
 
 
-class _Head(nn.Linear):
-    """Predicts text tokens only: the image token's logit is the lowest number there is.
-
-    So the softmax is over the language model's own vocabulary, though the embedding has a row for the image token.
-    """
-
-    image_token_id: int = -1
-
-    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
-        logits = super().forward(hidden)
-        logits[..., self.image_token_id] = torch.finfo(logits.dtype).min
-        return logits
-
-
 @dataclass
 class _Parts:
     """Ready modules, so that building a model from them allocates nothing twice."""
@@ -199,11 +164,17 @@ class FusedLlavaModel(_LoadsWhole, LlavaModel):
 
     config: FusedLlavaConfig
     config_class = FusedLlavaConfig
+    # A whole model's folder holds the head, too.
+    _keys_to_ignore_on_load_unexpected = [r"^lm_head\."]  # noqa: RUF012  (transformers copies it)
 
     def __init__(self, config: FusedLlavaConfig, parts: _Parts | None = None) -> None:
         # LlavaModel's own constructor would build a projector for a tower without fuser.
         PreTrainedModel.__init__(self, config)
-        assert isinstance(config.vision_config, LayerfuseVisionConfig) and config.fuser is not None
+        if not isinstance(config.vision_config, LayerfuseVisionConfig) or config.fuser is None:
+            raise InputError(
+                "FusedLlavaConfig describes no backbone or no fuser; set vision_config=LayerfuseVisionConfig(...) and "
+                "fuser=Fuser.config, or let build_model make the model from ready parts."
+            )
         assert isinstance(config.text_config, PreTrainedConfig)
         self.vision_tower = LayerfuseVisionModel(config.vision_config, parts.backbone if parts else None)
         with _real_tensors() as dtype:
@@ -217,13 +188,13 @@ class FusedLlavaModel(_LoadsWhole, LlavaModel):
             _keep_as_built(self.language_model)
         self.post_init()
 
+    @can_return_tuple
     def get_image_features(
         self,
         pixel_values: torch.Tensor,
         vision_feature_layer: int | list[int] | None = None,
         vision_feature_select_strategy: str | None = None,
         image_sizes: torch.Tensor | None = None,
-        return_dict: bool = True,
         **_: Any,  # transformers passes what its own towers take
     ) -> BaseModelOutputWithPooling:
         """Encode, fuse and project images.
@@ -233,10 +204,10 @@ class FusedLlavaModel(_LoadsWhole, LlavaModel):
             vision_feature_layer: unused; the backbone taps what its config says.
             vision_feature_select_strategy: unused, likewise.
             image_sizes: unused; all images have one size.
-            return_dict: unused.
 
         Returns:
-            `last_hidden_state`: (B, N, C_out) fused tokens; `pooler_output`: B tensors (N, D), projected.
+            `last_hidden_state`: (B, N, C_out) fused tokens; `pooler_output`: B tensors (N, D), projected. With
+            `return_dict=False` they come as a tuple.
         """
         tower = self.vision_tower
         with torch.set_grad_enabled(torch.is_grad_enabled() and learns(tower)):
@@ -245,26 +216,26 @@ class FusedLlavaModel(_LoadsWhole, LlavaModel):
         projected = self.multi_modal_projector(fused)
         return BaseModelOutputWithPooling(last_hidden_state=fused, pooler_output=list(projected))  # type: ignore[arg-type]
 
-    def forward(
-        self,
-        input_ids: torch.Tensor | None = None,
-        pixel_values: torch.Tensor | None = None,
-        inputs_embeds: torch.Tensor | None = None,
-        **kwargs: Any,
-    ) -> Any:
+    @functools.wraps(LlavaModel.forward)
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
         """As LlavaModel, but in training a batch without images touches every trainable parameter, with weight zero.
 
         Otherwise distributed engines wait forever for gradients of fuser and projector. The published code does the
         same by giving each text-only sample a black image.
         """
-        if self.training and torch.is_grad_enabled() and pixel_values is None and input_ids is not None:
-            inputs_embeds = self.get_input_embeddings()(input_ids)
+        # Arguments have other names in other versions of transformers, so its own signature is read.
+        kwargs.update(zip(_ARGUMENTS, args, strict=False))
+        text_only = kwargs.get("input_ids") is not None and kwargs.get("pixel_values") is None
+        if text_only and self.training and torch.is_grad_enabled():
+            inputs_embeds = self.get_input_embeddings()(kwargs.pop("input_ids"))
             assert isinstance(self.config.vision_config, LayerfuseVisionConfig)
             black = inputs_embeds.new_zeros(1, 3, *(self.config.vision_config.image_size or ()))
             unused: Any = self.get_image_features(black).pooler_output
-            inputs_embeds = inputs_embeds + 0 * unused[0].sum()
-            input_ids = None
-        return super().forward(input_ids=input_ids, pixel_values=pixel_values, inputs_embeds=inputs_embeds, **kwargs)
+            kwargs["inputs_embeds"] = inputs_embeds + 0 * unused[0].sum()
+        return super().forward(**kwargs)
+
+
+_ARGUMENTS = tuple(inspect.signature(LlavaModel.forward).parameters)[1:]
 
 
 class FusedLlavaForConditionalGeneration(_LoadsWhole, GeneratesFromImages, LlavaForConditionalGeneration):
@@ -283,9 +254,31 @@ class FusedLlavaForConditionalGeneration(_LoadsWhole, GeneratesFromImages, Llava
         text = config.text_config
         assert isinstance(text, PreTrainedConfig)
         self.model = FusedLlavaModel(config, parts)
-        self.lm_head = _Head(text.hidden_size, text.vocab_size, bias=False)
-        self.lm_head.image_token_id = config.image_token_index
+        bias = bool((config.head or {}).get("bias"))
+        self.set_output_embeddings(nn.Linear(text.hidden_size, text.vocab_size, bias=bias))
+        embedding = self.get_input_embeddings().weight
+        name = next(name for name, parameter in self.named_parameters() if parameter is embedding)
+        self._tied_weights_keys = {"lm_head.weight": name}
+        forbid_token(self.generation_config, config.image_token_index)
         self.post_init()
+
+    @classmethod
+    def from_pretrained(cls, *args: Any, output_loading_info: bool = False, **kwargs: Any) -> Any:
+        """As in transformers, but weights that do not cover the model are an error; see `_LoadsWhole`."""
+        model, info = super().from_pretrained(*args, output_loading_info=True, **kwargs)
+        # Its generation config, which 0.1 wrote without it, has been read after the model was built.
+        forbid_token(model.generation_config, model.config.image_token_index)
+        return (model, info) if output_loading_info else model
+
+    def set_output_embeddings(self, new_embeddings: Any) -> None:
+        """Put another linear layer in the head's place; scale and cap of the language model's logits stay."""
+        self.lm_head = build_head(new_embeddings, self.config.head)
+
+    def loss_function(
+        self, logits: torch.Tensor, labels: torch.Tensor, vocab_size: int, **options: Any
+    ) -> torch.Tensor:  # type: ignore[override]
+        """Compute `text_loss`; transformers' models call it so."""
+        return text_loss(logits, labels, vocab_size, image_token_id=self.config.image_token_index, **options)
 
 
 def build_model(
@@ -311,9 +304,11 @@ def build_model(
         The model.
 
     Raises:
-        ValueError: if the fuser does not fit the backbone.
+        ValueError: if the fuser does not fit the backbone, or the language model computes its logits in a way that is
+            not known here.
     """
     check_fuser_fits(backbone, fuser)
+    head = head_settings(llm)
     embedding: Any = llm.get_input_embeddings()
     if image_token_id >= embedding.num_embeddings:
         llm.resize_token_embeddings(image_token_id + 1, mean_resizing=False)
@@ -329,12 +324,15 @@ def build_model(
         vision_feature_layer=-1,
         vision_feature_select_strategy="full",
         fuser=fuser.config,
+        head=head.to_dict() if head.bias or head.finish else None,
         prompt_template=prompt_template,
+        tie_word_embeddings=bool(llm.config.tie_word_embeddings),
     )
     with torch.device(llm.device):
-        model = FusedLlavaForConditionalGeneration(config, _Parts(backbone, fuser, llm.get_decoder()))
-    model.lm_head.weight = llm.get_output_embeddings().weight
-    model.generation_config = llm.generation_config
+        model = FusedLlavaForConditionalGeneration(config, _Parts(backbone, fuser, decoder_of(llm)))
+    model.set_output_embeddings(llm.get_output_embeddings())
+    model.generation_config = deepcopy(llm.generation_config)
+    forbid_token(model.generation_config, image_token_id)
     # The new config made every part forget its attention implementation.
     llm.set_attn_implementation(attention)
     # Not the language model: its rotary table has to stay float32.
@@ -379,8 +377,7 @@ def _keep_as_built(module: nn.Module) -> None:
         }
 
 
-AutoConfig.register("layerfuse_vision", LayerfuseVisionConfig, exist_ok=True)
-AutoConfig.register("layerfuse_llava", FusedLlavaConfig, exist_ok=True)
 AutoModel.register(LayerfuseVisionConfig, LayerfuseVisionModel, exist_ok=True)
 AutoModel.register(FusedLlavaConfig, FusedLlavaModel, exist_ok=True)
-AutoModelForImageTextToText.register(FusedLlavaConfig, FusedLlavaForConditionalGeneration, exist_ok=True)
+for _auto in (AutoModelForImageTextToText, AutoModelForMultimodalLM, AutoModelForPreTraining):
+    _auto.register(FusedLlavaConfig, FusedLlavaForConditionalGeneration, exist_ok=True)

@@ -143,7 +143,7 @@ def test_quantised_models_answer(
         "vision_tower": {"Linear"},
         "fuser": {"Linear"},
         "multi_modal_projector": {"Linear"},
-        "lm_head": {"_Head"},
+        "lm_head": {"Linear"},
     }
     assert all(answerer(mixture, PROMPTS, max_new_tokens=4))
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForImageTextToText
+from transformers import AutoModelForImageTextToText, GenerationConfig, Trainer, TrainingArguments
 
 import integrations.llava
 from integrations.llava.checkpoint import load_adapter, load_model, save_adapter
@@ -115,11 +116,82 @@ def test_another_number_of_image_tokens_is_an_error(small: FusedLlavaForConditio
         small(**batch | {"pixel_values": batch["pixel_values"][:1]})
 
 
-def test_the_image_token_is_never_predicted(small: FusedLlavaForConditionalGeneration) -> None:
-    logits = small(**inputs(small)).logits
+def test_the_image_token_is_never_chosen_however_likely_it_is(
+    small: FusedLlavaForConditionalGeneration, tmp_path: Path
+) -> None:
+    """Also by a model that 0.1 saved, whose generation config bans nothing."""
+    with torch.no_grad():
+        small.lm_head.weight[IMAGE] = 100 * small.model(**inputs(small)).last_hidden_state[:, -1].sum(0)
+    small.save_pretrained(tmp_path)
+    file = tmp_path / "generation_config.json"
+    saved = json.loads(file.read_text())
+    assert saved.pop("suppress_tokens") == [IMAGE]
+    file.write_text(json.dumps(saved))
+    for model in (small, load_model(tmp_path)):
+        batch = inputs(model)
+        assert (model(**batch).logits[:, -1].argmax(-1) == IMAGE).all()
+        for options in ({}, {"num_beams": 2}, {"generation_config": GenerationConfig(do_sample=True)}):
+            ids = model.generate(**batch, max_new_tokens=2, pad_token_id=0, **options)
+            assert not (ids[:, batch["input_ids"].shape[1] :] == IMAGE).any()
 
-    assert logits.shape[-1] == VOCABULARY
-    assert (logits.softmax(-1)[..., IMAGE] == 0).all()
+
+def test_the_loss_is_over_the_language_models_own_vocabulary(small: FusedLlavaForConditionalGeneration) -> None:
+    batch = inputs(small)
+    out = small(**batch, labels=labels(small))
+    own = out.logits[:, :-1, :IMAGE].reshape(-1, IMAGE)
+    expected = torch.nn.functional.cross_entropy(own, labels(small)[:, 1:].reshape(-1))
+
+    torch.testing.assert_close(out.loss, expected)
+    assert torch.equal(out.logits, small(**batch).logits)
+
+
+def test_labels_that_hold_image_tokens_give_a_finite_loss(small: FusedLlavaForConditionalGeneration) -> None:
+    batch = inputs(small)
+    out = small(**batch, labels=batch["input_ids"])
+    images = batch["input_ids"][:, 1:] == IMAGE
+    logits = out.logits[:, :-1].clone()
+    logits[..., IMAGE].masked_fill_(~images, -torch.inf)
+    expected = torch.nn.functional.cross_entropy(logits.flatten(0, 1), batch["input_ids"][:, 1:].flatten())
+
+    torch.testing.assert_close(out.loss, expected)
+    small.train()
+    small(**batch, labels=batch["input_ids"]).loss.backward()
+    assert all(torch.isfinite(p.grad).all() for p in small.parameters() if p.grad is not None)
+
+
+def test_the_stock_trainer_logs_finite_losses_with_smoothed_labels(
+    small: FusedLlavaForConditionalGeneration, tmp_path: Path
+) -> None:
+    batch = {**inputs(small), "labels": inputs(small)["input_ids"]}
+    rows = [{name: tensor[0] for name, tensor in batch.items()}] * 2
+    arguments = TrainingArguments(
+        output_dir=str(tmp_path),
+        max_steps=1,
+        label_smoothing_factor=0.1,
+        logging_steps=1,
+        report_to=[],
+        use_cpu=True,
+        disable_tqdm=True,
+        save_strategy="no",
+    )
+    trainer = Trainer(model=small, args=arguments, train_dataset=rows, eval_dataset=rows)
+    trainer.train()
+
+    assert 0 < trainer.state.log_history[0]["loss"] < 100
+    assert 0 < trainer.evaluate()["eval_loss"] < 100
+
+
+def test_resized_embeddings_change_no_logit_and_survive_saving(
+    small: FusedLlavaForConditionalGeneration, tmp_path: Path
+) -> None:
+    batch = inputs(small)
+    before = small(**batch).logits
+    small.resize_token_embeddings(VOCABULARY + 7)
+    small.save_pretrained(tmp_path)
+    after, loaded = small(**batch).logits, load_model(tmp_path)(**batch).logits
+
+    assert after.shape[-1] == VOCABULARY + 7
+    assert torch.equal(after[..., :VOCABULARY], before) and torch.equal(loaded, after)
 
 
 def test_generation_with_cache_equals_generation_without(small: FusedLlavaForConditionalGeneration) -> None:

@@ -1,0 +1,236 @@
+"""The way from hidden states to logits, as the language model itself goes it, and the loss over what is text.
+
+Most language models multiply with their head and are done. Some add a bias (Phi), scale (Granite, Cohere) or soft-cap
+(Gemma 2). These are computed alike here; a language model that does anything else is refused by name.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from itertools import product
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional
+from transformers import PreTrainedModel
+from transformers.loss.loss_utils import ForCausalLMLoss
+from transformers.modeling_outputs import BaseModelOutputWithPast
+
+from layerfuse.errors import InputError
+
+from .prompts import IGNORE_INDEX
+
+__all__ = ["HeadSettings", "build_head", "decoder_of", "head_settings", "text_loss"]
+
+# What configs call these numbers, and whether logits are multiplied with them (or divided by them).
+_SCALES = {"logits_scaling": False, "logit_scale": True, "lm_head_multiplier": True}
+_CAPS = ("final_logit_softcapping", "logits_soft_cap")
+# Vocabulary and tokens of the trial that compares two heads.
+_ROWS, _TOKENS = 8, 4
+
+
+def decoder_of(llm: PreTrainedModel) -> Any:
+    """Find the part of a causal language model that gives hidden states."""
+    decoder = llm.get_decoder()
+    return llm.base_model if decoder is llm else decoder
+
+
+@dataclass(frozen=True)
+class HeadSettings:
+    """What a language model does to its hidden states beside the product with its head's weight.
+
+    Attributes:
+        bias: whether the head adds one.
+        scale: logits are multiplied with it.
+        cap: logits are squeezed to (-cap, cap) by `cap * tanh(logits / cap)`; None leaves them.
+    """
+
+    bias: bool = False
+    scale: float = 1.0
+    cap: float | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Describe the settings so that JSON can hold them."""
+        return asdict(self)
+
+    @property
+    def finish(self) -> bool:
+        """Whether logits differ from what a linear layer gives."""
+        return self.scale != 1.0 or self.cap is not None
+
+    def __call__(self, logits: torch.Tensor) -> torch.Tensor:
+        """Scale and cap the output of a linear layer."""
+        if self.scale != 1.0:
+            logits = logits * self.scale
+        return logits if self.cap is None else torch.tanh(logits / self.cap) * self.cap
+
+
+class _FinishingHead(nn.Linear):
+    """A head whose logits are scaled or capped."""
+
+    settings = HeadSettings()
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        return self.settings(super().forward(hidden))
+
+
+def build_head(linear: nn.Linear, described: Mapping[str, Any] | None) -> nn.Linear:
+    """Make a linear layer the head of a language model.
+
+    Args:
+        linear: its parameters are used, not copied.
+        described: `HeadSettings.to_dict()`; None for a product alone.
+
+    Returns:
+        The layer itself, or one with its parameters that scales and caps.
+    """
+    settings = HeadSettings(**described or {})
+    if not settings.finish:
+        return linear
+    with torch.device("meta"):
+        head = _FinishingHead(linear.in_features, linear.out_features, bias=linear.bias is not None)
+    head.weight, head.bias = linear.weight, linear.bias
+    head.settings = settings
+    return head
+
+
+def head_settings(llm: PreTrainedModel) -> HeadSettings:
+    """Find out what a language model does to its hidden states, and try that it is so.
+
+    Its own forward pass runs on random hidden states and a head of a few random rows, in place of its decoder and its
+    weights, which may be of any size, on any device, or nowhere.
+
+    Args:
+        llm: a causal language model of transformers, not changed.
+
+    Returns:
+        The settings.
+
+    Raises:
+        ValueError: if its logits cannot be computed here; the message names the type and the reason.
+    """
+    head: Any = llm.get_output_embeddings()
+    decoder: Any = decoder_of(llm)
+    if not isinstance(head, nn.Linear):
+        raise _refusal(llm, "it has no linear layer as its head")
+    if decoder is llm or not isinstance(decoder, nn.Module):
+        raise _refusal(llm, "it has no decoder apart from its head")
+    if "inputs_embeds" not in inspect.signature(decoder.forward).parameters:
+        raise _refusal(llm, "it takes no embeddings (`inputs_embeds`), which images are")
+    if getattr(llm, "_is_stateful", False):
+        raise _refusal(llm, "it keeps a state from token to token that generation about images does not hand on")
+    generator = torch.Generator("cpu").manual_seed(0)
+    # The device is said, since models are also built where "meta" is the default.
+    options: dict[str, Any] = {"generator": generator, "device": "cpu", "dtype": torch.float32}
+    hidden = 4 * torch.randn(1, _TOKENS, head.in_features, **options)
+    weight = torch.randn(_ROWS, head.in_features, **options)
+    bias = None if head.bias is None else torch.randn(_ROWS, **options)
+    try:
+        with torch.device("cpu"):
+            expected = _own_logits(llm, decoder, head, hidden, weight, bias)
+    except (AttributeError, IndexError, KeyError, NotImplementedError, RuntimeError, TypeError, ValueError) as error:
+        raise _refusal(llm, f"its head could not be tried ({type(error).__name__}: {error})") from error
+    raw = functional.linear(hidden, weight, bias)
+    for settings in _candidates(llm.config, bias=bias is not None):
+        finished = settings(raw)
+        if finished.shape == expected.shape and torch.allclose(finished, expected, rtol=1e-4, atol=1e-4):
+            return settings
+    raise _refusal(llm, "its logits are not a linear head's, scaled or soft-capped as its config says")
+
+
+def text_loss(
+    logits: torch.Tensor,
+    labels: torch.Tensor,
+    vocab_size: int,
+    *,
+    image_token_id: int,
+    shift_labels: torch.Tensor | None = None,
+    **options: Any,
+) -> torch.Tensor:
+    """Cross-entropy over the language model's own vocabulary, which has no image token.
+
+    A label that is the image token is measured over all rows, as any other label would be.
+
+    Args:
+        logits: (B, T, V).
+        labels: (B, T), `IGNORE_INDEX` where nothing is supervised.
+        vocab_size: V.
+        image_token_id: the row that text cannot be.
+        shift_labels: labels of the positions that predict them, if they are at hand.
+        **options: of transformers' loss, such as `num_items_in_batch`.
+
+    Returns:
+        The loss, in float32.
+    """
+    if shift_labels is None:
+        shift_labels = functional.pad(labels, (0, 1), value=IGNORE_INDEX)[..., 1:].contiguous()
+    shift_labels = shift_labels.to(logits.device)
+    # A copy, so that the caller's logits stay as they are; transformers' loss would make it in float32 as well.
+    own = logits.to(torch.float32, copy=True)
+    if image_token_id < vocab_size:
+        column = own[..., image_token_id]
+        lowest = torch.finfo(own.dtype).min
+        own[..., image_token_id] = torch.where(shift_labels == image_token_id, column, lowest)
+    loss: torch.Tensor = ForCausalLMLoss(own, labels, vocab_size, shift_labels=shift_labels, **options)
+    return loss
+
+
+def _candidates(config: Any, *, bias: bool) -> Iterator[HeadSettings]:
+    scales = [1.0]
+    for name, multiplied in _SCALES.items():
+        value = getattr(config, name, None)
+        if isinstance(value, (int, float)) and value:
+            scales.append(float(value) if multiplied else 1 / float(value))
+    caps = [None, *(float(value) for name in _CAPS if (value := getattr(config, name, None)))]
+    for cap, scale in product(caps, scales):
+        yield HeadSettings(bias=bias, scale=scale, cap=cap)
+
+
+@torch.no_grad()
+def _own_logits(
+    llm: PreTrainedModel,
+    decoder: nn.Module,
+    head: nn.Linear,
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+) -> torch.Tensor:
+    """Run a language model's own forward pass, with other weights in its head and these hidden states."""
+    name = next(name for name, module in llm.named_modules() if module is head)
+    replaced = {f"{name}.weight": weight} | ({f"{name}.bias": bias} if bias is not None else {})
+    ids = torch.zeros(1, _TOKENS, dtype=torch.long)
+    with _answering(decoder, hidden):
+        outputs: Any = torch.func.functional_call(llm, replaced, kwargs={"input_ids": ids}, strict=False)
+    logits: torch.Tensor = outputs.logits
+    return logits
+
+
+class _Answer(BaseModelOutputWithPast):
+    """A decoder's output; what is not there is None, whatever a language model asks for."""
+
+    def __getattr__(self, name: str) -> Any:
+        return None
+
+
+@contextmanager
+def _answering(decoder: nn.Module, hidden: torch.Tensor) -> Iterator[None]:
+    own = vars(decoder).get("forward")
+    vars(decoder)["forward"] = lambda *_, **__: _Answer(last_hidden_state=hidden)
+    try:
+        yield
+    finally:
+        if own is None:
+            del vars(decoder)["forward"]
+        else:
+            vars(decoder)["forward"] = own
+
+
+def _refusal(llm: PreTrainedModel, reason: str) -> InputError:
+    return InputError(
+        f"language model type {llm.config.model_type!r} ({type(llm).__name__}) cannot be used: {reason}. Take a causal "
+        "language model such as Llama, Qwen, Mistral, Phi, Gemma 2 or Granite."
+    )
