@@ -217,7 +217,7 @@ class FusedLlavaModel(_LoadsWhole, LlavaModel):
         return BaseModelOutputWithPooling(last_hidden_state=fused, pooler_output=list(projected))  # type: ignore[arg-type]
 
     @functools.wraps(LlavaModel.forward)
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
+    def forward(self, *args: Any, **kwargs: Any) -> Any:  # type: ignore[override]
         """As LlavaModel, but in training a batch without images touches every trainable parameter, with weight zero.
 
         Otherwise distributed engines wait forever for gradients of fuser and projector. The published code does the
