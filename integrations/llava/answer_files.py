@@ -118,6 +118,8 @@ class AnswerFile:
                     f"Remove it and its parts ({self.path.name}.part-*) first."
                 )
             self._stale = [old for old in [self.path, *self._parts()] if old.exists()]
+            for old in self._stale:
+                _refuse_foreign(old)
         self._rows = self._read()
 
     def __contains__(self, own_id: object) -> bool:
@@ -235,6 +237,16 @@ class AnswerFile:
                 f"{place} answers the same words with id {row['id']!r} about other images, or behind other turns "
                 f"(compared are turns, names of images and their sizes in bytes). {way_out}"
             )
+
+
+def _refuse_foreign(path: Path) -> None:
+    """Refuse to remove what is no file of answers, such as the file of questions."""
+    try:
+        row = next(json_lines(path, growing=True), (0, None))[1]
+    except InputError as error:
+        raise InputError(f"{path} holds no answers ({error}); give another output, or remove it yourself.") from error
+    if row is not None and not row.keys() >= {"id", "prompt", "answer"}:
+        raise InputError(f"{path} holds something else than answers; give another output, or remove it yourself.")
 
 
 def _append(path: Path, text: bytes) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import io
 import os
 import sys
 
@@ -19,6 +20,7 @@ __all__ = [
     "find_device",
     "find_dtype",
     "load_from_options",
+    "print_anything",
     "read_decoding",
 ]
 
@@ -60,6 +62,12 @@ def read_decoding(arguments: argparse.Namespace) -> Decoding:
     """
     names = Decoding().to_dict()
     return Decoding(**{name: getattr(arguments, name) for name in names})
+
+
+def print_anything() -> None:
+    """Let this process print characters that its terminal or file has no place for, spelled as escapes."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
 
 
 def find_device(arguments: argparse.Namespace) -> torch.device:

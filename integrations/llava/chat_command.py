@@ -14,7 +14,7 @@ from PIL import Image
 
 from layerfuse.errors import InputError, UserError
 
-from .answer_options import add_decoding_options, add_model_options, load_from_options, read_decoding
+from .answer_options import add_decoding_options, add_model_options, load_from_options, print_anything, read_decoding
 from .decoding import Decoding
 from .generate import Answerer
 from .images import read_image
@@ -114,6 +114,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except UserError as error:
         parser.error(str(error))
     conversation.shown = opened
+    print_anything()
     if isinstance(sys.stdin, io.TextIOWrapper):
         # Bytes that are no text are told as such, with what else a model cannot be asked, and the conversation goes on.
         sys.stdin.reconfigure(errors="surrogateescape")

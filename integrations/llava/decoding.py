@@ -8,11 +8,25 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
-from transformers import LogitsProcessor, TemperatureLogitsWarper, TopPLogitsWarper
+from transformers import GenerationConfig, LogitsProcessor, TemperatureLogitsWarper, TopPLogitsWarper
 
 from layerfuse.errors import InputError
 
-__all__ = ["Decoding", "SeededSampling"]
+__all__ = ["Decoding", "SeededSampling", "generate_settings"]
+
+
+# Settings of `generate` that mean nothing else than "as the model says" and cannot be None.
+_NEUTRAL = {
+    "do_sample": False,
+    "early_stopping": False,
+    "length_penalty": 1.0,
+    "min_length": 0,
+    "num_return_sequences": 1,
+    "output_scores": False,
+    "repetition_penalty": 1.0,
+    "return_dict_in_generate": False,
+    "use_cache": True,
+}
 
 
 @dataclass(frozen=True)
@@ -53,6 +67,38 @@ class Decoding:
     def to_dict(self) -> dict[str, Any]:
         """Describe the settings so that JSON can hold them."""
         return asdict(self)
+
+
+def generate_settings(
+    decoding: Decoding, *, prompt_length: int, end: int, padding: int, forbidden: Sequence[int]
+) -> dict[str, Any]:
+    """Write out every setting of transformers' `generate`, so that none of a language model's own config acts.
+
+    `generate` takes each setting that is not given, or is None in a `GenerationConfig`, from the model's own config
+    (Qwen2.5's has a repetition penalty); only arguments, None included, go before it.
+
+    Args:
+        decoding: how answers are decoded; sampling is done by `SeededSampling`.
+        prompt_length: positions of the prompts, padding included.
+        end: token that ends an answer.
+        padding: token that fills up the shorter answers of a batch.
+        forbidden: tokens that no answer may hold; what is likely among all others is not changed by them.
+
+    Returns:
+        Keyword arguments.
+    """
+    settings: dict[str, Any] = dict.fromkeys(GenerationConfig().to_dict().keys() - {"transformers_version"})
+    return {
+        **settings,
+        **_NEUTRAL,
+        # Not `max_new_tokens`: with the default `max_length`, transformers would warn in every batch.
+        "max_length": prompt_length + decoding.max_new_tokens,
+        "num_beams": decoding.num_beams,
+        "eos_token_id": end,
+        "pad_token_id": padding,
+        "suppress_tokens": list(forbidden) or None,
+        "renormalize_logits": decoding.num_beams > 1,
+    }
 
 
 class SeededSampling(LogitsProcessor):

@@ -14,7 +14,7 @@ from layerfuse.errors import InputError, InvalidTypeError
 
 from .checkpoint import load_config, load_model, load_processor
 from .data import Collator
-from .decoding import Decoding, SeededSampling
+from .decoding import Decoding, SeededSampling, generate_settings
 from .model import FusedLlavaForConditionalGeneration
 from .preparing import Images, Preparer, Prompt, as_list
 from .quantization import Quantization
@@ -163,24 +163,20 @@ class Answerer:
         sampling = [SeededSampling(decoding, keys, device)] if decoding.temperature else []
         ends_with_text = template.answer_end and not template.end_token
         length = batch["input_ids"].shape[1]
+        settings = generate_settings(
+            decoding,
+            prompt_length=length,
+            end=self.prepare.encoder.end,
+            padding=tokenizer.pad_token_id,
+            forbidden=[self.prepare.image_token_id],
+        )
+        settings["stop_strings"] = [template.answer_end] if ends_with_text else None
+        settings["cache_implementation"] = "static" if self.compile else None
         with self._turn:
             ids = self.model.generate(
                 **batch,
-                # Not `max_new_tokens`: language models that were saved with a `max_length`, as Vicuna is, would then be
-                # warned about in every batch.
-                max_length=length + decoding.max_new_tokens,
-                max_new_tokens=None,
-                num_beams=decoding.num_beams,
-                # `SeededSampling` samples; what a language model's own config says about sampling is not meant here.
-                do_sample=False,
-                temperature=None,
-                top_p=None,
-                top_k=None,
-                eos_token_id=self.prepare.encoder.end,
-                pad_token_id=tokenizer.pad_token_id,
-                stop_strings=[template.answer_end] if ends_with_text else None,
+                **settings,
                 tokenizer=tokenizer if ends_with_text else None,
-                cache_implementation="static" if self.compile else None,
                 logits_processor=LogitsProcessorList(sampling),
                 stopping_criteria=StoppingCriteriaList([stop] if stop else []),
                 streamer=streamer,

@@ -16,6 +16,7 @@ from .answer_options import (
     add_model_options,
     find_dtype,
     load_from_options,
+    print_anything,
     read_decoding,
 )
 from .batch_answers import answer_into, form_batches
@@ -95,6 +96,7 @@ def _answer_prompts(arguments: argparse.Namespace, decoding: Decoding) -> int:
     for own, prompt in zip(images, prompts, strict=True):
         preparer.encode(prompt, len(own), max_new_tokens=decoding.max_new_tokens)
     answerer = load_from_options(arguments)
+    print_anything()
     for answer in answerer(images, prompts, batch_size=arguments.batch_size, decoding=decoding):
         print(answer)
     return 0

@@ -71,7 +71,16 @@ def test_a_language_models_own_settings_neither_apply_nor_warn(
 ) -> None:
     expected = answerer(pictures[:1], ["What?"], max_new_tokens=8)
     vicuna = load_answerer(run)
-    for name, value in {"do_sample": True, "temperature": 0.9, "top_p": 0.6, "max_length": 40}.items():
+    theirs = {"do_sample": True, "temperature": 0.9, "top_p": 0.6, "max_length": 40, "repetition_penalty": 1.7}
+    theirs |= {"no_repeat_ngram_size": 1, "min_length": 300, "min_new_tokens": 8, "encoder_repetition_penalty": 3.0}
+    theirs |= {"suppress_tokens": list(range(300, 350)), "begin_suppress_tokens": list(range(350, 400))}
+    theirs |= {"bad_words_ids": [[token] for token in range(260, 300)], "sequence_bias": [[[300], 50.0]]}
+    theirs |= {"forced_bos_token_id": 251, "forced_eos_token_id": 252, "min_p": 0.5, "typical_p": 0.2, "top_k": 3}
+    theirs |= {"epsilon_cutoff": 0.1, "eta_cutoff": 0.1, "exponential_decay_length_penalty": (1, 9.0), "num_beams": 4}
+    theirs |= {"length_penalty": 5.0, "early_stopping": True, "num_return_sequences": 2, "renormalize_logits": True}
+    theirs |= {"guidance_scale": 2.0, "remove_invalid_values": True, "eos_token_id": 5, "use_cache": False}
+    theirs |= {"return_dict_in_generate": True, "output_scores": True, "stop_strings": ["a"], "max_time": 0.001}
+    for name, value in theirs.items():
         setattr(vicuna.model.generation_config, name, value)
 
     assert vicuna(pictures[:1], ["What?"], max_new_tokens=8) == expected

@@ -209,6 +209,16 @@ def test_overwriting_removes_nothing_before_there_is_an_answer(tmp_path: Path) -
     assert rows_of(tmp_path / "a.jsonl")[0]["answer"] == "new"
 
 
+@pytest.mark.parametrize("content", ["a note\n", '{"id": 0, "prompt": "q"}\n'])
+def test_overwriting_removes_answers_only(content: str, tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text(content)
+    with pytest.raises(
+        ValueError, match=r"a\.jsonl holds (no answers|something else than answers).* remove it yourself"
+    ):
+        answer_file(tmp_path / "a.jsonl", 1, overwrite=True)
+    assert (tmp_path / "a.jsonl").read_text() == content
+
+
 @pytest.mark.parametrize("change", ["name", "pixels", "turns"])
 def test_the_same_words_about_something_else_are_another_question(change: str, tmp_path: Path) -> None:
     Image.new("RGB", (8, 8)).save(tmp_path / "a.png")

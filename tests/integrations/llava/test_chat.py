@@ -79,13 +79,18 @@ def test_what_cannot_be_done_is_explained_and_the_conversation_goes_on(
 
 
 def test_lines_that_are_no_text_are_told_and_the_conversation_goes_on(
-    run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    run: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"caf\xe9\nWhat?\n"), encoding="utf-8"))
+    monkeypatch.setattr(
+        "sys.stdin", io.TextIOWrapper(io.BytesIO(b"caf\xe9\n/image caf\xe9\nWhat?\n"), encoding="utf-8")
+    )
+    written = io.BytesIO()
+    monkeypatch.setattr("sys.stdout", io.TextIOWrapper(written, encoding="ascii"))
     assert main(["--model", str(run), "--max-new-tokens", "8"]) == 0
-    told, answer = capsys.readouterr().out.splitlines()
+    told, missing, answer = written.getvalue().decode("ascii").splitlines()
 
     assert "holds half of a character" in told
+    assert missing.startswith("image caf\\udce9 does not exist")
     assert answer
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import io
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -139,6 +141,16 @@ def test_a_file_of_questions_that_cannot_be_answered_is_told(
     with pytest.raises(SystemExit, match="2"):
         main([*map(str, command), *(option.format(folder=tmp_path) for option in options)])
     assert message in capsys.readouterr().err
+
+
+def test_answers_are_printed_whatever_the_terminal_can_show(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    written = io.BytesIO()
+    monkeypatch.setattr("sys.stdout", io.TextIOWrapper(written, encoding="ascii"))
+    monkeypatch.setattr(Answerer, "__call__", lambda *_, **__: ["caf\xe9", "\u2028"])
+    assert main(["--model", str(run), "--prompt", "a", "--prompt", "b"]) == 0
+    sys.stdout.flush()
+
+    assert written.getvalue() == b"caf\\xe9\n\\u2028\n"
 
 
 @pytest.mark.parametrize("error", [ValueError, RuntimeError, FileNotFoundError, ImportError])
