@@ -32,7 +32,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     from transformers.utils import logging as transformers_logging
 
     from integrations.llava.demo.demo import run_demo
-    from integrations.llava.interruption import EXIT_REQUEUE, RunInterrupted
+    from integrations.llava.interruption import RunInterrupted
 
     if not sys.stderr.isatty():
         transformers_logging.disable_progress_bar()
@@ -41,9 +41,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         results, report = run_demo(settings, command=command)
     except UserError as error:
         parser.error(str(error))
-    except RunInterrupted:
-        print("stopped; the same command goes on from there", file=sys.stderr)
-        return EXIT_REQUEUE
+    except RunInterrupted as stop:
+        print(stop, file=sys.stderr)
+        return stop.exit_code
     except KeyboardInterrupt:
         print("stopped; the same command goes on from the last finished part", file=sys.stderr)
         return 130

@@ -12,6 +12,7 @@ from PIL import Image
 from integrations.llava.config import Recipe
 from integrations.llava.demo import main
 from integrations.llava.demo.settings import DemoSettings
+from integrations.llava.interruption import RunInterrupted
 from integrations.llava.train import train
 from layerfuse.errors import ExistingFileError
 
@@ -185,15 +186,32 @@ def test_training_that_was_killed_goes_on_in_the_next_demo(
     assert set(run.seconds) == {"evaluation"}
 
 
+@pytest.mark.parametrize(
+    ("stopped", "code", "said"),
+    [
+        (KeyboardInterrupt(), 130, "goes on from the last finished part"),
+        (
+            RunInterrupted("stage pretrain stopped at step 3 of 9; start the same command again", 75),
+            75,
+            "at step 3 of 9",
+        ),
+    ],
+)
 def test_stopping_says_how_to_go_on(
-    tmp_path: Path, tiny_recipe: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    stopped: BaseException,
+    code: int,
+    said: str,
+    tmp_path: Path,
+    tiny_recipe: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     def stop(*_: object, **__: object) -> None:
-        raise KeyboardInterrupt
+        raise stopped
 
     monkeypatch.setattr("integrations.llava.demo.demo.run_demo", stop)
-    assert main(["--recipe", str(tiny_recipe), "--output", str(tmp_path)]) == 130
-    assert "goes on from the last finished part" in capsys.readouterr().err
+    assert main(["--recipe", str(tiny_recipe), "--output", str(tmp_path)]) == code
+    assert said in capsys.readouterr().err
 
 
 def bad(tmp_path: Path, **changes: object) -> str:
