@@ -6,25 +6,26 @@ This is where layerfuse ends; a projector and a language model come after it.
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from huggingface_hub import ModelHubMixin, snapshot_download
-from safetensors.torch import load_file, save_file
 from torch import nn
 
 from layerfuse.backbones import Backbone, backbone_from_config, create_backbone
 from layerfuse.errors import InputError, MissingFileError
+from layerfuse.files import atomic_folder, explain_missing_config
 from layerfuse.fusers import Fuser, FuserCost, create_fuser, fuser_from_config
 from layerfuse.preprocessing import Preprocessing
+from layerfuse.weights import fitting_weights, load_weights, save_weights
 
 __all__ = ["FusedEncoder", "check_fuser_fits", "create_encoder"]
 
 _CONFIG_FILE = "config.json"
 _WEIGHTS_FILE = "model.safetensors"
+_CARD_FILE = "README.md"
 
 
 class FusedEncoder(
@@ -92,49 +93,132 @@ class FusedEncoder(
     @property
     def config(self) -> dict[str, Any]:
         """JSON-able description from which the same architecture is rebuilt."""
-        return {"backbone": self.backbone.config, "fuser": self.fuser.config}
+        return {"backbone": _inside(self.backbone).config, "fuser": _inside(self.fuser).config}
 
-    def _save_pretrained(self, save_directory: Path) -> None:
-        weights = {name: tensor.contiguous() for name, tensor in self.state_dict().items()}
-        # Written beside their place and renamed, so that a broken run leaves no half-written file.
-        save_file(weights, save_directory / f"{_WEIGHTS_FILE}.part", metadata={"format": "pt"})
-        (save_directory / f"{_CONFIG_FILE}.part").write_text(json.dumps(self.config, indent=2) + "\n")
-        for name in (_WEIGHTS_FILE, _CONFIG_FILE):
-            os.replace(save_directory / f"{name}.part", save_directory / name)
+    def save_pretrained(  # type: ignore[override]  # named arguments where the mixin takes any
+        self,
+        save_directory: str | Path,
+        *,
+        config: Mapping[str, Any] | None = None,
+        repo_id: str | None = None,
+        push_to_hub: bool = False,
+        model_card_kwargs: dict[str, Any] | None = None,
+        commit_message: str = "Push model using huggingface_hub.",
+        private: bool | None = None,
+        token: str | None = None,
+        branch: str | None = None,
+        create_pr: bool | None = None,
+        allow_patterns: list[str] | str | None = None,
+        ignore_patterns: list[str] | str | None = None,
+        delete_patterns: list[str] | str | None = None,
+    ) -> str | None:
+        """Write config, weights and, where there is none, a model card: whole or not at all.
+
+        Whatever stops it, the folder holds the earlier model, this one, or nothing that loads.
+
+        Args:
+            save_directory: made if need be; an encoder in it is replaced.
+            config: what `push_to_hub` of huggingface_hub hands over; the encoder's own is written.
+            repo_id: on the hub, if it goes there; the folder's name if None.
+            push_to_hub: whether it goes to the hub, too.
+            model_card_kwargs: for the card's template.
+            commit_message: this and what follows are for the hub, as in `push_to_hub`.
+            private: likewise.
+            token: likewise.
+            branch: likewise.
+            create_pr: likewise.
+            allow_patterns: likewise.
+            ignore_patterns: likewise.
+            delete_patterns: likewise.
+
+        Returns:
+            The address of the commit if it went to the hub.
+
+        Raises:
+            ValueError: before anything is written, if a weight is none of those that the config describes (adapters,
+                changed modules); the message lists them.
+            OSError: if the folder cannot be written to; an earlier model stays.
+        """
+        folder = Path(save_directory)
+        described = self.config
+        weights = fitting_weights(self, lambda: _from_config(described))
+        with atomic_folder(folder) as scratch:
+            save_weights(self, weights, scratch / _WEIGHTS_FILE)
+            (scratch / _CONFIG_FILE).write_text(json.dumps(described, indent=2) + "\n", encoding="utf-8")
+            if not (folder / _CARD_FILE).exists():
+                self.generate_model_card(**model_card_kwargs or {}).save(scratch / _CARD_FILE)
+        if not push_to_hub:
+            return None
+        url: str = self.push_to_hub(
+            repo_id or folder.name,
+            commit_message=commit_message,
+            private=private,
+            token=token,
+            branch=branch,
+            create_pr=create_pr,
+            allow_patterns=allow_patterns,
+            ignore_patterns=ignore_patterns,
+            delete_patterns=delete_patterns,
+            model_card_kwargs=model_card_kwargs,
+        )
+        return url
 
     @classmethod
-    def _from_pretrained(  # type: ignore[override]  # named arguments where the mixin takes any
+    def from_pretrained(  # type: ignore[override]  # named arguments where the mixin takes any
         cls,
+        pretrained_model_name_or_path: str | Path,
         *,
-        model_id: str,
-        revision: str | None,
-        cache_dir: str | Path | None,
-        force_download: bool,
-        local_files_only: bool,
-        token: str | bool | None,
-        backbone: Backbone | dict[str, Any] | None = None,
-        fuser: Fuser | dict[str, Any] | None = None,
+        backbone: Backbone | None = None,
+        fuser: Fuser | None = None,
+        dtype: torch.dtype | str | None = None,
+        device: torch.device | str | None = None,
+        device_map: Mapping[str, Any] | torch.device | str | None = None,
+        force_download: bool = False,
+        token: str | bool | None = None,
+        cache_dir: str | Path | None = None,
+        local_files_only: bool = False,
+        revision: str | None = None,
     ) -> FusedEncoder:
-        folder = Path(model_id)
+        """Load an encoder that `save_pretrained` wrote.
+
+        Args:
+            pretrained_model_name_or_path: a folder, or a name on the hub.
+            backbone: takes the weights instead of one that is built from the config.
+            fuser: likewise.
+            dtype: of all weights, such as torch.bfloat16 or its name; None or "auto" keeps what was saved.
+            device: where the encoder goes; the CPU if None.
+            device_map: as `device`, in transformers' words: one device for all, also as ``{"": device}``.
+            force_download: this and what follows are for the hub, as in `snapshot_download`.
+            token: likewise.
+            cache_dir: likewise.
+            local_files_only: likewise.
+            revision: likewise.
+
+        Returns:
+            The encoder, in evaluation mode.
+
+        Raises:
+            FileNotFoundError: if there is no such encoder.
+            ValueError: if config or weights are damaged or do not fit one another, or dtype or device is none.
+        """
+        precision, place = _as_dtype(dtype), _as_device(device, device_map)
+        folder = Path(pretrained_model_name_or_path)
         if not folder.is_dir():
-            folder = Path(
-                snapshot_download(
-                    model_id,
-                    revision=revision,
-                    cache_dir=cache_dir,
-                    force_download=force_download,
-                    local_files_only=local_files_only,
-                    token=token,
-                    allow_patterns=[_CONFIG_FILE, _WEIGHTS_FILE],
-                )
+            folder = _download(
+                str(pretrained_model_name_or_path),
+                revision=revision,
+                cache_dir=cache_dir,
+                force_download=force_download,
+                local_files_only=local_files_only,
+                token=token,
             )
         config = _read_config(folder)
         encoder = cls(
-            backbone if isinstance(backbone, Backbone) else backbone_from_config(config["backbone"]),
-            fuser if isinstance(fuser, Fuser) else fuser_from_config(config["fuser"]),
+            backbone if backbone is not None else backbone_from_config(config["backbone"]),
+            fuser if fuser is not None else fuser_from_config(config["fuser"]),
         )
-        _load_weights(encoder, folder / _WEIGHTS_FILE)
-        return encoder.eval()
+        load_weights(encoder, folder / _WEIGHTS_FILE)
+        return encoder.to(device=place, dtype=precision).eval()
 
 
 def check_fuser_fits(backbone: Backbone, fuser: Fuser) -> None:
@@ -157,27 +241,90 @@ def check_fuser_fits(backbone: Backbone, fuser: Fuser) -> None:
         )
 
 
+def _from_config(config: Mapping[str, Any]) -> FusedEncoder:
+    return FusedEncoder(backbone_from_config(config["backbone"]), fuser_from_config(config["fuser"]))
+
+
+def _inside(module: nn.Module) -> Any:
+    """Look through what torch.compile and data parallelism put around a module."""
+    while not isinstance(module, (Backbone, Fuser)):
+        inner = next((module._modules[name] for name in ("_orig_mod", "module") if name in module._modules), None)
+        assert inner is not None, type(module)
+        module = inner
+    return module
+
+
+def _as_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
+    found = getattr(torch, dtype, dtype) if isinstance(dtype, str) and dtype != "auto" else dtype
+    if found is None or found == "auto":
+        return None
+    if not isinstance(found, torch.dtype) or not found.is_floating_point:
+        raise InputError(f"dtype {dtype!r} is no floating dtype of torch; give torch.bfloat16, 'float16', … or None.")
+    return found
+
+
+def _as_device(
+    device: torch.device | str | None, device_map: Mapping[str, Any] | torch.device | str | None
+) -> torch.device | None:
+    if device is not None and device_map is not None:
+        raise InputError("device and device_map say the same; give one of them.")
+    place = device if device is not None else device_map
+    if isinstance(place, Mapping):
+        if set(place) != {""}:
+            raise InputError(f"device_map {dict(place)} splits the encoder, which lies on one device; give device=….")
+        place = place[""]
+    if place is None:
+        return None
+    try:
+        return torch.device(place)
+    except RuntimeError as error:
+        raise InputError(
+            f"{place!r} is no device of torch; an encoder lies on one: give 'cpu', 'cuda', 'cuda:1', 'mps', …"
+        ) from error
+
+
+def _download(
+    name: str,
+    *,
+    revision: str | None,
+    cache_dir: str | Path | None,
+    force_download: bool,
+    local_files_only: bool,
+    token: str | bool | None,
+) -> Path:
+    try:
+        found = snapshot_download(
+            name,
+            revision=revision,
+            cache_dir=cache_dir,
+            force_download=force_download,
+            local_files_only=local_files_only,
+            token=token,
+            allow_patterns=[_CONFIG_FILE, _WEIGHTS_FILE],
+        )
+    except (OSError, ValueError) as error:  # no such name, no network, nothing in the cache
+        raise MissingFileError(
+            f"{name} is no folder, and it could not be fetched from the hub; give a folder written by "
+            f"FusedEncoder.save_pretrained, or the name of a repository. huggingface_hub says: {error}"
+        ) from error
+    return Path(found)
+
+
 def _read_config(folder: Path) -> dict[str, Any]:
     missing = [name for name in (_CONFIG_FILE, _WEIGHTS_FILE) if not (folder / name).is_file()]
     if missing:
         raise MissingFileError(
             f"{folder} holds no {' and no '.join(missing)}; give a folder written by FusedEncoder.save_pretrained."
+            f"{explain_missing_config(folder)}"
         )
-    config: dict[str, Any] = json.loads((folder / _CONFIG_FILE).read_text())
-    if set(config) != {"backbone", "fuser"}:
-        raise InputError(
-            f"{folder / _CONFIG_FILE} has the keys {sorted(config)}; a FusedEncoder's has 'backbone' and 'fuser'."
-        )
+    try:
+        config = json.loads((folder / _CONFIG_FILE).read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise InputError(f"{folder / _CONFIG_FILE} is no valid JSON ({error}); write or download it anew.") from error
+    if not isinstance(config, dict) or set(config) != {"backbone", "fuser"}:
+        keys = sorted(config) if isinstance(config, dict) else type(config).__name__
+        raise InputError(f"{folder / _CONFIG_FILE} has the keys {keys}; a FusedEncoder's has 'backbone' and 'fuser'.")
     return config
-
-
-def _load_weights(encoder: FusedEncoder, path: Path) -> None:
-    mismatch = encoder.load_state_dict(load_file(path), strict=False)
-    if mismatch.missing_keys or mismatch.unexpected_keys:
-        raise InputError(
-            f"the weights in {path} do not fit this encoder. Missing: {mismatch.missing_keys or 'none'}. "
-            f"Unexpected: {mismatch.unexpected_keys or 'none'}. Check that config and weights come from the same run."
-        )
 
 
 def create_encoder(

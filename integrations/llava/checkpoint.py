@@ -12,7 +12,8 @@ from torch import nn
 from transformers import AutoProcessor, LlavaProcessor
 
 from layerfuse.errors import InputError, MissingFileError
-from layerfuse.files import atomic_folder
+from layerfuse.files import atomic_folder, explain_missing_config
+from layerfuse.weights import fitting_weights
 
 from .config import PARTS
 from .convert.content import reading
@@ -32,13 +33,19 @@ __all__ = [
 
 
 def save_model(model: FusedLlavaForConditionalGeneration, processor: LlavaProcessor, folder: str | Path) -> Path:
-    """Write config, weights (safetensors) and processor.
+    """Write config, weights (safetensors) and processor: whole or not at all.
 
     Returns:
         The folder; `AutoModelForImageTextToText.from_pretrained` reads it after `import integrations.llava`.
+
+    Raises:
+        ValueError: before anything is written, if a weight is none of those that the config describes, such as an
+            adapter's; they are listed.
+        OSError: if the folder cannot be written to; a model in it stays.
     """
+    weights = fitting_weights(model, lambda: type(model)(model.config))
     with atomic_folder(folder) as scratch:
-        model.save_pretrained(scratch)
+        model.save_pretrained(scratch, state_dict=weights)
         processor.save_pretrained(scratch)
     return Path(folder)
 
@@ -52,7 +59,10 @@ def load_config(folder: str | Path) -> FusedLlavaConfig:
     """
     folder = Path(folder)
     if not (folder / CONFIG_FILE).is_file():
-        raise MissingFileError(f"{folder} holds no {CONFIG_FILE}; give a folder that a finished training run wrote.")
+        raise MissingFileError(
+            f"{folder} holds no {CONFIG_FILE}; give a folder that a finished training run wrote."
+            f"{explain_missing_config(folder)}"
+        )
     kind = read_json(folder / CONFIG_FILE).get("model_type")
     if kind != FusedLlavaConfig.model_type:
         raise InputError(
@@ -121,11 +131,14 @@ def load_processor(folder: str | Path) -> LlavaProcessor:
     """Load the processor that was saved beside a model.
 
     Raises:
-        FileNotFoundError: if there is no such folder.
+        FileNotFoundError: if there is no such folder, or a save into it was killed half-way.
         ValueError: if it lacks files of the processor, or they are damaged.
     """
     if not Path(folder).is_dir():
         raise MissingFileError(f"{folder} does not exist; give a folder that a finished training run wrote.")
+    interrupted = "" if (Path(folder) / CONFIG_FILE).is_file() else explain_missing_config(folder)
+    if interrupted:
+        raise MissingFileError(f"{folder} holds no {CONFIG_FILE}.{interrupted}")
     with reading(f"the processor in {folder}"):
         processor: LlavaProcessor = AutoProcessor.from_pretrained(folder)
     return processor

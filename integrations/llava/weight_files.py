@@ -47,10 +47,14 @@ _DTYPES = {
     "BF16": torch.bfloat16,
     "F8_E4M3": torch.float8_e4m3fn,
     "F8_E5M2": torch.float8_e5m2,
+    "C64": torch.complex64,
     "I64": torch.int64,
     "I32": torch.int32,
     "I16": torch.int16,
     "I8": torch.int8,
+    "U64": torch.uint64,
+    "U32": torch.uint32,
+    "U16": torch.uint16,
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
@@ -170,7 +174,10 @@ def _safetensors(path: Path) -> dict[str, StoredTensor]:
     found = {}
     for name in file.keys():  # noqa: SIM118  (this is no dictionary)
         entry = file.get_slice(name)
-        found[name] = StoredTensor(tuple(entry.get_shape()), _DTYPES[entry.get_dtype()], partial(file.get_tensor, name))
+        kind = entry.get_dtype()
+        if kind not in _DTYPES:
+            raise InputError(f"{path}: {name} is of type {kind}; known are {', '.join(_DTYPES)}.")
+        found[name] = StoredTensor(tuple(entry.get_shape()), _DTYPES[kind], partial(file.get_tensor, name))
     return found
 
 

@@ -30,6 +30,7 @@ __all__ = [
     "takes_patches",
     "takes_position_flag",
     "transformers_facts",
+    "vision_part",
 ]
 
 # Where the blocks are: names moved between major versions, so the first of these with the right length counts.
@@ -89,8 +90,9 @@ def transformers_facts(model: nn.Module) -> BackboneFacts:
             "another one as ModuleBackbone(model, ...), which is told the number of prefix tokens and the patch size."
         )
     patch_size = as_pair(config.patch_size)
-    if takes_patches(model):  # no image size: a square number of position embeddings
-        edge = int(config.num_patches**0.5)
+    if takes_patches(model):  # no image size, but a square of position embeddings
+        embeddings: Any = model.embeddings
+        edge = embeddings.position_embedding_size
         image_size = (edge * patch_size[0], edge * patch_size[1])
     else:
         image_size = as_pair(config.image_size)
@@ -105,6 +107,25 @@ def transformers_facts(model: nn.Module) -> BackboneFacts:
         preprocessing=read_preprocessing({}, kind=kind, size=image_size),
         in_channels=getattr(config, "num_channels", None),
     )
+
+
+def vision_part(model: nn.Module) -> nn.Module:
+    """Find the vision model inside a model of transformers.
+
+    Args:
+        model: a vision model, or one that holds it: CLIPModel, SiglipModel, ViTForImageClassification, …
+
+    Returns:
+        What `AutoModel` would build for a vision config: no text model, no classifier.
+    """
+    from transformers import MODEL_MAPPING
+
+    inner = getattr(model, "vision_model", None)
+    if isinstance(inner, nn.Module) and hasattr(inner, "config"):
+        return inner
+    config: Any = getattr(model, "config", None)
+    built: Any = MODEL_MAPPING.get(type(config), nn.Module)
+    return next((module for module in model.modules() if isinstance(module, built)), model)
 
 
 def takes_position_flag(model: nn.Module) -> bool:

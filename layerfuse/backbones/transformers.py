@@ -18,6 +18,7 @@ from layerfuse.backbones._transformers_models import (
     takes_patches,
     takes_position_flag,
     transformers_facts,
+    vision_part,
 )
 from layerfuse.backbones.base import BACKBONES, Backbone, as_pair, checked_multiple
 from layerfuse.errors import InputError, MissingPackageError
@@ -44,12 +45,17 @@ _NO_ARCHITECTURE = (
 )
 
 
+# What a config computes from its number of blocks, for transformers' own backbones: it computes it anew.
+_DERIVED = ("stage_names", "out_features", "out_indices", "_out_features", "_out_indices")
+
+
 @BACKBONES.register("transformers")
 class TransformersBackbone(Backbone):
     """A vision model of transformers. Other arguments and errors are `Backbone`'s.
 
     Args:
-        model: such as CLIPVisionModel or Dinov2Model; a CLIPModel or SiglipModel is taken by its ``vision_model``.
+        model: such as CLIPVisionModel or Dinov2Model; of a CLIPModel, a SiglipModel or an image
+            classifier the vision model inside is taken.
         image_size: as in `Backbone.from_name`, counts as native from then on; the model resizes its position
             embeddings in every call.
         preprocessing: the released models' one if None.
@@ -68,8 +74,7 @@ class TransformersBackbone(Backbone):
         image_size: int | tuple[int, int] | None = None,
         preprocessing: Preprocessing | None = None,
     ) -> None:
-        inner = getattr(model, "vision_model", None)
-        model = inner if isinstance(inner, nn.Module) and hasattr(inner, "config") else model
+        model = vision_part(model)
         facts = transformers_facts(model)
         self._own_size = facts.image_size
         self._position_flag = takes_position_flag(model)
@@ -110,17 +115,20 @@ class TransformersBackbone(Backbone):
         config = _read_config(transformers, name, given, pretrained=pretrained)
         how: dict[str, Any] = {key: given[key] for key in ("attn_implementation", "dtype") if key in given}
         where = {key: given[key] for key in _FINDING if key in given}
+        missing: set[str] = set()
         if pretrained:
-            model = _load(transformers, name, config, {**how, **where})
+            model, missing = _load(transformers, name, config, {**how, **where})
         else:
             model = transformers.AutoModel.from_config(config, **how)
         by_type = not pretrained and name in transformers.CONFIG_MAPPING
         described = {} if by_type else _read_processor(transformers, name, where)
         if not described and not by_type:
             logger.warning("%s has no preprocessor config; using that of released %s models.", name, config.model_type)
-        size = transformers_facts(model).image_size
-        preprocessing = read_preprocessing(described, kind=config.model_type, size=size)
-        return cls(model, layers=layers, image_size=image_size, preprocessing=preprocessing)
+        facts = transformers_facts(model)
+        preprocessing = read_preprocessing(described, kind=config.model_type, size=facts.image_size)
+        backbone = cls(model, layers=layers, image_size=image_size, preprocessing=preprocessing)
+        _check_complete(name, backbone.model, missing, blocks=facts.blocks)
+        return backbone
 
     @classmethod
     def _rebuild(
@@ -129,8 +137,16 @@ class TransformersBackbone(Backbone):
         transformers = _import_transformers()
         fields = dict(recipe["config"])
         config = transformers.AutoConfig.for_model(fields.pop("model_type"), **fields)
-        model = transformers.AutoModel.from_config(config)
+        model = _build(transformers, config, recipe.get("attn_implementation"))
         return cls(model, layers=layers, image_size=tuple(recipe["image_size"]), preprocessing=preprocessing)
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """As `Backbone.config`, with the attention that the model computes with now."""
+        model: Any = self.model
+        config = super().config
+        config["recipe"]["attn_implementation"] = model.config._attn_implementation
+        return config
 
     def _cut_tail(self, model: nn.Module) -> None:
         cut_transformers_tail(model)
@@ -139,7 +155,9 @@ class TransformersBackbone(Backbone):
         if self._patches:
             rows, columns = self.grid(images.shape[2], images.shape[3])
             patches = patchify(images, self.patch_size)
-            shapes = torch.tensor([[rows, columns]] * images.shape[0], device=images.device)
+            # Filled where the images are: torch.tensor([[rows, columns], …]) would copy from the host in each call.
+            edges = [torch.full((images.shape[0],), edge, device=images.device) for edge in (rows, columns)]
+            shapes = torch.stack(edges, dim=1)
             mask = torch.ones(patches.shape[:2], dtype=torch.long, device=images.device)
             self.model(patches, pixel_attention_mask=mask, spatial_shapes=shapes)
         elif self._position_flag and tuple(images.shape[2:]) != self._own_size:
@@ -194,11 +212,26 @@ def _read_config(transformers: ModuleType, name: str, options: Mapping[str, Any]
     for key in fields:
         if key not in known:
             raise InputError(unknown_name_message(f"option of {type(config).__name__}", key, {*known, *_LOADING}))
-    known.pop("model_type")
+    for key in ("model_type", *_DERIVED):
+        known.pop(key, None)
     return type(config)(**{**known, **fields}) if fields else config
 
 
-def _load(transformers: ModuleType, name: str, config: Any, arguments: Mapping[str, Any]) -> nn.Module:
+def _build(transformers: ModuleType, config: Any, attention: str | None) -> nn.Module:
+    how = {} if attention is None else {"attn_implementation": attention}
+    try:
+        model: nn.Module = transformers.AutoModel.from_config(config, **how)
+    except (ImportError, ValueError) as error:
+        if attention is None:
+            raise
+        raise InputError(
+            f"this backbone was saved with the attention implementation {attention!r}, which is not to be had here; "
+            f"install what it needs, or write 'sdpa' for it in config.json. transformers says: {error}"
+        ) from error
+    return model
+
+
+def _load(transformers: ModuleType, name: str, config: Any, arguments: Mapping[str, Any]) -> tuple[nn.Module, set[str]]:
     # AutoModel chooses by the config, so with the vision config of a CLIP checkpoint only its vision part is built.
     try:
         model, report = transformers.AutoModel.from_pretrained(
@@ -209,14 +242,24 @@ def _load(transformers: ModuleType, name: str, config: Any, arguments: Mapping[s
             f"transformers finds no weights for {name!r}; give a name on the hub or a folder with weights in "
             f"safetensors, or pass pretrained=False. It says: {error}"
         ) from error
-    missing = sorted(report["missing_keys"])
-    if missing:
+    except RuntimeError as error:  # weights of other shapes
         raise InputError(
-            f"{name!r} lacks weights of {type(model).__name__}, which would be left random: {', '.join(missing)}. "
+            f"the weights of {name!r} do not fit the model that its config and the options describe. Leave out options "
+            f"that change shapes, or pass pretrained=False. transformers says: {error}"
+        ) from error
+    return model, set(report["missing_keys"])
+
+
+def _check_complete(name: str, model: nn.Module, missing: set[str], *, blocks: str) -> None:
+    # Asked of the model that is left: nobody needs weights of a pooler or a norm that was cut off. Blocks are needed,
+    # since layers are counted by them.
+    left = model.state_dict().keys()
+    random = sorted(key for key in missing if key in left or key.startswith(f"{blocks}."))
+    if random:
+        raise InputError(
+            f"{name!r} lacks weights of {type(model).__name__}, which would be left random: {', '.join(random)}. "
             "Check that it is a checkpoint of this model, or pass pretrained=False."
         )
-    loaded: nn.Module = model
-    return loaded
 
 
 def _read_processor(transformers: ModuleType, name: str, where: Mapping[str, Any]) -> dict[str, Any]:

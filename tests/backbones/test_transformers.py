@@ -186,6 +186,55 @@ def test_weights_that_are_missing_are_listed(tmp_path: Path) -> None:
         create_backbone("transformers", str(tmp_path), layers=1, options={"num_hidden_layers": 4})
 
 
+@pytest.mark.parametrize("kind", ["ViTForImageClassification", "ViTModel"])
+def test_weights_that_would_be_cut_off_are_not_asked_for(kind: str, tmp_path: Path) -> None:
+    config = transformers.ViTConfig(**SIZES)
+    options = {"add_pooling_layer": False} if kind == "ViTModel" else {}
+    model = randomise_parameters(getattr(transformers, kind)(config, **options))
+    model.save_pretrained(tmp_path)
+    backbone = create_backbone("transformers", str(tmp_path), layers=(1, 2))
+    state = getattr(model, "vit", model).state_dict()
+    for name, tensor in backbone.model.state_dict().items():
+        assert torch.equal(tensor, state[name]), name
+
+
+def test_options_that_change_shapes_of_pretrained_weights_are_told(tmp_path: Path) -> None:
+    two_towers("clip").vision_model.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="do not fit the model that its config and the options describe. Leave out"):
+        create_backbone("transformers", str(tmp_path), layers=1, options={"intermediate_size": 48})
+
+
+@pytest.mark.parametrize("kind", ["dinov2", "dinov2_with_registers", "dinov3_vit", "vit", "clip_vision_model"])
+def test_fewer_blocks_can_be_asked_for(kind: str, tmp_path: Path) -> None:
+    config = transformers.AutoConfig.for_model(kind, **{**SIZES, "num_hidden_layers": 4})
+    transformers.AutoModel.from_config(config).save_pretrained(tmp_path)
+    for name, pretrained in ((kind, False), (str(tmp_path), False), (str(tmp_path), True)):
+        small = {key: SIZES[key] for key in ("hidden_size", "num_attention_heads", "image_size", "patch_size")}
+        options = {"num_hidden_layers": 2} | (small if name == kind else {})
+        backbone = create_backbone("transformers", name, layers=(1, -1), pretrained=pretrained, options=options)
+        assert (backbone.num_blocks, backbone.layers) == (2, (1, 2))
+        assert type(backbone).from_config(backbone.config).num_blocks == 2
+
+
+def test_naflex_makes_no_tensor_on_the_host() -> None:
+    fields = {key: value for key, value in SIZES.items() if key != "image_size"}
+    config = transformers.AutoConfig.for_model("siglip2_vision_model", **fields, num_patches=9)
+    with torch.device("meta"):
+        model = transformers.AutoModel.from_config(config)
+    backbone = TransformersBackbone(model, layers=(1, 2))
+    seen: list[torch.Tensor] = []
+    model.register_forward_pre_hook(lambda _, args, kwargs: seen.extend(kwargs.values()), with_kwargs=True)
+    real = torch.tensor
+    try:
+        torch.tensor = lambda *_, **__: pytest.fail("a tensor was made from numbers of the host")  # type: ignore[assignment]
+        model.forward = lambda *_, **__: None
+        with pytest.raises(RuntimeError):
+            backbone(torch.empty(2, 3, *backbone.image_size, device="meta"))
+    finally:
+        torch.tensor = real
+    assert [tensor.device.type for tensor in seen] == ["meta", "meta"]
+
+
 def test_a_folder_without_weights_is_refused(tmp_path: Path) -> None:
     transformers.AutoConfig.for_model("clip_vision_model", **SIZES).save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="transformers finds no weights for .*; give a name on the hub or a folder"):

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import save_file
 
 from layerfuse.errors import ExistingFileError, InputError, MissingFileError
-from layerfuse.files import atomic_folder, check_disk_space
+from layerfuse.files import atomic_folder, check_disk_space, explain_missing_config
 from layerfuse.registry import unknown_name_message
 
 from ..lora import merged_tensors
@@ -209,5 +209,7 @@ def _refuse_file(target: Path) -> None:
 
 def _read_config(folder: Path) -> dict[str, Any]:
     if not (folder / CONFIG_FILE).is_file():
-        raise MissingFileError(f"{folder} holds no {CONFIG_FILE}; give the folder of a checkpoint.")
+        raise MissingFileError(
+            f"{folder} holds no {CONFIG_FILE}; give the folder of a checkpoint.{explain_missing_config(folder)}"
+        )
     return read_json(folder / CONFIG_FILE)
