@@ -19,6 +19,7 @@ import pytest
 
 _ROOT = Path(__file__).resolve().parents[1]
 _OURS = tuple(f"{_ROOT / folder}/" for folder in ("layerfuse", "integrations"))
+_STANDARD = "python"
 _CATEGORIES = (DeprecationWarning, PendingDeprecationWarning, FutureWarning)
 _LOGGERS = ("transformers", "accelerate", "huggingface_hub", "torch", "timm", "open_clip", "peft")
 
@@ -90,11 +91,16 @@ def _own_caller(frame: FrameType | None) -> str | None:
         file = frame.f_code.co_filename
         if file.startswith(_OURS):
             return f"{Path(file).relative_to(_ROOT)}:{frame.f_lineno}"
-        package = str(frame.f_globals.get("__name__", "")).partition(".")[0]
-        if package not in sys.stdlib_module_names:
+        name = str(frame.f_globals.get("__name__", ""))
+        package = name.partition(".")[0]
+        if package in sys.stdlib_module_names:
+            package = _STANDARD
+        if name != "warnings":
             library = library or package
-            # torch stands between us and what it decorates or calls as a module.
-            if package not in (library, "torch"):
+            # Python and torch stand between us and what they decorate or call as a module. What torch itself asks of
+            # Python, such as a fork beside threads, is not ours.
+            passes = {_STANDARD} if library == _STANDARD else {_STANDARD, "torch"}
+            if package not in {library, *passes}:
                 return None
         frame = frame.f_back
     return None

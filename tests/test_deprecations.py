@@ -36,6 +36,16 @@ def test_fails_deep_in_the_library():
 def test_passes_where_another_library_asks():
     call(call(warn(), "other.py", "other"), OURS, "layerfuse.files")()
 
+def test_passes_where_torch_asks_python():
+    fork = compile("def f():\\n    warnings.warn('fork', DeprecationWarning)", "popen_fork.py", "exec")
+    exec(fork, space := {"warnings": warnings, "__name__": "multiprocessing.popen_fork"})
+    call(call(space["f"], "dataloader.py", "torch.utils.data"), OURS, "layerfuse.files")()
+
+def test_fails_where_we_ask_python():
+    asked = compile("def f():\\n    warnings.warn('old', DeprecationWarning)", "locale.py", "exec")
+    exec(asked, space := {"warnings": warnings, "__name__": "locale"})
+    call(space["f"], OURS, "layerfuse.files")()
+
 def test_passes_where_a_test_asks():
     warn()()
 
@@ -69,6 +79,6 @@ def test_what_is_deprecated_fails_the_test_that_caused_it(root: Path, tmp_path: 
 
     outcomes = re.findall(r"^(PASSED|FAILED|ERROR) test_all.py::test_(passes|fails)", result.stdout, re.MULTILINE)
     assert sorted(set(outcomes)) == [("ERROR", "fails"), ("FAILED", "fails"), ("PASSED", "passes")], result.stdout
-    assert len(outcomes) == 8
+    assert len(outcomes) == 10
     assert "layerfuse/files.py:2: DeprecationWarning: old" in result.stdout
     assert "transformers.x logged: `y` is Deprecated" in result.stdout
