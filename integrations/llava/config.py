@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import typing
 from collections.abc import Mapping
@@ -27,6 +28,8 @@ STAGES = ("pretrain", "finetune")
 Engine = Literal["ddp", "fsdp2", "zero2", "zero3"]
 ENGINES: tuple[str, ...] = get_args(Engine)
 """How several processes share a run: torch's DDP and FSDP2, DeepSpeed's ZeRO-2 and ZeRO-3."""
+
+_log = logging.getLogger(__name__)
 
 ImageMode = Literal["pad", "crop", "squash"]
 
@@ -150,7 +153,8 @@ class DataConfig(_Checked):
         image_folder: folder that the samples' image names are relative to.
         image_mode: pad to a square with the mean colour, crop the centre, or squash.
         max_length: tokens, images expanded; longer samples are cut.
-        cache_images: MiB of prepared images kept in memory, so that small data sets are decoded once.
+        upright: turn images as their Exif data say; the published code reads them as stored. Inference always turns.
+        cache_images: without effect; taken so that old recipes load.
         check_images: decode every image before training starts; "size" only reads headers, "none" trusts the files.
         bad_samples: "fail" stops at a sample that cannot be used; "skip" leaves it out, counts it and says so.
     """
@@ -159,9 +163,16 @@ class DataConfig(_Checked):
     image_folder: str = ""
     image_mode: ImageMode = "pad"
     max_length: Count = 2048
-    cache_images: Natural = 256
+    upright: bool = False
+    cache_images: Natural = 0
     check_images: Literal["decode", "size", "none"] = "size"
     bad_samples: Literal["fail", "skip"] = "fail"
+
+    def __post_init__(self) -> None:
+        """Say what has no effect any more."""
+        super().__post_init__()
+        if self.cache_images:
+            _log.warning("data.cache_images has no effect any more, as the cache was hardly ever hit; leave it out.")
 
 
 @dataclass(frozen=True)

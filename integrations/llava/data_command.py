@@ -128,9 +128,9 @@ def _token_limit(arguments: argparse.Namespace) -> TokenLimit | None:
 
 
 def _convert(arguments: argparse.Namespace) -> int:
-    if arguments.data.suffix == ".jsonl":
-        raise ExistingFileError(f"{arguments.data} already has one sample a line; there is nothing to convert.")
     samples: SampleFile = read_samples(arguments.data)
+    if samples.has_lines:
+        raise ExistingFileError(f"{arguments.data} already has one sample a line; there is nothing to convert.")
     target = arguments.output or lines_path(arguments.data)
     _refuse_unwritable(target)
     write_lines(samples, target)

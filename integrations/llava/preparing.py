@@ -71,7 +71,7 @@ class Preparer:
                 "what get_template(name).to_dict() gives."
             ) from error
         self.encoder = TextEncoder(processor.tokenizer)
-        self.preprocessing = Preprocessing.from_dict(processor.image_processor.preprocessing)
+        self.preprocessing = Preprocessing.from_dict({"upright": True} | processor.image_processor.preprocessing)
         self.image_token_id: int = config.image_token_index
         self.num_image_tokens: int = config.image_seq_length
         self.max_positions: int | None = getattr(config.text_config, "max_position_embeddings", None)

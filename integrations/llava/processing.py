@@ -7,6 +7,7 @@ pad-to-square with the mean colour included, so that training, `pipeline` and `g
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -27,7 +28,7 @@ class LayerfuseImageProcessor(BaseImageProcessor):
     """layerfuse's preprocessing as an image processor of transformers.
 
     Args:
-        preprocessing: `Preprocessing.to_dict()`.
+        preprocessing: `Preprocessing.to_dict()`; its `upright` says whether images are turned by their Exif data.
     """
 
     model_input_names = ["pixel_values"]  # noqa: RUF012  (transformers reads and writes it like this)
@@ -50,7 +51,8 @@ class LayerfuseImageProcessor(BaseImageProcessor):
         Returns:
             `pixel_values`: (B, 3, height, width) float32, as a tensor.
         """
-        pixels = Preprocessing.from_dict(self.preprocessing).batch(_flatten(images))
+        # A processor that was saved before there was a choice turns images, too.
+        pixels = Preprocessing.from_dict({"upright": True} | self.preprocessing).batch(_flatten(images))
         return BatchFeature({"pixel_values": pixels})
 
 
@@ -90,7 +92,7 @@ def build_processor(
     Args:
         model: says how many positions an image takes up.
         tokenizer: has `<image>`; it is set to pad on the left, as generation in batches needs it.
-        preprocessing: how images are prepared.
+        preprocessing: how images are prepared; at inference they are turned upright, whatever training did.
         template: written into the chat template.
 
     Returns:
@@ -104,7 +106,7 @@ def build_processor(
     # LlavaProcessor counts (height // patch) * (width // patch) + additional tokens; any fuser's number fits that way.
     grid_tokens = (height // patch_size) * (width // patch_size)
     return LlavaProcessor(
-        image_processor=LayerfuseImageProcessor(preprocessing.to_dict()),
+        image_processor=LayerfuseImageProcessor(replace(preprocessing, upright=True).to_dict()),
         tokenizer=tokenizer,
         patch_size=patch_size,
         vision_feature_select_strategy="full",

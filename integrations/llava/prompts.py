@@ -13,11 +13,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-import tokenizers
 from transformers import PreTrainedTokenizerBase
 
 from layerfuse.errors import InputError
 from layerfuse.registry import unknown_name_message
+
+from .text_encoder import LONG_TEXT, TextEncoder
 
 __all__ = [
     "IGNORE_INDEX",
@@ -116,91 +117,18 @@ class Rendered:
         prompt: the text, control tokens spelled out.
         input_ids: T token ids; one image token per image.
         labels: T labels: the id where it is supervised, else `IGNORE_INDEX`.
+        is_cut: whether ids are missing at the end of a long text, see `render`.
     """
 
     prompt: str
     input_ids: list[int]
     labels: list[int]
+    is_cut: bool = False
 
     @property
     def num_supervised(self) -> int:
         """Number of positions with a label."""
         return sum(label != IGNORE_INDEX for label in self.labels)
-
-
-class TextEncoder:
-    """Turns text into ids piece by piece: no control token is read out of it, no beginning is added unasked.
-
-    Args:
-        tokenizer: a fast tokenizer; it is read, never changed.
-
-    Raises:
-        ValueError: if the tokenizer has no fast implementation or no end-of-sequence token.
-    """
-
-    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
-        backend = getattr(tokenizer, "backend_tokenizer", None)
-        if backend is None:
-            raise InputError(
-                f"{type(tokenizer).__name__} has no fast implementation; save the tokenizer with a tokenizer.json."
-            )
-        if tokenizer.eos_token_id is None:
-            raise InputError("the tokenizer has no eos_token; set one, since every answer ends with it.")
-        description = json.loads(backend.to_str())
-        self._prefix = _take_prefix(description)
-        description.update(post_processor=None, truncation=None, padding=None)
-        self._pieces = tokenizers.Tokenizer.from_str(json.dumps(description))
-        # A switch with a misleading name: it makes the four characters `</s>` text, not one special token.
-        self._pieces.encode_special_tokens = True
-        self.begin: list[int] = [token for token in tokenizer("").input_ids if token == tokenizer.bos_token_id]
-        self.end: int = tokenizer.eos_token_id
-        self.end_text: str = tokenizer.eos_token
-        self.begin_text: str = tokenizer.bos_token if self.begin else ""
-        unknown = tokenizer.unk_token_id
-        self._control = {token for token in tokenizer.all_special_ids if token != unknown}
-
-    def __call__(self, text: str, *, at_start: bool = False) -> list[int]:
-        """Encode a piece of text.
-
-        Args:
-            text: what to encode.
-            at_start: whether the piece stands at the beginning of the prompt or behind an image, where the published
-                code tokenises afresh and SentencePiece writes a blank first.
-
-        Returns:
-            The ids.
-
-        Raises:
-            ValueError: if the tokenizer's vocabulary spells a control token as plain text.
-        """
-        if not text:
-            return []
-        ids = self._pieces.encode(self._prefix + text if at_start else text).ids
-        if not self._control.isdisjoint(ids):
-            raise InputError(
-                f"the tokenizer reads a control token out of the plain text {text[:80]!r}; rebuild it so that control "
-                "tokens are added tokens and its pre-tokenizer splits their spelling."
-            )
-        return ids
-
-
-def _take_prefix(description: dict[str, Any]) -> str:
-    """Switch off the blank that SentencePiece-like tokenizers write first, and return it."""
-    prefixed = False
-    for place in ("normalizer", "pre_tokenizer"):
-        step = description.get(place)
-        parts = (step or {}).get("normalizers") or (step or {}).get("pretokenizers") or ([step] if step else [])
-        for part in parts:
-            if part["type"] == "Metaspace":
-                prefixed |= part["prepend_scheme"] != "never"
-                part["prepend_scheme"] = "never"
-            elif part["type"] == "ByteLevel":
-                prefixed |= part["add_prefix_space"]
-                part["add_prefix_space"] = False
-            elif part["type"] == "Prepend":
-                prefixed = True
-                part.update(type="Replace", pattern={"String": " "}, content=part.pop("prepend"))
-    return " " if prefixed else ""
 
 
 def _place_images(messages: Sequence[Message], num_images: int) -> list[list[str]]:
@@ -290,6 +218,7 @@ def render(
     image_token_id: int,
     num_images: int,
     answer_next: bool = False,
+    max_length: int | None = None,
 ) -> Rendered:
     """Write a conversation out and tokenise it.
 
@@ -300,6 +229,8 @@ def render(
         image_token_id: id that stands for an image.
         num_images: images that belong to the conversation; with 0, `<image>` is text.
         answer_next: end where the model's next answer begins, as generation wants it.
+        max_length: positions of which no more are wanted. The ids up to there are those of the whole conversation; of
+            a long text (65,536 characters) what lies behind need not be tokenised. No image is left out.
 
     Returns:
         Prompt, ids and labels.
@@ -319,17 +250,19 @@ def render(
     pieces = write(template, encoder, messages, num_images)
     if answer_next and not template.caption_only:
         pieces.append(_Piece("text", f"{template.assistant}:"))
-    prompt, ids, labels, at_start = "", list(encoder.begin), [IGNORE_INDEX] * len(encoder.begin), True
-    for piece in _merge(pieces):
+    ids, labels, at_start, is_cut = list(encoder.begin), [IGNORE_INDEX] * len(encoder.begin), True, False
+    merged = _merge(pieces)
+    for piece in merged:
         if piece.kind == "text":
-            new = encoder(piece.text, at_start=at_start)
+            at_least = None if max_length is None else max(max_length - len(ids), 0)
+            new = encoder(piece.text, at_start=at_start, at_least=at_least)
+            is_cut |= at_least is not None and len(piece.text) > LONG_TEXT
         else:
             new = [image_token_id if piece.kind == "image" else encoder.end]
-        prompt += piece.text
         ids += new
         labels += new if piece.supervised else [IGNORE_INDEX] * len(new)
         at_start = piece.kind == "image"
-    return Rendered(prompt, ids, labels)
+    return Rendered("".join(piece.text for piece in merged), ids, labels, is_cut)
 
 
 def chat_template(template: Template, tokenizer: PreTrainedTokenizerBase) -> str:

@@ -58,7 +58,6 @@ def stage_trainer(
         image_token_id=assembled.image_token_id,
         num_image_tokens=model.config.image_seq_length,
         max_length=config.data.max_length,
-        cache_images=config.data.cache_images,
         bad_samples=config.data.bad_samples,
     )
     if config.gradient_checkpointing:
@@ -129,4 +128,5 @@ def training_arguments(
 
 def preprocessing_of(model: FusedLlavaForConditionalGeneration, config: StageConfig) -> Preprocessing:
     """How a stage brings images to the backbone's size."""
-    return replace(model.model.vision_tower.backbone.preprocessing, mode=config.data.image_mode)
+    prepared = model.model.vision_tower.backbone.preprocessing
+    return replace(prepared, mode=config.data.image_mode, upright=config.data.upright)

@@ -145,6 +145,7 @@ class TokenLimit:
             encoder=self.encoder,
             image_token_id=_IMAGE_ID,
             num_images=len(image_names(sample)),
+            max_length=self.max_length + 1,
         )
         ids, labels = expand_images(
             np.array(rendered.input_ids),
@@ -152,10 +153,10 @@ class TokenLimit:
             image_id=_IMAGE_ID,
             num_image_tokens=self.num_image_tokens,
         )
-        limit = f"max_length is {self.max_length}"
+        limit, length = f"max_length is {self.max_length}", f"{'at least ' * rendered.is_cut}{len(ids)} tokens"
         if (ids[self.max_length :] == _IMAGE_ID).any():
-            yield Fault("images_too_long", f"its images do not fit: it has {len(ids)} tokens, {limit}")
+            yield Fault("images_too_long", f"its images do not fit: it has {length}, {limit}")
         elif (labels[: self.max_length] == IGNORE_INDEX).all():
-            yield Fault("nothing_supervised", f"no answer is left: it has {len(ids)} tokens, {limit}")
+            yield Fault("nothing_supervised", f"no answer is left: it has {length}, {limit}")
         elif len(ids) > self.max_length:
-            yield Fault("too_long", f"has {len(ids)} tokens, {limit}")
+            yield Fault("too_long", f"has {length}, {limit}")

@@ -43,7 +43,6 @@ class ConversationDataset(Dataset[dict[str, Any]]):
         image_token_id: id of `<image>`.
         num_image_tokens: positions an image takes up.
         max_length: longer samples are cut, T positions with images expanded.
-        cache_images: MiB of prepared images kept in memory.
         bad_samples: "skip" gives a void sample, without pixels and labels, where one cannot be read.
     """
 
@@ -58,7 +57,6 @@ class ConversationDataset(Dataset[dict[str, Any]]):
         image_token_id: int,
         num_image_tokens: int,
         max_length: int = 2048,
-        cache_images: int = 256,
         bad_samples: BadSamples = "fail",
     ) -> None:
         self.samples = samples
@@ -70,9 +68,6 @@ class ConversationDataset(Dataset[dict[str, Any]]):
         self.num_image_tokens = num_image_tokens
         self.max_length = max_length
         self.bad_samples = bad_samples
-        height, width = preprocessing.size
-        self._images: dict[str, np.ndarray] = {}
-        self._max_images = cache_images * 2**20 // (height * width * 3)
         self._texts: dict[int, np.ndarray] = {}
         self._text_bytes = 0
         self._mean = torch.tensor(preprocessing.mean).view(3, 1, 1)
@@ -123,11 +118,12 @@ class ConversationDataset(Dataset[dict[str, Any]]):
             encoder=self.encoder,
             image_token_id=self.image_token_id,
             num_images=len(image_names(sample)),
+            max_length=self.max_length,
         )
 
     def _text(self, index: int, own_id: str) -> tuple[torch.Tensor, torch.Tensor]:
         ids, labels = expand_images(
-            *self._rendered(index), image_id=self.image_token_id, num_image_tokens=self.num_image_tokens
+            *self._rendered(index, own_id), image_id=self.image_token_id, num_image_tokens=self.num_image_tokens
         )
         if (ids[self.max_length :] == self.image_token_id).any():
             raise BadSampleError(
@@ -138,11 +134,14 @@ class ConversationDataset(Dataset[dict[str, Any]]):
         # same, since no position moves left.
         return _long(ids[: self.max_length]), _long(labels[: self.max_length])
 
-    def _rendered(self, index: int) -> np.ndarray:
+    def _rendered(self, index: int, own_id: str) -> np.ndarray:
         """(2, T) int32: ids and labels, one position per image."""
         kept = self._texts.get(index)
         if kept is None:
-            rendered = self.render(index)
+            try:
+                rendered = self.render(index)
+            except InputError as error:
+                raise BadSampleError(f"sample {own_id}: {error}") from error
             kept = np.array([rendered.input_ids, rendered.labels], dtype=np.int32)
             if self._text_bytes + kept.nbytes <= _KEEP_RENDERED:
                 self._texts[index] = kept
@@ -150,17 +149,13 @@ class ConversationDataset(Dataset[dict[str, Any]]):
         return kept
 
     def _image(self, name: str, own_id: str) -> torch.Tensor:
-        pixels = self._images.get(name)
-        if pixels is None:
-            path = self.image_folder / name
-            try:
-                pixels = np.array(self.preprocessing.fit(read_image(path)), dtype=np.uint8)
-            except UnreadableImageError as error:
-                raise BadSampleError(f"sample {own_id}: {error}") from error
-            except MissingFileError as error:
-                raise BadSampleError(f"sample {own_id}: image {path} cannot be read: it is missing.") from error
-            if len(self._images) < self._max_images:
-                self._images[name] = pixels
+        path = self.image_folder / name
+        try:
+            pixels = np.array(self.preprocessing.fit(read_image(path)), dtype=np.uint8)
+        except UnreadableImageError as error:
+            raise BadSampleError(f"sample {own_id}: {error}") from error
+        except MissingFileError as error:
+            raise BadSampleError(f"sample {own_id}: image {path} cannot be read: it is missing.") from error
         return (torch.from_numpy(pixels).permute(2, 0, 1).float() / 255 - self._mean) / self._std
 
 

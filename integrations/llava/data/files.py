@@ -14,7 +14,7 @@ import numpy as np
 
 from layerfuse.errors import InputError, MissingFileError
 
-from .index import array_spans, line_spans
+from .index import array_spans, has_lines, line_spans
 from .samples import Sample, count_words
 from .sidecar import FileState, cached_array, file_state
 
@@ -28,7 +28,10 @@ class SampleFile(Sequence[Sample]):
     in the user's cache folder, see `sidecar`. Copies for worker processes share the file's pages.
 
     Args:
-        path: `.jsonl` means one sample a line; anything else is one JSON list.
+        path: one sample a line, or one JSON list. The content says which; the ending decides where it could be both.
+
+    Attributes:
+        has_lines: whether there is one sample a line.
 
     Raises:
         FileNotFoundError: if there is no such file.
@@ -44,15 +47,15 @@ class SampleFile(Sequence[Sample]):
         self._state = file_state(self.path)
         if self._state[0] == 0:
             raise InputError(f"data file {self.path} is empty; it has to hold at least one sample.")
-        self._lines = self.path.suffix == ".jsonl"
         with self.path.open("rb") as file:
             self._data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-        self._spans = cached_array(self.path, self._state, "samples-v1", self._find).reshape(-1, 3)
+        self.has_lines = has_lines(self._data, self.path)
+        self._spans = cached_array(self.path, self._state, "samples-v2", self._find).reshape(-1, 3)
         if not len(self._spans):
             raise InputError(f"data file {self.path} holds an empty list; it has to hold at least one sample.")
 
     def _find(self) -> np.ndarray:
-        return line_spans(self._data) if self._lines else array_spans(self._data, self.path)
+        return line_spans(self._data) if self.has_lines else array_spans(self._data, self.path)
 
     def __len__(self) -> int:
         """Number of samples."""
@@ -92,12 +95,12 @@ class SampleFile(Sequence[Sample]):
 
     def place(self, index: int) -> str:
         """Where a sample stands: `line 7` of a jsonl file, `entry 7` of a list, counted from 1."""
-        return f"{'line' if self._lines else 'entry'} {self._spans[index, 2]}"
+        return f"{'line' if self.has_lines else 'entry'} {self._spans[index, 2]}"
 
     @property
     def lengths(self) -> np.ndarray:
         """`count_words` of every sample, (N,) int64; 0 for what is no sample. Counted once and kept beside the file."""
-        return cached_array(self.path, self._state, "words-v1", self._count)
+        return cached_array(self.path, self._state, "words-v2", self._count)
 
     def _count(self) -> np.ndarray:
         counts = np.zeros(len(self), dtype=np.int64)
@@ -162,7 +165,7 @@ def read_samples(path: str | Path) -> SampleFile:
     """Open a json or jsonl file.
 
     Args:
-        path: the file; `.jsonl` means one sample a line.
+        path: the file; one sample a line, or one list.
 
     Returns:
         The samples, a sequence that parses them when they are asked for.

@@ -12,12 +12,48 @@ import numpy as np
 
 from layerfuse.errors import InputError
 
-__all__ = ["array_spans", "line_spans"]
+__all__ = ["array_spans", "has_lines", "line_spans"]
 
 _PIECE = 16 * 2**20
 _BLANK = np.frombuffer(b" \t\r\n\v\f", np.uint8)
+_TEXT = re.compile(rb"[^ \t\r\n\v\f]")
 _BLANKS = re.compile(r"[ \t\r\n]*")
 _DECODE = json.JSONDecoder().raw_decode
+
+
+def has_lines(data: mmap.mmap, path: Path) -> bool:
+    """Tell a file with one sample a line from one with a list, whatever it is called.
+
+    Args:
+        data: the file.
+        path: its name; the ending `.jsonl` decides where the beginning is neither's.
+
+    Raises:
+        ValueError: if the samples are written over several lines each, without being a list.
+    """
+    start = len(codecs.BOM_UTF8) if data[:3] == codecs.BOM_UTF8 else 0
+    first = _TEXT.search(data, start)
+    if first is None or first[0] not in (b"[", b"{"):
+        return path.suffix == ".jsonl"
+    end = data.find(b"\n", first.start())
+    further = None if end < 0 else _TEXT.search(data, end)
+    if first[0] == b"[":
+        # Only a line that is a list by itself, with more lines below, is one bad line among others.
+        return path.suffix == ".jsonl" and further is not None and _is_json(data[first.start() : end])
+    if further is not None and data[first.start() : end].strip() == b"{":
+        raise InputError(
+            f"data file {path} has samples that are written over several lines, and is no list; write one sample a "
+            "line, or all of them as one list, [{…}, …]."
+        )
+    return path.suffix == ".jsonl" or (further is not None and further[0] == b"{")
+
+
+def _is_json(text: bytes) -> bool:
+    try:
+        json.loads(text)
+    except (ValueError, RecursionError):
+        return False
+    return True
 
 
 def line_spans(data: mmap.mmap, *, piece: int = _PIECE) -> np.ndarray:

@@ -9,10 +9,13 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
-from collections.abc import Callable
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 import numpy as np
+from filelock import FileLock
 
 from layerfuse.files import atomic_file
 
@@ -25,6 +28,8 @@ FileState = tuple[int, int]
 
 # What belongs to a smaller file is computed anew in milliseconds and leaves nothing behind.
 _MIN_BYTES = 8 * 2**20
+# Seconds after which a process that holds the lock is taken for stuck.
+_PATIENCE = 600
 
 
 def file_state(path: Path) -> FileState:
@@ -66,10 +71,30 @@ def cached_array(path: Path, state: FileState, name: str, compute: Callable[[], 
         stored = _load(place, state)
         if stored is not None:
             return stored
-    values = np.ascontiguousarray(compute(), dtype=np.int64).reshape(-1)
-    if state[0] >= _MIN_BYTES and file_state(path) == state:
-        _store(places, np.concatenate([np.array(state, dtype=np.int64), values]))
+    if state[0] < _MIN_BYTES:
+        return _values(compute)
+    with _one_at_a_time(places[1].name):
+        for place in places:
+            if (stored := _load(place, state)) is not None:
+                return stored
+        values = _values(compute)
+        if file_state(path) == state:
+            _store(places, np.concatenate([np.array(state, dtype=np.int64), values]))
     return values
+
+
+def _values(compute: Callable[[], np.ndarray]) -> np.ndarray:
+    return np.ascontiguousarray(compute(), dtype=np.int64).reshape(-1)
+
+
+@contextmanager
+def _one_at_a_time(name: str) -> Iterator[None]:
+    """Let one process of a machine do the work that the others wait for; where nothing can be locked, all do it."""
+    lock = FileLock(Path(tempfile.gettempdir()) / f"layerfuse-{name}.lock", timeout=_PATIENCE)
+    with ExitStack() as held:
+        with suppress(OSError, NotImplementedError):  # Timeout is an OSError
+            held.enter_context(lock)
+        yield
 
 
 def _load(place: Path, state: FileState) -> np.ndarray | None:

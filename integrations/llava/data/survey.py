@@ -27,6 +27,7 @@ _TEXTS_PER_TASK = 500
 _IMAGES_PER_TASK = 50
 # Source of what does not say which images belong to it.
 _UNCLEAR = "(unclear)"
+_UNNAMED = {"not_an_object", "no_conversation", "bad_image_entry", "outside_folder", "linked_image"}
 
 
 @dataclass(frozen=True)
@@ -148,7 +149,9 @@ class _TextCheck:
         faults = list(conversation_faults(sample, self.template, self.image_folder))
         kinds = {fault.kind for fault in faults}
         # No image of these is looked at.
-        sound = kinds.isdisjoint({"not_an_object", "no_conversation", "bad_image_entry", "outside_folder"})
+        sound = kinds.isdisjoint(
+            {"not_an_object", "no_conversation", "bad_image_entry", "outside_folder", "linked_image"}
+        )
         images = image_names(sample) if sound else ()
         if not faults:
             faults += self._more_faults(sample)

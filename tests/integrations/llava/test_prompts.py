@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+from types import SimpleNamespace
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from transformers import PreTrainedTokenizerBase
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
+from integrations.llava import text_encoder
 from integrations.llava.prompts import (
     IGNORE_INDEX,
     TEMPLATES,
@@ -211,3 +214,65 @@ def test_template_survives_a_dict() -> None:
     template = dataclasses.replace(TEMPLATES["v1"], name="mine", user="Q")
 
     assert type(template)(**template.to_dict()) == template
+
+
+# Long texts
+
+
+@pytest.mark.parametrize("kind", sorted(_ENCODERS))
+@pytest.mark.parametrize("at_start", [False, True])
+@given(words=st.lists(texts, min_size=1, max_size=40), at_least=st.integers(0, 60))
+def test_the_first_ids_of_a_long_text_are_those_of_the_whole(
+    kind: str, at_start: bool, words: list[str], at_least: int
+) -> None:
+    encoder, text = _ENCODERS[kind], " ".join(words)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(text_encoder, "LONG_TEXT", 1)
+        patch.setattr(text_encoder, "_CHARACTERS", 1)
+        first = encoder(text, at_start=at_start, at_least=at_least)
+    whole = encoder(text, at_start=at_start)
+
+    assert first == whole[: len(first)]
+    assert len(first) >= min(at_least, len(whole))
+
+
+def test_of_a_long_text_only_what_is_wanted_is_tokenised(monkeypatch: pytest.MonkeyPatch) -> None:
+    encoder, seen = TextEncoder(make_tokenizer("llama")), []
+    pieces = encoder._pieces
+    monkeypatch.setattr(
+        encoder,
+        "_pieces",
+        SimpleNamespace(encode=lambda text: seen.append(len(text)) or pieces.encode(text), get_vocab=pieces.get_vocab),
+    )
+    answer = "the number of boats is one " * 40_000
+    out = render(
+        human_and_gpt("<image> first, then <image>", answer, "and <image>?", "no"),
+        template=TEMPLATES["v1"],
+        encoder=encoder,
+        image_token_id=IMAGE,
+        num_images=3,
+        max_length=2048,
+    )
+
+    assert max(seen) < 70_000
+    assert out.is_cut
+    assert out.input_ids.count(IMAGE) == 3
+    assert out.input_ids.index(IMAGE) < 2048 < len(out.input_ids)
+    assert out.prompt.count("boats") == 40_000
+
+
+def test_a_vocabulary_with_tokens_over_words_is_used_on_whole_texts() -> None:
+    """A token for "of the": cut between these words, the ids would be others."""
+    vocabulary = {"<s>": 0, "</s>": 1, "o": 2, "f": 3, "▁": 4, "of": 5, "of▁": 6}
+    merges = [("o", "f"), ("of", "▁")]
+    tokenizer = Tokenizer(models.BPE(vocabulary, merges))
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="never", split=False)
+    encoder = TextEncoder(PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>"))
+    text = "of of " * 20_000
+
+    assert encoder(text, at_least=3) == encoder(text) == [6] * 40_000
+
+
+def test_half_a_character_is_an_error_that_says_so() -> None:
+    with pytest.raises(ValueError, match=r"the text 'a \\ud83d' holds half of a character .* write it whole"):
+        _ENCODERS["llama"]("a \ud83d")

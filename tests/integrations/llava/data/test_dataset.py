@@ -27,7 +27,7 @@ IMAGE = 999
 PREPROCESSING = Preprocessing(size=(32, 32), mean=CLIP_MEAN, std=CLIP_STD, mode="pad")
 
 
-def dataset(folder: Path, samples: Any, *, cache_images: int = 1, **options: Any) -> ConversationDataset:
+def dataset(folder: Path, samples: Any, **options: Any) -> ConversationDataset:
     return ConversationDataset(
         samples,
         image_folder=folder,
@@ -36,7 +36,6 @@ def dataset(folder: Path, samples: Any, *, cache_images: int = 1, **options: Any
         preprocessing=PREPROCESSING,
         image_token_id=IMAGE,
         num_image_tokens=5,
-        cache_images=cache_images,
         **({"max_length": 512} | options),
     )
 
@@ -60,14 +59,6 @@ def test_a_sample_carries_its_id_as_text_or_its_index_in_the_file(data_folder: P
     assert [item["id"] for item in dataset(data_folder, samples)] == ["0", "1", "x", "3"]  # type: ignore[attr-defined]
     selected = dataset(data_folder, Selection(samples, [3, 2]))
     assert [selected[0]["id"], selected[1]["id"]] == ["3", "x"]
-
-
-def test_pixels_are_the_same_with_and_without_cache(data_folder: Path) -> None:
-    samples = read_samples(data_folder / "train.json")
-    cached, uncached = dataset(data_folder, samples), dataset(data_folder, samples, cache_images=0)
-
-    for _ in range(2):
-        torch.testing.assert_close(cached[3]["pixel_values"], uncached[3]["pixel_values"], rtol=0, atol=0)
 
 
 def test_texts_are_kept_as_long_as_they_fit(data_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

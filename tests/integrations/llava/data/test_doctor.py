@@ -223,6 +223,9 @@ def test_convert_writes_one_sample_a_line(folder: Path, capsys: pytest.CaptureFi
     assert main(["convert", "--data", str(folder / "x.json"), "--output", str(folder / "y.jsonl")]) == 0
     assert (folder / "y.jsonl").read_bytes() == (folder / "x.jsonl").read_bytes()
     assert not list(folder.glob(".*.part"))
+    with pytest.raises(SystemExit, match="2"):
+        main(["convert", "--data", str(folder / "y.jsonl")])
+    assert "y.jsonl already has one sample a line; there is nothing to convert" in capsys.readouterr().err
 
 
 # Wrong usage
@@ -235,7 +238,7 @@ def test_convert_writes_one_sample_a_line(folder: Path, capsys: pytest.CaptureFi
         (["check", "--data", "nowhere.json", "--image-folder", "nowhere"], "image folder nowhere does not exist"),
         (["check", "--data", "a.json"], "required: --image-folder"),
         (["check", "--data", "a", "--image-folder", ".", "--template", "v2"], "invalid choice: 'v2'"),
-        (["convert", "--data", "a.jsonl"], "already has one sample a line"),
+        (["convert", "--data", "a.jsonl"], "a.jsonl does not exist"),
         ([], "required: command"),
     ],
 )

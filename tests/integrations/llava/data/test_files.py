@@ -201,7 +201,7 @@ def test_the_index_is_made_once(
     forbid(monkeypatch, finder)
 
     assert read_samples(tmp_path / name) == SAMPLES
-    assert sorted(os.listdir(tmp_path)) == [f".{name}.samples-v1.npy", name]
+    assert sorted(os.listdir(tmp_path)) == [f".{name}.samples-v2.npy", name]
 
 
 def test_a_changed_file_gets_a_new_index(tmp_path: Path, keep_everything: Path) -> None:
@@ -222,7 +222,7 @@ def test_a_damaged_index_is_made_anew(tmp_path: Path, keep_everything: Path, dam
     path = tmp_path / "a.jsonl"
     path.write_text(as_lines(SAMPLES), encoding="utf-8")
     read_samples(path)
-    stored = sidecar.sidecar_paths(path, "samples-v1")[0]
+    stored = sidecar.sidecar_paths(path, "samples-v2")[0]
     stored.write_bytes(stored.read_bytes()[:-9] if damage is None else damage)
 
     assert read_samples(path) == SAMPLES
@@ -235,7 +235,7 @@ def test_read_only_data_have_their_index_in_the_users_cache(
     path = tmp_path / "a.jsonl"
     path.write_text(as_lines(SAMPLES), encoding="utf-8")
     # A folder of that name cannot be replaced by a file, whoever runs the test.
-    sidecar.sidecar_paths(path, "samples-v1")[0].mkdir()
+    sidecar.sidecar_paths(path, "samples-v2")[0].mkdir()
     assert read_samples(path) == SAMPLES
     assert [file.suffix for file in keep_everything.iterdir()] == [".npy"]
     forbid(monkeypatch, "line_spans")
@@ -246,7 +246,7 @@ def test_read_only_data_have_their_index_in_the_users_cache(
 def test_without_any_place_for_it_the_index_stays_in_memory(tmp_path: Path, keep_everything: Path) -> None:
     path = tmp_path / "a.jsonl"
     path.write_text(as_lines(SAMPLES), encoding="utf-8")
-    for place in sidecar.sidecar_paths(path, "samples-v1"):
+    for place in sidecar.sidecar_paths(path, "samples-v2"):
         place.mkdir(parents=True)
 
     assert read_samples(path) == SAMPLES
@@ -271,7 +271,7 @@ def test_several_processes_may_make_the_index_at_once(tmp_path: Path, keep_every
         read = pool.map(_open_and_read, [path] * 8)
 
     assert read == [SAMPLES] * 8
-    assert sorted(os.listdir(tmp_path)) == [".a.json.samples-v1.npy", "a.json"]
+    assert sorted(os.listdir(tmp_path)) == [".a.json.samples-v2.npy", "a.json"]
 
 
 # Copies for workers
@@ -297,6 +297,40 @@ def test_a_file_that_changes_while_it_is_in_use_is_refused(tmp_path: Path) -> No
 
 
 # Lengths and selections
+
+
+def read_lengths(path: Path, log: Path, barrier: Any) -> None:
+    count = SampleFile._count
+    SampleFile._count = lambda self: log.open("a").write("x") and count(self)  # type: ignore[method-assign]
+    sidecar._MIN_BYTES = 0
+    barrier.wait()
+    assert len(read_samples(path).lengths) == 3
+
+
+def test_of_several_processes_one_counts_lengths(tmp_path: Path, keep_everything: Path) -> None:
+    (tmp_path / "a.json").write_text(json.dumps(SAMPLES))
+    context = multiprocessing.get_context("fork")
+    barrier = context.Barrier(4)
+    workers = [
+        context.Process(target=read_lengths, args=(tmp_path / "a.json", tmp_path / "log", barrier)) for _ in range(4)
+    ]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+
+    assert [worker.exitcode for worker in workers] == [0] * 4
+    assert (tmp_path / "log").read_text() == "x"
+
+
+def test_lengths_are_counted_where_nothing_can_be_locked(
+    tmp_path: Path, keep_everything: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "a.json").write_text(json.dumps(SAMPLES))
+    (tmp_path / "none").write_text("")
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "none"))
+
+    assert len(read_samples(tmp_path / "a.json").lengths) == 3
 
 
 def test_lengths_are_counted_once(tmp_path: Path, keep_everything: Path, monkeypatch: pytest.MonkeyPatch) -> None:
