@@ -36,7 +36,13 @@ class GatedSum(Fuser):
     def __init__(self, in_channels: int | Sequence[int], num_layers: int, *, bias: float = -4.0) -> None:
         super().__init__(in_channels, num_layers, options={"bias": bias})
         self.gates = nn.Linear(self.in_channels[-1], num_layers - 1)
-        nn.init.constant_(self.gates.bias, bias)
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Start with gates that are nearly closed; a fuser that was built on the meta device starts here, too."""
+        super().reset_parameters()
+        nn.init.constant_(self.gates.bias, self.options["bias"])
 
     def fuse(self, features: FeatureMaps) -> torch.Tensor:
         """Add the gated maps: (B, N, C)."""

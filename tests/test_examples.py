@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import importlib.util
 from pathlib import Path
 
 import pytest
+import torch
 
+from layerfuse import FUSERS
 from tests.run_support import run_python
 from tests.source_support import ROOT
 
@@ -37,3 +40,20 @@ def test_example_prints_what_it_promises(name: str, tmp_path: Path) -> None:
     arguments, expected = RUNS[name]
     output = run_python(str(EXAMPLES / name), *arguments, folder=tmp_path)
     assert [text for text in expected if text not in output] == [], output
+
+
+def test_the_fuser_to_copy_starts_alike_however_it_was_built() -> None:
+    spec = importlib.util.spec_from_file_location("write_a_fuser", EXAMPLES / "write_a_fuser.py")
+    assert spec is not None and spec.loader is not None
+    example = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(example)
+        with torch.device("meta"):
+            fuser = example.GatedSum(8, 3, bias=-2.5)
+        fuser.to_empty(device="cpu")
+        torch.manual_seed(0)
+        fuser.reset_parameters()
+        assert torch.equal(fuser.gates.bias, torch.full((2,), -2.5))
+        assert fuser.gates.weight.isfinite().all()
+    finally:
+        del FUSERS._entries["gated_sum"]

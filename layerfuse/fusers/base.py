@@ -10,7 +10,7 @@ from __future__ import annotations
 import abc
 import inspect
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import torch
@@ -108,13 +108,13 @@ class Fuser(nn.Module, abc.ABC):
             )
 
     def forward(self, features: FeatureMaps) -> torch.Tensor:
-        """Check the maps and fuse them.
+        """Check the maps and fuse them, in the precision of the fuser's parameters; maps of another one are converted.
 
         Args:
             features: L maps, each (B, N_l, C_l).
 
         Returns:
-            (B, N, C_out) fused tokens, row-major over ``out_grid``.
+            (B, N, C_out) fused tokens, row-major over ``out_grid``, in the dtype of the maps.
 
         Raises:
             ValueError: if number, widths or grids of the maps are not what the fuser was built for.
@@ -125,7 +125,17 @@ class Fuser(nn.Module, abc.ABC):
                 f"fuser {self.name!r} got maps of widths {_listed(features.channels)}; it was built for "
                 f"{_listed(self.in_channels)}. Build it with in_channels=[{_listed(features.channels)}]."
             )
-        return self.fuse(features)
+        own, given = self._dtype, features.maps[0].dtype
+        # Under autocast, torch chooses the precision of each operation.
+        if own in (None, given) or torch.is_autocast_enabled(features.maps[0].device.type):
+            return self.fuse(features)
+        converted = replace(features, maps=tuple(feature_map.to(own) for feature_map in features))
+        return self.fuse(converted).to(given)
+
+    @property
+    def _dtype(self) -> torch.dtype | None:
+        """Of the first floating parameter: the precision that the fuser computes in."""
+        return next((parameter.dtype for parameter in self.parameters() if parameter.is_floating_point()), None)
 
     @abc.abstractmethod
     def fuse(self, features: FeatureMaps) -> torch.Tensor:
@@ -188,7 +198,11 @@ class Fuser(nn.Module, abc.ABC):
         return {"name": self.name, "in_channels": in_channels, "num_layers": self.num_layers, **self.options}
 
     def reset_parameters(self) -> None:
-        """Initialise all parameters as at construction; needed after building on the meta device."""
+        """Initialise all parameters as at construction; needed after building on the meta device.
+
+        A fuser that gives its modules other numbers than they give themselves does so here, not in ``__init__``, which
+        calls this method: see examples/write_a_fuser.py.
+        """
         _reset_children(self)
 
     def extra_repr(self) -> str:

@@ -23,8 +23,8 @@ _PATHS: dict[str, _Path] = {"gather": gather, "reference": reference}
 
 IMPLEMENTATIONS: tuple[str, ...] = ("auto", *sorted(_PATHS))
 
-# Here embedding_bag has weights and gradients; elsewhere (mps, xpu) grid_sample is the better supported of the two.
-_GATHER_DEVICES = frozenset({"cpu", "cuda", "meta"})
+# Elsewhere (xpu, …) grid_sample is the better supported of the two; on mps it has no gradient.
+_GATHER_DEVICES = frozenset({"cpu", "cuda", "meta", "mps"})
 
 
 def deformable_attention(
@@ -47,8 +47,8 @@ def deformable_attention(
             beyond that read zeros.
         weights: (B, Q, M, L, K) weight of each point; used as they are, so normalise them first.
         implementation: ``"reference"`` (``grid_sample`` per level, the oracle), ``"gather"`` (one weighted
-            ``embedding_bag`` over all corners of all points, the fast one) or ``"auto"``: gather on CPU and CUDA,
-            reference on other devices.
+            ``embedding_bag`` over all corners of all points, the fast one; on devices without it plain indexing) or
+            ``"auto"``: gather on CPU, CUDA and mps, reference on other devices.
 
     Returns:
         (B, Q, C) attended values in the dtype of ``value``.

@@ -248,6 +248,31 @@ def test_a_fuser_built_on_meta_can_be_materialised(name: str, options: dict[str,
 
 
 @every_form
+@pytest.mark.parametrize(
+    ("maps", "parameters"), [(torch.bfloat16, torch.float32), (torch.float32, torch.bfloat16)], ids=str
+)
+def test_maps_of_another_precision_are_fused_in_the_fusers_own(
+    name: str, options: dict[str, Any], maps: torch.dtype, parameters: torch.dtype
+) -> None:
+    fuser = _build(name, options).to(parameters)
+    features = random_features(8, num_layers=3, grids=(2, 5), dtype=maps)
+    output = fuser(features)
+    assert output.dtype == maps
+    # Without parameters there is no precision but the maps'.
+    own = parameters if any(True for _ in fuser.parameters()) else maps
+    converted = dataclasses.replace(features, maps=tuple(feature_map.to(own) for feature_map in features))
+    torch.testing.assert_close(output, fuser(converted).to(maps), rtol=0, atol=0)
+
+
+@every_form
+def test_autocast_chooses_the_precision_where_it_is_on(name: str, options: dict[str, Any]) -> None:
+    fuser = _build(name, options)
+    features = random_features(8, num_layers=3, grids=(2, 5), dtype=torch.bfloat16)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(fuser(features), fuser.fuse(features))
+
+
+@every_form
 def test_parameters_suit_sharding_and_loading_by_other_libraries(name: str, options: dict[str, Any]) -> None:
     for parameter_name, parameter in _build(name, options).named_parameters():
         # transformers renames these while loading; FSDP2 refuses scalars.

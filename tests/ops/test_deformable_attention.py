@@ -248,3 +248,46 @@ def test_weights_must_fit_locations() -> None:
     value, grids, locations, weights = _inputs([(2, 2)])
     with pytest.raises(ValueError, match=r"weights has shape \(2, 5, 3, 1, 1\); expected \(2, 5, 3, 1, 2\)"):
         deformable_attention(value, grids, locations, weights[..., :1])
+
+
+@pytest.mark.parametrize("limit", [1, 300, 700, 10**6])
+def test_a_batch_of_more_lookups_than_can_be_numbered_is_taken_in_parts(
+    limit: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    inputs = _inputs([(3, 4), (2, 5)], batch_size=5)
+    expected = _run(inputs, "gather")
+    types: list[torch.dtype] = []
+    bag = torch.nn.functional.embedding_bag
+
+    def noted(rows: torch.Tensor, *arguments: torch.Tensor, **options: object) -> torch.Tensor:
+        types.append(rows.dtype)
+        assert rows.dtype == torch.int64 or rows.numel() <= limit
+        return bag(rows, *arguments, **options)  # type: ignore[arg-type, no-any-return]
+
+    monkeypatch.setattr("layerfuse.ops.deformable_gather._MOST_LOOKUPS", limit)
+    monkeypatch.setattr("layerfuse.ops.deformable_gather.F.embedding_bag", noted)
+    for actual, wanted in zip(_run(inputs, "gather"), expected, strict=True):
+        torch.testing.assert_close(actual, wanted, rtol=1e-12, atol=1e-12)
+    # An image has 4 corners x 5 queries x 3 heads x 2 levels x 2 points = 240 lookups.
+    assert len(types) == {1: 5, 300: 5, 700: 3, 10**6: 1}[limit]
+    assert {*types} == {torch.int64 if limit == 1 else torch.int32}
+
+
+def test_the_batch_that_overflowed_is_taken_in_parts() -> None:
+    """512 images at 64x64 with the paper's setting: 512 * 4096 * 16 * 4 * 4 * 4 lookups, on the meta device."""
+    grids = [(64, 64)] * 4
+    value = torch.empty(512, 4 * 4096, 16, 64, device="meta")
+    locations = torch.empty(512, 4096, 16, 4, 4, 2, device="meta")
+    output = deformable_attention(value, grids, locations, locations[..., 0], implementation="gather")
+    assert output.shape == (512, 4096, 1024)
+
+
+def test_a_device_without_embedding_bag_computes_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    inputs = _inputs([(3, 4), (2, 5)])
+    expected = _run(inputs, "reference")
+    monkeypatch.setattr("layerfuse.ops.deformable_gather._BAG_DEVICES", frozenset())
+    monkeypatch.setattr(
+        "layerfuse.ops.deformable_gather.F.embedding_bag", lambda *_, **__: pytest.fail("embedding_bag was called")
+    )
+    for actual, wanted in zip(_run(inputs, "gather"), expected, strict=True):
+        torch.testing.assert_close(actual, wanted, rtol=1e-12, atol=1e-12)
