@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,8 +18,8 @@ from typing import Any
 from layerfuse.errors import InputError, UserError
 
 from .data import read_samples
-from .data.conversations import is_outside
-from .images import find_broken_images
+from .data.media_names import is_outside, linked_media, unread_media
+from .images import find_broken_images, printable
 from .json_lines import is_writable_text
 from .preparing import Preparer, Prompt, as_turns
 from .wording import bulleted
@@ -30,8 +29,6 @@ __all__ = ["Request", "prompt_lengths", "question_fingerprints", "read_requests"
 # What a row may call its id, and its question.
 _IDS = ("id", "question_id")
 _PROMPTS = ("prompt", "text", "conversations")
-# Other names that people give to pictures and the like; such a row must not be answered without them.
-_MEDIA = re.compile(r"image|img|picture|photo|video|audio", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -121,12 +118,13 @@ def refuse_broken_images(requests: Iterable[Request], image_folder: str | Path) 
     """
     names = list(dict.fromkeys(name for own in requests for name in own.images))
     # As in training: a file of questions from elsewhere chooses among the images that it was given.
+    links = [f"image {printable(name)}: {link}; give a file" for name in names if (link := linked_media(name))]
     outside = [
         f"image {name}: outside the image folder (for absolute names give / as the folder)"
         for name in names
         if is_outside(name, image_folder)
     ]
-    _refuse(outside or find_broken_images(image_folder, names), str(image_folder))
+    _refuse(links or outside or find_broken_images(image_folder, names), str(image_folder))
 
 
 def question_fingerprints(requests: Sequence[Request], image_folder: str | Path) -> dict[int | str, str]:
@@ -162,9 +160,6 @@ def _parse(row: Any) -> Request:
         raise InputError("holds half of a character (an escape such as \\ud83d alone); write it whole")
     if not isinstance(row[own_id], int | str) or isinstance(row[own_id], bool):
         raise InputError(f"{own_id} is {row[own_id]!r}; give a number or a text")
-    media = [name for name, value in row.items() if _MEDIA.search(name) and isinstance(value, str | list) and value]
-    if media and "image" not in row:
-        raise InputError(f"has {', '.join(media)}, which is not read; name images under image, or write image: null")
     images = row.get("image")
     names = [] if images is None else [images] if isinstance(images, str) else images
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
@@ -174,6 +169,8 @@ def _parse(row: Any) -> Request:
         prompt = _conversation(prompt)
     elif not isinstance(prompt, str):
         raise InputError(f"{key} is a {type(prompt).__name__}; give a text")
+    for key, advice in unread_media({**row, "conversations": as_turns(prompt)}):
+        raise InputError(f"has {key!r}, which is not read; {advice}")
     return Request(row[own_id], tuple(names), prompt)
 
 

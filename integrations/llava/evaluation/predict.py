@@ -27,7 +27,7 @@ def check_images(questions: Sequence[Question], image_folder: str | Path) -> Non
         ValueError: naming those that are outside the folder, likewise.
     """
     # Imported here so that whoever only scores answers needs no model library.
-    from integrations.llava.data.conversations import is_outside
+    from integrations.llava.data.media_names import is_outside
 
     folder = Path(image_folder)
     names = dict.fromkeys(question.image for question in questions)

@@ -21,7 +21,7 @@ from integrations.llava.answer_files import AnswerFile, Shard, answer_settings
 from integrations.llava.decoding import Decoding
 from integrations.llava.generate_command import main
 from integrations.llava.preparing import load_preparer
-from integrations.llava.request_files import Request, question_fingerprints
+from integrations.llava.request_files import Request, question_fingerprints, refuse_broken_images
 
 posix = pytest.mark.skipif(os.name == "nt", reason="needs fork and resource limits")
 
@@ -287,6 +287,12 @@ def test_weights_that_differ_in_one_row_of_an_embedding_are_another_model(run: P
 
 
 # Names
+
+
+def test_links_are_no_image_names(tmp_path: Path) -> None:
+    requests = [Request(0, ("https://example.org/a.png", "data:image/png;base64,iVBORw0KGgo="), "a")]
+    with pytest.raises(ValueError, match=r"2 problems.*\n.*a\.png: is a URL; give a file\n.*the picture itself"):
+        refuse_broken_images(requests, tmp_path)
 
 
 @pytest.mark.parametrize("name", ["../out.png", "/out.png", "below/../../out.png"])

@@ -74,15 +74,13 @@ def test_train_runs_a_recipe_with_overrides(
         (["--recipe", "mmfuser7b"], "did you mean 'mmfuser_7b'"),
         (["--recipe", "mmfuser_7b", "--finetune.learning_rat", "1"], "did you mean 'finetune.learning_rate'"),
         (["--recipe", "mmfuser_7b", "stray"], "'stray' is not a key"),
-        (["--recipe", "mmfuser_7b"], "stage pretrain has no data"),
-        (["--recipe", "mmfuser_7b", "--pretrain.data.path", "nowhere.json"], "nowhere.json does not exist"),
+        (["--recipe", "mmfuser_7b"], "stage pretrain: no data"),
     ],
 )
 def test_train_explains_what_is_wrong(
     arguments: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    with pytest.raises(SystemExit, match="2"):
-        train_main(["--output", str(tmp_path / "run"), *arguments])
+    assert train_main(["--output", str(tmp_path / "run"), *arguments]) == 2
     assert message in capsys.readouterr().err
 
 
