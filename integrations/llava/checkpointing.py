@@ -309,6 +309,10 @@ class CheckpointingTrainer(Trainer):
                     os.fsync(file.fileno())
         shutil.rmtree(final, ignore_errors=True)
         os.replace(scratch, final)
+        if os.name != "nt":  # folders cannot be opened there
+            folder = os.open(final.parent, os.O_RDONLY)
+            os.fsync(folder)
+            os.close(folder)
         for old in checkpoints(final.parent)[: -(self.args.save_total_limit or 1)]:
             shutil.rmtree(old)
 

@@ -39,12 +39,30 @@ class AskToStop(TrainerCallback):
 
 
 class IsSharded(TrainerCallback):
-    """Fails unless every trained parameter is a DTensor: accelerate may fall back to DDP without a word."""
+    """Fails unless every trained parameter is a DTensor: accelerate may fall back to DDP without a word.
+
+    So it does unless blocks are taken apart again after their forward pass, and gradients summed in float32.
+    """
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: torch.nn.Module, **_: Any
+    ) -> None:
+        blocks = [module for module in model.modules() if type(module).__name__.endswith("DecoderLayer")]
+        assert blocks
+        for block in blocks:
+            block.register_forward_hook(_is_taken_apart)
+        if args.bf16:
+            policy = model._get_fsdp_state()._mp_policy
+            assert (policy.param_dtype, policy.reduce_dtype) == (torch.bfloat16, torch.float32)
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: torch.nn.Module, **_: Any
     ) -> None:
         assert all(isinstance(parameter, DTensor) for parameter in model.parameters() if parameter.requires_grad)
+
+
+def _is_taken_apart(block: torch.nn.Module, *_: Any) -> None:
+    assert all(isinstance(parameter, DTensor) for parameter in block.parameters())
 
 
 def _is_fsdp2(state: Any) -> bool:

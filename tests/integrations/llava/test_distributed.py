@@ -97,6 +97,7 @@ class Runs:
     VARIANTS: ClassVar[dict[str, dict[str, Any]]] = {
         "mixed": {"group_by_modality": False},
         "accumulated": {"micro_batch_size": 1},
+        "bf16": {"precision": "bf16"},
     }
 
     def __init__(self, recipe: Recipe, folder: Path, nursery: Nursery) -> None:
@@ -160,6 +161,11 @@ def test_a_process_without_images_waits_for_none(engine: str, runs: Runs, data_f
 @pytest.mark.parametrize("engine", ENGINES)
 def test_gradients_of_several_micro_batches_are_summed_in_every_process(engine: str, runs: Runs) -> None:
     torch.testing.assert_close(losses(runs / f"{engine}_accumulated"), losses(runs / "accumulated"), atol=2e-6, rtol=0)
+
+
+def test_fsdp2_in_bf16_sums_gradients_in_float32(runs: Runs) -> None:
+    """The worker looks at the policy; DDP sums in float32."""
+    torch.testing.assert_close(losses(runs / "fsdp2_bf16"), losses(runs / "ddp_bf16"), atol=2e-2, rtol=0)
 
 
 def test_an_engine_leaves_nothing_to_the_stage_after_it(runs: Runs) -> None:

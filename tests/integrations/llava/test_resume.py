@@ -13,6 +13,7 @@ import sys
 import threading
 import time
 from collections import namedtuple
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +21,13 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor, Shard
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from integrations.llava import checkpointing, train_command
 from integrations.llava import stage as stage_module
-from integrations.llava.checkpointing import load_state, save_state
+from integrations.llava.checkpointing import load_state, own_part, save_state
 from integrations.llava.config import Recipe
 from integrations.llava.interruption import EXIT_REQUEUE, RunInterrupted
 from integrations.llava.recipe_files import dump_recipe
@@ -123,6 +126,50 @@ def test_a_checkpoint_that_could_not_be_written_leaves_the_one_before(
     assert [path.name for path in (tmp_path / "run" / "pretrain").iterdir()] == ["checkpoint-2"]
     monkeypatch.undo()
     assert rows(train(recipe, tmp_path / "run")) == rows(train(recipe, tmp_path / "whole"))
+
+
+def test_a_checkpoint_is_on_the_disk_before_it_has_its_name_and_before_the_old_one_goes(
+    tiny_recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    happened: list[tuple[str, str]] = []
+
+    def noted(module: Any, name: str, path: Callable[[Any], str]) -> None:
+        plain = getattr(module, name)
+
+        def called(first: Any, *others: Any, **options: Any) -> Any:
+            happened.append((name, path(first)))
+            return plain(first, *others, **options)
+
+        monkeypatch.setattr(module, name, called)
+
+    def inode(descriptor: int) -> str:
+        return str(os.fstat(descriptor).st_ino)
+
+    noted(os, "fsync", inode)
+    noted(os, "replace", lambda path: Path(path).name)
+    noted(shutil, "rmtree", lambda path: Path(path).name)
+    stage = tmp_path / "run" / "pretrain"
+    with pytest.raises(RuntimeError, match="power cut"):
+        train(both_stages(tiny_recipe, max_steps=3, save_every=1), tmp_path / "run", callbacks=[_Fail("pretrain", 3)])
+    monkeypatch.undo()
+    renamed = [place for place, event in enumerate(happened) if event == ("replace", ".saving")][-1]
+    files = {str(path.stat().st_ino) for path in (stage / "checkpoint-2").iterdir()}
+    assert files <= {inode for name, inode in happened[:renamed] if name == "fsync"}
+    gone = happened.index(("rmtree", "checkpoint-1"), renamed)
+    assert ("fsync", str(stage.stat().st_ino)) in happened[renamed:gone]
+
+
+def test_each_process_reads_its_own_part_of_a_sharded_tensor() -> None:
+    store = torch.distributed.HashStore()
+    for rank, expected in enumerate([slice(0, 2), slice(2, 4), slice(4, 5), slice(5, 5)]):
+        torch.distributed.init_process_group("fake", rank=rank, world_size=4, store=store)
+        mesh = init_device_mesh("cpu", (4,))
+        length = expected.stop - expected.start
+        value = DTensor.from_local(
+            torch.zeros(2, length), mesh, [Shard(1)], run_check=False, shape=torch.Size((2, 5)), stride=(5, 1)
+        )
+        assert own_part(value) == (slice(0, 2), expected)
+        torch.distributed.destroy_process_group()
 
 
 def test_a_full_disk_is_reported_before_anything_is_removed(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from integrations.llava.checkpoint import load_model
 from integrations.llava.config import PARTS, Recipe
-from integrations.llava.data import read_samples
+from integrations.llava.data import ConversationDataset, read_samples
 from integrations.llava.recipe_files import load_recipe
 from integrations.llava.train import RANDOM, assemble, set_trainable, train
 
@@ -107,6 +108,26 @@ def test_accumulated_micro_batches_give_the_loss_of_one_batch(tiny_recipe: Recip
         losses.append([json.loads(line)["loss"] for line in (folder / "metrics.jsonl").read_text().splitlines()])
 
     torch.testing.assert_close(torch.tensor(losses[0]), torch.tensor(losses[1]), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("grouped", [False, True])
+def test_every_epoch_has_an_order_of_its_own(
+    grouped: bool, tiny_recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    taken: list[int] = []
+    plain = ConversationDataset.__getitem__
+
+    def getitem(dataset: ConversationDataset, index: int) -> Any:
+        taken.append(index)
+        return plain(dataset, index)
+
+    monkeypatch.setattr(ConversationDataset, "__getitem__", getitem)
+    stage = dataclasses.replace(tiny_recipe.pretrain, epochs=2, max_steps=None, group_by_modality=grouped)
+    train(dataclasses.replace(tiny_recipe, pretrain=stage), tmp_path / "run", stages=["pretrain"])
+
+    first, second = taken[:8], taken[8:]
+    assert sorted(first) == sorted(second) == list(range(8))
+    assert first != second
 
 
 def test_batches_without_images_train(tiny_recipe: Recipe, data_folder: Path, tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ import pytest
 from torch import nn
 from transformers import TrainingArguments
 
-from integrations.llava.trainer import NonFiniteLossError, parameter_groups
+from integrations.llava.trainer import NonFiniteLossError, RunLog, parameter_groups
 from tests.integrations.llava.tiny_training import (
     BREAKS_GRADIENTS,
     BREAKS_LOSS,
@@ -153,6 +153,18 @@ def test_broken_gradients_stop_the_run_before_a_checkpoint_is_written(tmp_path: 
     assert [path.name for path in (tmp_path / "tiny").glob("checkpoint-*")] == ["checkpoint-1"]
     assert json.loads((tmp_path / "tiny" / "non_finite_loss.json").read_text())["grad_norm"] == "nan"
     assert [row["step"] for row in read_rows(tmp_path)] == [1, 2]
+
+
+@pytest.mark.parametrize(("number", "what"), [(BREAKS_LOSS, "the loss"), (BREAKS_GRADIENTS, "the gradients' norm")])
+@pytest.mark.parametrize("last", [False, True])
+def test_broken_numbers_stop_a_run_that_has_no_log(number: float, what: str, last: bool, tmp_path: Path) -> None:
+    samples = [item("a", 1), item("bad", number), *([] if last else [item("c", 1), item("d", 1)])]
+    trainer = tiny_trainer(tmp_path, samples, logging_steps=10, save_strategy="steps", save_steps=1)
+    trainer.remove_callback(RunLog)
+
+    with pytest.raises(NonFiniteLossError, match=f"step 2: {what} is .* for samples bad"):
+        trainer.train()
+    assert [path.name for path in (tmp_path / "tiny").glob("checkpoint-*")] == ["checkpoint-1"]
 
 
 def test_samples_without_ids_break_without_ids(tmp_path: Path) -> None:
