@@ -17,7 +17,7 @@ from tests.integrations.llava.process_pairs import Nursery
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="the processes are forked")
 
-SECONDS = 8.0
+SECONDS = 20.0
 USER = "BadSampleError"
 
 
