@@ -80,7 +80,7 @@ class RunFolder:
         lock = FileLock(file)
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            lock.acquire(timeout=0)
+            lock.acquire(blocking=False)
         except Timeout as error:
             raise InputError(
                 f"a training is running in {self.path}: {_holder(running)}. Wait for it, end it, or give another "
