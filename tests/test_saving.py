@@ -14,7 +14,7 @@ from torch import nn
 from torch.nn.utils import parametrizations, prune
 
 from layerfuse import FusedEncoder, create_fuser
-from layerfuse.backbones import Backbone, TransformersBackbone
+from layerfuse.backbones import Backbone, OpenClipBackbone, TransformersBackbone, create_backbone
 from layerfuse.testing import random_images, randomise_parameters, tiny_backbone
 
 SIZES = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 2, "intermediate_size": 64, "image_size": 32}
@@ -293,3 +293,39 @@ def test_weights_of_other_shapes_are_listed(tmp_path: Path) -> None:
 def test_a_name_that_is_no_folder_and_not_on_the_hub_is_told() -> None:
     with pytest.raises(FileNotFoundError, match="nobody/nothing is no folder, and it could not be fetched from the"):
         FusedEncoder.from_pretrained("nobody/nothing")
+
+
+@pytest.mark.parametrize("family", [*FAMILIES, "dinov3", "eva02"])
+def test_an_encoder_built_on_meta_computes_the_same_once_weights_are_loaded(family: str) -> None:
+    def build() -> FusedEncoder:
+        if family == "dinov3":
+            model = transformers.DINOv3ViTModel(transformers.DINOv3ViTConfig(**SIZES, patch_size=8))
+            return _encoder(TransformersBackbone(model, layers=(1, 2)))
+        if family == "eva02":
+            sizes = {"embed_dim": 32, "depth": 3, "num_heads": 2, "img_size": 48}
+            name = "eva02_base_patch16_clip_224"
+            return _encoder(create_backbone("timm", name, layers=(1, 2), pretrained=False, options=sizes))
+        return _encoder(tiny_backbone(family))
+
+    encoder = build()
+    with torch.device("meta"):
+        again = build()
+    again.to_empty(device="cpu")
+    for buffer in again.buffers():
+        buffer.fill_(99)
+    again.load_state_dict(encoder.state_dict())
+    images = random_images(2, size=encoder.backbone.image_size)
+    with torch.no_grad():
+        torch.testing.assert_close(again(images), encoder(images), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("precision", ["fp16", "bf16", "pure_bf16"])
+def test_open_clip_models_of_half_precision_run(precision: str) -> None:
+    import open_clip
+
+    sizes = {"width": 32, "layers": 3, "head_width": 16, "patch_size": 8, "image_size": 32}
+    model = open_clip.create_model("ViT-B-32", precision=precision, vision_cfg=sizes)
+    backbone = OpenClipBackbone(model.visual, layers=(1, 2))
+    assert {feature_map.dtype for feature_map in backbone(random_images(1, size=32))} == {
+        torch.float16 if precision == "fp16" else torch.bfloat16
+    }

@@ -112,6 +112,9 @@ class Backbone(nn.Module, abc.ABC):
         self.in_channels = facts.in_channels or channels or 3
         self._batch_first_seen = False
         self._taps = BlockTaps(blocks, self.layers)
+        stored = model.state_dict().keys()
+        self._lost_buffers = [name for name, buffer in model.named_buffers() if buffer.is_meta and name not in stored]
+        self.register_load_state_dict_post_hook(_fill_lost_buffers)
 
     @classmethod
     @abc.abstractmethod
@@ -334,6 +337,17 @@ class Backbone(nn.Module, abc.ABC):
             f"family={self.family!r}, layers={self.layers}, num_blocks={self.num_blocks}, embed_dim={self.embed_dim}, "
             f"patch_size={self.patch_size}, image_size={self.image_size}"
         )
+
+
+def _fill_lost_buffers(backbone: Any, keys: object) -> None:
+    """Compute buffers that no file holds (position ids, rotary tables) once weights came into a model built on meta."""
+    lost = [name for name in backbone._lost_buffers if not backbone.model.get_buffer(name).is_meta]
+    if lost:
+        with torch.device("cpu"):
+            built = backbone.from_config(backbone.config).model
+        for name in lost:
+            backbone.model.get_buffer(name).copy_(built.get_buffer(name))
+        backbone._lost_buffers = []
 
 
 def as_pair(size: int | Sequence[int]) -> tuple[int, int]:
