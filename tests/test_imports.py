@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -52,3 +53,15 @@ def test_help_of_the_command_line_loads_no_model_library() -> None:
     assert "demo" in result.stdout
     loaded = {line.rpartition("|")[2].strip() for line in result.stderr.splitlines() if "|" in line}
     assert loaded.isdisjoint(HEAVY)
+
+
+def test_a_program_run_by_its_name_finds_the_models_registered(tmp_path: Path) -> None:
+    """`python -m program` runs the package's own file first, while `sys.argv` begins with "-m"."""
+    (tmp_path / "program").mkdir()
+    (tmp_path / "program" / "__init__.py").write_text("import integrations.llava\n")
+    report = "from transformers import AutoConfig\nprint(AutoConfig.for_model('layerfuse_llava').model_type)\n"
+    (tmp_path / "program" / "__main__.py").write_text(report)
+    surroundings = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{tmp_path}"}
+    command = [sys.executable, "-m", "program"]
+    result = subprocess.run(command, env=surroundings, capture_output=True, text=True, check=True, timeout=600)
+    assert result.stdout.split() == ["layerfuse_llava"]

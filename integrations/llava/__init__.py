@@ -29,9 +29,18 @@ _PUBLIC = {
 
 __all__ = list(_PUBLIC)
 
-# Under `python -m integrations.llava`, argv[0] is "-m" while this file runs: the commands import what they need, so
-# that `--help` is quick and works without the extras.
-if find_spec("transformers") is not None and sys.argv[:1] != ["-m"]:
+
+def _is_our_command() -> bool:
+    """Tell whether this process is `python -m integrations.llava`, by the command line that the interpreter got.
+
+    Then the commands import what they need, so that `--help` is quick and works without the extras. `sys.argv` does not
+    tell: while packages are imported it says "-m" for every module that is run, and programs change it.
+    """
+    words = sys.orig_argv[1:]
+    return f"-m{__name__}" in words or ("-m" in words and words[words.index("-m") + 1 :][:1] == [__name__])
+
+
+if find_spec("transformers") is not None and not _is_our_command():
     importlib.import_module(f"{__name__}.processing")
 
 

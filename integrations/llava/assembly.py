@@ -158,7 +158,8 @@ def _loading(what: str, keys: str) -> Iterator[None]:
     except UserError:
         raise
     except (OSError, ValueError, ImportError) as error:
-        raise InputError(f"{what} cannot be built or loaded (see {keys}): {error}") from error
+        advice = " Try `--model.attention eager`." if "attn_implementation" in str(error) else ""
+        raise InputError(f"{what} cannot be built or loaded (see {keys}): {error}{advice}") from error
 
 
 def create_vision(config: ModelConfig, *, pretrained: bool) -> tuple[Backbone, Fuser]:

@@ -5,9 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from transformers import GenerationConfig
+from transformers import GenerationConfig, PreTrainedTokenizerBase
 
-__all__ = ["GeneratesFromImages", "forbid_token"]
+from .prompts import Template, TextEncoder
+
+__all__ = ["GeneratesFromImages", "end_answers", "forbid_token"]
 
 
 def forbid_token(config: GenerationConfig, token: int) -> None:
@@ -18,6 +20,26 @@ def forbid_token(config: GenerationConfig, token: int) -> None:
         token: its id.
     """
     config.suppress_tokens = sorted({*(config.suppress_tokens or ()), token})
+
+
+def end_answers(config: GenerationConfig, tokenizer: PreTrainedTokenizerBase, template: Template) -> None:
+    """Let answers end where training taught them to, and where they ended before.
+
+    A text that ends answers is known here only if it is one token; `generate(stop_strings=...)` knows all.
+
+    Args:
+        config: changed in place.
+        tokenizer: the one that training used.
+        template: what training wrote its answers with.
+    """
+    taught = [tokenizer.eos_token_id]
+    if not template.end_token:
+        ids = TextEncoder(tokenizer)(template.answer_end)
+        taught = ids if len(ids) == 1 else []
+    known = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
+    ends = list(dict.fromkeys(token for token in (*taught, *known) if token is not None))
+    config.eos_token_id = ends[0] if len(ends) == 1 else ends or None
+    config.pad_token_id = tokenizer.pad_token_id
 
 
 class GeneratesFromImages:

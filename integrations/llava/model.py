@@ -10,8 +10,6 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Iterator
-from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass
 from typing import Any
@@ -37,6 +35,7 @@ from layerfuse.errors import InputError
 from layerfuse.features import FeatureMaps
 from layerfuse.fusers import Fuser, fuser_from_config
 
+from .built_modules import keep_as_built, real_tensors, restore_buffers, set_attention
 from .generate_mixin import GeneratesFromImages, forbid_token
 from .language_head import build_head, decoder_of, head_settings, text_loss
 from .model_config import FusedLlavaConfig, LayerfuseVisionConfig
@@ -65,9 +64,10 @@ class _LoadsWhole(PreTrainedModel):
             ValueError: listing every missing, unexpected and misshapen key; with `ignore_mismatched_sizes=True` the
                 misshapen are drawn anew.
         """
-        loaded: Any = super().from_pretrained(*args, output_loading_info=True, **kwargs)
+        kinds = ["missing", "unexpected"] + ([] if kwargs.pop("ignore_mismatched_sizes", False) else ["mismatched"])
+        # Else transformers would only say that something did not fit.
+        loaded: Any = super().from_pretrained(*args, output_loading_info=True, ignore_mismatched_sizes=True, **kwargs)
         model, info = loaded
-        kinds = ["missing", "unexpected"] + ([] if kwargs.get("ignore_mismatched_sizes") else ["mismatched"])
         faults = {kind: sorted(map(str, info.get(f"{kind}_keys") or ())) for kind in kinds}
         if any(faults.values()):
             listing = "; ".join(f"{kind}: {', '.join(keys)}" for kind, keys in faults.items() if keys)
@@ -75,10 +75,13 @@ class _LoadsWhole(PreTrainedModel):
                 f"the weights in {args[0] if args else 'the checkpoint'} do not fit the model its config describes: "
                 f"{listing}. Check that config and weights come from the same run."
             )
-        for module in model.modules():
-            for name, value in getattr(module, "_kept_buffers", {}).items():
-                module.get_buffer(name).copy_(value)
+        restore_buffers(model)
         return (model, info) if output_loading_info else model
+
+    def init_weights(self) -> None:
+        """As in transformers, and buffers that no checkpoint holds get their values, also after `to_empty`."""
+        super().init_weights()
+        restore_buffers(self)
 
 
 class LayerfuseVisionModel(_LoadsWhole):
@@ -101,10 +104,19 @@ class LayerfuseVisionModel(_LoadsWhole):
         if backbone is None:
             if config.backbone is None:
                 raise InputError("LayerfuseVisionConfig describes no backbone; set backbone=Backbone.config.")
-            with _real_tensors() as dtype:
+            with real_tensors() as dtype:
                 backbone = backbone_from_config(config.backbone).to(dtype)
+            set_attention(backbone, config._attn_implementation)
+        else:
+            # Weights that are handed over compute as they did.
+            own = next((part.config for part in backbone.modules() if isinstance(part, PreTrainedModel)), config)
+            config._attn_implementation_internal = own._attn_implementation
         self.backbone = backbone
-        _keep_as_built(self.backbone)
+        keep_as_built(self.backbone)
+        # Device maps must not cut within a block.
+        lists = [module for module in backbone.modules() if isinstance(module, (nn.ModuleList, nn.Sequential))]
+        blocks = max(lists, key=lambda blocks: sum(part.numel() for part in blocks.parameters()), default=())
+        self._no_split_modules = sorted({type(block).__name__ for block in blocks})
         self.post_init()
 
     def forward(self, pixel_values: torch.Tensor) -> FeatureMaps:
@@ -177,15 +189,16 @@ class FusedLlavaModel(_LoadsWhole, LlavaModel):
             )
         assert isinstance(config.text_config, PreTrainedConfig)
         self.vision_tower = LayerfuseVisionModel(config.vision_config, parts.backbone if parts else None)
-        with _real_tensors() as dtype:
+        with real_tensors() as dtype:
             self.fuser = parts.fuser if parts else fuser_from_config(config.fuser).to(dtype)
         projector = Projector(self.fuser.out_channels, config.text_config.hidden_size)
         self.multi_modal_projector = projector  # type: ignore[assignment]
         self.language_model = parts.language_model if parts else AutoModel.from_config(config.text_config)
-        _keep_as_built(self.fuser)
-        _keep_as_built(self.multi_modal_projector)
+        keep_as_built(self.fuser)
+        keep_as_built(self.multi_modal_projector)
         if parts:
-            _keep_as_built(self.language_model)
+            keep_as_built(self.language_model)
+        self._no_split_modules = [type(self.fuser).__name__]
         self.post_init()
 
     @can_return_tuple
@@ -349,32 +362,6 @@ def num_image_tokens(backbone: Backbone, fuser: Fuser) -> int:
 def learns(module: nn.Module) -> bool:
     """Tell whether any parameter of a module is trained."""
     return any(parameter.requires_grad for parameter in module.parameters())
-
-
-@contextmanager
-def _real_tensors() -> Iterator[torch.dtype]:
-    """Build on the CPU in float32 whatever `from_pretrained` set; yields the dtype to convert to.
-
-    It builds on the meta device. Libraries compute buffers that no checkpoint holds (rotary tables, position ids) in
-    their constructors; on the meta device these would be lost.
-    """
-    dtype = torch.get_default_dtype()
-    torch.set_default_dtype(torch.float32)
-    try:
-        with torch.device("cpu"):
-            yield dtype
-    finally:
-        torch.set_default_dtype(dtype)
-
-
-def _keep_as_built(module: nn.Module) -> None:
-    """Keep transformers from initialising a module anew, and remember the buffers that no checkpoint holds."""
-    for child in module.modules():
-        child._is_hf_initialized = True  # type: ignore[assignment]
-        buffers = {name: child._buffers[name] for name in child._non_persistent_buffers_set if name in child._buffers}
-        child._kept_buffers = {  # type: ignore[assignment]
-            name: buffer.detach().clone() for name, buffer in buffers.items() if buffer is not None
-        }
 
 
 AutoModel.register(LayerfuseVisionConfig, LayerfuseVisionModel, exist_ok=True)

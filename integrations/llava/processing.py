@@ -8,9 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from PIL import Image
 from transformers import AutoImageProcessor, BatchFeature, LlavaProcessor, PreTrainedTokenizerBase
 from transformers.image_processing_utils import BaseImageProcessor
@@ -42,26 +44,73 @@ class LayerfuseImageProcessor(BaseImageProcessor):
         # Tools that count image tokens without preparing an image read this.
         self.crop_size = {"height": height, "width": width}
 
-    def preprocess(self, images: Any, **_: Any) -> BatchFeature:
+    def preprocess(
+        self,
+        images: Any,
+        return_tensors: str | None = None,
+        input_data_format: str | None = None,
+        **options: Any,
+    ) -> BatchFeature:
         """Prepare images.
 
         Args:
-            images: one, or a (nested) list: PIL images, or arrays (height, width, 3) of bytes.
+            images: one, or a (nested) list: PIL images, or arrays or tensors of bytes, (height, width), (height, width,
+                3), (3, height, width), or a batch of those.
+            return_tensors: "pt" (as None) or "np".
+            input_data_format: "channels_first" or "channels_last" of arrays; what their shape says if None.
+            **options: none, unless their value is None: how images are prepared is said by `preprocessing`.
 
         Returns:
-            `pixel_values`: (B, 3, height, width) float32, as a tensor.
+            `pixel_values`: (B, 3, height, width) float32.
+
+        Raises:
+            ValueError: if an option is unknown, or something is no image.
         """
+        given = sorted(name for name, value in options.items() if value is not None)
+        if given:
+            raise InputError(
+                f"{type(self).__name__} takes no option {', '.join(given)}; known are return_tensors and "
+                "input_data_format. To prepare images otherwise, change its `preprocessing`."
+            )
+        kind = getattr(return_tensors, "value", return_tensors)
+        if kind not in (None, "pt", "np"):
+            raise InputError(f"return_tensors={kind!r} is not possible; give 'pt', 'np' or None.")
+        if input_data_format not in (None, *_FORMATS):
+            raise InputError(f"input_data_format={input_data_format!r} is unknown; give one of {', '.join(_FORMATS)}.")
         # A processor that was saved before there was a choice turns images, too.
-        pixels = Preprocessing.from_dict({"upright": True} | self.preprocessing).batch(_flatten(images))
-        return BatchFeature({"pixel_values": pixels})
+        preprocessing = Preprocessing.from_dict({"upright": True} | self.preprocessing)
+        pixels = preprocessing.batch(_flatten(images, input_data_format))
+        return BatchFeature({"pixel_values": pixels.numpy() if kind == "np" else pixels})
 
 
-def _flatten(images: Any) -> list[Image.Image]:
-    if isinstance(images, np.ndarray):
-        return [Image.fromarray(images)]
-    if isinstance(images, Sequence):
-        return [single for entry in images for single in _flatten(entry)]
+_FORMATS = ("channels_first", "channels_last")
+
+
+def _flatten(images: Any, layout: str | None) -> list[Image.Image]:
+    if isinstance(images, (torch.Tensor, np.ndarray)):
+        return _from_array(np.asarray(images.cpu() if isinstance(images, torch.Tensor) else images), layout)
+    if isinstance(images, Sequence) and not isinstance(images, (str, bytes)):
+        return [single for entry in images for single in _flatten(entry, layout)]
+    if isinstance(images, (str, bytes, Path)):
+        raise InputError(f"{images!r} is a name, not an image; open it first, with PIL.Image.open.")
     return [images]
+
+
+def _from_array(array: np.ndarray, layout: str | None) -> list[Image.Image]:
+    if array.dtype != np.uint8 or array.ndim not in (2, 3, 4):
+        raise InputError(
+            f"an array of {array.dtype} with shape {array.shape} is no image here; give bytes (uint8), 0 to 255, with "
+            "shape (height, width), (height, width, 3), (3, height, width), or a batch of these."
+        )
+    if array.ndim == 4:
+        return [image for single in array for image in _from_array(single, layout)]
+    if array.ndim == 3:
+        last = layout == "channels_last" or (layout is None and array.shape[-1] in (1, 3, 4))
+        array = array if last else array.transpose(1, 2, 0)
+        if array.shape[-1] not in (1, 3, 4):
+            raise InputError(f"an array of shape {array.shape} has {array.shape[-1]} channels; an image has 1, 3 or 4.")
+        array = array[..., 0] if array.shape[-1] == 1 else array
+    return [Image.fromarray(np.ascontiguousarray(array))]
 
 
 def add_image_token(tokenizer: PreTrainedTokenizerBase) -> int:

@@ -278,7 +278,10 @@ def chat_template(template: Template, tokenizer: PreTrainedTokenizerBase) -> str
         A Jinja template over messages with `role` and `content` (text, or a list of text and image parts).
     """
     if template.caption_only:
-        turns = "{{ parts(message) if message['role'] != 'user' else images(message) }}"
+        turns = (
+            "{% if message['role'] == 'user' %}{{ images(message) }}{% elif message['role'] != 'system' %}"
+            "{% generation %}{{ parts(message) }}{% endgeneration %}{% endif %}"
+        )
         return _JINJA.format(line="", system="", turns=turns, generation="")
     # `render` tokenises afresh behind an image; a tokenizer that writes its blank at the very first place only needs
     # that blank spelled out to give the same ids.
@@ -288,11 +291,13 @@ def chat_template(template: Template, tokenizer: PreTrainedTokenizerBase) -> str
     end = tokenizer.eos_token if template.end_token else ""
     turns = (
         f"{{% if message['role'] == 'user' %}}{{{{ '{template.user}: ' + parts(message) + ' ' }}}}"
-        f"{{% else %}}{{{{ '{template.assistant}: ' + parts(message) + '{template.answer_end + end}' }}}}{{% endif %}}"
+        "{% elif message['role'] == 'system' %}{{ parts(message) + ' ' }}"
+        f"{{% else %}}{{{{ '{template.assistant}:' }}}}{{% generation %}}"
+        f"{{{{ ' ' + parts(message) + '{template.answer_end + end}' }}}}{{% endgeneration %}}{{% endif %}}"
     )
     return _JINJA.format(
         line=line,
-        system=_quote(f"{template.system} ") if template.system else "",
+        system=_OWN_SYSTEM.format(text=_quote(f"{template.system} ")) if template.system else "",
         turns=turns,
         generation="{% if add_generation_prompt %}{{ '" + template.assistant + ":' }}{% endif %}",
     )
@@ -301,6 +306,9 @@ def chat_template(template: Template, tokenizer: PreTrainedTokenizerBase) -> str
 def _quote(text: str) -> str:
     return "{{ " + json.dumps(text, ensure_ascii=False) + " }}"
 
+
+# A system message stands in the place of the template's own text.
+_OWN_SYSTEM = "{{%- if not messages or messages[0]['role'] != 'system' -%}}{text}{{%- endif -%}}"
 
 _JINJA = (
     "{{%- macro parts(message) -%}}"

@@ -26,6 +26,7 @@ from .checkpointing import checkpoints, load_trained, state_bytes, trained_state
 from .config import Recipe, StageConfig
 from .data import Sample
 from .engines import forget_engine, shards
+from .generate_mixin import end_answers
 from .interruption import RunInterrupted, StopOnSignal, StopRequest
 from .model import FusedLlavaForConditionalGeneration
 from .processes import any_process, on_main
@@ -266,6 +267,7 @@ def _save(run: Run, name: str, assembled: Assembled, *, last: bool) -> None:
         merge_lora(model)
     template = get_template(config.template)
     model.config.prompt_template = template.to_dict()
+    end_answers(model.generation_config, assembled.tokenizer, template)
     model.eval().to("cpu")
     if config.precision == "bf16":
         nn.Module.to(model, torch.bfloat16)

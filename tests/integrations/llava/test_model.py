@@ -130,8 +130,9 @@ def test_the_image_token_is_never_chosen_however_likely_it_is(
     for model in (small, load_model(tmp_path)):
         batch = inputs(model)
         assert (model(**batch).logits[:, -1].argmax(-1) == IMAGE).all()
-        for options in ({}, {"num_beams": 2}, {"generation_config": GenerationConfig(do_sample=True)}):
-            ids = model.generate(**batch, max_new_tokens=2, pad_token_id=0, **options)
+        own = GenerationConfig(do_sample=True, max_new_tokens=2, pad_token_id=0)
+        for options in ({"max_new_tokens": 2}, {"max_new_tokens": 2, "num_beams": 2}, {"generation_config": own}):
+            ids = model.generate(**batch, **options)
             assert not (ids[:, batch["input_ids"].shape[1] :] == IMAGE).any()
 
 

@@ -76,3 +76,80 @@ def test_the_processor_of_a_run_prepares_what_training_saw(run_folder: Path, dat
 
     assert torch.equal(inputs["input_ids"][0], prepared["input_ids"])
     assert torch.equal(inputs["pixel_values"], prepared["pixel_values"])
+
+
+def chw(image: Image.Image) -> np.ndarray:
+    return np.asarray(image).transpose(2, 0, 1)
+
+
+def test_arrays_and_tensors_of_every_layout_give_the_pixels_of_the_image() -> None:
+    processor = LayerfuseImageProcessor(PREPROCESSING.to_dict())
+    image = Image.effect_noise((50, 30), 60).convert("RGB")
+    expected = processor(image)["pixel_values"]
+    batch = np.stack([chw(image)] * 2)
+
+    for given in (chw(image), torch.from_numpy(chw(image).copy()), np.asarray(image)):
+        assert torch.equal(processor(given)["pixel_values"], expected)
+    assert torch.equal(processor(batch)["pixel_values"], expected.repeat(2, 1, 1, 1))
+    assert torch.equal(processor(torch.from_numpy(batch))["pixel_values"], expected.repeat(2, 1, 1, 1))
+    narrow = np.zeros((3, 8, 3), np.uint8)
+    assert processor(narrow, input_data_format="channels_first")["pixel_values"].shape == (1, 3, 32, 32)
+    grey = np.asarray(image.convert("L"))
+    assert torch.equal(processor(grey)["pixel_values"], processor(image.convert("L"))["pixel_values"])
+
+
+def test_the_image_processor_returns_what_it_is_asked_for() -> None:
+    processor = LayerfuseImageProcessor(PREPROCESSING.to_dict())
+    image = Image.new("RGB", (40, 30))
+    pixels = processor(image, return_tensors="pt")["pixel_values"]
+
+    assert isinstance(pixels, torch.Tensor)
+    found = processor(image, return_tensors="np")["pixel_values"]
+    assert isinstance(found, np.ndarray) and np.array_equal(found, pixels.numpy())
+
+
+@pytest.mark.parametrize(
+    ("given", "options", "message"),
+    [
+        (Image.new("RGB", (8, 8)), {"do_normalise": False}, "takes no option do_normalise; known are return_tensors"),
+        (Image.new("RGB", (8, 8)), {"do_normalize": False}, "To prepare images otherwise, change its `preprocessing`"),
+        (Image.new("RGB", (8, 8)), {"return_tensors": "tf"}, "return_tensors='tf' is not possible; give 'pt', 'np'"),
+        (Image.new("RGB", (8, 8)), {"input_data_format": "nchw"}, "input_data_format='nchw' is unknown; give one of"),
+        ("a.png", {}, "'a.png' is a name, not an image; open it first, with PIL.Image.open"),
+        (np.zeros((8, 8, 3)), {}, r"an array of float64 with shape \(8, 8, 3\) is no image here; give bytes"),
+        (np.zeros((5, 8, 7), np.uint8), {}, "has 5 channels; an image has 1, 3 or 4"),
+    ],
+)
+def test_what_the_image_processor_cannot_take_is_refused(
+    given: object, options: dict[str, object], message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        LayerfuseImageProcessor(PREPROCESSING.to_dict())(given, **options)
+
+
+def test_a_system_message_stands_in_the_place_of_the_templates_own(run: Path) -> None:
+    processor = AutoProcessor.from_pretrained(run)
+    user = {"role": "user", "content": [{"type": "text", "text": "What?"}]}
+    system = {"role": "system", "content": [{"type": "text", "text": "Be brief."}]}
+    plain = processor.apply_chat_template([user], add_generation_prompt=True)
+
+    assert plain.startswith("A chat between") and plain.endswith("USER: What? ASSISTANT:")
+    found = processor.apply_chat_template([system, user], add_generation_prompt=True)
+    assert found == "Be brief. USER: What? ASSISTANT:"
+
+
+def test_the_chat_template_marks_what_the_assistant_says(run: Path) -> None:
+    tokenizer = AutoProcessor.from_pretrained(run).tokenizer
+    template = AutoProcessor.from_pretrained(run).chat_template
+    chat = [
+        {"role": "user", "content": "What number?"},
+        {"role": "assistant", "content": "It is one."},
+        {"role": "user", "content": "Sure?"},
+        {"role": "assistant", "content": "a number"},
+    ]
+    found = tokenizer.apply_chat_template(
+        chat, chat_template=template, tokenize=True, return_dict=True, return_assistant_tokens_mask=True
+    )
+    marked = [token for token, mask in zip(found["input_ids"], found["assistant_masks"], strict=True) if mask]
+
+    assert tokenizer.decode(marked).replace(" ", "") == "Itisone.</s>anumber</s>"

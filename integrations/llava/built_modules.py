@@ -1,0 +1,59 @@
+"""Modules that other libraries built, kept as they are inside a model of transformers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from layerfuse.backbones import Backbone
+
+__all__ = ["keep_as_built", "real_tensors", "restore_buffers", "set_attention"]
+
+
+@contextmanager
+def real_tensors() -> Iterator[torch.dtype]:
+    """Build on the CPU in float32 whatever `from_pretrained` set; yields the dtype to convert to.
+
+    It builds on the meta device. Libraries compute buffers that no checkpoint holds (rotary tables, position ids) in
+    their constructors; on the meta device these would be lost.
+    """
+    dtype = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float32)
+    try:
+        with torch.device("cpu"):
+            yield dtype
+    finally:
+        torch.set_default_dtype(dtype)
+
+
+def set_attention(backbone: Backbone, implementation: str | None) -> None:
+    """Let a backbone of transformers compute attention as it was asked for; other libraries choose themselves."""
+    for part in backbone.modules():
+        if isinstance(part, PreTrainedModel) and implementation is not None:
+            able = {"eager": True, "sdpa": part._supports_sdpa, "flex_attention": part._supports_flex_attn}
+            if able.get(implementation, part._supports_flash_attn):
+                part.set_attn_implementation(implementation)
+
+
+@torch.no_grad()
+def restore_buffers(model: nn.Module) -> None:
+    """Give buffers that no checkpoint holds the values that `keep_as_built` remembers, if they have memory."""
+    for module in model.modules():
+        for name, value in getattr(module, "_kept_buffers", {}).items():
+            buffer = module.get_buffer(name)
+            if not buffer.is_meta:
+                buffer.copy_(value)
+
+
+def keep_as_built(module: nn.Module) -> None:
+    """Keep transformers from initialising a module anew, and remember the buffers that no checkpoint holds."""
+    for child in module.modules():
+        child._is_hf_initialized = True  # type: ignore[assignment]
+        buffers = {name: child._buffers[name] for name in child._non_persistent_buffers_set if name in child._buffers}
+        child._kept_buffers = {  # type: ignore[assignment]
+            name: buffer.detach().clone() for name, buffer in buffers.items() if buffer is not None
+        }
