@@ -372,3 +372,10 @@ def test_a_file_that_may_not_be_read_is_named(tmp_path: Path, monkeypatch: pytes
 def test_a_wrong_value_on_the_command_line_is_named_with_its_key(arguments: list[str], message: str) -> None:
     with pytest.raises(UserError, match=message):
         load_recipe("mmfuser_7b", parse_overrides(arguments))
+
+
+def test_an_old_recipe_with_an_image_cache_loads_with_a_word(caplog: pytest.LogCaptureFixture) -> None:
+    recipe = load_recipe("mmfuser_7b", {"pretrain.data.cache_images": 512})
+
+    assert recipe.pretrain.data.cache_images == 512
+    assert "data.cache_images has no effect any more" in caplog.text

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import io
 from pathlib import Path
 
 import numpy as np
@@ -40,6 +41,21 @@ def test_padding_has_the_mean_colour() -> None:
     torch.testing.assert_close(pixels[:, 0, 0], (colour - mean) / std)
 
 
+@pytest.mark.parametrize(("setting", "turns"), [({}, True), ({"upright": True}, True), ({"upright": False}, False)])
+def test_inference_turns_pictures_unless_the_processor_says_otherwise(setting: dict[str, bool], turns: bool) -> None:
+    """A processor that was saved before there was a choice says nothing."""
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    file = io.BytesIO()
+    Image.effect_noise((50, 30), 60).save(file, format="png", exif=exif)
+    image = Image.open(io.BytesIO(file.getvalue()))
+    saved = {key: value for key, value in PREPROCESSING.to_dict().items() if key != "upright"}
+    seen = LayerfuseImageProcessor(saved | setting)(image)["pixel_values"][0]
+
+    upright = image.transpose(Image.Transpose.ROTATE_270) if turns else image
+    assert torch.equal(seen, PREPROCESSING(upright))
+
+
 def test_the_image_processor_loads_as_it_was_saved(tmp_path: Path) -> None:
     LayerfuseImageProcessor(PREPROCESSING.to_dict()).save_pretrained(tmp_path)
     loaded = AutoImageProcessor.from_pretrained(tmp_path)
@@ -73,6 +89,7 @@ def test_the_processor_of_a_run_prepares_what_training_saw(run_folder: Path, dat
     text = processor.apply_chat_template(chat, add_generation_prompt=True)
     inputs = processor(images=[image], text=text, return_tensors="pt")
     prepared = answerer.prepare(image, "What number is it?")
+    assert answerer.prepare.preprocessing.upright
 
     assert torch.equal(inputs["input_ids"][0], prepared["input_ids"])
     assert torch.equal(inputs["pixel_values"], prepared["pixel_values"])
