@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-HEAVY = ("open_clip", "transformers", "accelerate", "timm", "torchvision", "matplotlib", "skimage", "draccus")
+HEAVY = ("open_clip", "transformers", "accelerate", "timm", "torchvision", "matplotlib", "skimage")
 # CPU seconds, so that a busy machine does not matter; measured: 0.11.
 MAX_SECONDS = 2.0
 
