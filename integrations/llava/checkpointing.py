@@ -19,10 +19,12 @@ import shutil
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import PartialState
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
@@ -68,32 +70,36 @@ def state_bytes(model: nn.Module) -> int:
     return trained * 4 * (1 + _ADAMW_STATES)
 
 
-def save_state(model: nn.Module, optimizer: Optimizer, folder: Path, *, write: bool = True) -> None:
+def save_state(model: nn.Module, optimizer: Optimizer, folder: Path) -> None:
     """Write trained parameters and optimizer states.
 
-    Sharded tensors are gathered one after the other; every process has to call this.
+    Sharded tensors are gathered one after the other in the main process, which writes; every process has to call this.
 
     Args:
         model: the wrapped or plain model.
         optimizer: of its trained parameters.
         folder: exists.
-        write: whether this process writes; the others only send their part. Of a sharded model, the main process.
 
     Raises:
         OSError: if a file cannot be written.
     """
-    names = _trained(model)
+    names, main = _trained(model), PartialState().is_main_process
     kinds = sorted({kind for parameter in names.values() for kind in optimizer.state.get(parameter, ())})
     for kind in (None, *kinds):
-        tensors = trained_state(model, keep=write) if kind is None else _optimizer_state(names, optimizer, kind, write)
-        if write:
-            try:
-                save_file(tensors, folder / (_TRAINED if kind is None else f"optimizer-{kind}.safetensors"))
-            except (OSError, SafetensorError) as error:
-                raise FileAccessError(
-                    getattr(error, "errno", None) or errno.EIO,
-                    f"a checkpoint could not be written to {folder} ({error}); the one before it is whole",
-                ) from error
+        tensors = trained_state(model, keep=main) if kind is None else _optimizer_state(names, optimizer, kind, main)
+        name = _TRAINED if kind is None else f"optimizer-{kind}.safetensors"
+        # The others wait for the disk here, and not in a collective, which gives up after a while.
+        on_main(partial(_write, tensors, folder / name))
+
+
+def _write(tensors: dict[str, torch.Tensor], path: Path) -> None:
+    try:
+        save_file(tensors, path)
+    except (OSError, SafetensorError) as error:
+        raise FileAccessError(
+            getattr(error, "errno", None) or errno.EIO,
+            f"a checkpoint could not be written to {path.parent} ({error}); the one before it is whole",
+        ) from error
 
 
 def _optimizer_state(
@@ -295,7 +301,7 @@ class CheckpointingTrainer(Trainer):
         if self.is_deepspeed_enabled:
             self.model_wrapped.save_checkpoint(str(scratch))  # type: ignore[operator]
         else:
-            save_state(self.model_wrapped, _plain(self.optimizer), scratch, write=main)
+            save_state(self.model_wrapped, _plain(self.optimizer), scratch)
         self._save_rng_state(str(scratch))
         if main:
             torch.save(self.lr_scheduler.state_dict(), scratch / _SCHEDULER)
