@@ -24,7 +24,7 @@ from layerfuse.errors import InputError
 
 from .prompts import IGNORE_INDEX
 
-__all__ = ["HeadSettings", "build_head", "decoder_of", "head_settings", "text_loss"]
+__all__ = ["HeadSettings", "build_head", "decoder_of", "describe_head", "head_settings", "text_loss"]
 
 # What configs call these numbers, and whether logits are multiplied with them (or divided by them).
 _SCALES = {"logits_scaling": False, "logit_scale": True, "lm_head_multiplier": True}
@@ -96,6 +96,21 @@ def build_head(linear: nn.Linear, described: Mapping[str, Any] | None) -> nn.Lin
     head.weight, head.bias = linear.weight, linear.bias
     head.settings = settings
     return head
+
+
+def describe_head(described: Mapping[str, Any]) -> str:
+    """Say in words what a head does beside the product with its weight.
+
+    Args:
+        described: `HeadSettings.to_dict()`.
+    """
+    settings = HeadSettings(**described)
+    parts = ["adds a bias to its logits"] if settings.bias else []
+    if settings.scale != 1.0:
+        parts.append(f"multiplies its logits with {settings.scale:g}")
+    if settings.cap is not None:
+        parts.append(f"soft-caps its logits at {settings.cap:g}")
+    return " and ".join(parts)
 
 
 def head_settings(llm: PreTrainedModel) -> HeadSettings:

@@ -116,7 +116,8 @@ class Content:
     @property
     def dtype(self) -> torch.dtype:
         """Of the language model's stored weights."""
-        return self.tensors[_EMBEDDING].dtype
+        embedding = self.model.get_input_embeddings().weight
+        return self.tensors[next(name for name, own in self.model.named_parameters() if own is embedding)].dtype
 
     @property
     def generation_config(self) -> dict[str, Any]:
@@ -144,6 +145,7 @@ def meta_model(
     *,
     image_token_id: int,
     template: Template,
+    head: Mapping[str, Any] | None = None,
 ) -> FusedLlavaForConditionalGeneration:
     """Assemble a model that takes no memory.
 
@@ -153,12 +155,18 @@ def meta_model(
         text_config: of the language model; its vocabulary grows if it has no row for the image token.
         image_token_id: the tokenizer's id of `<image>`.
         template: how prompts are written.
+        head: what the layout's own model does beside the product with its head's weight, `HeadSettings.to_dict()`;
+            the language model's class may do another thing where it stands alone.
     """
     text_config.vocab_size = max(text_config.vocab_size, image_token_id + 1)
     with reading("the language model's config"), torch.device("meta"):
         llm = AutoModelForCausalLM.from_config(text_config)
     with torch.device("meta"):
-        return build_model(backbone, fuser, llm, image_token_id=image_token_id, prompt_template=template.to_dict())
+        model = build_model(backbone, fuser, llm, image_token_id=image_token_id, prompt_template=template.to_dict())
+        if model.config.head != head:
+            model.config.head = None if head is None else dict(head)
+            model = type(model)(model.config)
+    return model
 
 
 def check_weights(

@@ -13,6 +13,7 @@ from layerfuse.backbones import Backbone
 from layerfuse.errors import InputError
 from layerfuse.fusers import create_fuser
 
+from ..language_head import describe_head
 from ..processing import add_image_token
 from ..prompts import IMAGE_TAG, chat_template, get_template
 from ..weight_files import CONFIG_FILE, stored_model, write_json, write_sharded
@@ -29,6 +30,7 @@ from .content import (
 )
 from .names import BACKBONE, from_llava_hf, to_llava_hf
 from .options import Options
+from .own import OWN
 from .tower import backbone_like, split_tail, vision_config_of, whole_tower
 
 __all__ = ["LLAVA_HF", "read_llava_hf", "write_llava_hf"]
@@ -105,13 +107,18 @@ def write_llava_hf(content: Content, folder: Path, options: Options) -> None:
         options: `vision_tower` has the layers of the vision model that ours leaves out, if they were not kept.
 
     Raises:
-        ValueError: if there is a fuser, or the vision model is not to be had whole.
+        ValueError: if there is a fuser, the head does more than a product, or the vision model is not to be had whole.
     """
     backbone, fuser, own = content.backbone, content.fuser, content.model.config
     if fuser.name != "select" or fuser.num_layers != 1:
         raise InputError(
             f"the model has the fuser {fuser.name!r} over {fuser.num_layers} layers; transformers' LLaVA has no place "
             "for a fuser. Only 'select' on one layer fits; an MMFuser can be written as 'mmfuser'."
+        )
+    if own.head is not None:
+        raise InputError(
+            f"the language model {describe_head(own.head)}; transformers' LLaVA only multiplies with its head's "
+            f"weight, whatever its language model is. Keep the layout {OWN!r}, which holds this model as it is."
         )
     vision_config = vision_config_of(backbone)
     config = LlavaConfig(

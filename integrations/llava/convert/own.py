@@ -61,7 +61,12 @@ def read_own(folder: Path, options: Options) -> Content:
     with reading(f"the config of {folder}"), torch.device("meta"):
         backbone, fuser = backbone_from_config(vision.backbone), fuser_from_config(described.fuser)
     model = meta_model(
-        backbone, fuser, described.get_text_config(), image_token_id=described.image_token_index, template=template
+        backbone,
+        fuser,
+        described.get_text_config(),
+        image_token_id=described.image_token_index,
+        template=template,
+        head=described.head,
     )
     with reading(f"the processor of {folder}"):
         processor = AutoProcessor.from_pretrained(folder)

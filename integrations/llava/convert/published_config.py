@@ -7,6 +7,7 @@ from typing import Any
 
 from layerfuse.errors import InputError
 
+from ..language_head import describe_head
 from .content import Content
 from .options import Options
 
@@ -124,7 +125,7 @@ def published_config(content: Content, earlier: Mapping[str, Any], options: Opti
     check_fuser(content.fuser.config, fused=fused)
     text = content.model.config.get_text_config().to_dict()
     rope = dict(text["rope_parameters"])
-    _check_llama(text, rope)
+    _check_llama(text, rope, content.model.config.head)
     if content.preprocessing.mode not in _ASPECTS:
         raise InputError(f"images are prepared by {content.preprocessing.mode!r}; the published code can pad and crop.")
     tower = options.vision_tower or earlier.get("mm_vision_tower")
@@ -182,7 +183,7 @@ def check_fuser(config: Mapping[str, Any], *, fused: bool) -> None:
         )
 
 
-def _check_llama(text: Mapping[str, Any], rope: Mapping[str, Any]) -> None:
+def _check_llama(text: Mapping[str, Any], rope: Mapping[str, Any], head: Mapping[str, Any] | None) -> None:
     faults = []
     if text.get("model_type") != "llama":
         faults.append(f"is a {text.get('model_type')!r}")
@@ -192,5 +193,10 @@ def _check_llama(text: Mapping[str, Any], rope: Mapping[str, Any]) -> None:
         faults.append("has biases in its MLP")
     if rope["rope_type"] not in _ROPES:
         faults.append(f"has rotary embeddings of type {rope['rope_type']!r}")
+    if head is not None:
+        faults.append(describe_head(head))
     if faults:
-        raise InputError(f"the language model {', '.join(faults)}; the published code has only plain Llamas.")
+        raise InputError(
+            f"the language model {', '.join(faults)}; the published code has only plain Llamas. Keep the layout "
+            "'layerfuse', which holds this model as it is."
+        )
