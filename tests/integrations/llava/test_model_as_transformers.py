@@ -15,6 +15,7 @@ from transformers import (
     CLIPVisionModel,
     LlavaForConditionalGeneration,
     LlavaModel,
+    pipeline,
 )
 
 from integrations.llava.checkpoint import load_model
@@ -51,6 +52,20 @@ def test_auto_model_loads_a_folder_without_its_head(run: Path, model: FusedLlava
     with torch.no_grad():
         expected = model.model(**batch(model)).last_hidden_state
         assert torch.equal(loaded(**batch(model)).last_hidden_state, expected)
+
+
+def test_pipelines_of_features_load_a_folder_and_save_one(run: Path, tmp_path: Path) -> None:
+    features = pipeline("feature-extraction", model=str(run))
+    found = features("What is this?", return_tensors=True)
+    features.save_pretrained(tmp_path)
+    again = pipeline("feature-extraction", model=str(tmp_path))
+
+    whole = load_model(run)
+    with torch.no_grad():
+        expected = whole.model(**features.tokenizer("What is this?", return_tensors="pt")).last_hidden_state
+    assert type(features.model) is FusedLlavaModel
+    assert torch.equal(found, expected) and torch.equal(again("What is this?", return_tensors=True), expected)
+    assert [len(one[0]) for one in features(["a", "What is this?"], batch_size=2)][1] == expected.shape[1]
 
 
 @pytest.mark.parametrize("auto", [AutoModelForImageTextToText, AutoModelForMultimodalLM, AutoModelForPreTraining])
