@@ -39,7 +39,8 @@ def end_answers(config: GenerationConfig, tokenizer: PreTrainedTokenizerBase, te
     known = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
     ends = list(dict.fromkeys(token for token in (*taught, *known) if token is not None))
     config.eos_token_id = ends[0] if len(ends) == 1 else ends or None
-    config.pad_token_id = tokenizer.pad_token_id
+    if tokenizer.pad_token_id is not None:
+        config.pad_token_id = tokenizer.pad_token_id
 
 
 class GeneratesFromImages:

@@ -12,13 +12,20 @@ from typing import Any
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    PreTrainedConfig,
+    PreTrainedTokenizerBase,
+)
 
 from layerfuse.backbones import Backbone
 from layerfuse.errors import InputError, MissingFileError, UserError
 from layerfuse.fusers import Fuser
 from layerfuse.preprocessing import Preprocessing
 
+from ..generate_mixin import end_answers
 from ..model import FusedLlavaForConditionalGeneration, build_model
 from ..prompts import Template
 from ..weight_files import StoredTensor, check_fit, read_json
@@ -122,11 +129,11 @@ class Content:
     @property
     def generation_config(self) -> dict[str, Any]:
         """Settings of `generate`: an answer ends with what training taught, and with what ended a text before."""
-        known = self.generation.get("eos_token_id", [])
-        ends = known if isinstance(known, list) else [known]
-        if self.template.end_token:
-            ends = list(dict.fromkeys([self.tokenizer.eos_token_id, *ends]))
-        return {**self.generation, "eos_token_id": ends[0] if len(ends) == 1 else ends} if ends else {**self.generation}
+        ids = {name: self.generation.get(name) for name in ("eos_token_id", "pad_token_id")}
+        config = GenerationConfig(**ids)
+        end_answers(config, self.tokenizer, self.template)
+        ids = {name: getattr(config, name) for name in ids}
+        return {**self.generation, **{name: number for name, number in ids.items() if number is not None}}
 
     @property
     def own_vocabulary(self) -> int:

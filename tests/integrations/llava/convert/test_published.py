@@ -15,6 +15,7 @@ from integrations.llava.checkpoint import load_model, load_processor
 from integrations.llava.convert import Options, convert, layout_of
 from integrations.llava.weight_files import stored_model
 from tests.integrations.llava.convert.foreign import FUSED_LAYERS, save_published, tiny_llava_hf
+from tests.integrations.llava.tiny_parts import make_tokenizer
 
 IMAGE_TOKENS = 16
 
@@ -188,3 +189,11 @@ def test_a_converted_model_stops_at_the_end_that_training_taught(mmfuser_folder:
     assert answer == longest[: longest.index(end) + 1]
     other = json.loads((source / "config.json").read_text())["eos_token_id"]
     assert model.generation_config.eos_token_id == [end, other]
+
+
+def test_a_converted_model_ends_answers_as_a_trained_one_does(mmfuser_folder: Path, tmp_path: Path) -> None:
+    newline = make_tokenizer("llama").convert_tokens_to_ids("<0x0A>")
+    for template, ends in (("v1", 2), ("plain", [newline, 2])):
+        ours = convert(mmfuser_folder, tmp_path / template, options=Options(template=template))
+        stored = json.loads((ours / "generation_config.json").read_text())
+        assert (stored["eos_token_id"], stored["pad_token_id"]) == (ends, 0)
