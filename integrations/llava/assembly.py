@@ -26,7 +26,7 @@ from layerfuse.fusers import Fuser, create_fuser
 from .config import PARTS, LoraConfig, ModelConfig, StageConfig
 from .model import FusedLlavaForConditionalGeneration, build_model
 from .processing import add_image_token
-from .quantization import quantization_config
+from .quantization import keep_unpackable, quantization_config
 
 __all__ = [
     "Assembled",
@@ -98,6 +98,7 @@ def _language_model(config: ModelConfig, dtype: torch.dtype, lora: LoraConfig | 
                 attn_implementation=config.attention,
                 quantization_config=quantized,
             )
+        keep_unpackable(model)
         return model
     if quantized is not None:
         raise InputError("quantised weights need a pretrained language model; set model.llm_pretrained to true.")

@@ -19,7 +19,7 @@ from .config import PARTS
 from .convert.content import reading
 from .convert.names import our_adapter
 from .model import FusedLlavaConfig, FusedLlavaForConditionalGeneration
-from .quantization import Quantization, quantization_config
+from .quantization import Quantization, keep_unpackable, quantization_config
 from .weight_files import CONFIG_FILE, check_fit, read_json, stored_tensors
 
 __all__ = [
@@ -112,6 +112,7 @@ def load_model(
         quantization_config=quantization_config(quantize, dtype),
         device_map={"": device},
     )
+    keep_unpackable(model)
     return model.eval()
 
 

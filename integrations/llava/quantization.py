@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from importlib.util import find_spec
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
+from torch import nn
 from transformers import BitsAndBytesConfig
 
 from layerfuse.errors import InputError, MissingPackageError
@@ -13,7 +14,7 @@ from layerfuse.registry import unknown_name_message
 
 from .config import PARTS
 
-__all__ = ["QUANTIZATIONS", "Quantization", "quantization_config"]
+__all__ = ["QUANTIZATIONS", "Quantization", "keep_unpackable", "quantization_config"]
 
 Quantization = Literal["none", "int8", "nf4"]
 QUANTIZATIONS: tuple[str, ...] = get_args(Quantization)
@@ -21,6 +22,8 @@ QUANTIZATIONS: tuple[str, ...] = get_args(Quantization)
 
 # Full names: bitsandbytes compares from the start of a module's name, and "multi_modal_projector" alone matches none.
 _KEPT = (*(prefix.rstrip(".") for part, prefixes in PARTS.items() if part != "llm" for prefix in prefixes), "lm_head")
+# On CPUs that multiply bfloat16 by themselves, bitsandbytes packs 4-bit weights of so many rows and columns together.
+_PACKED_ROWS, _PACKED_COLUMNS = 32, 64
 
 
 def quantization_config(kind: Quantization, dtype: torch.dtype) -> BitsAndBytesConfig | None:
@@ -54,3 +57,17 @@ def quantization_config(kind: Quantization, dtype: torch.dtype) -> BitsAndBytesC
         bnb_4bit_compute_dtype=dtype,
         llm_int8_skip_modules=list(_KEPT),
     )
+
+
+def keep_unpackable(model: nn.Module) -> None:
+    """Let 4-bit layers of sizes that bitsandbytes cannot pack for a CPU compute from the weights as they are stored.
+
+    It packs a layer when it is first used, whatever its sizes, and fails on those that are no multiples of its blocks.
+
+    Args:
+        model: changed in place; its other layers are packed as ever.
+    """
+    layers: list[Any] = [module for module in model.modules() if hasattr(module, "support_avx512bf16_for_cpu")]
+    for layer in layers:
+        if layer.out_features % _PACKED_ROWS or layer.in_features % _PACKED_COLUMNS:
+            layer.support_avx512bf16_for_cpu = False

@@ -34,7 +34,7 @@ VOCABULARY = len(make_tokenizer("llama"))
 
 @pytest.fixture(scope="module")
 def llm_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Wide enough for bitsandbytes, which wants multiples of 64."""
+    """Wide enough for bitsandbytes to pack on any CPU: multiples of 64."""
     return save_llm(tmp_path_factory.mktemp("llm"), hidden_size=64, intermediate_size=128)
 
 
@@ -172,6 +172,29 @@ def test_only_the_blocks_of_the_language_model_are_quantised(quantize: Any, llm_
             name for name, module in model.named_modules() if type(module).__name__ in ("Linear4bit", "Linear8bitLt")
         }
         assert len(small) == 14 and all(name.startswith("model.language_model.layers.") for name in small)
+
+
+@pytest.mark.parametrize("sizes", [(32, 48), (128, 352)], ids=["tiny", "the demo's"])
+def test_four_bit_weights_of_sizes_that_are_no_multiples_of_a_block_answer(
+    sizes: tuple[int, int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """bitsandbytes packs weights when they are first used on a CPU, and failed on such sizes."""
+    bitsandbytes = pytest.importorskip("bitsandbytes")
+    if sizes == (32, 48):  # no layer can be packed, so any CPU tells
+        monkeypatch.setattr("bitsandbytes.nn.modules.has_avx512bf16", lambda: True)
+    hidden_size, intermediate_size = sizes
+    llm = save_llm(tmp_path / "llm", hidden_size=hidden_size, intermediate_size=intermediate_size)
+    folder = save_whole(build(llm), tmp_path / "whole")
+    model, rounded = load_model(folder, quantize="nf4"), load_model(folder)
+    for name, module in model.named_modules():
+        if type(module).__name__ == "Linear4bit":
+            whole = bitsandbytes.functional.dequantize_4bit(module.weight.data, module.weight.quant_state)
+            rounded.get_submodule(name).weight.data.copy_(whole)
+
+    expected = logits(rounded)
+    # Layers that are packed multiply in bfloat16.
+    tolerance = 1e-5 if sizes == (32, 48) else 2e-2
+    torch.testing.assert_close(logits(model), expected, atol=tolerance * float(expected.abs().max()), rtol=0)
 
 
 def test_gradients_through_quantised_weights_are_those_of_the_rounded_weights(llm_folder: Path) -> None:
