@@ -28,6 +28,8 @@ __all__ = ["HeadSettings", "build_head", "decoder_of", "describe_head", "head_se
 
 # What configs call these numbers, and whether logits are multiplied with them (or divided by them).
 _SCALES = {"logits_scaling": False, "logit_scale": True, "lm_head_multiplier": True}
+# What the whole model's config is made of.
+_NEEDED = ("hidden_size", "vocab_size", "tie_word_embeddings")
 _CAPS = ("final_logit_softcapping", "logits_soft_cap")
 # Vocabulary and tokens of the trial that compares two heads.
 _ROWS, _TOKENS = 8, 4
@@ -130,6 +132,8 @@ def head_settings(llm: PreTrainedModel) -> HeadSettings:
     """
     head: Any = llm.get_output_embeddings()
     decoder: Any = decoder_of(llm)
+    if lacking := [name for name in _NEEDED if not hasattr(llm.config, name)]:
+        raise _refusal(llm, f"its config has no {lacking[0]}, as those of models of several parts; take its text model")
     if not isinstance(head, nn.Linear):
         raise _refusal(llm, "it has no linear layer as its head")
     if decoder is llm or not isinstance(decoder, nn.Module):

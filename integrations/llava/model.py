@@ -346,8 +346,9 @@ def build_model(
     model.set_output_embeddings(llm.get_output_embeddings())
     model.generation_config = deepcopy(llm.generation_config)
     forbid_token(model.generation_config, image_token_id)
-    # The new config made every part forget its attention implementation.
-    llm.set_attn_implementation(attention)
+    # The new config made every part forget its attention implementation; some, such as BLOOM, refuse to be told by
+    # `set_attn_implementation`, and would go on without a causal mask.
+    llm.config._attn_implementation = attention
     # Not the language model: its rotary table has to stay float32.
     for part in (model.model.vision_tower, model.model.fuser, model.model.multi_modal_projector):
         part.to(dtype or llm.dtype)

@@ -5,16 +5,20 @@ Or it is refused by name when the model is built.
 
 from __future__ import annotations
 
+from contextlib import suppress
 from copy import deepcopy
 from typing import Any
 
 import pytest
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
     AutoModelForCausalLM,
+    BloomConfig,
     CohereConfig,
     Gemma2Config,
+    Gemma3Config,
     GraniteConfig,
     LlamaConfig,
     PhiConfig,
@@ -49,13 +53,42 @@ OTHER = {
     **dict.fromkeys(("max_position_embeddings", "n_positions"), 64),
     **dict.fromkeys(("head_dim", "moe_intermediate_size", "shared_expert_intermediate_size"), 16),
     **dict.fromkeys(("num_experts", "num_local_experts", "n_routed_experts"), 4),
+    **dict.fromkeys(("encoder_layers", "decoder_layers", "num_encoder_layers", "num_decoder_layers"), 2),
+    **dict.fromkeys(("encoder_attention_heads", "decoder_attention_heads"), 2),
+    **dict.fromkeys(("num_encoder_attention_heads", "num_decoder_attention_heads"), 2),
+    **dict.fromkeys(("encoder_ffn_dim", "decoder_ffn_dim"), 48),
+    **dict.fromkeys(("attention_hidden_size", "embedding_size"), 32),
+    **dict.fromkeys(("kv_lora_rank", "q_lora_rank", "qk_nope_head_dim", "v_head_dim"), 16),
+    **dict.fromkeys(("rotary_dim", "qk_rope_head_dim"), 8),
+    **dict.fromkeys(("linear_key_head_dim", "linear_value_head_dim"), 16),
+    **dict.fromkeys(("linear_num_key_heads", "linear_num_value_heads", "topk_group", "n_group"), 2),
+    "vocab_size_per_layer_input": VOCABULARY,
     "bos_token_id": 1,
     "eos_token_id": 2,
 }
+# What a type needs beside: sizes under names of its own, and counts that follow from others.
+OVERRIDES: dict[str, dict[str, Any]] = {
+    "gemma3n_text": {"num_kv_shared_layers": 0},
+    "dots1": {"n_shared_experts": 1},
+    "granitemoehybrid": {"mamba_n_heads": 4, "mamba_d_head": 16, "layer_types": ["mamba", "attention"]},
+    "bamba": {"mamba_n_heads": 4, "mamba_d_head": 16, "attn_layer_indices": [1]},
+    "mamba2": {"num_heads": 4, "head_dim": 16, "n_groups": 1},
+    "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1},
+    "roc_bert": {"pronunciation_vocab_size": 61, "shape_vocab_size": 61},
+    **{name: {"head_dim": 8} for name in ("deepseek_v3", "axk1", "bailing_hybrid", "sarvam_mla", "youtu")},
+}
+NOT_BUILT = (
+    *(AttributeError, AssertionError, IndexError, KeyError, TypeError, ValueError, RuntimeError),
+    StrictDataclassError,
+)
 IDS = torch.tensor([[3, 4, 5, 6, 7]])
-MOST_PARAMETERS = 1_100_000
-# Types of transformers 5.24 that are computed right, and that are tried at all; fewer means that the trial broke.
-FEWEST_RIGHT, FEWEST_TRIED = 60, 80
+MOST_PARAMETERS = 10_000_000
+# Shares of all types: with transformers 5.24, of 196, 123 are computed right and 47 refused; fewer means that the trial
+# broke. The 26 others have sizes that are fixed or constrain one another (prophetnet, qwen4_exp, xlstm, longcat_flash,
+# dory, blt, lfm2_moe), a size for each layer (gemma4 and its kin, dots3_note), blocks in an order of their own (zamba,
+# zamba2, cohere_compass_text), a part that has to be set up first (reformer, xmod), or a config that does not fit
+# its class (dbrx, musicgen, xlnet).
+FEWEST_RIGHT, FEWEST_TRIED = 0.55, 0.8
 
 
 def whole(llm: PreTrainedModel) -> FusedLlavaForConditionalGeneration:
@@ -89,8 +122,9 @@ def tiny_causal(config: PreTrainedConfig) -> PreTrainedModel:
         Gemma2Config(**TINY, head_dim=16, final_logit_softcapping=0.7),
         GraniteConfig(**TINY, logits_scaling=8.0),
         CohereConfig(**TINY, logit_scale=0.3),
+        BloomConfig(vocab_size=VOCABULARY, hidden_size=32, n_layer=2, n_head=2),  # refuses set_attn_implementation
     ],
-    ids=["product", "tied", "bias", "soft cap", "divided", "multiplied"],
+    ids=["product", "tied", "bias", "soft cap", "divided", "multiplied", "attention of its own"],
 )
 def test_heads_that_do_more_than_a_product_give_their_own_logits(config: PreTrainedConfig, tmp_path: Any) -> None:
     llm = tiny_causal(config)
@@ -120,28 +154,64 @@ def test_a_language_model_of_another_make_is_refused_by_name() -> None:
         whole(llm)
 
 
-def described(kind: type[PreTrainedConfig]) -> PreTrainedConfig:
-    """The config of a type with every size that it has made small."""
-    config = kind()
-    for name, value in OTHER.items():
-        if isinstance(getattr(config, name, ""), (int, type(None))) and not isinstance(getattr(config, name), bool):
+def test_a_model_of_several_parts_is_refused_by_name() -> None:
+    llm = tiny_causal(shrunk(Gemma3Config()))
+
+    with pytest.raises(InputError, match=r"type 'gemma3' .* its config has no hidden_size.*; take its text model"):
+        whole(llm)
+
+
+def sizes_of(config: PreTrainedConfig) -> dict[str, int]:
+    """The tiny sizes under the names that a config has."""
+    sizes = {}
+    for name, size in OTHER.items():
+        with suppress(AttributeError):  # it has none of that name, or one for each layer
+            value = getattr(config, name)
+            if isinstance(value, (int, type(None))) and not isinstance(value, bool):
+                sizes[name] = size
+    return sizes
+
+
+def shrunk(config: PreTrainedConfig) -> PreTrainedConfig:
+    """The config with every size that it and its parts have made small."""
+    for part in config.sub_configs:
+        if isinstance(getattr(config, part, None), PreTrainedConfig):
+            shrunk(getattr(config, part))
+    for name, value in {**sizes_of(config), **OVERRIDES.get(config.model_type, {})}.items():
+        with suppress(AttributeError):  # a property
             setattr(config, name, value)
     for name in ("layer_types", "mlp_layer_types"):
-        if getattr(config, name, None):
-            setattr(config, name, list(getattr(config, name))[:2])
+        if types := getattr(config, name, None):
+            with suppress(AttributeError):
+                last = "full_attention" if "full_attention" in types else types[1]
+                setattr(config, name, [types[0], last])
     return config
 
 
+def built(kind: type[PreTrainedConfig], layers: int) -> PreTrainedConfig:
+    """A config that was given the sizes, and told itself what follows from them."""
+    sizes = sizes_of(kind())
+    counts = {name: layers for name in ("num_hidden_layers", "n_layer", "num_layers") if name in sizes}
+    return kind(**{**sizes, **counts, **OVERRIDES.get(kind.model_type, {})})
+
+
 def own_logits(kind: type[PreTrainedConfig]) -> tuple[PreTrainedModel, torch.Tensor]:
-    """A tiny language model of a type, and its logits; transformers raises what it likes where there is none."""
-    config = described(kind)
-    with torch.device("meta"):
-        size = AutoModelForCausalLM.from_config(deepcopy(config)).num_parameters()
-    if size > MOST_PARAMETERS:
-        raise ValueError(f"{size:,} parameters")
-    llm = tiny_causal(config)
-    with torch.no_grad():
-        return llm, llm(IDS).logits
+    """A tiny language model of a type, and its logits; the first error where no way of making it small works."""
+    first: BaseException | None = None
+    for describe in (lambda: shrunk(kind()), lambda: built(kind, 2), lambda: built(kind, 4)):
+        try:
+            config = describe()
+            with torch.device("meta"):
+                size = AutoModelForCausalLM.from_config(deepcopy(config)).num_parameters()
+            if size > MOST_PARAMETERS:
+                raise ValueError(f"{size:,} parameters")
+            llm = tiny_causal(config)
+            with torch.no_grad():
+                return llm, llm(IDS).logits
+        except NOT_BUILT as error:
+            first = first or error
+    assert first is not None
+    raise first
 
 
 @pytest.mark.slow
@@ -152,13 +222,13 @@ def test_every_causal_type_that_can_be_built_tiny_gives_its_own_logits_or_is_ref
         name = kind.model_type
         try:
             llm, expected = own_logits(kind)
-        except (AttributeError, AssertionError, IndexError, KeyError, TypeError, ValueError, RuntimeError) as error:
+        except NOT_BUILT as error:
             untried[name] = f"{type(error).__name__}: {error}"[:120]
             continue
         try:
             model = whole(llm)
         except InputError as error:
-            assert repr(name) in str(error)
+            assert repr(llm.config.model_type) in str(error)
             refused[name] = str(error)
             continue
         with torch.no_grad():
@@ -169,7 +239,8 @@ def test_every_causal_type_that_can_be_built_tiny_gives_its_own_logits_or_is_ref
     print(f"right: {right}\nrefused: {refused}\nuntried: {untried}")
 
     assert wrong == {}
-    assert len(right) >= FEWEST_RIGHT and len(right) + len(refused) >= FEWEST_TRIED
+    total = len(MODEL_FOR_CAUSAL_LM_MAPPING)
+    assert len(right) >= FEWEST_RIGHT * total and len(right) + len(refused) >= FEWEST_TRIED * total
     assert {"llama", "mistral", "qwen2", "qwen3", "phi", "phi3", "gemma", "gemma2", "granite", "cohere"} <= set(right)
 
 
