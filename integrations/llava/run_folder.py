@@ -97,15 +97,16 @@ class RunFolder:
             yield
         finally:
             running.unlink(missing_ok=True)
+            # Trainer makes a stage's before anything is written.
+            for folder in (self.path / stage for stage in STAGES):
+                _remove_if_empty(folder)
+            # The lock's file stays, for another training may hold it already; where there is nothing else, nobody does.
             with suppress(OSError):  # Windows keeps a file that is open
-                file.unlink(missing_ok=True)
+                if [path.name for path in self.path.iterdir()] == [file.name]:
+                    file.unlink()
             lock.release()
-            with suppress(OSError):
-                file.unlink(missing_ok=True)
-            # Those that are empty: Trainer makes a stage's before anything is written.
-            for folder in (*(self.path / stage for stage in STAGES), *made):
-                with suppress(OSError):
-                    folder.rmdir()
+            for folder in made:
+                _remove_if_empty(folder)
 
     def adapter(self, stage: str) -> Path:
         """Name the file of fuser and projector after a stage."""
@@ -269,8 +270,7 @@ class RunFolder:
             else:
                 path.unlink()
         for stage in stages:
-            with suppress(OSError):  # something of the user's is in it
-                (self.path / stage).rmdir()
+            _remove_if_empty(self.path / stage)  # it may hold something of the user's
         if stages and (self.path / "run.json").is_file():
             noted = self._noted("run.json")
             left = {
@@ -302,6 +302,11 @@ class RunFolder:
 
     def _note(self, name: str, values: Mapping[str, Any]) -> None:
         write_text(self.path / name, json.dumps(self._noted(name) | dict(values), indent=2) + "\n")
+
+
+def _remove_if_empty(folder: Path) -> None:
+    with suppress(OSError):
+        folder.rmdir()
 
 
 def _holder(file: Path) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import logging
@@ -14,6 +15,7 @@ from typing import Any
 
 import pytest
 import torch
+from filelock import FileLock
 from safetensors.torch import load_file
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
@@ -198,13 +200,34 @@ def test_a_folder_is_one_training_s_alone_and_a_killed_one_leaves_no_harm(
     for overwrite in (False, True):
         with pytest.raises(InputError, match=f"a training is running in .*: {who}, since .* give another folder"):
             train(tiny_recipe, copied, overwrite=overwrite)
-    assert {name: text for name, text in content(copied).items() if name[0] != "."} == content(finished)
+    assert {**content(copied), ".running.json": None} == {**content(finished), ".running.json": None}
     holder.kill()
     holder.wait()
     holder.stdout.close()
 
     train(tiny_recipe, copied, overwrite=True)
-    assert not [*copied.glob(".lock"), *copied.glob(".running*")]
+    assert not [*copied.glob(".running*")]
+
+
+def test_a_training_that_starts_as_another_ends_has_the_folder_to_itself(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The second one takes the lock between the first one's last two lines; a third must not be let in."""
+    (tmp_path / "recipe.yaml").touch()
+    waiting, second = [RunFolder(tmp_path)], contextlib.ExitStack()
+
+    class Queued(FileLock):  # type: ignore[misc]  # of a class of its own: filelock knows those of one class in a process
+        def release(self, force: bool = False) -> None:
+            super().release(force)
+            while waiting:
+                second.enter_context(waiting.pop().locked())
+
+    with monkeypatch.context() as patch:
+        patch.setattr("integrations.llava.run_folder.FileLock", Queued)
+        with RunFolder(tmp_path).locked():
+            pass
+    with second, pytest.raises(InputError, match="a training is running"), RunFolder(tmp_path).locked():
+        pass
 
 
 def test_a_folder_that_cannot_be_made_is_said_with_the_way_out(tiny_recipe: Recipe, tmp_path: Path) -> None:
