@@ -18,6 +18,7 @@ _PIECE = 16 * 2**20
 _BLANK = np.frombuffer(b" \t\r\n\v\f", np.uint8)
 _TEXT = re.compile(rb"[^ \t\r\n\v\f]")
 _BLANKS = re.compile(r"[ \t\r\n]*")
+_UNFINISHED = ("", ".", *(letter + sign for letter in "eE" for sign in ("", "+", "-")))
 _DECODE = json.JSONDecoder().raw_decode
 
 
@@ -173,9 +174,10 @@ class _Window:
                 continue
             except (ValueError, RecursionError) as error:  # a number of 5,000 digits; 100,000 brackets
                 raise self.fault(str(error)) from error
-            # A number that touches the window's end may go on behind it.
-            if self.place + length < len(self.text) or not self.grow():
-                self.move(self.place + length)
+            end = self.place + length
+            # A number may go on behind the window's end: it touches it, or all but its fraction or exponent is there.
+            if self.text[end : end + 3] not in _UNFINISHED or not self.grow():
+                self.move(end)
                 return start, self.byte
 
     def fault(self, what: str) -> InputError:

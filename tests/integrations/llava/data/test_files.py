@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from integrations.llava.data import (
@@ -150,6 +150,7 @@ JSON_VALUES = st.recursive(
 
 
 @given(st.lists(JSON_VALUES, max_size=6), st.integers(1, 40), st.sampled_from([None, 2]), st.booleans())
+@example([0.0, -1.5e-7, 2.5e300], 1, None, False)
 def test_entries_are_found_whatever_the_pieces(
     tmp_path_factory: pytest.TempPathFactory, values: list[Any], piece: int, indent: int | None, ascii_only: bool
 ) -> None:

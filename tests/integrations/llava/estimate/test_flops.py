@@ -46,7 +46,9 @@ def test_operations_are_those_that_torch_counts(name: str, stage: str, checkpoin
     fuser = forward.get_flop_counts().get("FusedLlavaForConditionalGeneration.model.fuser", {})
     uncounted = parts["fuser"].forward - sum(fuser.values())
     assert 0 <= uncounted <= 0.3 * parts["fuser"].forward
-    assert sum(part.forward for part in parts.values()) - uncounted == forward.get_total_flops()
+    # Older releases of transformers compute the angles of rotary positions as a matrix product.
+    rotary = forward.get_flop_counts().get("FusedLlavaForConditionalGeneration.model.language_model.rotary_emb", {})
+    assert sum(part.forward for part in parts.values()) - uncounted == forward.get_total_flops() - sum(rotary.values())
     repeated = sum(part.recompute + part.backward for part in parts.values())
     assert repeated - 2 * uncounted == backward.get_total_flops()
 
