@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import glob
+import hashlib
 import os
 import re
 import shutil
@@ -23,6 +24,7 @@ __all__ = [
     "atomic_folder",
     "check_disk_space",
     "explain_missing_config",
+    "file_digest",
     "interrupted_save",
     "process_is_alive",
     "write_text",
@@ -259,6 +261,20 @@ def _mode_of_new_file(folder: Path) -> int:
     mode = stat.S_IMODE(probe.stat().st_mode)
     probe.unlink()
     return mode
+
+
+def file_digest(path: str | Path) -> bytes:
+    """SHA-256 of a file's content, 32 bytes; read piece by piece, so that weights of many GB need no memory.
+
+    Raises:
+        OSError: if the file cannot be read.
+    """
+    digest = hashlib.sha256()
+    piece = memoryview(bytearray(2**22))
+    with open(path, "rb", buffering=0) as file:
+        while size := file.readinto(piece):
+            digest.update(piece[:size])
+    return digest.digest()
 
 
 def check_disk_space(folder: str | Path, needed: int, what: str) -> None:

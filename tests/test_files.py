@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import signal
 import socket
@@ -21,6 +22,7 @@ from layerfuse.files import (
     atomic_folder,
     check_disk_space,
     explain_missing_config,
+    file_digest,
     interrupted_save,
     process_is_alive,
     write_text,
@@ -300,3 +302,12 @@ def test_room_is_looked_for_in_the_nearest_existing_folder(tmp_path: Path) -> No
     check_disk_space(tmp_path / "not" / "there", 1, "a file")
     with pytest.raises(FileAccessError, match="a checkpoint needs .* GiB, but the disk of .* has .* GiB left"):
         check_disk_space(tmp_path / "not" / "there", 2**60, "a checkpoint")
+
+
+def test_a_digest_is_of_all_the_content(tmp_path: Path) -> None:
+    (tmp_path / "abc").write_bytes(b"abc")
+    (tmp_path / "long").write_bytes(b"a" * (2**23 + 1))
+
+    # FIPS 180-2, B.1; the other as Python's whole-file hash has it.
+    assert file_digest(tmp_path / "abc").hex() == "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
+    assert file_digest(tmp_path / "long") == hashlib.sha256(b"a" * (2**23 + 1)).digest()

@@ -24,7 +24,7 @@ from typing import Any
 import torch
 
 from layerfuse.errors import FileAccessError, InputError
-from layerfuse.files import atomic_file
+from layerfuse.files import atomic_file, file_digest
 
 from .decoding import Decoding
 from .json_lines import json_lines
@@ -315,13 +315,4 @@ def weights_fingerprint(folder: str | Path) -> str:
     files = [path for name in names for path in sorted(Path(folder).glob(name))]
     # Threads: hashing and reading run outside of Python's lock.
     with ThreadPoolExecutor(4) as pool:
-        return hashlib.sha256(b"".join(pool.map(_digest, files))).hexdigest()[:12]
-
-
-def _digest(path: Path) -> bytes:
-    digest = hashlib.sha256()
-    piece = memoryview(bytearray(2**22))
-    with path.open("rb", buffering=0) as file:
-        while size := file.readinto(piece):
-            digest.update(piece[:size])
-    return digest.digest()
+        return hashlib.sha256(b"".join(pool.map(file_digest, files))).hexdigest()[:12]

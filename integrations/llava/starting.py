@@ -6,7 +6,6 @@ is not found after the first one's hours.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ import torch
 from transformers import SchedulerType, get_scheduler
 
 from layerfuse.errors import InputError, MissingFileError, MissingPackageError, UserError
+from layerfuse.files import file_digest
 from layerfuse.registry import unknown_name_message
 
 from .assembly import build_on_meta, check_vocabulary, llm_config, load_tokenizer
@@ -194,11 +194,7 @@ def find_connector(
 def _of_file(path: Path, before: str | None = None) -> Connector:
     if not path.is_file():
         raise MissingFileError(f"adapter {path} does not exist; run the stage that writes it first.")
-    with path.open("rb") as file:
-        digest = hashlib.sha256()
-        while piece := file.read(2**20):
-            digest.update(piece)
-    return Connector(path, f"{digest.hexdigest()} {path.absolute()}", before)
+    return Connector(path, f"{file_digest(path).hex()} {path.absolute()}", before)
 
 
 def _words(note: str) -> str:

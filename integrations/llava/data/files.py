@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import mmap
 from collections.abc import Sequence
@@ -110,15 +109,6 @@ class SampleFile(Sequence[Sample]):
             except (ValueError, RecursionError):
                 continue
         return counts
-
-    @property
-    def fingerprint(self) -> str:
-        """A hash of the file's content, 32 hexadecimal digits; taken once for a state of the file, kept beside it."""
-        digest = cached_array(self.path, self._state, "content-v1", self._hash)
-        return digest.tobytes().hex()
-
-    def _hash(self) -> np.ndarray:
-        return np.frombuffer(hashlib.blake2b(self._data, digest_size=16).digest(), dtype=np.int64)
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _reopen, (self.path, self._state)

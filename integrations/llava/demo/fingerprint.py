@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from layerfuse.errors import ExistingFileError
+from layerfuse.files import file_digest as whole_digest
 from layerfuse.files import write_text
 
 __all__ = [
@@ -36,7 +37,7 @@ def digest(values: Mapping[str, Any]) -> str:
 
 def file_digest(path: str | Path) -> str:
     """Digest of a file's bytes."""
-    return hashlib.sha256(Path(path).read_bytes()).hexdigest()[:16]
+    return whole_digest(path).hex()[:16]
 
 
 def folder_digest(path: str | Path) -> str:

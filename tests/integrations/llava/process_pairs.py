@@ -6,7 +6,7 @@ ended, after how many seconds, and what they said.
 
 from __future__ import annotations
 
-import importlib.util
+import importlib
 import json
 import os
 import signal
@@ -18,7 +18,6 @@ import time
 import traceback
 from dataclasses import dataclass
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 __all__ = ["Ended", "Nursery"]
@@ -52,7 +51,7 @@ class Nursery:
         )
 
     def run(self, job: str, *arguments: Any) -> tuple[Ended, Ended]:
-        """Let two processes run `file:function(rank, *arguments)`; what it returns is the exit code."""
+        """Let two processes run `module:function(rank, *arguments)`; what it returns is the exit code."""
         assert self.process.stdin is not None and self.process.stdout is not None
         self.process.stdin.write(json.dumps([job, *arguments]) + "\n")
         self.process.stdin.flush()
@@ -105,24 +104,14 @@ def _fork(rank: int, port: str, said: Path, job: str, arguments: tuple[Any, ...]
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank)}
     code = 1
     try:
-        file, _, function = job.partition(":")
-        code = getattr(_load(Path(__file__).with_name(file)), function)(rank, *arguments) or 0
+        module, _, function = job.partition(":")
+        code = getattr(importlib.import_module(module), function)(rank, *arguments) or 0
     except BaseException:
         traceback.print_exc()
     finally:
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)
-
-
-def _load(path: Path) -> ModuleType:
-    """Import a file: an installed package is called `tests`, too."""
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[path.stem] = module
-    spec.loader.exec_module(module)
-    return module
 
 
 if __name__ == "__main__":

@@ -38,7 +38,7 @@ def arguments(tiny_recipe: Recipe, tmp_path: Path) -> list[str]:
 
 
 def test_every_process_ends_well_where_none_fails(nursery: Nursery, arguments: list[str], tmp_path: Path) -> None:
-    ended = nursery.run("failing_worker.py:fail", arguments, "build", 2, "KeyError")
+    ended = nursery.run("failing_worker:fail", arguments, "build", 2, "KeyError")
 
     assert [each.code for each in ended] == [0, 0], ended
     assert RunFolder(tmp_path / "run").finished == ("pretrain",)
@@ -48,7 +48,7 @@ def test_every_process_ends_well_where_none_fails(nursery: Nursery, arguments: l
 def test_a_failure_in_any_phase_ends_every_process_with_its_text(
     phase: str, failing: int, error: str, nursery: Nursery, arguments: list[str]
 ) -> None:
-    ended = nursery.run("failing_worker.py:fail", arguments, phase, failing, error)
+    ended = nursery.run("failing_worker:fail", arguments, phase, failing, error)
     own, other = ended[failing], ended[1 - failing]
 
     # What a user can mend is said in one line; everything else keeps its traceback, where it happened.
@@ -63,7 +63,7 @@ def test_a_failure_in_any_phase_ends_every_process_with_its_text(
 
 @pytest.mark.parametrize("failing", [0, 1])
 def test_every_process_ends_when_one_is_killed(failing: int, nursery: Nursery, arguments: list[str]) -> None:
-    ended = nursery.run("failing_worker.py:killed", arguments, failing)
+    ended = nursery.run("failing_worker:killed", arguments, failing)
 
     assert (ended[failing].code, ended[1 - failing].code) == (-9, 1), ended
     assert abs(ended[0].seconds - ended[1].seconds) < SECONDS

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import importlib.util
+import importlib
 import json
 import sys
 from pathlib import Path
-from types import ModuleType
 
 import torch
 
 
 def main(folder: Path) -> None:
     """Train with both averages, then with a sample that breaks one process."""
-    tiny = _load(Path(__file__).with_name("tiny_training.py"))
+    tiny = importlib.import_module("tiny_training")
     unequal = [tiny.item("a", 1, 3, skipped="a"), tiny.item("b", 5, skipped="b")]
     for loss_average in ("micro_batch", "token"):
         trainer = tiny.tiny_trainer(folder / loss_average, unequal, loss_average=loss_average)
@@ -29,16 +28,6 @@ def main(folder: Path) -> None:
     except tiny.NonFiniteLossError as error:
         found = {"message": str(error), "weight": float(trainer.model.weight.detach())}
         (folder / f"broken-{trainer.args.process_index}.json").write_text(json.dumps(found))
-
-
-def _load(path: Path) -> ModuleType:
-    """Import a file: an installed package is called `tests`, too."""
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[path.stem] = module
-    spec.loader.exec_module(module)
-    return module
 
 
 if __name__ == "__main__":

@@ -355,18 +355,6 @@ def test_a_selection_knows_lengths_and_places_in_the_file(tmp_path: Path) -> Non
     assert list(select_samples(samples, [1])) == [SAMPLES[1]]
 
 
-def test_a_fingerprint_is_of_the_content(tmp_path: Path, keep_everything: Path) -> None:
-    first, copy = tmp_path / "a.jsonl", tmp_path / "b.jsonl"
-    for path in (first, copy):
-        path.write_text(as_lines(SAMPLES), encoding="utf-8")
-    before = SampleFile(first).fingerprint
-
-    assert len(before) == 32
-    assert SampleFile(copy).fingerprint == before
-    first.write_bytes(copy.read_bytes().replace(b"boat", b"goat"))
-    assert SampleFile(first).fingerprint != before
-
-
 def test_json_that_python_cannot_hold_is_named(tmp_path: Path) -> None:
     nested, number = "[" * 100_000 + "]" * 100_000, "9" * 5000
     for text in (nested, number):
