@@ -2,7 +2,8 @@
 
 Two ways lead here. A warning (DeprecationWarning, FutureWarning) counts where the frame that called into the warning
 library is ours, however deep inside the library the warning is raised; what libraries ask of one another is theirs to
-mend. A log record of the libraries below counts whoever caused it: it is what a user would read.
+mend. A log record of the libraries below counts whoever caused it, since it is what a user would read; but for what a
+library's own callers of a model ask of it, through whatever lies between.
 """
 
 from __future__ import annotations
@@ -21,6 +22,8 @@ _ROOT = Path(__file__).resolve().parents[1]
 _OURS = tuple(f"{_ROOT / folder}/" for folder in ("layerfuse", "integrations"))
 _STANDARD = "python"
 _CATEGORIES = (DeprecationWarning, PendingDeprecationWarning, FutureWarning)
+# Before 5.20, pipelines of transformers pass `generate` what it calls deprecated.
+_CALLERS = ("transformers.pipelines.",)
 _LOGGERS = ("transformers", "accelerate", "huggingface_hub", "torch", "timm", "open_clip", "peft")
 
 
@@ -72,7 +75,7 @@ class _Records(logging.Handler):
         self._found = found
 
     def emit(self, record: logging.LogRecord) -> None:
-        if "deprecated" in (message := record.getMessage()).lower():
+        if "deprecated" in (message := record.getMessage()).lower() and not _asked_by_a_library(sys._getframe(1)):
             self._found.append(f"{record.name} logged: {message}")
 
 
@@ -82,6 +85,14 @@ def _say_again() -> None:
         if module in sys.modules:
             place = sys.modules[module] if owner is None else getattr(sys.modules[module], owner)
             place.warning_once.cache_clear()
+
+
+def _asked_by_a_library(frame: FrameType | None) -> bool:
+    while frame is not None:
+        if str(frame.f_globals.get("__name__", "")).startswith(_CALLERS):
+            return True
+        frame = frame.f_back
+    return False
 
 
 def _own_caller(frame: FrameType | None) -> str | None:

@@ -54,6 +54,12 @@ def test_fails_for_a_record(again):
     from transformers.utils import logging
     logging.get_logger("transformers.x").warning_once("`y` is Deprecated")
 
+def test_passes_where_a_pipeline_asks():
+    from transformers.utils import logging
+    logger = logging.get_logger("transformers.x")
+    record = lambda: logger.warning("`z` is deprecated")
+    call(call(record, OURS, "layerfuse.files"), "base.py", "transformers.pipelines.base")()
+
 def test_passes_for_another_record():
     logging.getLogger("transformers.x").warning("`y` is new")
 
@@ -79,6 +85,6 @@ def test_what_is_deprecated_fails_the_test_that_caused_it(root: Path, tmp_path: 
 
     outcomes = re.findall(r"^(PASSED|FAILED|ERROR) test_all.py::test_(passes|fails)", result.stdout, re.MULTILINE)
     assert sorted(set(outcomes)) == [("ERROR", "fails"), ("FAILED", "fails"), ("PASSED", "passes")], result.stdout
-    assert len(outcomes) == 10
+    assert len(outcomes) == 11
     assert "layerfuse/files.py:2: DeprecationWarning: old" in result.stdout
     assert "transformers.x logged: `y` is Deprecated" in result.stdout

@@ -23,6 +23,7 @@ from layerfuse.backbones import Backbone, create_backbone
 from layerfuse.errors import InputError, UserError
 from layerfuse.fusers import Fuser, create_fuser
 
+from .built_modules import forbid_uncapped_attention
 from .config import PARTS, LoraConfig, ModelConfig, StageConfig
 from .model import FusedLlavaForConditionalGeneration, build_model
 from .processing import add_image_token
@@ -91,9 +92,12 @@ def _language_model(config: ModelConfig, dtype: torch.dtype, lora: LoraConfig | 
     model: PreTrainedModel
     quantized = quantization_config(lora.quantize, dtype) if lora is not None else None
     if config.llm_pretrained:
+        architecture = llm_config(config)
+        forbid_uncapped_attention(architecture)
         with _loading(f"the language model {config.llm}", "model.llm, model.attention"):
             model = AutoModelForCausalLM.from_pretrained(
                 config.llm,
+                config=architecture,
                 dtype=dtype,
                 attn_implementation=config.attention,
                 quantization_config=quantized,
@@ -119,6 +123,7 @@ def llm_from_config(config: ModelConfig, architecture: PreTrainedConfig, *, dtyp
     Raises:
         ValueError: if transformers cannot build it so.
     """
+    forbid_uncapped_attention(architecture)
     with _loading(f"the language model {config.llm}", "model.attention, model.llm_architecture"):
         model: PreTrainedModel = AutoModelForCausalLM.from_config(
             architecture, dtype=dtype, attn_implementation=config.attention

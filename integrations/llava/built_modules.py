@@ -4,14 +4,26 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_MAPPING, PreTrainedConfig, PreTrainedModel
 
 from layerfuse.backbones import Backbone
 
-__all__ = ["keep_as_built", "real_tensors", "restore_buffers", "set_attention"]
+__all__ = [
+    "forbid_uncapped_attention",
+    "keep_as_built",
+    "loses_cap",
+    "real_tensors",
+    "restore_buffers",
+    "set_attention",
+]
+
+# Their attention scores are capped (config.attn_logit_softcapping), which `sdpa` cannot do. transformers before 5.21
+# chose it for them all the same, and left the cap out without a word.
+_CAPPED = ("gemma2", "vaultgemma")
 
 
 @contextmanager
@@ -37,6 +49,23 @@ def set_attention(backbone: Backbone, implementation: str | None) -> None:
             able = {"eager": True, "sdpa": part._supports_sdpa, "flex_attention": part._supports_flex_attn}
             if able.get(implementation, part._supports_flash_attn):
                 part.set_attn_implementation(implementation)
+
+
+def forbid_uncapped_attention(config: PreTrainedConfig) -> None:
+    """Tell transformers before a language model is built that `sdpa` is not for it, if that is so.
+
+    It then chooses eager attention where none was asked for, and refuses `sdpa` by name, as from 5.21 on by itself.
+    """
+    if loses_cap(config, "sdpa"):
+        for mapping in (MODEL_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING):
+            built: Any = mapping[type(config)]
+            built._supports_sdpa = False
+
+
+def loses_cap(config: PreTrainedConfig, implementation: str | None) -> bool:
+    """Tell whether an attention implementation leaves out the cap that a language model's scores have."""
+    capped = config.model_type in _CAPPED and getattr(config, "attn_logit_softcapping", None) is not None
+    return capped and implementation == "sdpa"
 
 
 @torch.no_grad()

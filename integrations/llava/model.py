@@ -35,7 +35,14 @@ from layerfuse.errors import InputError
 from layerfuse.features import FeatureMaps
 from layerfuse.fusers import Fuser, fuser_from_config
 
-from .built_modules import keep_as_built, real_tensors, restore_buffers, set_attention
+from .built_modules import (
+    forbid_uncapped_attention,
+    keep_as_built,
+    loses_cap,
+    real_tensors,
+    restore_buffers,
+    set_attention,
+)
 from .generate_mixin import GeneratesFromImages, forbid_token
 from .language_head import build_head, decoder_of, head_settings, text_loss
 from .model_config import FusedLlavaConfig, LayerfuseVisionConfig
@@ -191,6 +198,7 @@ class FusedLlavaModel(_LoadsWhole, LlavaModel):
         self.vision_tower = LayerfuseVisionModel(config.vision_config, parts.backbone if parts else None)
         with real_tensors() as dtype:
             self.fuser = parts.fuser if parts else fuser_from_config(config.fuser).to(dtype)
+        forbid_uncapped_attention(config.text_config)
         projector = Projector(self.fuser.out_channels, config.text_config.hidden_size)
         self.multi_modal_projector = projector  # type: ignore[assignment]
         self.language_model = parts.language_model if parts else AutoModel.from_config(config.text_config)
@@ -321,6 +329,12 @@ def build_model(
             not known here.
     """
     check_fuser_fits(backbone, fuser)
+    if loses_cap(llm.config, llm.config._attn_implementation):
+        raise InputError(
+            f"{type(llm).__name__} caps its attention scores, and attn_implementation='sdpa' leaves the cap out "
+            "without a word in this version of transformers; load it with attn_implementation='eager', or take "
+            "transformers>=5.21."
+        )
     head = head_settings(llm)
     embedding: Any = llm.get_input_embeddings()
     if image_token_id >= embedding.num_embeddings:

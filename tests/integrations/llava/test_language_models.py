@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from contextlib import suppress
 from copy import deepcopy
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,6 +15,7 @@ import torch
 from huggingface_hub.errors import StrictDataclassError
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
+    AutoConfig,
     AutoModelForCausalLM,
     BloomConfig,
     CohereConfig,
@@ -242,6 +244,26 @@ def test_every_causal_type_that_can_be_built_tiny_gives_its_own_logits_or_is_ref
     total = len(MODEL_FOR_CAUSAL_LM_MAPPING)
     assert len(right) >= FEWEST_RIGHT * total and len(right) + len(refused) >= FEWEST_TRIED * total
     assert {"llama", "mistral", "qwen2", "qwen3", "phi", "phi3", "gemma", "gemma2", "granite", "cohere"} <= set(right)
+
+
+@pytest.mark.parametrize("kind", ["gemma2", "vaultgemma"])
+def test_capped_attention_scores_stay_capped(kind: str, tmp_path: Path) -> None:
+    llm = tiny_causal(AutoConfig.for_model(kind, **TINY, head_dim=16, attn_logit_softcapping=0.05))
+    with torch.no_grad():
+        expected = llm(IDS).logits
+        whole(llm).save_pretrained(tmp_path)
+        loaded = load_model(tmp_path)
+        torch.testing.assert_close(loaded(input_ids=IDS).logits, expected, atol=1e-5, rtol=1e-5)
+        with pytest.raises(ValueError, match="scaled_dot_product_attention"):
+            loaded.model.language_model.set_attn_implementation("sdpa")
+
+
+def test_a_language_model_whose_scores_lost_their_cap_is_refused() -> None:
+    llm = tiny_causal(Gemma2Config(**TINY, head_dim=16, attn_logit_softcapping=0.05))
+    llm.config._attn_implementation = "sdpa"
+
+    with pytest.raises(InputError, match="Gemma2ForCausalLM caps its attention scores.*attn_implementation='eager'"):
+        whole(llm)
 
 
 def test_a_language_model_without_the_attention_asked_for_names_the_way_out() -> None:

@@ -180,6 +180,16 @@ def verdicts(folder: Path, name: str) -> tuple[bool, bool, bool]:
     return doctor, "skipped" not in sample, True
 
 
+def has_a_range(path: Path) -> bool:
+    """Whether Pillow, which does not read all that it writes, reads a file as values of a known range."""
+    try:
+        with Image.open(path) as image:
+            image.load()
+    except OSError:
+        return False
+    return image.mode not in {"F", "LAB"} and (image.mode != "I" or image.format in {"PNG", "PPM"})
+
+
 def test_doctor_training_and_inference_agree_on_every_mode_and_format(tmp_path: Path) -> None:
     names = pictures(tmp_path)
     taken = {name: verdicts(tmp_path, name) for name in names}
@@ -187,7 +197,7 @@ def test_doctor_training_and_inference_agree_on_every_mode_and_format(tmp_path: 
     assert len(names) > 50
     assert all(len(set(verdict)) == 1 for verdict in taken.values()), taken
     refused = {name for name, verdict in taken.items() if not any(verdict)}
-    assert refused == {"F.ppm", "F.tiff", "I.tiff", "LAB.tiff"}
+    assert refused == {name for name in names if not has_a_range(tmp_path / name)} >= {"F.tiff", "I.tiff", "LAB.tiff"}
     grey = read_image(tmp_path / "I16.png")
     np.testing.assert_array_equal(np.asarray(grey), np.asarray(read_image(tmp_path / "I16.tiff")))
     assert 100 < np.asarray(grey).mean() < 155
