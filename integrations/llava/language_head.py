@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from itertools import product
 from typing import Any
@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch.nn import functional
-from transformers import PreTrainedModel
+from transformers import MODEL_MAPPING, PreTrainedModel
 from transformers.loss.loss_utils import ForCausalLMLoss
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
@@ -35,10 +35,16 @@ _CAPS = ("final_logit_softcapping", "logits_soft_cap")
 _ROWS, _TOKENS = 8, 4
 
 
-def decoder_of(llm: PreTrainedModel) -> Any:
-    """Find the part of a causal language model that gives hidden states."""
-    decoder = llm.get_decoder()
-    return llm.base_model if decoder is llm else decoder
+def decoder_of(llm: PreTrainedModel) -> PreTrainedModel | None:
+    """Find the part of a causal language model that gives hidden states, as AutoModel builds it when a model is loaded.
+
+    Returns:
+        The part; None if there is none, such as in decoders of translation models (BART), which AutoModel builds with
+        their encoder.
+    """
+    kinds: Any = MODEL_MAPPING.get(type(llm.config), ())
+    kind = kinds[0] if isinstance(kinds, tuple) and kinds else kinds
+    return next((module for module in llm.modules() if module is not llm and isinstance(module, kind)), None)
 
 
 @dataclass(frozen=True)
@@ -131,13 +137,13 @@ def head_settings(llm: PreTrainedModel) -> HeadSettings:
         ValueError: if its logits cannot be computed here; the message names the type and the reason.
     """
     head: Any = llm.get_output_embeddings()
-    decoder: Any = decoder_of(llm)
+    decoder = decoder_of(llm)
     if lacking := [name for name in _NEEDED if not hasattr(llm.config, name)]:
         raise _refusal(llm, f"its config has no {lacking[0]}, as those of models of several parts; take its text model")
     if not isinstance(head, nn.Linear):
         raise _refusal(llm, "it has no linear layer as its head")
-    if decoder is llm or not isinstance(decoder, nn.Module):
-        raise _refusal(llm, "it has no decoder apart from its head")
+    if decoder is None:
+        raise _refusal(llm, "AutoModel builds no decoder like its own, so that what is saved could not be loaded")
     if "inputs_embeds" not in inspect.signature(decoder.forward).parameters:
         raise _refusal(llm, "it takes no embeddings (`inputs_embeds`), which images are")
     if getattr(llm, "_is_stateful", False):
@@ -222,7 +228,10 @@ def _own_logits(
     name = next(name for name, module in llm.named_modules() if module is head)
     replaced = {f"{name}.weight": weight} | ({f"{name}.bias": bias} if bias is not None else {})
     ids = torch.zeros(1, _TOKENS, dtype=torch.long)
-    with _answering(decoder, hidden):
+    with ExitStack() as answers:
+        # Most call the decoder that they were built with; some, such as OPT, a part of it.
+        for called in {decoder, llm.get_decoder()} - {llm}:
+            answers.enter_context(_answering(called, hidden))
         outputs: Any = torch.func.functional_call(llm, replaced, kwargs={"input_ids": ids}, strict=False)
     logits: torch.Tensor = outputs.logits
     return logits

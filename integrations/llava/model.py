@@ -355,8 +355,10 @@ def build_model(
         prompt_template=prompt_template,
         tie_word_embeddings=bool(llm.config.tie_word_embeddings),
     )
+    decoder = decoder_of(llm)
+    assert decoder is not None  # head_settings has used it
     with torch.device(llm.device):
-        model = FusedLlavaForConditionalGeneration(config, _Parts(backbone, fuser, decoder_of(llm)))
+        model = FusedLlavaForConditionalGeneration(config, _Parts(backbone, fuser, decoder))
     model.set_output_embeddings(llm.get_output_embeddings())
     model.generation_config = deepcopy(llm.generation_config)
     forbid_token(model.generation_config, image_token_id)

@@ -113,7 +113,7 @@ def _decode(values: Mapping[str, Any], overrides: Mapping[str, Any], *, origin: 
         nested: Any = value
         for part in reversed(key.split(".")):
             nested = {part: nested}
-        _check_keys(nested, origin)
+        _check_keys(nested, f"override {key!r}")
         merged = _merge(merged, nested)
     try:
         return decode(Recipe, merged)

@@ -52,6 +52,10 @@ class _Loader(yaml.SafeLoader):
         mapping: dict[Any, Any] = super().construct_mapping(node, deep=deep)
         return mapping
 
+    def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
+        """Read a node with all that it holds, so that an anchor within itself is an error."""
+        return super().construct_object(node, deep=True)  # type: ignore[no-untyped-call]
+
     def construct_word(self, node: yaml.ScalarNode) -> Word:
         """Read one of the words for yes and no."""
         return Word(node.value)

@@ -23,6 +23,8 @@ from transformers import (
     Gemma3Config,
     GraniteConfig,
     LlamaConfig,
+    MBartConfig,
+    OPTConfig,
     PhiConfig,
     PreTrainedConfig,
     PreTrainedModel,
@@ -124,9 +126,10 @@ def tiny_causal(config: PreTrainedConfig) -> PreTrainedModel:
         Gemma2Config(**TINY, head_dim=16, final_logit_softcapping=0.7),
         GraniteConfig(**TINY, logits_scaling=8.0),
         CohereConfig(**TINY, logit_scale=0.3),
+        OPTConfig(**TINY, ffn_dim=48, word_embed_proj_dim=32),  # calls a part of what AutoModel builds
         BloomConfig(vocab_size=VOCABULARY, hidden_size=32, n_layer=2, n_head=2),  # refuses set_attn_implementation
     ],
-    ids=["product", "tied", "bias", "soft cap", "divided", "multiplied", "attention of its own"],
+    ids=["product", "tied", "bias", "soft cap", "divided", "multiplied", "part of a decoder", "attention of its own"],
 )
 def test_heads_that_do_more_than_a_product_give_their_own_logits(config: PreTrainedConfig, tmp_path: Any) -> None:
     llm = tiny_causal(config)
@@ -153,6 +156,13 @@ def test_a_language_model_of_another_make_is_refused_by_name() -> None:
     llm.set_output_embeddings(odd)
 
     with pytest.raises(InputError, match=r"type 'llama' \(LlamaForCausalLM\) cannot be used: its logits are not"):
+        whole(llm)
+
+
+def test_a_language_model_that_could_not_be_loaded_again_is_refused_by_name() -> None:
+    llm = tiny_causal(MBartConfig(**TINY, d_model=32, decoder_ffn_dim=48, decoder_layers=2, decoder_attention_heads=2))
+
+    with pytest.raises(InputError, match=r"type 'mbart' .* AutoModel builds no decoder like its own, so that what is"):
         whole(llm)
 
 
@@ -216,10 +226,19 @@ def own_logits(kind: type[PreTrainedConfig]) -> tuple[PreTrainedModel, torch.Ten
     raise first
 
 
+def reads_back(config: PreTrainedConfig) -> bool:
+    """Whether a config that was made small after it was built is one that transformers builds."""
+    try:
+        type(config).from_dict(config.to_dict())
+    except (StrictDataclassError, ValueError):
+        return False
+    return True
+
+
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
-def test_every_causal_type_that_can_be_built_tiny_gives_its_own_logits_or_is_refused() -> None:
-    right, refused, untried, wrong = [], {}, {}, {}
+def test_every_causal_type_that_can_be_built_tiny_gives_its_own_logits_or_is_refused(tmp_path: Path) -> None:
+    right, unsaved, refused, untried, wrong = [], [], {}, {}, {}
     for kind in MODEL_FOR_CAUSAL_LM_MAPPING:
         name = kind.model_type
         try:
@@ -233,17 +252,38 @@ def test_every_causal_type_that_can_be_built_tiny_gives_its_own_logits_or_is_ref
             assert repr(llm.config.model_type) in str(error)
             refused[name] = str(error)
             continue
+        models = [model]
+        if reads_back(llm.config):
+            model.save_pretrained(tmp_path / name)
+            models.append(load_model(tmp_path / name))
+        else:
+            unsaved.append(name)
         with torch.no_grad():
-            difference = float((model(input_ids=IDS).logits - expected).abs().max())
+            difference = max(float((one(input_ids=IDS).logits - expected).abs().max()) for one in models)
         right.append(name)
         if difference > 1e-4 * max(1.0, float(expected.abs().max())):
             wrong[name] = difference
-    print(f"right: {right}\nrefused: {refused}\nuntried: {untried}")
+    print(f"right: {right}\nunsaved: {unsaved}\nrefused: {refused}\nuntried: {untried}")
 
     assert wrong == {}
+    assert len(unsaved) <= 5
     total = len(MODEL_FOR_CAUSAL_LM_MAPPING)
     assert len(right) >= FEWEST_RIGHT * total and len(right) + len(refused) >= FEWEST_TRIED * total
-    assert {"llama", "mistral", "qwen2", "qwen3", "phi", "phi3", "gemma", "gemma2", "granite", "cohere"} <= set(right)
+    known = {
+        "llama",
+        "llama4_text",
+        "mistral",
+        "qwen2",
+        "qwen3",
+        "phi",
+        "phi3",
+        "gemma",
+        "gemma2",
+        "granite",
+        "cohere",
+        "opt",
+    }
+    assert known <= set(right)
 
 
 @pytest.mark.parametrize("kind", ["gemma2", "vaultgemma"])
