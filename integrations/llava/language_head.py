@@ -11,12 +11,12 @@ from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from itertools import product
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import nn
 from torch.nn import functional
-from transformers import MODEL_MAPPING, PreTrainedModel
+from transformers import MODEL_MAPPING, Cache, PreTrainedModel
 from transformers.loss.loss_utils import ForCausalLMLoss
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
@@ -146,6 +146,8 @@ def head_settings(llm: PreTrainedModel) -> HeadSettings:
         raise _refusal(llm, "AutoModel builds no decoder like its own, so that what is saved could not be loaded")
     if "inputs_embeds" not in inspect.signature(decoder.forward).parameters:
         raise _refusal(llm, "it takes no embeddings (`inputs_embeds`), which images are")
+    if not _takes_cache(decoder):
+        raise _refusal(llm, "it takes no cache of transformers', with which tokens are generated about images")
     if getattr(llm, "_is_stateful", False):
         raise _refusal(llm, "it keeps a state from token to token that generation about images does not hand on")
     generator = torch.Generator("cpu").manual_seed(0)
@@ -213,6 +215,14 @@ def _candidates(config: Any, *, bias: bool) -> Iterator[HeadSettings]:
     caps = [None, *(float(value) for name in _CAPS if (value := getattr(config, name, None)))]
     for cap, scale in product(caps, scales):
         yield HeadSettings(bias=bias, scale=scale, cap=cap)
+
+
+def _takes_cache(decoder: nn.Module) -> bool:
+    parameters = inspect.signature(decoder.forward).parameters
+    # Its name depends on the version of transformers; a model of the user's own may leave out the type.
+    kinds = [parameters[name].annotation for name in ("cache", "past_key_values") if name in parameters]
+    unknown = bool(kinds) and (kinds[0] is inspect.Parameter.empty or isinstance(kinds[0], str))
+    return unknown or any(Cache in (kind, *get_args(kind)) for kind in kinds)
 
 
 @torch.no_grad()

@@ -1,6 +1,6 @@
 """Two processes (gloo, CPU) train as one does: DDP and FSDP2, text-only batches, stopped and resumed runs.
 
-Each run is made when a test first asks for it (`distributed_worker.py`), so one that fails fails its own tests alone.
+Each run is made when a test first asks for it (`distributed_worker`), so one that fails fails its own tests alone.
 """
 
 from __future__ import annotations
@@ -133,7 +133,7 @@ class Runs:
             self._in_two("run", name, engine, stop_at, variant != "left", changes)
 
     def _in_two(self, function: str, *arguments: Any) -> None:
-        ended = self.nursery.run(f"distributed_worker.py:{function}", str(self.folder), *arguments)
+        ended = self.nursery.run(f"distributed_worker:{function}", str(self.folder), *arguments)
         assert [each.code for each in ended] == [0, 0], ended
 
 

@@ -24,6 +24,7 @@ from transformers import (
     GraniteConfig,
     LlamaConfig,
     MBartConfig,
+    OpenAIGPTConfig,
     OPTConfig,
     PhiConfig,
     PreTrainedConfig,
@@ -39,6 +40,13 @@ from layerfuse.errors import InputError
 from layerfuse.fusers import create_fuser
 
 VOCABULARY = 61
+GREEDY: dict[str, Any] = {
+    "max_new_tokens": 4,
+    "do_sample": False,
+    "eos_token_id": None,
+    "pad_token_id": 0,
+    "suppress_tokens": [VOCABULARY - 1],
+}
 TINY = {
     "vocab_size": VOCABULARY,
     "hidden_size": 32,
@@ -166,6 +174,13 @@ def test_a_language_model_that_could_not_be_loaded_again_is_refused_by_name() ->
         whole(llm)
 
 
+def test_a_language_model_without_a_cache_of_transformers_is_refused_by_name() -> None:
+    llm = tiny_causal(OpenAIGPTConfig(vocab_size=VOCABULARY, n_embd=32, n_layer=2, n_head=2))
+
+    with pytest.raises(InputError, match=r"type 'openai-gpt' .* takes no cache of transformers', with which"):
+        whole(llm)
+
+
 def test_a_model_of_several_parts_is_refused_by_name() -> None:
     llm = tiny_causal(shrunk(Gemma3Config()))
 
@@ -260,6 +275,8 @@ def test_every_causal_type_that_can_be_built_tiny_gives_its_own_logits_or_is_ref
             unsaved.append(name)
         with torch.no_grad():
             difference = max(float((one(input_ids=IDS).logits - expected).abs().max()) for one in models)
+        answers = [one.generate(input_ids=IDS, **GREEDY) for one in (llm, *models)]
+        assert all(torch.equal(answer, answers[0]) for answer in answers), name
         right.append(name)
         if difference > 1e-4 * max(1.0, float(expected.abs().max())):
             wrong[name] = difference
