@@ -1,13 +1,14 @@
 """What version 0.1 wrote (commit 6df16e5) loads, computes the same, and goes on.
 
-`written_by_0_1` holds an encoder, the parts and data of a tiny recipe, a run of it that finished and one that was stopped
-after a step of its second stage; `expected.safetensors` is what that version computed with them.
+`written_by_0_1` holds an encoder, the parts and data of a tiny recipe, a run of it that finished and one that was
+stopped after a step of its second stage; `expected.safetensors` is what that version computed with them.
 """
 
 from __future__ import annotations
 
 import json
 import shutil
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -85,7 +86,14 @@ def test_a_recipe() -> None:
     assert (recipe.finetune.learning_rates, recipe.finetune.save_every) == ({"fuser": 1e-4}, 1)
 
 
-def test_a_stopped_run_goes_on_to_the_weights_of_the_finished_one(here: Path) -> None:
+@pytest.mark.parametrize("core", ["core", "_core"])  # of numpy 1 and of numpy 2
+def test_a_stopped_run_goes_on_to_the_weights_of_the_finished_one(core: str, here: Path) -> None:
+    state = here / "stopped" / "finetune" / "checkpoint-2" / "rng_state.pth"
+    with zipfile.ZipFile(state) as archive:
+        content = {name: archive.read(name) for name in archive.namelist()}
+    with zipfile.ZipFile(state, "w") as archive:
+        for name, data in content.items():
+            archive.writestr(name, data.replace(b"cnumpy._core.multiarray", f"cnumpy.{core}.multiarray".encode()))
     folder = train(load_recipe("recipe.yaml"), "stopped")
 
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]

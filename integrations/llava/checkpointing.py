@@ -23,6 +23,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from accelerate import PartialState
 from safetensors import SafetensorError, safe_open
@@ -338,6 +339,13 @@ class CheckpointingTrainer(Trainer):
             scheduler.load_state_dict(state)
         for group, rate in zip(optimizer.param_groups, scheduler.get_last_lr(), strict=True):
             group["lr"] = rate
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        # numpy 2 renamed what numpy's state is rebuilt with; a checkpoint is read by either version.
+        rebuild: Any = np.empty(0).__reduce__()[0]
+        names: list[Any] = [(rebuild, f"numpy.{core}.multiarray._reconstruct") for core in ("core", "_core")]
+        with torch.serialization.safe_globals(names):
+            super()._load_rng_state(checkpoint)
 
 
 def _plain(optimizer: Any) -> Optimizer:
