@@ -190,6 +190,18 @@ class Fuser(nn.Module, abc.ABC):
             flops=self.flops(grids),
         )
 
+    @classmethod
+    def default_layers(cls, depth: int) -> tuple[int, ...] | None:
+        """Return the layers that the fuser's source taps of a backbone of this depth, in the order the fuser takes them.
+
+        Args:
+            depth: number of the backbone's blocks.
+
+        Returns:
+            Layer numbers (0 = embeddings, ``depth`` = the last block); None if none were published for this depth.
+        """
+        return None
+
     @property
     def config(self) -> dict[str, Any]:
         """JSON-able description from which ``fuser_from_config`` builds the same architecture."""

@@ -48,6 +48,11 @@ class Concat(Fuser):
         self.norm: nn.Module = nn.LayerNorm(width) if norm == "layer" else nn.Identity()
         self.proj: nn.Module = nn.Identity() if out_channels is None else nn.Linear(width, out_channels)
 
+    @classmethod
+    def default_layers(cls, depth: int) -> tuple[int, ...] | None:
+        """Return ViP-LLaVA's layers of CLIP-L (24 blocks): its vision_feature_layers are (-2, -5, -8, -11, 6)."""
+        return (23, 20, 17, 14, 6) if depth == 24 else None
+
     def fuse(self, features: FeatureMaps) -> torch.Tensor:
         """Return the concatenated map: (B, N, C_out)."""
         fused: torch.Tensor = self.proj(self.norm(torch.cat(features.maps, dim=-1)))

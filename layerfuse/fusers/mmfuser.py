@@ -119,6 +119,11 @@ class MMFuser(Fuser):
         self.self_scale = ChannelScale(channels)
         self.output_scale = ChannelScale(channels)
 
+    @classmethod
+    def default_layers(cls, depth: int) -> tuple[int, ...] | None:
+        """Return the five layers that the paper taps of CLIP-L (24 blocks), the query last."""
+        return (3, 8, 13, 18, 23) if depth == 24 else None
+
     def fuse(self, features: FeatureMaps) -> torch.Tensor:
         """Enrich the query map: (B, N, C) on the query map's grid."""
         query, query_grid = features.maps[self.query_index], features.grids[self.query_index]

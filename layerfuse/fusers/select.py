@@ -37,6 +37,11 @@ class Select(Fuser):
         self.index = index
         self.out_channels = self.in_channels[index]
 
+    @classmethod
+    def default_layers(cls, depth: int) -> tuple[int, ...] | None:
+        """Return the penultimate layer, whatever the depth."""
+        return (depth - 1,)
+
     def fuse(self, features: FeatureMaps) -> torch.Tensor:
         """Return the chosen map: (B, N, C)."""
         return features.maps[self.index]

@@ -14,6 +14,7 @@ import torch
 import layerfuse.fusers
 from layerfuse.features import FeatureMaps, Grid
 from layerfuse.fusers import FUSERS, Fuser, Select, create_fuser, fuser_from_config
+from layerfuse.taps import resolve_layers
 from layerfuse.testing import random_features
 
 
@@ -154,6 +155,16 @@ def test_an_entry_point_to_a_class_of_another_name_is_refused(monkeypatch: pytes
     monkeypatch.setitem(FUSERS._entries, "outside", Unnamed)
     with pytest.raises(ValueError, match="entry point 'outside' leads to Unnamed, which is named ''; decorate"):
         create_fuser("outside", in_channels=8, num_layers=2)
+
+
+def test_default_layers_are_those_that_the_fusers_source_taps() -> None:
+    assert FUSERS.get("mmfuser").default_layers(24) == (3, 8, 13, 18, 23)
+    assert FUSERS.get("mmfuser").default_layers(12) is None
+    assert [FUSERS.get("select").default_layers(depth) for depth in (12, 24)] == [(11,), (23,)]
+    vip_llava = pytest.importorskip("transformers").VipLlavaConfig().vision_feature_layers
+    assert FUSERS.get("concat").default_layers(24) == resolve_layers(vip_llava, 24)
+    assert FUSERS.get("concat").default_layers(27) is None
+    assert Unnamed.default_layers(24) is None
 
 
 def test_printing_a_fuser_shows_how_it_was_built() -> None:
