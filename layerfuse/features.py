@@ -24,27 +24,39 @@ of block ``k`` before any final norm.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+import json
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
 
 import torch
+from torch.utils import _pytree as pytree
 
-from layerfuse.errors import InputError, UnknownKeyError
+from layerfuse.errors import InputError, MissingFileError, UnknownKeyError
+from layerfuse.files import atomic_file
 
 __all__ = ["FeatureMaps", "Grid"]
 
 Grid = tuple[int, int]
+
+_GEOMETRY = "layerfuse.feature_maps"
 
 
 @dataclass(frozen=True)
 class FeatureMaps:
     """Maps of L tapped layers, in the order they were asked for.
 
+    A pytree of torch: torch.export, torch.func.vmap, FSDP2's hooks and ``torch.utils._pytree.tree_map`` see its
+    tensors, and leave its geometry alone. What they build again is not checked, since their leaves need not be maps.
+
     Args:
         maps: L tensors, each (B, N_l, C_l): patch tokens, row-major over their grid, prefix tokens split off.
         layers: L layer numbers, counted from 0 = embedding output; never negative.
         grids: L pairs (H_l, W_l), in patches.
         prefix: L tensors, each (B, P, C_l), or empty if the backbone has no prefix tokens.
+        sources: L numbers that say which backbone each map came from, counted from 0; empty if there is just one.
 
     Raises:
         ValueError: if the fields disagree with one another.
@@ -54,17 +66,19 @@ class FeatureMaps:
     layers: tuple[int, ...]
     grids: tuple[Grid, ...]
     prefix: tuple[torch.Tensor, ...] = ()
+    sources: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         """Check that the fields fit one another."""
         count = len(self.maps)
         if count == 0:
             raise InputError("FeatureMaps needs at least one map, got none; tap at least one layer.")
-        if len(self.layers) != count or len(self.grids) != count or len(self.prefix) not in (0, count):
+        optional = {len(self.prefix), len(self.sources)} <= {0, count}
+        if len(self.layers) != count or len(self.grids) != count or not optional:
             raise InputError(
-                f"FeatureMaps got {count} maps, {len(self.layers)} layers, {len(self.grids)} grids and "
-                f"{len(self.prefix)} prefix tensors; give one layer and one grid per map, and either one prefix "
-                "tensor per map or none."
+                f"FeatureMaps got {count} maps, {len(self.layers)} layers, {len(self.grids)} grids, "
+                f"{len(self.prefix)} prefix tensors and {len(self.sources)} sources; give one layer and one grid per "
+                "map, and of prefix tensors and sources either one per map or none."
             )
         batch_size = self.maps[0].shape[0]
         for layer, grid, feature_map in zip(self.layers, self.grids, self.maps, strict=True):
@@ -93,6 +107,10 @@ class FeatureMaps:
         """Iterate over the L maps, each (B, N_l, C_l)."""
         return iter(self.maps)
 
+    def __getitem__(self, index: int) -> torch.Tensor:
+        """Return the map at a position among the L (negative counts from the end): (B, N, C)."""
+        return self.maps[index]
+
     @property
     def batch_size(self) -> int:
         """B, in images."""
@@ -114,12 +132,19 @@ class FeatureMaps:
 
         Raises:
             KeyError: if that layer was not tapped.
+            ValueError: if it was tapped in more than one backbone.
         """
-        if number not in self.layers:
+        count = self.layers.count(number)
+        if count == 0:
             raise UnknownKeyError(f"layer {number} was not tapped; tapped layers: {', '.join(map(str, self.layers))}.")
+        if count > 1:
+            raise InputError(
+                f"{count} maps are of layer {number} (layers {self.layers}, sources {self.sources}); take one by its "
+                "position: features[i]."
+            )
         return self.maps[self.layers.index(number)]
 
-    def spatial(self, index: int) -> torch.Tensor:
+    def nchw(self, index: int) -> torch.Tensor:
         """Return one map with its grid unfolded, as a view where memory allows.
 
         Args:
@@ -128,5 +153,137 @@ class FeatureMaps:
         Returns:
             (B, C, H, W) map.
         """
-        height, width = self.grids[index]
-        return self.maps[index].transpose(1, 2).unflatten(2, (height, width))
+        return self.maps[index].transpose(1, 2).unflatten(2, self.grids[index])
+
+    def spatial(self, index: int) -> torch.Tensor:
+        """Return ``nchw(index)``; deprecated name."""
+        warnings.warn("FeatureMaps.spatial is deprecated; call nchw.", DeprecationWarning, stacklevel=2)
+        return self.nchw(index)
+
+    def map(self, function: Callable[[torch.Tensor], torch.Tensor]) -> FeatureMaps:
+        """Return feature maps with a function applied to every tensor, maps and prefix tokens alike.
+
+        Args:
+            function: takes (B, N, C) tokens and returns as many per image.
+
+        Raises:
+            ValueError: if the results do not fit the grids or one another.
+        """
+        return replace(self, maps=tuple(map(function, self.maps)), prefix=tuple(map(function, self.prefix)))
+
+    def to(
+        self,
+        device: torch.device | str | int | torch.dtype | None = None,
+        dtype: torch.dtype | None = None,
+        *,
+        non_blocking: bool = False,
+    ) -> FeatureMaps:
+        """Return feature maps whose tensors, prefix tokens included, have another device, dtype or both.
+
+        Args:
+            device: where they go; or a dtype, as in ``torch.Tensor.to``.
+            dtype: theirs afterwards.
+            non_blocking: whether a copy from pinned memory may overlap with what follows.
+        """
+        if isinstance(device, torch.dtype):
+            device, dtype = None, device
+        return self.map(lambda tokens: tokens.to(device, dtype, non_blocking=non_blocking))
+
+    def detach(self) -> FeatureMaps:
+        """Return feature maps that share memory with these and take no part in gradients."""
+        return self.map(torch.Tensor.detach)
+
+    def save(self, path: str | Path) -> None:
+        """Write tensors and geometry to one safetensors file, whole or not at all.
+
+        Args:
+            path: of the file; one of that name is replaced.
+
+        Raises:
+            OSError: if it cannot be written.
+        """
+        from safetensors.torch import save
+
+        named = {"maps": self.maps, "prefix": self.prefix}
+        # safetensors stores no views and no memory that two tensors share.
+        tensors = {
+            f"{name}.{index}": tokens.detach().clone(memory_format=torch.contiguous_format)
+            for name, group in named.items()
+            for index, tokens in enumerate(group)
+        }
+        with atomic_file(Path(path)) as file:
+            file.write(save(tensors, {"format": "pt", _GEOMETRY: json.dumps(_geometry(self))}))
+
+    @classmethod
+    def load(cls, path: str | Path) -> FeatureMaps:
+        """Read feature maps that `save` wrote.
+
+        Args:
+            path: of the file.
+
+        Returns:
+            The feature maps, on the CPU.
+
+        Raises:
+            FileNotFoundError: if there is no such file.
+            ValueError: if it is damaged or holds something else.
+        """
+        from safetensors import SafetensorError, safe_open
+
+        if not Path(path).is_file():
+            raise MissingFileError(f"{path} is no file; give one that FeatureMaps.save wrote.")
+        try:
+            with safe_open(path, framework="pt") as file:
+                metadata = file.metadata() or {}
+                stored = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (this is no dictionary)
+        except SafetensorError as error:
+            raise InputError(f"{path} is not a whole safetensors file ({error}); write or copy it anew.") from error
+        if _GEOMETRY not in metadata:
+            raise InputError(f"{path} holds tensors but no feature maps; give a file that FeatureMaps.save wrote.")
+        maps, prefix = (
+            tuple(stored[f"{name}.{index}"] for index in range(len(stored)) if f"{name}.{index}" in stored)
+            for name in ("maps", "prefix")
+        )
+        layers, grids, sources = _as_geometry(json.loads(metadata[_GEOMETRY]))
+        return cls(maps, layers, grids, prefix, sources)
+
+
+_Geometry = tuple[tuple[int, ...], tuple[Grid, ...], tuple[int, ...]]
+
+
+def _geometry(features: FeatureMaps) -> _Geometry:
+    return features.layers, features.grids, features.sources
+
+
+def _as_geometry(lists: Sequence[Any]) -> _Geometry:
+    """Tuples again, of what JSON turned into lists."""
+    layers, grids, sources = lists
+    return tuple(layers), tuple((height, width) for height, width in grids), tuple(sources)
+
+
+def _flatten(features: FeatureMaps) -> tuple[list[Any], _Geometry]:
+    return [features.maps, features.prefix], _geometry(features)
+
+
+def _flatten_with_keys(features: FeatureMaps) -> tuple[list[tuple[Any, Any]], _Geometry]:
+    keys = [pytree.GetAttrKey("maps"), pytree.GetAttrKey("prefix")]
+    return list(zip(keys, (features.maps, features.prefix), strict=True)), _geometry(features)
+
+
+def _unflatten(children: Iterable[Any], geometry: _Geometry) -> FeatureMaps:
+    """Feature maps without the checks: inside vmap, or with names, numbers or None for leaves, they mean nothing."""
+    features = object.__new__(FeatureMaps)
+    for name, value in zip(("maps", "prefix", "layers", "grids", "sources"), (*children, *geometry), strict=True):
+        object.__setattr__(features, name, value)
+    return features
+
+
+pytree.register_pytree_node(
+    FeatureMaps,
+    _flatten,
+    _unflatten,
+    serialized_type_name="layerfuse.FeatureMaps",
+    to_dumpable_context=list,
+    from_dumpable_context=_as_geometry,
+    flatten_with_keys_fn=_flatten_with_keys,
+)

@@ -156,7 +156,7 @@ class TinyViT(nn.Module):
             (B, 1 + N, 10) scores of every token.
         """
         patches = self.patches(images).flatten(2).transpose(1, 2)
-        tokens = torch.cat([self.class_token.expand(len(images), -1, -1), patches], dim=1) + self.positions
+        tokens = torch.cat([self.class_token.expand(images.shape[0], -1, -1), patches], dim=1) + self.positions
         for block in self.blocks:
             tokens = block(tokens)
         scores: torch.Tensor = self.head(self.norm(tokens))

@@ -23,7 +23,7 @@ from tests.source_support import (
 FOUNDATION = {
     "layerfuse.errors": set(),
     "layerfuse.files": {"layerfuse.errors"},
-    "layerfuse.features": {"layerfuse.errors"},
+    "layerfuse.features": {"layerfuse.errors", "layerfuse.files"},
     "layerfuse.registry": {"layerfuse.errors"},
     "layerfuse._block_lists": {"layerfuse.errors"},
     "layerfuse._tapped_layers": {"layerfuse.errors"},

@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
+import io
+import os
+from dataclasses import replace
+from pathlib import Path
+
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from safetensors.torch import save_file
+from torch.utils import _pytree as pytree
 
 from layerfuse import FeatureMaps
+from layerfuse.errors import InputError
+from layerfuse.testing import random_features, random_images, tiny_backbone
 
 
 def test_properties_describe_the_maps() -> None:
@@ -18,10 +27,10 @@ def test_properties_describe_the_maps() -> None:
 
 
 @given(height=st.integers(1, 5), width=st.integers(1, 5), channels=st.integers(1, 4))
-def test_spatial_unfolds_rows_first_without_a_copy(height: int, width: int, channels: int) -> None:
+def test_nchw_unfolds_rows_first_without_a_copy(height: int, width: int, channels: int) -> None:
     tokens = torch.arange(height * width * channels, dtype=torch.float32).reshape(1, height * width, channels)
     features = FeatureMaps(maps=(tokens,), layers=(1,), grids=((height, width),))
-    spatial = features.spatial(0)
+    spatial = features.nchw(0)
     assert spatial.shape == (1, channels, height, width)
     torch.testing.assert_close(
         spatial[0, :, height - 1, width - 1], tokens[0, (height - 1) * width + width - 1], rtol=0, atol=0
@@ -56,3 +65,144 @@ def test_layer_returns_the_map_of_that_number() -> None:
 def test_disagreeing_fields_are_refused(maps, layers, grids, prefix, message) -> None:
     with pytest.raises(ValueError, match=message):
         FeatureMaps(maps=maps, layers=layers, grids=grids, prefix=prefix)
+
+
+def test_sources_are_one_per_map_or_none() -> None:
+    features = random_features(8, num_layers=2)
+    assert features.sources == () and replace(features, sources=(0, 1)).sources == (0, 1)
+    with pytest.raises(InputError, match="2 maps, .* and 1 sources"):
+        replace(features, sources=(0,))
+
+
+def test_a_layer_of_two_backbones_is_taken_by_its_position() -> None:
+    features = replace(random_features(8, num_layers=2), layers=(4, 4), sources=(0, 1))
+    with pytest.raises(InputError, match=r"2 maps are of layer 4 \(layers \(4, 4\), sources \(0, 1\)\); take one by"):
+        features.layer(4)
+    assert features[1] is features.maps[1] and features[-2] is features.maps[0]
+
+
+def test_the_old_name_of_nchw_says_the_new_one() -> None:
+    features = random_features(8, grids=[(2, 3)])
+    with pytest.warns(DeprecationWarning, match="spatial is deprecated; call nchw"):
+        spatial = features.spatial(0)
+    assert torch.equal(spatial, features.nchw(0)) and spatial.shape == (2, 8, 2, 3)
+
+
+def test_map_to_and_detach_reach_maps_and_prefix_tokens() -> None:
+    features = replace(random_features(8, num_layers=2, num_prefix_tokens=1, requires_grad=True), sources=(0, 1))
+    halved = features.map(lambda tokens: tokens[:1] / 2)
+    assert torch.equal(halved[1], features[1][:1] / 2) and torch.equal(halved.prefix[0], features.prefix[0][:1] / 2)
+    for moved in (features.to(torch.float64), features.to("cpu", torch.float64), features.to(dtype=torch.float64)):
+        assert {tensor.dtype for tensor in (*moved, *moved.prefix)} == {torch.float64}
+    away = features.to("meta", non_blocking=True)
+    assert all(tensor.is_meta and tensor.dtype == torch.float32 for tensor in (*away, *away.prefix))
+    apart = features.detach()
+    assert not any(tensor.requires_grad for tensor in (*apart, *apart.prefix))
+    assert apart[0].data_ptr() == features[0].data_ptr()
+    for other in (halved, away, apart):
+        assert (other.layers, other.grids, other.sources) == (features.layers, features.grids, (0, 1))
+    with pytest.raises(InputError, match="has 15 tokens, but its grid 4x4 has 16"):
+        features.map(lambda tokens: tokens[:, 1:])
+
+
+def test_torch_sees_the_tensors_and_leaves_the_geometry_alone() -> None:
+    features = replace(random_features(8, grids=[(2, 3), (1, 4)], num_prefix_tokens=1), sources=(0, 1))
+    leaves, spec = pytree.tree_flatten(features)
+    assert [id(leaf) for leaf in leaves] == [id(tensor) for tensor in (*features.maps, *features.prefix)]
+    names = [pytree.keystr(path) for path, _ in pytree.tree_flatten_with_path(features)[0]]
+    assert names == [".maps[0]", ".maps[1]", ".prefix[0]", ".prefix[1]"]
+    again = pytree.tree_unflatten(leaves, pytree.treespec_loads(pytree.treespec_dumps(spec)))
+    assert again.maps == features.maps and again.prefix == features.prefix
+    assert (again.layers, again.grids, again.sources) == (features.layers, features.grids, features.sources)
+
+
+@pytest.mark.parametrize("leaf", [None, "name", torch.zeros(())], ids=["none", "name", "scalar"])
+def test_leaves_that_are_no_maps_are_not_checked(leaf: object) -> None:
+    features = random_features(8, num_layers=2)
+    assert pytree.tree_map(lambda _: leaf, features).maps == (leaf, leaf)
+
+
+def test_vmap_runs_over_feature_maps_and_returns_them() -> None:
+    features = random_features(8, num_layers=2, num_prefix_tokens=1)
+    stacked = pytree.tree_map(lambda tensor: torch.stack([tensor, tensor + 1]), features)
+    doubled = torch.func.vmap(lambda inner: inner.map(lambda tokens: 2 * tokens))(stacked)
+    assert isinstance(doubled, FeatureMaps) and doubled.grids == features.grids
+    for result, tensor in zip((*doubled, *doubled.prefix), (*features, *features.prefix), strict=True):
+        torch.testing.assert_close(result, 2 * torch.stack([tensor, tensor + 1]))
+
+
+def test_a_compiled_function_builds_feature_maps_again() -> None:
+    features = random_features(8, num_layers=2, num_prefix_tokens=1)
+
+    def work(inner: FeatureMaps) -> FeatureMaps:
+        return pytree.tree_map(lambda tensor: 2 * tensor, inner).to(torch.float64)
+
+    result = torch.compile(work, fullgraph=True, backend="eager")(features)
+    torch.testing.assert_close(result.maps, work(features).maps)
+    assert (result.layers, result.grids) == (features.layers, features.grids)
+
+
+@pytest.mark.parametrize("family", ["timm", "open_clip", "transformers", "module"])
+def test_a_backbone_alone_is_exported_for_any_batch_and_returns_feature_maps(family: str) -> None:
+    backbone = tiny_backbone(family)
+    batch = torch.export.Dim("batch", min=1, max=64)
+    program = torch.export.export(backbone, (random_images(2),), dynamic_shapes=({0: batch},))
+    file = io.BytesIO()
+    torch.export.save(program, file)
+    loaded = torch.export.load(io.BytesIO(file.getvalue()))
+    for images in (random_images(1), random_images(5, seed=1)):
+        expected = backbone(images)
+        for module in (program.module(), loaded.module()):
+            result = module(images)
+            assert isinstance(result, FeatureMaps)
+            torch.testing.assert_close((*result.maps, *result.prefix), (*expected.maps, *expected.prefix))
+            assert (result.layers, result.grids) == (expected.layers, expected.grids)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_feature_maps_come_back_from_a_file(dtype: torch.dtype, tmp_path: Path) -> None:
+    features = random_features([8, 4], grids=[(2, 3), (1, 4)], num_prefix_tokens=1, dtype=dtype)
+    states = torch.randn(2, 7, 8).to(dtype)
+    # Views of one tensor, as a backbone gives them, and one tensor twice.
+    views = FeatureMaps((states[:, 1:],) * 2, (1, 2), ((2, 3),) * 2, (states[:, :1],) * 2, (0, 1))
+    for number, maps in enumerate((features, views, replace(features, prefix=()))):
+        maps.save(tmp_path / f"{number}.safetensors")
+        loaded = FeatureMaps.load(str(tmp_path / f"{number}.safetensors"))
+        torch.testing.assert_close((*loaded.maps, *loaded.prefix), (*maps.maps, *maps.prefix), rtol=0, atol=0)
+        assert (loaded.layers, loaded.grids, loaded.sources) == (maps.layers, maps.grids, maps.sources)
+        assert type(loaded.grids) is type(loaded.grids[0]) is tuple
+    assert len(os.listdir(tmp_path)) == 3
+
+
+def test_eleven_maps_come_back_in_their_order(tmp_path: Path) -> None:
+    features = random_features(2, num_layers=11, grids=(1, 1))
+    features.save(tmp_path / "maps.safetensors")
+    torch.testing.assert_close(FeatureMaps.load(tmp_path / "maps.safetensors").maps, features.maps, rtol=0, atol=0)
+
+
+def test_a_save_that_fails_leaves_the_earlier_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "maps.safetensors"
+    features = random_features(8, num_layers=2)
+    features.save(path)
+
+    def no_room(_: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", no_room)
+    with pytest.raises(OSError, match="No space"):
+        random_features(8, num_layers=2, seed=1).save(path)
+    assert [file.name for file in tmp_path.iterdir()] == [path.name]
+    assert torch.equal(FeatureMaps.load(path)[0], features[0])
+
+
+def test_files_without_feature_maps_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "maps.safetensors"
+    with pytest.raises(FileNotFoundError, match=r"maps\.safetensors is no file; give one that FeatureMaps.save wrote"):
+        FeatureMaps.load(path)
+    save_file({"maps.0": torch.zeros(1)}, path)
+    with pytest.raises(InputError, match="holds tensors but no feature maps"):
+        FeatureMaps.load(path)
+    random_features(8, num_layers=2).save(path)
+    path.write_bytes(path.read_bytes()[:-9])
+    with pytest.raises(InputError, match="is not a whole safetensors file"):
+        FeatureMaps.load(path)
