@@ -34,7 +34,7 @@ class GatedSum(Fuser):
     equal_channels = True
 
     def __init__(self, in_channels: int | Sequence[int], num_layers: int, *, bias: float = -4.0) -> None:
-        super().__init__(in_channels, num_layers, options={"bias": bias})
+        super().__init__(in_channels, num_layers)
         self.gates = nn.Linear(self.in_channels[-1], num_layers - 1)
         self.reset_parameters()
 
@@ -44,15 +44,15 @@ class GatedSum(Fuser):
         super().reset_parameters()
         nn.init.constant_(self.gates.bias, self.options["bias"])
 
-    def fuse(self, features: FeatureMaps) -> torch.Tensor:
+    def fuse(self, features: FeatureMaps, *, condition: torch.Tensor | None = None) -> torch.Tensor:
         """Add the gated maps: (B, N, C)."""
         *others, last = features.maps
         gates = self.gates(last).sigmoid()
         return last + (torch.stack(others, dim=-1) * gates[:, :, None, :]).sum(-1)
 
-    def flops(self, grids: Sequence[Grid]) -> int:
-        """Those of the gates and of the weighted sum."""
-        return 4 * self.num_tokens(grids) * self.in_channels[-1] * (self.num_layers - 1)
+    def extra_flops(self, grids: Sequence[Grid]) -> int:
+        """Those of the weighted sum; torch counts those of the gates."""
+        return 2 * self.num_tokens(grids) * self.in_channels[-1] * (self.num_layers - 1)
 
 
 def main() -> None:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from layerfuse.fusers.average import Average
-from layerfuse.fusers.base import FUSERS, Fuser, FuserCost, create_fuser, fuser_from_config
+from layerfuse.fusers.base import FUSERS, ExtraTokens, Fuser, FuserCost
 from layerfuse.fusers.concat import Concat
+from layerfuse.fusers.creation import create_fuser, fuser_from_config
 from layerfuse.fusers.mmfuser import MMFuser
 from layerfuse.fusers.scalar_mix import ScalarMix
 from layerfuse.fusers.select import Select
@@ -13,6 +14,7 @@ __all__ = [
     "FUSERS",
     "Average",
     "Concat",
+    "ExtraTokens",
     "Fuser",
     "FuserCost",
     "MMFuser",

@@ -26,10 +26,10 @@ class Average(Fuser):
     def __init__(self, in_channels: int | Sequence[int], num_layers: int) -> None:
         super().__init__(in_channels, num_layers)
 
-    def fuse(self, features: FeatureMaps) -> torch.Tensor:
+    def fuse(self, features: FeatureMaps, *, condition: torch.Tensor | None = None) -> torch.Tensor:
         """Return the mean map: (B, N, C)."""
         return torch.stack(features.maps).mean(0)
 
-    def flops(self, grids: Sequence[Grid]) -> int:
+    def extra_flops(self, grids: Sequence[Grid]) -> int:
         """One multiply-add per number read."""
         return 2 * self.num_layers * self.num_tokens(grids) * self.out_channels

@@ -1,26 +1,31 @@
 """What every fuser promises, and the registry they are chosen from by name.
 
 A fuser turns the feature maps of L layers into one set of visual tokens. It sees ``FeatureMaps`` and nothing of the
-backbone. To write one, subclass ``Fuser``, decorate it with ``@FUSERS.register("name")`` and implement ``fuse`` and
-``flops``. Packages announce theirs under the entry point group ``layerfuse.fusers``.
+backbone. To write one, subclass ``Fuser``, decorate it with ``@FUSERS.register("name")`` and implement ``fuse``.
+Packages announce theirs under the entry point group ``layerfuse.fusers``.
 """
 
 from __future__ import annotations
 
 import abc
 import inspect
+import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import Any, ClassVar
+from dataclasses import dataclass
+from typing import Any, ClassVar, NamedTuple, TypeVar
 
 import torch
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
-from layerfuse.errors import InputError, InvalidTypeError
+from layerfuse.errors import InputError
 from layerfuse.features import FeatureMaps, Grid
-from layerfuse.registry import Registry, unknown_name_message
+from layerfuse.registry import Registry
 
-__all__ = ["FUSERS", "Fuser", "FuserCost", "create_fuser", "fuser_from_config"]
+__all__ = ["FUSERS", "ExtraTokens", "Fuser", "FuserCost"]
+
+_F = TypeVar("_F", bound="Fuser")
+_SHARED = ("self", "in_channels", "num_layers")
 
 
 class _FuserRegistry(Registry["Fuser"]):
@@ -59,28 +64,57 @@ class FuserCost:
     flops: int
 
 
+class ExtraTokens(NamedTuple):
+    """Numbers of fused tokens that belong to no cell of the grid, such as pooled or learned ones.
+
+    Args:
+        front: tokens before those of the grid.
+        behind: tokens after them.
+    """
+
+    front: int = 0
+    behind: int = 0
+
+
 class Fuser(nn.Module, abc.ABC):
     """Base class of all fusers.
+
+    A subclass's own constructor arguments, which are JSON-able, go into ``config`` as they are given.
 
     Args:
         in_channels: C of every map, or one number per map.
         num_layers: number of maps L.
         out_channels: C_out; if left out, the width of the last map.
-        options: the subclass's own constructor arguments as they were given, JSON-able; they go into ``config``.
+        options: deprecated; the constructor's arguments are noted without it.
 
     Attributes:
         name: what ``FUSERS.register`` wrote on the class.
         equal_grids: whether all maps must share one grid.
         equal_channels: whether all maps must share one width.
+        unsaved_options: constructor arguments that say how to compute and not what; ``config`` leaves them out.
+        condition_channels: D_c of the condition that the fuser needs, set on the class or in the constructor; None for
+            a fuser that takes none.
+        options: the subclass's own constructor arguments by name.
 
     Raises:
         ValueError: if counts or widths are impossible, or widths differ where they must not.
-        TypeError: if ``options`` are not exactly the subclass's own constructor arguments.
     """
 
     name: ClassVar[str] = ""
     equal_grids: ClassVar[bool] = True
     equal_channels: ClassVar[bool] = False
+    unsaved_options: ClassVar[frozenset[str]] = frozenset()
+    condition_channels: int | None = None
+    options: dict[str, Any]
+
+    def __new__(cls: type[_F], *args: Any, **kwargs: Any) -> _F:
+        """Note the constructor's arguments in ``options``; copies, which are made without them, bring their own."""
+        fuser = super().__new__(cls)
+        given = inspect.signature(cls.__init__).bind_partial(fuser, *args, **kwargs)
+        given.apply_defaults()
+        names = cls.option_parameters()
+        fuser.__dict__["options"] = {name: value for name, value in given.arguments.items() if name in names}
+        return fuser
 
     def __init__(
         self,
@@ -99,25 +133,36 @@ class Fuser(nn.Module, abc.ABC):
                 "Tap layers of one width, or use 'concat'."
             )
         self.out_channels = self.in_channels[-1] if out_channels is None else out_channels
-        self.options: dict[str, Any] = dict(options or {})
-        own = _own_options(type(self))
-        if set(self.options) != set(own):
-            raise InvalidTypeError(
-                f"{type(self).__name__} takes the options ({_listed(own)}) but passed ({_listed(self.options)}) to "
-                "Fuser.__init__(options=...); pass each one as it was given, so that a saved config rebuilds the fuser."
+        if options is not None:
+            warnings.warn(
+                f"{type(self).__name__} passes options to Fuser.__init__, which is deprecated; leave it out, since a "
+                "constructor's arguments are noted without it.",
+                DeprecationWarning,
+                stacklevel=2,
             )
+            self.options.update((name, options[name]) for name in self.options.keys() & options.keys())
 
-    def forward(self, features: FeatureMaps) -> torch.Tensor:
-        """Check the maps and fuse them, in the precision of the fuser's parameters; maps of another one are converted.
+    @classmethod
+    def option_parameters(cls) -> dict[str, inspect.Parameter]:
+        """Return the constructor's arguments beyond the two that all fusers share, by name."""
+        if cls.__init__ is Fuser.__init__:
+            return {}  # no constructor of its own, no options of its own
+        parameters = inspect.signature(cls.__init__).parameters
+        return {name: entry for name, entry in parameters.items() if name not in _SHARED}
+
+    def forward(self, features: FeatureMaps, condition: torch.Tensor | None = None) -> torch.Tensor:
+        """Check the input and fuse it, in the precision of the fuser's parameters; what has another one is converted.
 
         Args:
             features: L maps, each (B, N_l, C_l).
+            condition: (B, D_c), such as an embedding of each image's question, for a fuser with ``condition_channels``.
 
         Returns:
-            (B, N, C_out) fused tokens, row-major over ``out_grid``, in the dtype of the maps.
+            (B, N, C_out) fused tokens in the dtype of the maps: row-major over ``out_grid``, with ``extra_tokens`` in
+            front and behind.
 
         Raises:
-            ValueError: if number, widths or grids of the maps are not what the fuser was built for.
+            ValueError: if number, widths or grids of the maps, or the condition, are not what the fuser was built for.
         """
         self._check_grids(features.grids)
         if features.channels != self.in_channels:
@@ -125,12 +170,17 @@ class Fuser(nn.Module, abc.ABC):
                 f"fuser {self.name!r} got maps of widths {_listed(features.channels)}; it was built for "
                 f"{_listed(self.in_channels)}. Build it with in_channels=[{_listed(features.channels)}]."
             )
-        own, given = self._dtype, features.maps[0].dtype
+        self._check_condition(condition, features.batch_size)
+        precision, given = self._dtype, features.maps[0].dtype
+        mixed = precision != given or (condition is not None and condition.dtype != precision)
         # Under autocast, torch chooses the precision of each operation.
-        if own in (None, given) or torch.is_autocast_enabled(features.maps[0].device.type):
-            return self.fuse(features)
-        converted = replace(features, maps=tuple(feature_map.to(own) for feature_map in features))
-        return self.fuse(converted).to(given)
+        if precision is None or not mixed or torch.is_autocast_enabled(features.maps[0].device.type):
+            return self._fuse(features, condition)
+        return self._fuse(features.to(precision), None if condition is None else condition.to(precision)).to(given)
+
+    def _fuse(self, features: FeatureMaps, condition: torch.Tensor | None) -> torch.Tensor:
+        """Fused tokens of a fuser that may leave ``condition`` out of its signature if it takes none."""
+        return self.fuse(features) if condition is None else self.fuse(features, condition=condition)
 
     @property
     def _dtype(self) -> torch.dtype | None:
@@ -138,40 +188,72 @@ class Fuser(nn.Module, abc.ABC):
         return next((parameter.dtype for parameter in self.parameters() if parameter.is_floating_point()), None)
 
     @abc.abstractmethod
-    def fuse(self, features: FeatureMaps) -> torch.Tensor:
+    def fuse(self, features: FeatureMaps, *, condition: torch.Tensor | None = None) -> torch.Tensor:
         """Fuse maps whose number, widths and grids have been checked.
 
         Args:
             features: L maps, each (B, N_l, C_l).
+            condition: (B, D_c), checked, if the fuser has ``condition_channels``; else it is not passed.
 
         Returns:
-            (B, N, C_out) fused tokens, row-major over ``out_grid``.
+            (B, N, C_out) fused tokens: row-major over ``out_grid``, with ``extra_tokens`` in front and behind.
         """
 
-    @abc.abstractmethod
-    def flops(self, grids: Sequence[Grid]) -> int:
-        """Count floating point operations per image, as ``FuserCost.flops`` defines them.
-
-        Args:
-            grids: (H, W) of each of the L maps, in patches.
-        """
-
-    def out_grid(self, grids: Sequence[Grid]) -> Grid:
+    def out_grid(self, grids: Sequence[Grid]) -> Grid | None:
         """Return the grid of the fused tokens: that of the last map, unless a fuser says otherwise.
 
         Args:
             grids: (H, W) of each of the L maps, in patches.
+
+        Returns:
+            (H, W), in patches; None if no token belongs to a cell.
         """
         return grids[-1]
 
-    def num_tokens(self, grids: Sequence[Grid]) -> int:
-        """Return the number N of fused tokens per image.
+    def extra_tokens(self, grids: Sequence[Grid]) -> ExtraTokens:
+        """Return the numbers of fused tokens that belong to no cell of ``out_grid``: none, unless a fuser says so.
 
         Args:
             grids: (H, W) of each of the L maps, in patches.
         """
-        height, width = self.out_grid(grids)
-        return height * width
+        return ExtraTokens()
+
+    def num_tokens(self, grids: Sequence[Grid]) -> int:
+        """Return the number N of fused tokens per image: the cells of ``out_grid`` and ``extra_tokens``.
+
+        Args:
+            grids: (H, W) of each of the L maps, in patches.
+        """
+        height, width = self.out_grid(grids) or (0, 0)
+        return height * width + sum(self.extra_tokens(grids))
+
+    def flops(self, grids: Sequence[Grid]) -> int:
+        """Count floating point operations per image, as ``FuserCost.flops`` defines them.
+
+        A fuser built from the same arguments runs on the meta device, where torch counts its matrix products;
+        ``extra_flops`` are added.
+
+        Args:
+            grids: (H, W) of each of the L maps, in patches.
+        """
+        with torch.device("meta"), torch.no_grad():
+            twin = type(self)(_uniform(self.in_channels), self.num_layers, **self.options).eval()
+            sizes = zip(grids, self.in_channels, strict=True)
+            maps = tuple(torch.empty(1, height * width, channels) for (height, width), channels in sizes)
+            features = FeatureMaps(maps, layers=tuple(range(self.num_layers)), grids=tuple(grids)).to(twin._dtype)
+            width = self.condition_channels
+            condition = None if width is None else torch.empty(1, width, dtype=twin._dtype)
+            with FlopCounterMode(display=False) as counter:
+                twin(features, condition)
+        return counter.get_total_flops() + self.extra_flops(grids)
+
+    def extra_flops(self, grids: Sequence[Grid]) -> int:
+        """Count the operations per image that torch does not: of weighted sums and lookups, 2 * multiply-adds.
+
+        Args:
+            grids: (H, W) of each of the L maps, in patches.
+        """
+        return 0
 
     def cost(self, grids: Sequence[Grid]) -> FuserCost:
         """Tell what the fuser costs on maps of these grids; also of a fuser built on the meta device.
@@ -192,7 +274,7 @@ class Fuser(nn.Module, abc.ABC):
 
     @classmethod
     def default_layers(cls, depth: int) -> tuple[int, ...] | None:
-        """Return the layers that the fuser's source taps of a backbone of this depth, in the order the fuser takes them.
+        """Return the layers that the fuser's source taps of a backbone of this depth, in the fuser's order.
 
         Args:
             depth: number of the backbone's blocks.
@@ -205,9 +287,8 @@ class Fuser(nn.Module, abc.ABC):
     @property
     def config(self) -> dict[str, Any]:
         """JSON-able description from which ``fuser_from_config`` builds the same architecture."""
-        uniform = len(set(self.in_channels)) == 1
-        in_channels = self.in_channels[0] if uniform else list(self.in_channels)
-        return {"name": self.name, "in_channels": in_channels, "num_layers": self.num_layers, **self.options}
+        saved = {name: value for name, value in self.options.items() if name not in self.unsaved_options}
+        return {"name": self.name, "in_channels": _uniform(self.in_channels), "num_layers": self.num_layers, **saved}
 
     def reset_parameters(self) -> None:
         """Initialise all parameters as at construction; needed after building on the meta device.
@@ -233,79 +314,26 @@ class Fuser(nn.Module, abc.ABC):
                 "needs one grid for all maps. Tap layers of one grid, or use 'mmfuser', which samples across grids."
             )
 
-
-def create_fuser(
-    name: str,
-    *,
-    in_channels: int | Sequence[int],
-    num_layers: int,
-    options: Mapping[str, Any] | None = None,
-) -> Fuser:
-    """Build a fuser by name.
-
-    Args:
-        name: a name from ``FUSERS``.
-        in_channels: C of every map, or one number per map.
-        num_layers: number of maps L.
-        options: the fuser's own constructor arguments by name.
-
-    Returns:
-        The fuser, freshly initialised.
-
-    Raises:
-        ValueError: if the name or an option is unknown, an option without default is missing, or a value is
-            not allowed.
-    """
-    fuser_class = FUSERS.get(name)
-    if fuser_class.name != name:
-        raise InputError(
-            f"the entry point {name!r} leads to {fuser_class.__qualname__}, which is named {fuser_class.name!r}; "
-            f"decorate the class with @FUSERS.register({name!r})."
-        )
-    options = dict(options or {})
-    own = _own_options(fuser_class)
-    for option in options:
-        if option not in own:
-            raise InputError(unknown_name_message(f"option of fuser {name!r}", option, own))
-    missing = [
-        option for option, parameter in own.items() if parameter.default is parameter.empty and option not in options
-    ]
-    if missing:
-        raise InputError(f"fuser {name!r} needs the options {_listed(missing)}; give them in options.")
-    build: Callable[..., Fuser] = fuser_class
-    return build(in_channels, num_layers, **options)
+    def _check_condition(self, condition: torch.Tensor | None, batch_size: int) -> None:
+        channels = self.condition_channels
+        if channels is None:
+            if condition is not None:
+                raise InputError(f"fuser {self.name!r} takes no condition; call it with the feature maps alone.")
+        elif condition is None:
+            raise InputError(
+                f"fuser {self.name!r} needs a condition, (B={batch_size}, D_c={channels}): call it with the feature "
+                "maps and, say, an embedding of each image's question."
+            )
+        elif condition.shape != (batch_size, channels):
+            raise InputError(
+                f"fuser {self.name!r} got a condition of shape {tuple(condition.shape)}; it was built for "
+                f"(B={batch_size}, D_c={channels}): give one vector per image."
+            )
 
 
-def fuser_from_config(config: Mapping[str, Any]) -> Fuser:
-    """Build the fuser that a config describes.
-
-    Args:
-        config: as from ``Fuser.config``.
-
-    Returns:
-        A fuser of the same architecture, freshly initialised.
-
-    Raises:
-        ValueError: if a key is missing or unknown.
-    """
-    missing = [key for key in ("name", "in_channels", "num_layers") if key not in config]
-    if missing:
-        raise InputError(
-            f"the fuser config lacks {_listed(missing)}; got the keys {_listed(config) or 'none'}. A config holds "
-            "name, in_channels, num_layers and the fuser's options."
-        )
-    options = {key: value for key, value in config.items() if key not in ("name", "in_channels", "num_layers")}
-    return create_fuser(
-        config["name"], in_channels=config["in_channels"], num_layers=config["num_layers"], options=options
-    )
-
-
-def _own_options(fuser_class: type[Fuser]) -> dict[str, inspect.Parameter]:
-    """Constructor arguments of a fuser beyond the two that all share."""
-    if fuser_class.__init__ is Fuser.__init__:
-        return {}  # no constructor of its own, no options of its own
-    parameters = inspect.signature(fuser_class).parameters
-    return {name: entry for name, entry in parameters.items() if name not in ("in_channels", "num_layers")}
+def _uniform(widths: tuple[int, ...]) -> int | list[int]:
+    """One number for all maps where one will do, as users write it."""
+    return widths[0] if len(set(widths)) == 1 else list(widths)
 
 
 def _widths(in_channels: int | Sequence[int], num_layers: int) -> tuple[int, ...]:

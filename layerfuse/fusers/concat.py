@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from layerfuse.errors import InputError
-from layerfuse.features import FeatureMaps, Grid
+from layerfuse.features import FeatureMaps
 from layerfuse.fusers.base import FUSERS, Fuser
 
 __all__ = ["Concat"]
@@ -38,7 +38,7 @@ class Concat(Fuser):
         norm: str = "none",
         out_channels: int | None = None,
     ) -> None:
-        super().__init__(in_channels, num_layers, options={"norm": norm, "out_channels": out_channels})
+        super().__init__(in_channels, num_layers)
         if norm not in _NORMS:
             raise InputError(f"norm {norm!r} of fuser 'concat' is unknown. Known: {', '.join(_NORMS)}.")
         if out_channels is not None and out_channels < 1:
@@ -53,13 +53,7 @@ class Concat(Fuser):
         """Return ViP-LLaVA's layers of CLIP-L (24 blocks): its vision_feature_layers are (-2, -5, -8, -11, 6)."""
         return (23, 20, 17, 14, 6) if depth == 24 else None
 
-    def fuse(self, features: FeatureMaps) -> torch.Tensor:
+    def fuse(self, features: FeatureMaps, *, condition: torch.Tensor | None = None) -> torch.Tensor:
         """Return the concatenated map: (B, N, C_out)."""
         fused: torch.Tensor = self.proj(self.norm(torch.cat(features.maps, dim=-1)))
         return fused
-
-    def flops(self, grids: Sequence[Grid]) -> int:
-        """Those of the linear layer, if there is one."""
-        if isinstance(self.proj, nn.Identity):
-            return 0
-        return 2 * self.num_tokens(grids) * sum(self.in_channels) * self.out_channels

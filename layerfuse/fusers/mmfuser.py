@@ -64,7 +64,8 @@ class MMFuser(Fuser):
         num_points: K, sampling points per head and level.
         query_index: position of the query map among the L; negative counts from the end.
         norm_eps: epsilon of the three layer norms.
-        implementation: path of the deformable attention: ``"auto"``, ``"gather"`` or ``"reference"``.
+        implementation: path of the deformable attention: ``"auto"``, ``"gather"`` or ``"reference"``; not saved. See
+            `layerfuse.ops.set_implementation`.
 
     Raises:
         ValueError: if there is no value map, no such query map, or the heads do not divide the channels.
@@ -72,6 +73,7 @@ class MMFuser(Fuser):
 
     equal_grids = False
     equal_channels = True
+    unsaved_options = frozenset({"implementation"})
 
     def __init__(
         self,
@@ -84,14 +86,7 @@ class MMFuser(Fuser):
         norm_eps: float = 1e-6,
         implementation: str = "auto",
     ) -> None:
-        options = {
-            "num_heads": num_heads,
-            "num_points": num_points,
-            "query_index": query_index,
-            "norm_eps": norm_eps,
-            "implementation": implementation,
-        }
-        super().__init__(in_channels, num_layers, options=options)
+        super().__init__(in_channels, num_layers)
         if num_layers < 2:
             raise InputError(
                 f"fuser 'mmfuser' got num_layers={num_layers}; it needs at least 2, one query map and one value map. "
@@ -124,7 +119,7 @@ class MMFuser(Fuser):
         """Return the five layers that the paper taps of CLIP-L (24 blocks), the query last."""
         return (3, 8, 13, 18, 23) if depth == 24 else None
 
-    def fuse(self, features: FeatureMaps) -> torch.Tensor:
+    def fuse(self, features: FeatureMaps, *, condition: torch.Tensor | None = None) -> torch.Tensor:
         """Enrich the query map: (B, N, C) on the query map's grid."""
         query, query_grid = features.maps[self.query_index], features.grids[self.query_index]
         values = torch.cat(self._values(features.maps), dim=1)
@@ -140,14 +135,10 @@ class MMFuser(Fuser):
         """Return the query map's grid."""
         return grids[self.query_index]
 
-    def flops(self, grids: Sequence[Grid]) -> int:
-        """Those of the projections and of the sampling, in both attentions."""
+    def extra_flops(self, grids: Sequence[Grid]) -> int:
+        """Those of the sampling, in both attentions."""
         num_queries = self.num_tokens(grids)
-        num_values = sum(height * width for height, width in self._values(grids))
-        projections = self.cross_attn.matmul_flops(num_queries, num_values)
-        projections += self.self_attn.matmul_flops(num_queries, num_queries)
-        sampling = self.cross_attn.sampling_flops(num_queries) + self.self_attn.sampling_flops(num_queries)
-        return projections + sampling
+        return self.cross_attn.sampling_flops(num_queries) + self.self_attn.sampling_flops(num_queries)
 
     def _values(self, items: Sequence[_T]) -> list[_T]:
         """All but the query's."""

@@ -42,11 +42,11 @@ class ScalarMix(Fuser):
         """(L,) weight of each layer; they sum to one."""
         return self.layer_logits.softmax(0)
 
-    def fuse(self, features: FeatureMaps) -> torch.Tensor:
+    def fuse(self, features: FeatureMaps, *, condition: torch.Tensor | None = None) -> torch.Tensor:
         """Return the weighted sum: (B, N, C)."""
         factors = (self.scale * self.layer_weights).to(features.maps[0].dtype)
         return (torch.stack(features.maps) * factors[:, None, None, None]).sum(0)
 
-    def flops(self, grids: Sequence[Grid]) -> int:
+    def extra_flops(self, grids: Sequence[Grid]) -> int:
         """One multiply-add per number read."""
         return 2 * self.num_layers * self.num_tokens(grids) * self.out_channels

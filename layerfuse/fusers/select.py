@@ -29,7 +29,7 @@ class Select(Fuser):
     equal_grids = False
 
     def __init__(self, in_channels: int | Sequence[int], num_layers: int, *, index: int = -1) -> None:
-        super().__init__(in_channels, num_layers, options={"index": index})
+        super().__init__(in_channels, num_layers)
         if not -num_layers <= index < num_layers:
             raise InputError(
                 f"index {index} is outside the {num_layers} maps; allowed: {-num_layers}..{num_layers - 1}."
@@ -42,14 +42,10 @@ class Select(Fuser):
         """Return the penultimate layer, whatever the depth."""
         return (depth - 1,)
 
-    def fuse(self, features: FeatureMaps) -> torch.Tensor:
+    def fuse(self, features: FeatureMaps, *, condition: torch.Tensor | None = None) -> torch.Tensor:
         """Return the chosen map: (B, N, C)."""
         return features.maps[self.index]
 
     def out_grid(self, grids: Sequence[Grid]) -> Grid:
         """Return the chosen map's grid."""
         return grids[self.index]
-
-    def flops(self, grids: Sequence[Grid]) -> int:
-        """Nothing is computed."""
-        return 0

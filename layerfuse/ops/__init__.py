@@ -3,6 +3,6 @@
 from __future__ import annotations
 
 from layerfuse.ops.deformable_attention import IMPLEMENTATIONS, deformable_attention
-from layerfuse.ops.deformable_module import MultiScaleDeformableAttention
+from layerfuse.ops.deformable_module import MultiScaleDeformableAttention, set_implementation
 
-__all__ = ["IMPLEMENTATIONS", "MultiScaleDeformableAttention", "deformable_attention"]
+__all__ = ["IMPLEMENTATIONS", "MultiScaleDeformableAttention", "deformable_attention", "set_implementation"]

@@ -11,7 +11,7 @@ from torch import nn
 from layerfuse.errors import InputError
 from layerfuse.ops.deformable_attention import check_implementation, deformable_attention
 
-__all__ = ["MultiScaleDeformableAttention"]
+__all__ = ["MultiScaleDeformableAttention", "set_implementation"]
 
 
 class MultiScaleDeformableAttention(nn.Module):
@@ -117,6 +117,22 @@ class MultiScaleDeformableAttention(nn.Module):
     def sampling_flops(self, num_queries: int) -> int:
         """Floating point operations of the weighted sum of four corners per point per image, as 2 * multiply-adds."""
         return 2 * num_queries * self.num_levels * self.num_points * 4 * self.channels
+
+
+def set_implementation(model: nn.Module, implementation: str) -> None:
+    """Set the path that every deformable attention layer of a model takes.
+
+    Args:
+        model: changed in place; one without such a layer stays as it is.
+        implementation: ``"auto"``, ``"gather"`` or ``"reference"``, as in ``deformable_attention``.
+
+    Raises:
+        ValueError: if the implementation is unknown; nothing was changed.
+    """
+    check_implementation(implementation)
+    for module in model.modules():
+        if isinstance(module, MultiScaleDeformableAttention):
+            module.implementation = implementation
 
 
 def _locations(

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import ast
+import copy
+import pickle
 from collections.abc import Sequence
 from importlib import metadata
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 
 import layerfuse.fusers
-from layerfuse.features import FeatureMaps, Grid
+from layerfuse.features import FeatureMaps
 from layerfuse.fusers import FUSERS, Fuser, Select, create_fuser, fuser_from_config
 from layerfuse.taps import resolve_layers
 from layerfuse.testing import random_features
@@ -24,11 +25,8 @@ class Unnamed(Fuser):
     def __init__(self, in_channels: int | Sequence[int], num_layers: int) -> None:
         super().__init__(in_channels, num_layers)
 
-    def fuse(self, features: FeatureMaps) -> torch.Tensor:
+    def fuse(self, features: FeatureMaps, *, condition: torch.Tensor | None = None) -> torch.Tensor:
         return features.maps[0]
-
-    def flops(self, grids: Sequence[Grid]) -> int:
-        return 0
 
 
 def test_every_fuser_file_has_its_import_line() -> None:
@@ -71,7 +69,7 @@ def test_a_missing_option_is_named() -> None:
     @FUSERS.register("test_needy")
     class Needy(Unnamed):
         def __init__(self, in_channels: int | Sequence[int], num_layers: int, *, rank: int) -> None:
-            Fuser.__init__(self, in_channels, num_layers, options={"rank": rank})
+            super().__init__(in_channels, num_layers)
 
     try:
         with pytest.raises(ValueError, match="fuser 'test_needy' needs the options rank; give them in options"):
@@ -81,14 +79,48 @@ def test_a_missing_option_is_named() -> None:
         FUSERS._entries.pop("test_needy")
 
 
-@pytest.mark.parametrize("options", [{}, {"rank": 2, "other": 1}])
-def test_a_fuser_that_hides_its_options_from_the_config_is_refused(options: dict[str, Any]) -> None:
-    class Forgetful(Unnamed):
-        def __init__(self, in_channels: int | Sequence[int], num_layers: int, *, rank: int = 1) -> None:
-            Fuser.__init__(self, in_channels, num_layers, options=options)
+class Ranked(Unnamed):
+    """With arguments that it hands to nobody."""
 
-    with pytest.raises(TypeError, match=r"Forgetful takes the options \(rank\) but passed \((rank, other)?\)"):
-        Forgetful(8, 2)
+    def __init__(
+        self, in_channels: int | Sequence[int], num_layers: int, rank: int = 1, *, shape: Sequence[int] = (2, 3)
+    ) -> None:
+        super().__init__(in_channels, num_layers)
+        rank += 1  # what was given is noted, not what became of it
+
+
+class RankedChild(Ranked):
+    """Without a constructor of its own."""
+
+
+@pytest.mark.parametrize("fuser_class", [Ranked, RankedChild])
+def test_constructor_arguments_are_noted_as_they_are_given(fuser_class: type[Ranked]) -> None:
+    assert fuser_class(8, 2).options == {"rank": 1, "shape": (2, 3)}
+    fuser = fuser_class(8, 2, 5, shape=[7])
+    assert fuser.options == {"rank": 5, "shape": [7]}
+    assert list(fuser.config) == ["name", "in_channels", "num_layers", "rank", "shape"]
+    assert fuser_class(num_layers=2, in_channels=[8, 8], rank=4).config["rank"] == 4
+    for twin in (copy.deepcopy(fuser), pickle.loads(pickle.dumps(fuser))):
+        assert twin.config == fuser.config and type(twin) is fuser_class
+
+
+def test_a_fuser_takes_no_arguments_but_its_own() -> None:
+    with pytest.raises(TypeError, match="unexpected keyword argument 'size'"):
+        Ranked(8, 2, size=3)  # type: ignore[call-arg]
+    with pytest.raises(TypeError, match="missing 1 required positional argument: 'num_layers'"):
+        Ranked(8)  # type: ignore[call-arg]
+    assert Unnamed(8, 2).options == {}
+
+
+def test_options_that_are_passed_up_by_hand_still_count_with_a_warning() -> None:
+    class Old(Unnamed):
+        def __init__(self, in_channels: int | Sequence[int], num_layers: int, *, rank: int = 1, bias: int = 0) -> None:
+            Fuser.__init__(self, in_channels, num_layers, options={"rank": str(rank), "other": 1})
+
+    with pytest.warns(DeprecationWarning, match="Old passes options to Fuser.__init__, which is deprecated") as caught:
+        fuser = Old(8, 2, rank=3)
+    assert caught[0].filename == __file__
+    assert fuser.options == {"rank": "3", "bias": 0}
 
 
 def test_an_incomplete_fuser_cannot_be_built() -> None:
@@ -177,12 +209,10 @@ def test_a_fuser_in_a_file_of_its_own_works_by_name(tmp_path: Path, monkeypatch:
         '@FUSERS.register("mine")\n'
         "class Mine(Fuser):\n"
         "    def __init__(self, in_channels, num_layers, *, factor=2.0):\n"
-        '        super().__init__(in_channels, num_layers, options={"factor": factor})\n'
+        "        super().__init__(in_channels, num_layers)\n"
         "        self.factor = factor\n\n"
         "    def fuse(self, features):\n"
-        "        return self.factor * features.maps[-1]\n\n"
-        "    def flops(self, grids):\n"
-        "        return 0\n"
+        "        return self.factor * features.maps[-1]\n"
     )
     monkeypatch.syspath_prepend(tmp_path)
     __import__("my_first_fuser")

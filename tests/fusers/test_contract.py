@@ -18,6 +18,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from layerfuse.features import FeatureMaps, Grid
 from layerfuse.fusers import FUSERS, Fuser, create_fuser, fuser_from_config
+from layerfuse.ops import set_implementation
 from layerfuse.registry import Registry
 from layerfuse.testing import random_features, randomise_parameters
 
@@ -29,18 +30,14 @@ class Gated(Fuser):
     equal_channels = True
 
     def __init__(self, in_channels: int | Sequence[int], num_layers: int, *, bottleneck: int = 3) -> None:
-        super().__init__(in_channels, num_layers, options={"bottleneck": bottleneck})
+        super().__init__(in_channels, num_layers)
         width = self.in_channels[0]
         self.down = nn.ModuleList(nn.Linear(width, bottleneck) for _ in range(num_layers))
         self.up = nn.Linear(bottleneck, width)
 
-    def fuse(self, features: FeatureMaps) -> torch.Tensor:
+    def fuse(self, features: FeatureMaps, *, condition: torch.Tensor | None = None) -> torch.Tensor:
         mixed = torch.stack([down(x) for down, x in zip(self.down, features, strict=True)]).sum(0)
         return features.maps[-1] + self.up(mixed)
-
-    def flops(self, grids: Sequence[Grid]) -> int:
-        bottleneck = self.up.in_features
-        return 2 * self.num_tokens(grids) * self.out_channels * bottleneck * (self.num_layers + 1)
 
 
 # Every fuser, in every form that computes something else. A new fuser gets one entry, or is tested with its defaults.
@@ -117,7 +114,8 @@ def test_output_has_the_promised_shape_and_dtype_and_reaches_every_parameter(
     )
     output = fuser(features)
     assert output.shape == (batch_size, fuser.num_tokens(features.grids), fuser.out_channels)
-    assert math.prod(fuser.out_grid(features.grids)) == output.shape[1]
+    cells = math.prod(fuser.out_grid(features.grids) or (0,))
+    assert cells + sum(fuser.extra_tokens(features.grids)) == output.shape[1]
     assert output.dtype == dtype
     assert output.isfinite().all()
     output.float().square().sum().backward()
@@ -199,6 +197,7 @@ def test_config_survives_json_and_rebuilds_the_same_fuser(name: str, options: di
     assert type(rebuilt) is type(fuser)
     assert rebuilt.config == fuser.config
     rebuilt.load_state_dict(fuser.state_dict())
+    set_implementation(fuser, "auto")  # which path an operator takes is not saved
     features = random_features(8, num_layers=3, grids=(3, 2))
     assert torch.equal(rebuilt(features), fuser(features))
 
@@ -301,6 +300,22 @@ def test_wrong_widths_are_refused(name: str, options: dict[str, Any]) -> None:
     fuser = create_fuser(name, in_channels=8, num_layers=3, options=options)
     with pytest.raises(ValueError, match="got maps of widths 12, 12, 12; it was built for 8, 8, 8. Build it with"):
         fuser(random_features(12, num_layers=3))
+
+
+@every_form
+def test_a_condition_is_refused_by_fusers_that_take_none(name: str, options: dict[str, Any]) -> None:
+    fuser = _build(name, options)
+    assert fuser.condition_channels is None
+    with pytest.raises(ValueError, match=f"fuser '{name}' takes no condition; call it with the feature maps alone"):
+        fuser(random_features(8, num_layers=3), torch.zeros(2, 8))
+
+
+@every_form
+def test_cost_draws_no_random_numbers(name: str, options: dict[str, Any]) -> None:
+    fuser = _build(name, options)
+    before = torch.get_rng_state()
+    fuser.cost([(2, 3)] * 3)
+    assert torch.equal(torch.get_rng_state(), before)
 
 
 @every_form

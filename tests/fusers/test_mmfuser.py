@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from layerfuse.features import FeatureMaps, Grid
-from layerfuse.fusers import MMFuser, create_fuser
+from layerfuse.fusers import MMFuser, create_fuser, fuser_from_config
 from layerfuse.fusers.mmfuser import from_published_state_dict, to_published_state_dict
 from layerfuse.testing import random_features, randomise_parameters
 
@@ -145,3 +145,11 @@ def test_weights_of_something_else_get_no_published_names() -> None:
     ours["norm2.weight"] = ours.pop("norm1.weight")
     with pytest.raises(ValueError, match="not the weights of one MMFuser: missing norm1.weight; unknown norm2.weight"):
         to_published_state_dict(ours)
+
+
+def test_a_config_of_layerfuse_0_1_still_loads() -> None:
+    settings = {"num_heads": 4, "num_points": 4, "query_index": -1, "norm_eps": 1e-06}
+    described = {"name": "mmfuser", "in_channels": 16, "num_layers": 3, **settings}
+    fuser = fuser_from_config({**described, "implementation": "reference"})
+    assert isinstance(fuser, MMFuser) and fuser.cross_attn.implementation == "reference"
+    assert list(fuser.config.items()) == list(described.items())

@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from layerfuse.ops import MultiScaleDeformableAttention
+from layerfuse.fusers import MMFuser
+from layerfuse.ops import MultiScaleDeformableAttention, set_implementation
 from layerfuse.testing import randomise_parameters
 
 
@@ -72,3 +73,15 @@ def test_counts_below_one_are_refused(name: str) -> None:
 def test_an_unknown_implementation_is_refused_at_construction() -> None:
     with pytest.raises(ValueError, match="'fast' of deformable attention is unknown"):
         MultiScaleDeformableAttention(16, implementation="fast")
+
+
+def test_set_implementation_reaches_every_layer_and_no_saved_config() -> None:
+    fuser = MMFuser(16, 3, num_heads=4, implementation="gather")
+    model = torch.nn.Sequential(torch.nn.Linear(2, 2), fuser)
+    before = fuser.config
+    set_implementation(model, "reference")
+    assert {fuser.cross_attn.implementation, fuser.self_attn.implementation} == {"reference"}
+    assert fuser.config == before and "implementation" not in before
+    with pytest.raises(ValueError, match="'fast' of deformable attention is unknown"):
+        set_implementation(model, "fast")
+    assert fuser.self_attn.implementation == "reference"

@@ -144,4 +144,5 @@ def _fused(model: FusedLlavaForConditionalGeneration, images: torch.Tensor) -> F
     tokens = torch.cat([fuser(tower(batch)) for batch in images.split(_BATCH)])
     backbone = tower.backbone
     grid = fuser.out_grid((backbone.grid(*backbone.image_size),) * len(backbone.layers))
+    assert grid is not None  # as of all the demo's fusers
     return FeatureMaps(maps=(tokens,), layers=(0,), grids=(grid,))

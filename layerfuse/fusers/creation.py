@@ -1,0 +1,78 @@
+"""Fusers built by their name, or from the config that one was saved with."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from layerfuse.errors import InputError
+from layerfuse.fusers.base import FUSERS, Fuser
+from layerfuse.registry import unknown_name_message
+
+__all__ = ["create_fuser", "fuser_from_config"]
+
+
+def create_fuser(
+    name: str,
+    *,
+    in_channels: int | Sequence[int],
+    num_layers: int,
+    options: Mapping[str, Any] | None = None,
+) -> Fuser:
+    """Build a fuser by name.
+
+    Args:
+        name: a name from ``FUSERS``.
+        in_channels: C of every map, or one number per map.
+        num_layers: number of maps L.
+        options: the fuser's own constructor arguments by name.
+
+    Returns:
+        The fuser, freshly initialised.
+
+    Raises:
+        ValueError: if the name or an option is unknown, an option without default is missing, or a value is
+            not allowed.
+    """
+    fuser_class = FUSERS.get(name)
+    if fuser_class.name != name:
+        raise InputError(
+            f"the entry point {name!r} leads to {fuser_class.__qualname__}, which is named {fuser_class.name!r}; "
+            f"decorate the class with @FUSERS.register({name!r})."
+        )
+    options = dict(options or {})
+    known = fuser_class.option_parameters()
+    for option in options:
+        if option not in known:
+            raise InputError(unknown_name_message(f"option of fuser {name!r}", option, known))
+    missing = [
+        option for option, parameter in known.items() if parameter.default is parameter.empty and option not in options
+    ]
+    if missing:
+        raise InputError(f"fuser {name!r} needs the options {', '.join(missing)}; give them in options.")
+    build: Callable[..., Fuser] = fuser_class
+    return build(in_channels, num_layers, **options)
+
+
+def fuser_from_config(config: Mapping[str, Any]) -> Fuser:
+    """Build the fuser that a config describes.
+
+    Args:
+        config: as from ``Fuser.config``.
+
+    Returns:
+        A fuser of the same architecture, freshly initialised.
+
+    Raises:
+        ValueError: if a key is missing or unknown.
+    """
+    missing = [key for key in ("name", "in_channels", "num_layers") if key not in config]
+    if missing:
+        raise InputError(
+            f"the fuser config lacks {', '.join(missing)}; got the keys {', '.join(config) or 'none'}. A config holds "
+            "name, in_channels, num_layers and the fuser's options."
+        )
+    options = {key: value for key, value in config.items() if key not in ("name", "in_channels", "num_layers")}
+    return create_fuser(
+        config["name"], in_channels=config["in_channels"], num_layers=config["num_layers"], options=options
+    )
