@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import re
 from collections.abc import Iterator
 
@@ -154,7 +155,7 @@ def _requirements(text: str, key: str) -> set[str]:
 # One file plus one import line
 
 
-@pytest.mark.parametrize("package", ["layerfuse/fusers", "layerfuse/backbones"])
+@pytest.mark.parametrize("package", ["layerfuse/fusers", "layerfuse/backbones", "integrations/llava/image_layout"])
 def test_every_file_of_a_registry_has_its_import_line(package: str) -> None:
     init = BY_MODULE[package.replace("/", ".")]
     imported = {entry.module for entry in init.imports}
@@ -177,3 +178,33 @@ def test_every_task_has_its_import_line() -> None:
         if "@TASKS.register(" in source.text and source.module not in imported
     ]
     assert_none(missing, f"{init.relative} lacks the import line of:")
+
+
+# How many tokens an image takes
+
+
+def test_nobody_but_the_config_reads_the_number_of_image_tokens() -> None:
+    """Who counts asks `config.layout`; saying the number to a config that stores it (a keyword) is no reading."""
+
+    def check(source: Source) -> Iterator[str]:
+        if source.module == "integrations.llava.model_config":
+            return
+        for node in ast.walk(source.tree):
+            reads = isinstance(node, ast.Attribute) and node.attr == "image_seq_length"
+            if reads or (isinstance(node, ast.Constant) and node.value == "image_seq_length"):
+                yield source.where(node.lineno, "reads image_seq_length")
+
+    assert_none(offenders(check, sources("integrations")), "ask the layout (config.layout.num_tokens):")
+
+
+def test_the_image_layout_knows_neither_model_nor_data() -> None:
+    def check(source: Source) -> Iterator[str]:
+        for entry, module in own(source, "integrations"):
+            if not within(module, {"integrations.llava.image_layout"}):
+                yield source.where(entry.line, f"imports {module}")
+        for entry in third_party(source):
+            yield source.where(entry.line, f"imports {entry.module}")
+
+    files = sources("integrations/llava/image_layout")
+    assert files
+    assert_none(offenders(check, files), "image_layout imports the standard library and layerfuse:")

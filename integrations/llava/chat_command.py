@@ -76,7 +76,7 @@ class Conversation:
         messages = [*self.messages, {"from": "human", "value": value}]
         images = [*self.images, *self.shown]
         decoding = dataclasses.replace(self.decoding, seed=self.decoding.seed + len(self.messages))
-        room = self.answerer.prepare.room(messages, len(images))
+        room = self.answerer.prepare.room(messages, self.answerer.prepare.sizes(images))
         if room is not None and 0 < room < decoding.max_new_tokens:
             print(f"(room for {room} more tokens is left; /clear forgets what was said)", file=sys.stderr, flush=True)
             decoding = dataclasses.replace(decoding, max_new_tokens=room)

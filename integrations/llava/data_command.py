@@ -19,6 +19,7 @@ from .data.conversations import TokenLimit
 from .data.files import SampleFile, read_samples
 from .data.report import findings_table, report, sources_table, verdict
 from .data.survey import survey_samples
+from .image_layout import FixedLayout
 from .prompts import TEMPLATES, TextEncoder, get_template
 
 __all__ = ["main"]
@@ -124,7 +125,9 @@ def _token_limit(arguments: argparse.Namespace) -> TokenLimit | None:
         raise MissingFileError(
             f"tokenizer {arguments.tokenizer} cannot be loaded ({error}); give its folder or hub name."
         ) from error
-    return TokenLimit(TextEncoder(tokenizer), num_image_tokens=arguments.image_tokens, max_length=arguments.max_length)
+    # The tokenizer need not know images; no token of its own has this id.
+    layout = FixedLayout(-1, arguments.image_tokens)
+    return TokenLimit(TextEncoder(tokenizer), layout=layout, max_length=arguments.max_length)
 
 
 def _convert(arguments: argparse.Namespace) -> int:

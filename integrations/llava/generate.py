@@ -89,16 +89,16 @@ class Answerer:
         decoding = _decoding(decoding, max_new_tokens)
         pictures = [as_list(entry) for entry in images]
         longest = decoding.max_new_tokens
+        sizes = [self.prepare.sizes(own) for own in pictures]
         ids = [
-            self.prepare.encode(prompt, len(own), max_new_tokens=longest)
-            for prompt, own in zip(prompts, pictures, strict=True)
+            self.prepare.encode(prompt, own, max_new_tokens=longest) for prompt, own in zip(prompts, sizes, strict=True)
         ]
         # Prompts of like length share a batch, the longest first: they show at once whether memory suffices.
         order = sorted(range(len(ids)), key=lambda index: -len(ids[index]))
         answers: dict[int, str] = {}
         for start in range(0, len(order), batch_size):
             batch = order[start : start + batch_size]
-            samples = [{"input_ids": ids[own], "pixel_values": self.prepare.pixels(pictures[own])} for own in batch]
+            samples = [{"input_ids": ids[own], **self.prepare.pixels(pictures[own], sizes[own])} for own in batch]
             answered = self.answer_batch(self.collate(samples), [str(own) for own in batch], decoding)
             answers.update(zip(batch, answered, strict=True))
         return [answers[index] for index in range(len(ids))]

@@ -94,7 +94,7 @@ def _answer_prompts(arguments: argparse.Namespace, decoding: Decoding) -> int:
     prompts = arguments.prompt if len(arguments.prompt) == count else arguments.prompt * count
     preparer = load_preparer(arguments.model)
     for own, prompt in zip(images, prompts, strict=True):
-        preparer.encode(prompt, len(own), max_new_tokens=decoding.max_new_tokens)
+        preparer.encode(prompt, preparer.sizes(own), max_new_tokens=decoding.max_new_tokens)
     answerer = load_from_options(arguments)
     print_anything()
     for answer in answerer(images, prompts, batch_size=arguments.batch_size, decoding=decoding):
@@ -107,7 +107,7 @@ def _answer_file(arguments: argparse.Namespace, decoding: Decoding) -> int:
     folder = arguments.image_folder or Path(arguments.input).parent
     requests = read_requests(arguments.input)
     preparer = load_preparer(arguments.model)
-    lengths = prompt_lengths(requests, preparer, max_new_tokens=decoding.max_new_tokens)
+    lengths = prompt_lengths(requests, preparer, image_folder=folder, max_new_tokens=decoding.max_new_tokens)
     batches = form_batches(lengths, arguments.batch_size, shard)
     dtype = find_dtype(arguments)
     output = AnswerFile(

@@ -46,7 +46,7 @@ def end_answers(config: GenerationConfig, tokenizer: PreTrainedTokenizerBase, te
 class GeneratesFromImages:
     """`generate` for prompts with any number of images, none included.
 
-    Stands in front of a class of transformers that generates, and whose config says how many positions an image takes.
+    Stands in front of a class of transformers that generates, and whose config has the `layout` of its images.
     """
 
     config: Any
@@ -70,10 +70,15 @@ class GeneratesFromImages:
         ones repeat encoded images and leave no pixels to us.
         """
         parent: Any = super()
-        pixels = None if expand_size == 1 else model_kwargs.pop("pixel_values", None)
+        names = () if expand_size == 1 or model_kwargs.get("pixel_values") is None else ("pixel_values", "image_sizes")
+        images = {name: model_kwargs.pop(name, None) for name in names}
         ids, rest = parent._expand_inputs_for_generation(expand_size, is_encoder_decoder, input_ids, **model_kwargs)
-        if pixels is not None:
-            counts = (input_ids == self.config.image_token_index).sum(1) // self.config.image_seq_length
-            repeated = [own.repeat(expand_size, 1, 1, 1) for own in pixels.split(counts.tolist())]
-            rest["pixel_values"] = torch.cat(repeated)
+        if not images:
+            return ids, rest
+        layout, sizes = self.config.layout, images["image_sizes"]
+        known = [None] * len(images["pixel_values"]) if sizes is None else [tuple(size) for size in sizes.tolist()]
+        counts = layout.images_per_text((input_ids == layout.image_token_id).sum(1).tolist(), known)
+        for name, of_all in images.items():
+            if of_all is not None:
+                rest[name] = torch.cat([own for of_text in of_all.split(counts) for own in [of_text] * expand_size])
         return ids, rest

@@ -18,9 +18,17 @@ from PIL import Image
 from tqdm.auto import tqdm
 
 from layerfuse.errors import InputError, MissingFileError
-from layerfuse.pixels import MAX_EDGE, check_picture, to_rgb
+from layerfuse.pixels import MAX_EDGE, check_picture, orientation, to_rgb
 
-__all__ = ["IMAGE_ERRORS", "UnreadableImageError", "find_broken_images", "open_image", "printable", "read_image"]
+__all__ = [
+    "IMAGE_ERRORS",
+    "UnreadableImageError",
+    "find_broken_images",
+    "image_size",
+    "open_image",
+    "printable",
+    "read_image",
+]
 
 IMAGE_ERRORS = (
     OSError,  # UnidentifiedImageError is one
@@ -41,6 +49,8 @@ IMAGE_ERRORS = (
 # A process that has no room for a picture of fewer pixels is short of memory; that is no fault of the picture.
 _LARGE = 2**24
 _SHOWN = 400
+# Exif's numbers of the orientations that swap height and width.
+_SIDEWAYS = (5, 6, 7, 8)
 
 Reason = Literal["large_image", "unclear_values", "truncated_image", "broken_image"]
 
@@ -117,6 +127,17 @@ def read_image(path: str | Path) -> Image.Image:
     """
     with open_image(path) as image:
         return to_rgb(image)
+
+
+def image_size(image: Image.Image, *, upright: bool) -> tuple[int, int]:
+    """(height, width) of an image in pixels; it need not be decoded.
+
+    Args:
+        image: as it was opened or read.
+        upright: as it stands once it is turned as its Exif data say.
+    """
+    width, height = image.size
+    return (width, height) if upright and orientation(image) in _SIDEWAYS else (height, width)
 
 
 def printable(text: str) -> str:

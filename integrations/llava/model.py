@@ -44,6 +44,7 @@ from .built_modules import (
     set_attention,
 )
 from .generate_mixin import GeneratesFromImages, forbid_token
+from .image_layout import FixedLayout, ImageLayout
 from .language_head import build_head, decoder_of, head_settings, text_loss
 from .model_config import FusedLlavaConfig, LayerfuseVisionConfig
 
@@ -56,7 +57,6 @@ __all__ = [
     "Projector",
     "build_model",
     "learns",
-    "num_image_tokens",
 ]
 
 
@@ -224,7 +224,8 @@ class FusedLlavaModel(_LoadsWhole, LlavaModel):
             pixel_values: (B, 3, height, width).
             vision_feature_layer: unused; the backbone taps what its config says.
             vision_feature_select_strategy: unused, likewise.
-            image_sizes: unused; all images have one size.
+            image_sizes: (B, 2) height and width before the images were prepared; unused, since all images take the
+                same number of tokens here.
 
         Returns:
             `last_hidden_state`: (B, N, C_out) fused tokens; `pooler_output`: B tensors (N, D), projected. With
@@ -310,6 +311,7 @@ def build_model(
     image_token_id: int,
     prompt_template: dict[str, Any] | None = None,
     dtype: torch.dtype | None = None,
+    layout: ImageLayout | None = None,
 ) -> FusedLlavaForConditionalGeneration:
     """Assemble a model from ready parts; their modules are used, not copied.
 
@@ -320,6 +322,7 @@ def build_model(
         image_token_id: the tokenizer's id of `<image>`.
         prompt_template: stored with the checkpoint.
         dtype: of backbone, fuser and projector; None for the language model's.
+        layout: how many tokens an image takes; if None, the fuser's for an image of the backbone's size, always.
 
     Returns:
         The model.
@@ -343,11 +346,15 @@ def build_model(
     vision = LayerfuseVisionConfig(
         backbone=backbone.config, hidden_size=backbone.embed_dim, image_size=list(backbone.image_size)
     )
+    if layout is None:
+        grids = (backbone.grid(*backbone.image_size),) * len(backbone.layers)
+        layout = FixedLayout(image_token_id, fuser.num_tokens(grids))
     config = FusedLlavaConfig(
         vision_config=vision,
         text_config=llm.config,
         image_token_index=image_token_id,
-        image_seq_length=num_image_tokens(backbone, fuser),
+        image_seq_length=layout.num_tokens(),
+        image_layout=layout.config,
         vision_feature_layer=-1,
         vision_feature_select_strategy="full",
         fuser=fuser.config,
@@ -369,11 +376,6 @@ def build_model(
     for part in (model.model.vision_tower, model.model.fuser, model.model.multi_modal_projector):
         part.to(dtype or llm.dtype)
     return model
-
-
-def num_image_tokens(backbone: Backbone, fuser: Fuser) -> int:
-    """Tokens one image takes up in the text."""
-    return fuser.num_tokens((backbone.grid(*backbone.image_size),) * len(backbone.layers))
 
 
 def learns(module: nn.Module) -> bool:

@@ -12,11 +12,12 @@ import torch
 from PIL import Image
 from transformers import LlavaProcessor, PreTrainedConfig
 
-from layerfuse.errors import InputError, InvalidTypeError, MissingFileError
+from layerfuse.errors import InputError, InvalidTypeError, MissingFileError, UserError
 from layerfuse.preprocessing import Preprocessing
 
 from .checkpoint import load_config, load_processor
-from .images import read_image
+from .image_layout import ImageSize
+from .images import image_size, open_image, read_image
 from .json_lines import is_writable_text
 from .model import FusedLlavaConfig
 from .processing import LayerfuseImageProcessor
@@ -47,7 +48,8 @@ class Preparer:
             of a prompt and its images, and how its answer is spelled, follows from these.
 
     Raises:
-        ValueError: if the checkpoint holds no prompt template, or a processor of another kind.
+        ValueError: if the checkpoint holds no prompt template, a processor of another kind, or one whose images take
+            another number of tokens.
     """
 
     def __init__(self, config: FusedLlavaConfig, processor: LlavaProcessor) -> None:
@@ -62,6 +64,12 @@ class Preparer:
                 f"the processor prepares images with {type(processor.image_processor).__name__}; expected "
                 "LayerfuseImageProcessor, as build_processor makes it."
             )
+        said = processor.image_processor.image_layout
+        if said not in (None, config.layout.config):
+            raise InputError(
+                f"the processor prepares images for a model whose image_layout is {said}, and this model's is "
+                f"{config.layout.config}; take the processor that was saved with the model."
+            )
         assert isinstance(config.text_config, PreTrainedConfig)
         try:
             self.template = Template(**config.prompt_template)
@@ -72,8 +80,8 @@ class Preparer:
             ) from error
         self.encoder = TextEncoder(processor.tokenizer)
         self.preprocessing = Preprocessing.from_dict({"upright": True} | processor.image_processor.preprocessing)
+        self.layout = config.layout
         self.image_token_id: int = config.image_token_index
-        self.num_image_tokens: int = config.image_seq_length
         self.max_positions: int | None = getattr(config.text_config, "max_position_embeddings", None)
         self.fingerprint = self._fingerprint(processor)
 
@@ -81,7 +89,7 @@ class Preparer:
         tokenizer = processor.tokenizer
         # Truncation and padding are states of a tokenizer that was used; no prompt is written with them.
         spelling = json.loads(tokenizer.backend_tokenizer.to_str()) | {"truncation": None, "padding": None}
-        numbers = [self.image_token_id, self.num_image_tokens, self.encoder.begin, self.encoder.end]
+        numbers = [self.image_token_id, self.layout.num_tokens(), self.encoder.begin, self.encoder.end]
         read = [self.template.to_dict(), self.preprocessing.to_dict(), numbers, sorted(tokenizer.all_special_ids)]
         return hashlib.sha256(json.dumps([read, spelling], sort_keys=True).encode()).hexdigest()[:12]
 
@@ -89,7 +97,7 @@ class Preparer:
         """Write a prompt out and prepare its images.
 
         Returns:
-            `input_ids` (T,) with images expanded, `pixel_values` (images, 3, height, width).
+            `input_ids` (T,) with images expanded, `pixel_values` (images, 3, height, width), `image_sizes` (images, 2).
 
         Raises:
             ValueError: as `encode`, or if an image file cannot be read.
@@ -97,25 +105,51 @@ class Preparer:
             FileNotFoundError: if there is no such image file.
         """
         pictures = as_list(images)
-        ids = self.encode(prompt, len(pictures), max_new_tokens=max_new_tokens)
-        return {"input_ids": ids, "pixel_values": self.pixels(pictures)}
+        sizes = self.sizes(pictures)
+        ids = self.encode(prompt, sizes, max_new_tokens=max_new_tokens)
+        return {"input_ids": ids, **self.pixels(pictures, sizes)}
 
-    def pixels(self, images: Sequence[Picture]) -> torch.Tensor:
-        """Prepare a prompt's images: (images, 3, height, width).
+    def sizes(self, images: Sequence[Picture]) -> list[ImageSize | None]:
+        """Look up (height, width) of a prompt's images in pixels, for `encode`; files are not read but for their head.
+
+        Returns:
+            Sizes; None for a file that is no picture, which `pixels` refuses.
+        """
+        return [self._size(own) for own in images]
+
+    def _size(self, image: Picture) -> ImageSize | None:
+        if isinstance(image, Image.Image):
+            return image_size(image, upright=self.preprocessing.upright)
+        try:
+            with open_image(image) as opened:
+                return image_size(opened, upright=self.preprocessing.upright)
+        except UserError:
+            return None
+
+    def pixels(self, images: Sequence[Picture], image_sizes: Sequence[ImageSize | None]) -> dict[str, torch.Tensor]:
+        """Prepare a prompt's images.
+
+        Args:
+            images: all of them.
+            image_sizes: their `sizes`, with which the prompt was written.
+
+        Returns:
+            `pixel_values` (images, 3, height, width), `image_sizes` (images, 2).
 
         Raises:
             ValueError: if an image file cannot be read.
             FileNotFoundError: if there is no such image file.
         """
         opened = [own if isinstance(own, Image.Image) else read_image(own) for own in images]
-        return self.preprocessing.batch(opened) if opened else torch.empty(0, 3, *self.preprocessing.size)
+        pixels = self.preprocessing.batch(opened) if opened else torch.empty(0, 3, *self.preprocessing.size)
+        return {"pixel_values": pixels, "image_sizes": torch.tensor(image_sizes, dtype=torch.int64).view(-1, 2)}
 
-    def room(self, prompt: Prompt, num_images: int) -> int | None:
+    def room(self, prompt: Prompt, image_sizes: Sequence[ImageSize | None]) -> int | None:
         """Count the positions that a prompt leaves to its answer.
 
         Args:
             prompt: as for `encode`.
-            num_images: as for `encode`.
+            image_sizes: as for `encode`.
 
         Returns:
             Tokens, 0 or fewer if there is no room; None where the language model names no limit.
@@ -123,14 +157,16 @@ class Preparer:
         Raises:
             ValueError: as `encode`, but for the length.
         """
-        return None if self.max_positions is None else self.max_positions - len(self._written(prompt, num_images))
+        return None if self.max_positions is None else self.max_positions - len(self._written(prompt, image_sizes))
 
-    def encode(self, prompt: Prompt, num_images: int, *, max_new_tokens: int = 1) -> torch.Tensor:
+    def encode(
+        self, prompt: Prompt, image_sizes: Sequence[ImageSize | None], *, max_new_tokens: int = 1
+    ) -> torch.Tensor:
         """Write a prompt out, up to where the answer begins.
 
         Args:
             prompt: where it has no `<image>` tag, its images stand in front of its first turn.
-            num_images: images that belong to it; with 0, `<image>` is text.
+            image_sizes: of the images that belong to it, see `sizes`; if there are none, `<image>` is text.
             max_new_tokens: an answer's longest length, for which there has to be room behind the prompt: what a model
                 writes beyond its last position means nothing.
 
@@ -142,18 +178,19 @@ class Preparer:
                 template cannot write the conversation, or it is longer, answer included, than the model can read.
             TypeError: if the prompt is neither text nor turns.
         """
-        ids = self._written(prompt, num_images)
+        ids = self._written(prompt, image_sizes)
         if self.max_positions is not None and len(ids) + max_new_tokens > self.max_positions:
             left = self.max_positions - len(ids)
+            images = int((ids == self.image_token_id).sum())
             shorter = f", or ask for answers of at most {left} tokens (max_new_tokens)" if left > 0 else ""
             raise InputError(
-                f"the prompt takes up {len(ids)} positions ({self.num_image_tokens} an image) and its answer up to "
+                f"the prompt takes up {len(ids)} positions ({images} of them its images) and its answer up to "
                 f"{max_new_tokens}, and the model reads {self.max_positions}; shorten it, or leave out images{shorter}."
             )
         return ids
 
-    def _written(self, prompt: Prompt, num_images: int) -> torch.Tensor:
-        messages = _placed(as_turns(prompt), num_images)
+    def _written(self, prompt: Prompt, image_sizes: Sequence[ImageSize | None]) -> torch.Tensor:
+        messages = _placed(as_turns(prompt), len(image_sizes))
         for message in messages:
             self._refuse_endless(message["value"])
         rendered = render(
@@ -161,11 +198,10 @@ class Preparer:
             template=self.template,
             encoder=self.encoder,
             image_token_id=self.image_token_id,
-            num_images=num_images,
+            num_images=len(image_sizes),
             answer_next=True,
         )
-        ids = torch.tensor(rendered.input_ids)
-        return ids.repeat_interleave(torch.where(ids == self.image_token_id, self.num_image_tokens, 1))
+        return torch.tensor(self.layout.expand(rendered.input_ids, image_sizes))
 
     def _refuse_endless(self, text: str) -> None:
         """Refuse a text whose beginning is too long already; tokenised whole, 10 MB would take gigabytes."""

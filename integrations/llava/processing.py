@@ -1,4 +1,4 @@
-"""The processor a checkpoint is saved with: transformers' LlavaProcessor around layerfuse's preprocessing.
+"""The processor a checkpoint is saved with: transformers' LlavaProcessor around layerfuse's preprocessing and layout.
 
 `LayerfuseImageProcessor` computes exactly what `layerfuse.Preprocessing` does, Pillow's resampling and LLaVA's
 pad-to-square with the mean colour included, so that training, `pipeline` and `generate` see the same pixels.
@@ -14,16 +14,19 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
-from transformers import AutoImageProcessor, BatchFeature, LlavaProcessor, PreTrainedTokenizerBase
+from transformers import AutoImageProcessor, AutoProcessor, BatchFeature, LlavaProcessor, PreTrainedTokenizerBase
 from transformers.image_processing_utils import BaseImageProcessor
+from transformers.processing_utils import MultiModalData
 
 from layerfuse.errors import InputError
 from layerfuse.preprocessing import Preprocessing
 
-from .model import FusedLlavaForConditionalGeneration, LayerfuseVisionConfig
+from .image_layout import ImageLayout, layout_from_config
+from .images import image_size
+from .model import FusedLlavaConfig, FusedLlavaForConditionalGeneration, LayerfuseVisionConfig
 from .prompts import IMAGE_TAG, Template, chat_template
 
-__all__ = ["LayerfuseImageProcessor", "add_image_token", "build_processor"]
+__all__ = ["FusedLlavaProcessor", "LayerfuseImageProcessor", "add_image_token", "build_processor"]
 
 
 class LayerfuseImageProcessor(BaseImageProcessor):
@@ -31,15 +34,20 @@ class LayerfuseImageProcessor(BaseImageProcessor):
 
     Args:
         preprocessing: `Preprocessing.to_dict()`; its `upright` says whether images are turned by their Exif data.
+        image_layout: `ImageLayout.config` of the model that the images are for; None says nothing, as processors that
+            0.1 saved.
     """
 
     model_input_names = ["pixel_values"]  # noqa: RUF012  (transformers reads and writes it like this)
 
-    def __init__(self, preprocessing: dict[str, Any] | None = None, **kwargs: Any) -> None:
+    def __init__(
+        self, preprocessing: dict[str, Any] | None = None, image_layout: dict[str, Any] | None = None, **kwargs: Any
+    ) -> None:
         super().__init__(**kwargs)
         if preprocessing is None:
             raise InputError("LayerfuseImageProcessor needs preprocessing=..., as Preprocessing.to_dict() gives it.")
         self.preprocessing = preprocessing
+        self.image_layout = image_layout
         height, width = preprocessing["size"]
         # Tools that count image tokens without preparing an image read this.
         self.crop_size = {"height": height, "width": width}
@@ -61,7 +69,7 @@ class LayerfuseImageProcessor(BaseImageProcessor):
             **options: none, unless their value is None: how images are prepared is said by `preprocessing`.
 
         Returns:
-            `pixel_values`: (B, 3, height, width) float32.
+            `pixel_values`: (B, 3, height, width) float32; `image_sizes`: (B, 2) height and width before that.
 
         Raises:
             ValueError: if an option is unknown, or something is no image.
@@ -79,8 +87,34 @@ class LayerfuseImageProcessor(BaseImageProcessor):
             raise InputError(f"input_data_format={input_data_format!r} is unknown; give one of {', '.join(_FORMATS)}.")
         # A processor that was saved before there was a choice turns images, too.
         preprocessing = Preprocessing.from_dict({"upright": True} | self.preprocessing)
-        pixels = preprocessing.batch(_flatten(images, input_data_format))
-        return BatchFeature({"pixel_values": pixels.numpy() if kind == "np" else pixels})
+        flat = _flatten(images, input_data_format)
+        pixels = preprocessing.batch(flat)
+        sizes = [image_size(image, upright=preprocessing.upright) for image in flat]
+        prepared = {"pixel_values": pixels, "image_sizes": torch.tensor(sizes)}
+        return BatchFeature({name: own.numpy() if kind == "np" else own for name, own in prepared.items()})
+
+
+class FusedLlavaProcessor(LlavaProcessor):
+    """transformers' LlavaProcessor, which asks the model's layout how many tokens an image takes."""
+
+    @property
+    def layout(self) -> ImageLayout:
+        """How many tokens an image takes."""
+        return layout_from_config(self.image_processor.image_layout or {}, image_token_id=self.image_token_id)
+
+    def replace_image_token(self, image_inputs: dict[str, Any], image_idx: int, **_: Any) -> str:
+        """Write the tokens of one of the images that were prepared."""
+        height, width = image_inputs["image_sizes"][image_idx].tolist()
+        text: str = self.image_token * self.layout.num_tokens((height, width))
+        return text
+
+    def _get_num_multimodal_tokens(
+        self, image_sizes: Sequence[tuple[int, int]] | None = None, **_: Any
+    ) -> MultiModalData:
+        if image_sizes is None:
+            return MultiModalData()
+        numbers = [self.layout.num_tokens((height, width)) for height, width in image_sizes]
+        return MultiModalData(num_image_tokens=numbers, num_image_patches=[1] * len(numbers))
 
 
 _FORMATS = ("channels_first", "channels_last")
@@ -135,11 +169,11 @@ def build_processor(
     tokenizer: PreTrainedTokenizerBase,
     preprocessing: Preprocessing,
     template: Template,
-) -> LlavaProcessor:
+) -> FusedLlavaProcessor:
     """Assemble the processor that belongs to a model.
 
     Args:
-        model: says how many positions an image takes up.
+        model: says how many tokens an image takes.
         tokenizer: has `<image>`; it is set to pad on the left, as generation in batches needs it.
         preprocessing: how images are prepared; at inference they are turned upright, whatever training did.
         template: written into the chat template.
@@ -150,21 +184,16 @@ def build_processor(
     tokenizer.padding_side = "left"
     # Tokenizers save what they were built with, and the side is lost unless it is one of these.
     tokenizer.init_kwargs["padding_side"] = "left"
-    height, width = preprocessing.size
-    patch_size = max(height, width)
-    # LlavaProcessor counts (height // patch) * (width // patch) + additional tokens; any fuser's number fits that way.
-    grid_tokens = (height // patch_size) * (width // patch_size)
-    return LlavaProcessor(
-        image_processor=LayerfuseImageProcessor(replace(preprocessing, upright=True).to_dict()),
+    described = model.config.layout.config
+    return FusedLlavaProcessor(
+        image_processor=LayerfuseImageProcessor(replace(preprocessing, upright=True).to_dict(), described),
         tokenizer=tokenizer,
-        patch_size=patch_size,
-        vision_feature_select_strategy="full",
-        num_additional_image_tokens=model.config.image_seq_length - grid_tokens,
         chat_template=chat_template(template, tokenizer),
         image_token=IMAGE_TAG,
     )
 
 
+AutoProcessor.register(FusedLlavaConfig, FusedLlavaProcessor, exist_ok=True)
 # One implementation for both backends: it is layerfuse that resamples.
 AutoImageProcessor.register(
     LayerfuseVisionConfig,

@@ -84,12 +84,16 @@ def read_requests(path: str | Path) -> list[Request]:
     return requests
 
 
-def prompt_lengths(requests: Sequence[Request], preparer: Preparer, *, max_new_tokens: int = 1) -> list[int]:
+def prompt_lengths(
+    requests: Sequence[Request], preparer: Preparer, *, image_folder: str | Path, max_new_tokens: int = 1
+) -> list[int]:
     """Write every prompt out.
 
     Args:
         requests: the questions.
         preparer: of the model that shall answer.
+        image_folder: what names of images are relative to; what is no picture there is counted as one of the model's
+            own size, see `refuse_broken_images`.
         max_new_tokens: an answer's longest length.
 
     Returns:
@@ -102,8 +106,8 @@ def prompt_lengths(requests: Sequence[Request], preparer: Preparer, *, max_new_t
     problems: list[str] = []
     for request in requests:
         try:
-            ids = preparer.encode(request.prompt, len(request.images), max_new_tokens=max_new_tokens)
-            lengths.append(len(ids))
+            sizes = preparer.sizes([Path(image_folder) / name for name in request.images])
+            lengths.append(len(preparer.encode(request.prompt, sizes, max_new_tokens=max_new_tokens)))
         except UserError as error:
             problems.append(f"id {request.id!r}: {error}")
     _refuse(problems, "the questions")

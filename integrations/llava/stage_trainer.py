@@ -55,8 +55,7 @@ def stage_trainer(
         template=get_template(config.template),
         encoder=TextEncoder(tokenizer),
         preprocessing=preprocessing_of(model, config),
-        image_token_id=assembled.image_token_id,
-        num_image_tokens=model.config.image_seq_length,
+        layout=model.config.layout,
         max_length=config.data.max_length,
         bad_samples=config.data.bad_samples,
     )

@@ -26,6 +26,7 @@ from layerfuse.fusers import Fuser
 from layerfuse.preprocessing import Preprocessing
 
 from ..generate_mixin import end_answers
+from ..image_layout import ImageLayout
 from ..model import FusedLlavaForConditionalGeneration, build_model
 from ..prompts import Template
 from ..weight_files import StoredTensor, check_fit, read_json
@@ -153,6 +154,7 @@ def meta_model(
     image_token_id: int,
     template: Template,
     head: Mapping[str, Any] | None = None,
+    layout: ImageLayout | None = None,
 ) -> FusedLlavaForConditionalGeneration:
     """Assemble a model that takes no memory.
 
@@ -164,12 +166,20 @@ def meta_model(
         template: how prompts are written.
         head: what the layout's own model does beside the product with its head's weight, `HeadSettings.to_dict()`;
             the language model's class may do another thing where it stands alone.
+        layout: as for `build_model`.
     """
     text_config.vocab_size = max(text_config.vocab_size, image_token_id + 1)
     with reading("the language model's config"), torch.device("meta"):
         llm = AutoModelForCausalLM.from_config(text_config)
     with torch.device("meta"):
-        model = build_model(backbone, fuser, llm, image_token_id=image_token_id, prompt_template=template.to_dict())
+        model = build_model(
+            backbone,
+            fuser,
+            llm,
+            image_token_id=image_token_id,
+            prompt_template=template.to_dict(),
+            layout=layout,
+        )
         if model.config.head != head:
             model.config.head = None if head is None else dict(head)
             model = type(model)(model.config)

@@ -67,6 +67,7 @@ def read_own(folder: Path, options: Options) -> Content:
         image_token_id=described.image_token_index,
         template=template,
         head=described.head,
+        layout=described.layout,
     )
     with reading(f"the processor of {folder}"):
         processor = AutoProcessor.from_pretrained(folder)

@@ -28,11 +28,12 @@ class Collator:
         """Pad and stack.
 
         Args:
-            samples: as `ConversationDataset` gives them; `labels` and `id` may be left out of all.
+            samples: as `ConversationDataset` gives them; `labels`, `image_sizes` and `id` may be left out of all.
 
         Returns:
-            `input_ids`, `attention_mask`, `labels` (B, T); `pixel_values` (images, 3, height, width) if there are any;
-            `sample_ids`, B texts, where samples have an `id`; `skipped`, why samples are void, if any is.
+            `input_ids`, `attention_mask`, `labels` (B, T); `pixel_values` (images, 3, height, width) and `image_sizes`
+            (images, 2) if there are any; `sample_ids`, B texts, where samples have an `id`; `skipped`, why samples
+            are void, if any is.
         """
         ids = [sample["input_ids"] for sample in samples]
         batch: dict[str, Any] = {
@@ -44,6 +45,8 @@ class Collator:
         pixels = torch.cat([sample["pixel_values"] for sample in samples])
         if len(pixels):
             batch["pixel_values"] = pixels
+            if "image_sizes" in samples[0]:
+                batch["image_sizes"] = torch.cat([sample["image_sizes"] for sample in samples])
         if "id" in samples[0]:
             batch["sample_ids"] = [sample["id"] for sample in samples]
         skipped = [sample["skipped"] for sample in samples if "skipped" in sample]

@@ -12,16 +12,15 @@ import numpy as np
 
 from integrations.llava.prompts import IGNORE_INDEX, IMAGE_TAG, Rendered, Template, TextEncoder, render
 
+from ..image_layout import ImageLayout
 from ..images import printable
 from ..json_lines import is_writable_text
 from .findings import Fault
 from .media_names import is_outside, linked_media, unread_media
 from .samples import Sample, image_names
 
-__all__ = ["TokenLimit", "conversation_faults", "expand_images", "is_outside", "sample_warnings"]
+__all__ = ["TokenLimit", "conversation_faults", "is_outside", "sample_warnings"]
 
-# Not an id of any tokenizer.
-_IMAGE_ID = -1
 _CONTROL_TOKENS = re.compile(r"</?s>|<unk>|<pad>|<\|[a-z_]+\|>")
 
 
@@ -101,36 +100,18 @@ def sample_warnings(sample: Sample) -> Iterator[Fault]:
         yield Fault("empty_answer", "has an answer without text")
 
 
-def expand_images(
-    ids: np.ndarray, labels: np.ndarray, *, image_id: int, num_image_tokens: int
-) -> tuple[np.ndarray, np.ndarray]:
-    """Repeat every image's id as often as an image takes up positions.
-
-    Args:
-        ids: T ids, one per image.
-        labels: T labels.
-        image_id: id that stands for an image.
-        num_image_tokens: positions an image takes up.
-
-    Returns:
-        Ids and labels of the longer sequence.
-    """
-    repeats = np.where(ids == image_id, num_image_tokens, 1)
-    return np.repeat(ids, repeats), np.repeat(labels, repeats)
-
-
 @dataclass(frozen=True)
 class TokenLimit:
     """How long a sample may be.
 
     Attributes:
         encoder: how texts are tokenised.
-        num_image_tokens: positions an image takes up.
+        layout: how many tokens an image takes; images are counted with the model's own size.
         max_length: positions of a sample, images included; what is longer is cut.
     """
 
     encoder: TextEncoder
-    num_image_tokens: int
+    layout: ImageLayout
     max_length: int
 
     def faults(self, sample: Sample, template: Template) -> Iterator[Fault]:
@@ -139,22 +120,19 @@ class TokenLimit:
         Yields:
             At most one fault: images or all answers that would be cut off, or any end that is.
         """
+        num_images = len(image_names(sample))
         rendered: Rendered = render(
             sample["conversations"],
             template=template,
             encoder=self.encoder,
-            image_token_id=_IMAGE_ID,
-            num_images=len(image_names(sample)),
+            image_token_id=self.layout.image_token_id,
+            num_images=num_images,
             max_length=self.max_length + 1,
         )
-        ids, labels = expand_images(
-            np.array(rendered.input_ids),
-            np.array(rendered.labels),
-            image_id=_IMAGE_ID,
-            num_image_tokens=self.num_image_tokens,
-        )
+        repeats = self.layout.repeats(rendered.input_ids, [None] * num_images)
+        ids, labels = np.repeat([rendered.input_ids, rendered.labels], repeats, axis=1)
         limit, length = f"max_length is {self.max_length}", f"{'at least ' * rendered.is_cut}{len(ids)} tokens"
-        if (ids[self.max_length :] == _IMAGE_ID).any():
+        if (ids[self.max_length :] == self.layout.image_token_id).any():
             yield Fault("images_too_long", f"its images do not fit: it has {length}, {limit}")
         elif (labels[: self.max_length] == IGNORE_INDEX).all():
             yield Fault("nothing_supervised", f"no answer is left: it has {length}, {limit}")

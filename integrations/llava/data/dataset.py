@@ -14,8 +14,8 @@ from integrations.llava.prompts import IGNORE_INDEX, Rendered, Template, TextEnc
 from layerfuse.errors import InputError, MissingFileError
 from layerfuse.preprocessing import Preprocessing
 
-from ..images import UnreadableImageError, read_image
-from .conversations import expand_images
+from ..image_layout import ImageLayout, ImageSize
+from ..images import UnreadableImageError, image_size, read_image
 from .files import file_index, sample_lengths
 from .policy import BadSamples
 from .samples import Sample, image_names, sample_id
@@ -40,8 +40,7 @@ class ConversationDataset(Dataset[dict[str, Any]]):
         template: how conversations are written.
         encoder: how they are tokenised.
         preprocessing: how images are prepared.
-        image_token_id: id of `<image>`.
-        num_image_tokens: positions an image takes up.
+        layout: how many tokens an image takes.
         max_length: longer samples are cut, T positions with images expanded.
         bad_samples: "skip" gives a void sample, without pixels and labels, where one cannot be read.
     """
@@ -54,8 +53,7 @@ class ConversationDataset(Dataset[dict[str, Any]]):
         template: Template,
         encoder: TextEncoder,
         preprocessing: Preprocessing,
-        image_token_id: int,
-        num_image_tokens: int,
+        layout: ImageLayout,
         max_length: int = 2048,
         bad_samples: BadSamples = "fail",
     ) -> None:
@@ -64,8 +62,7 @@ class ConversationDataset(Dataset[dict[str, Any]]):
         self.template = template
         self.encoder = encoder
         self.preprocessing = preprocessing
-        self.image_token_id = image_token_id
-        self.num_image_tokens = num_image_tokens
+        self.layout = layout
         self.max_length = max_length
         self.bad_samples = bad_samples
         self._texts: dict[int, np.ndarray] = {}
@@ -81,27 +78,27 @@ class ConversationDataset(Dataset[dict[str, Any]]):
         """Prepare a sample.
 
         Returns:
-            `id`; `input_ids` and `labels` (T,); `pixel_values` (images, 3, height, width). A void sample, see
-            `bad_samples`, also has `skipped`, the reason.
+            `id`; `input_ids` and `labels` (T,); `pixel_values` (images, 3, height, width); `image_sizes` (images, 2),
+            height and width before that. A void sample, see `bad_samples`, also has `skipped`, the reason.
 
         Raises:
-            BadSampleError: if its images do not fit into `max_length`, or an image cannot be read.
+            BadSampleError: if its images do not fit into `max_length`, cannot be read, or are not those that its text
+                has tags for.
         """
         sample = self.samples[index]
         own_id = sample_id(sample, file_index(self.samples, index))
-        height, width = self.preprocessing.size
         try:
-            input_ids, labels = self._text(index, own_id)
-            pixels = [self._image(name, own_id) for name in image_names(sample)]
+            rendered = self._rendered(index, own_id)
+            images = [self._image(name, own_id) for name in image_names(sample)]
+            input_ids, labels = self._expanded(rendered, [size for _, size in images], own_id)
         except BadSampleError as error:
             if self.bad_samples == "fail":
                 raise
             # One position, so that every process still takes the same number of steps.
             begin = torch.tensor(self.encoder.begin[:1] or [self.encoder.end])
             void = {"input_ids": begin, "labels": torch.full_like(begin, IGNORE_INDEX)}
-            return {"id": own_id, **void, "pixel_values": torch.empty(0, 3, height, width), "skipped": str(error)}
-        stacked = torch.stack(pixels) if pixels else torch.empty(0, 3, height, width)
-        return {"id": own_id, "input_ids": input_ids, "labels": labels, "pixel_values": stacked}
+            return {"id": own_id, **void, **self._stacked([]), "skipped": str(error)}
+        return {"id": own_id, "input_ids": input_ids, "labels": labels, **self._stacked(images)}
 
     @property
     def lengths(self) -> list[int]:
@@ -116,19 +113,23 @@ class ConversationDataset(Dataset[dict[str, Any]]):
             sample["conversations"],
             template=self.template,
             encoder=self.encoder,
-            image_token_id=self.image_token_id,
+            image_token_id=self.layout.image_token_id,
             num_images=len(image_names(sample)),
             max_length=self.max_length,
         )
 
-    def _text(self, index: int, own_id: str) -> tuple[torch.Tensor, torch.Tensor]:
-        ids, labels = expand_images(
-            *self._rendered(index, own_id), image_id=self.image_token_id, num_image_tokens=self.num_image_tokens
-        )
-        if (ids[self.max_length :] == self.image_token_id).any():
+    def _expanded(
+        self, rendered: np.ndarray, sizes: Sequence[ImageSize], own_id: str
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        try:
+            repeats = self.layout.repeats(rendered[0].tolist(), sizes)
+        except InputError as error:
+            raise BadSampleError(f"sample {own_id}: {error}") from error
+        ids, labels = np.repeat(rendered, repeats, axis=1)
+        if (ids[self.max_length :] == self.layout.image_token_id).any():
             raise BadSampleError(
-                f"sample {own_id}: its images do not fit into max_length={self.max_length} (an image takes "
-                f"{self.num_image_tokens} positions); raise max_length or remove it."
+                f"sample {own_id}: its images do not fit into max_length={self.max_length} (they take "
+                f"{sum(map(self.layout.num_tokens, sizes))} positions); raise max_length or remove it."
             )
         # The published code cuts before and after it expands images, each time at the same length: what is left is the
         # same, since no position moves left.
@@ -148,15 +149,23 @@ class ConversationDataset(Dataset[dict[str, Any]]):
                 self._text_bytes += kept.nbytes
         return kept
 
-    def _image(self, name: str, own_id: str) -> torch.Tensor:
+    def _image(self, name: str, own_id: str) -> tuple[torch.Tensor, ImageSize]:
         path = self.image_folder / name
         try:
-            pixels = np.array(self.preprocessing.fit(read_image(path)), dtype=np.uint8)
+            image = read_image(path)
+            pixels = np.array(self.preprocessing.fit(image), dtype=np.uint8)
         except UnreadableImageError as error:
             raise BadSampleError(f"sample {own_id}: {error}") from error
         except MissingFileError as error:
             raise BadSampleError(f"sample {own_id}: image {path} cannot be read: it is missing.") from error
-        return (torch.from_numpy(pixels).permute(2, 0, 1).float() / 255 - self._mean) / self._std
+        prepared = (torch.from_numpy(pixels).permute(2, 0, 1).float() / 255 - self._mean) / self._std
+        return prepared, image_size(image, upright=self.preprocessing.upright)
+
+    def _stacked(self, images: Sequence[tuple[torch.Tensor, ImageSize]]) -> dict[str, torch.Tensor]:
+        none = torch.empty(0, 3, *self.preprocessing.size)
+        pixels = torch.stack([pixels for pixels, _ in images]) if images else none
+        sizes = [size for _, size in images]
+        return {"pixel_values": pixels, "image_sizes": torch.tensor(sizes, dtype=torch.int64).view(-1, 2)}
 
 
 def _long(values: np.ndarray) -> torch.Tensor:

@@ -182,7 +182,7 @@ def _summary(model: FusedLlavaForConditionalGeneration, llm_origin: str) -> Mode
         image_size=backbone.image_size,
         grid=backbone.grid(*backbone.image_size),
         widths=(backbone.embed_dim, model.model.fuser.out_channels, text.hidden_size),
-        tokens_per_image=model.config.image_seq_length,
+        tokens_per_image=model.config.layout.num_tokens(),
         llm_origin=llm_origin,
     )
 

@@ -148,7 +148,7 @@ def model_facts(model: FusedLlavaForConditionalGeneration) -> ModelFacts:
     return ModelFacts(
         trained=trained,
         frozen=frozen,
-        tokens_per_image=model.config.image_seq_length,
+        tokens_per_image=model.config.layout.num_tokens(),
         num_blocks=len(blocks),
         block=_block(blocks[0], text),
         vocabulary=model.lm_head.out_features,

@@ -88,7 +88,7 @@ def evaluate(
     check_images(asked, image_folder)
     requests = [Request(own.question_id, (own.image,), TASKS.get(own.kind)().prompt(own)) for own in asked]
     preparer, decoding, where = load_preparer(model_folder), Decoding(max_new_tokens), usable_device(device)
-    lengths = prompt_lengths(requests, preparer, max_new_tokens=max_new_tokens)
+    lengths = prompt_lengths(requests, preparer, image_folder=image_folder, max_new_tokens=max_new_tokens)
     batches = form_batches(lengths, batch_size, Shard())
     dtype = default_dtype(model_folder, where)
     with ExitStack() as stack:

@@ -110,9 +110,14 @@ class _RecordedTexts(ConversationDataset):
     """Our data set over recorded ids: what they become is its own work."""
 
     texts: list[Rendered]
+    pixels: list[torch.Tensor]
 
     def render(self, index: int) -> Rendered:
         return self.texts[index]
+
+    def _image(self, name: str, own_id: str) -> tuple[torch.Tensor, tuple[int, int]]:
+        pixels = self.pixels[int(own_id)][int(name)]
+        return pixels, (pixels.shape[1], pixels.shape[2])
 
 
 class Run:
@@ -133,22 +138,24 @@ class Run:
         """Expand, cut and pad as in training."""
         image = self.model.config.image_token_index
         preprocessing = Preprocessing.from_dict(self.processor.image_processor.preprocessing)
-        samples = [{"id": str(row), "conversations": []} for row in range(len(case.rows))]
+        samples = [
+            {"id": str(row), "conversations": [], "image": [str(index) for index in range(len(pixels))]}
+            for row, pixels in enumerate(case.own_pixels)
+        ]
         dataset = _RecordedTexts(
             samples,
             image_folder="",
             template=None,  # type: ignore[arg-type]
             encoder=None,  # type: ignore[arg-type]
             preprocessing=preprocessing,
-            image_token_id=image,
-            num_image_tokens=self.model.config.image_seq_length,
+            layout=self.model.config.layout,
             max_length=case.note.get("tokenizer_model_max_length", self.published["tokenizer_model_max_length"]),
         )
         dataset.texts = [
             Rendered("", torch.where(ids == _IMAGE, image, ids).tolist(), labels.tolist()) for ids, labels in case.rows
         ]
-        items = [{**dataset[row], "pixel_values": own} for row, own in enumerate(case.own_pixels)]
-        batch = Collator(self.processor.tokenizer.pad_token_id)(items)
+        dataset.pixels = case.own_pixels
+        batch = Collator(self.processor.tokenizer.pad_token_id)([dataset[row] for row in range(len(samples))])
         batch.pop("sample_ids", None)
         return batch
 

@@ -129,10 +129,10 @@ def test_of_many_problems_twenty_are_shown(tmp_path: Path) -> None:
         read_requests(write(tmp_path / "q.jsonl", [{}] * 25))
 
 
-def test_prompts_the_model_cannot_read_are_listed_by_id(run: Path) -> None:
+def test_prompts_the_model_cannot_read_are_listed_by_id(run: Path, tmp_path: Path) -> None:
     requests = [Request("short", (), "a"), Request("long", (), "word " * 900), Request("tags", ("a", "b"), "<image>")]
     with pytest.raises(ValueError, match="2 problems(.*\n)+.*'long': .*512(.*\n)+.*'tags': .*1 <image> tags for 2"):
-        prompt_lengths(requests, load_preparer(run))
+        prompt_lengths(requests, load_preparer(run), image_folder=tmp_path)
 
 
 def test_missing_and_broken_images_are_listed_before_the_start(data_folder: Path, tmp_path: Path) -> None:

@@ -130,7 +130,7 @@ def test_prompts_that_cannot_be_written_are_refused(
     answerer: Answerer, num_images: int, prompt: Any, message: str
 ) -> None:
     with pytest.raises(ValueError, match=message):
-        answerer.prepare.encode(prompt, num_images)
+        answerer.prepare.encode(prompt, [None] * num_images)
 
 
 # The end of an answer

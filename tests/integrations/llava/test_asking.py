@@ -121,12 +121,14 @@ def test_what_is_no_image_and_no_prompt_is_told_with_what_to_give(
 
 
 def test_an_answer_has_to_fit_behind_its_prompt(answerer: Answerer) -> None:
-    length = len(answerer.prepare.encode("What?", 1))
+    length = len(answerer.prepare.encode("What?", [(8, 8)]))
 
-    assert answerer.prepare.room("What?", 1) == 512 - length
-    assert len(answerer.prepare.encode("What?", 1, max_new_tokens=512 - length)) == length
+    assert answerer.prepare.room("What?", [(8, 8)]) == 512 - length
+    assert len(answerer.prepare.encode("What?", [(8, 8)], max_new_tokens=512 - length)) == length
     for ask in (answerer, lambda images, prompts, **more: list(answerer.stream(images[0], prompts[0], **more))):
-        message = rf"{length} positions \(16 an image\) .* up to {513 - length}, .* reads 512; .* most {512 - length} t"
+        message = (
+            rf"{length} positions \(16 of them its images\) .* up to {513 - length}, .* 512; .* most {512 - length} t"
+        )
         with pytest.raises(ValueError, match=message):
             ask([Image.new("RGB", (8, 8))], ["What?"], max_new_tokens=513 - length)
 

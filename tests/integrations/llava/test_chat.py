@@ -31,7 +31,7 @@ def chat(run: Path, lines: list[str], monkeypatch: pytest.MonkeyPatch, *argument
 
 def stub(stream: Any) -> Any:
     """An answerer whose stream is given, and whose model reads any length."""
-    prepare = type("Preparer", (), {"room": staticmethod(lambda *_: None)})
+    prepare = type("Preparer", (), {"room": staticmethod(lambda *_: None), "sizes": staticmethod(list)})
     return type("Stub", (), {"stream": staticmethod(stream), "prepare": prepare})
 
 
@@ -98,7 +98,7 @@ def test_an_answer_ends_where_the_models_positions_do_and_this_is_said(
     answerer: Answerer, capsys: pytest.CaptureFixture[str]
 ) -> None:
     words = "word"
-    while (room := answerer.prepare.room(words, 0) or 0) >= 50:
+    while (room := answerer.prepare.room(words, []) or 0) >= 50:
         words += " word"
     assert room > 0
     conversation = Conversation(answerer, Decoding(max_new_tokens=100))

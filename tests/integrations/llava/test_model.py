@@ -13,7 +13,7 @@ from transformers import AutoModelForImageTextToText, GenerationConfig, Trainer,
 
 import integrations.llava
 from integrations.llava.checkpoint import load_adapter, load_model, save_adapter
-from integrations.llava.model import FusedLlavaForConditionalGeneration, build_model, num_image_tokens
+from integrations.llava.model import FusedLlavaForConditionalGeneration, build_model
 from integrations.llava.train import set_trainable
 from layerfuse.backbones import create_backbone
 from layerfuse.fusers import create_fuser
@@ -106,7 +106,10 @@ def small() -> FusedLlavaForConditionalGeneration:
 
 
 def test_number_of_image_tokens_is_the_fusers(small: FusedLlavaForConditionalGeneration) -> None:
-    assert small.config.image_seq_length == num_image_tokens(small.model.vision_tower.backbone, small.model.fuser) == 16
+    assert (
+        small.config.image_seq_length == small.config.layout.num_tokens() == small.model.fuser.num_tokens([(4, 4)] * 3)
+    )
+    assert small.config.layout.num_tokens() == 16
     assert small.get_image_features(random_images(3, size=64)).pooler_output[0].shape == (16, 32)
 
 

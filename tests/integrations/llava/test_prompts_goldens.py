@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import shutil
+from collections.abc import Sequence
 from enum import Enum
 from typing import Any
 
@@ -15,6 +16,7 @@ import pytest
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from integrations.llava.data import Collator, ConversationDataset, image_names
+from integrations.llava.image_layout import FixedLayout, ImageSize
 from integrations.llava.prompts import IGNORE_INDEX, IMAGE_TAG, TEMPLATES, Rendered, Template, TextEncoder, render
 from layerfuse.preprocessing import Preprocessing
 from tests.goldens_support import SHARED
@@ -223,6 +225,13 @@ def test_the_list_of_dropped_rows_is_that_of_goldens() -> None:
     assert {row["id"] for row in ROWS} & DROPPED_BY_ACCIDENT.keys() <= dropped
 
 
+class _Uncounted(FixedLayout, name="as published"):
+    """One position an image, and as the published code has it, no look at how many images there are."""
+
+    def repeats(self, ids: Sequence[int], image_sizes: Sequence[ImageSize | None]) -> list[int]:
+        return [1] * len(ids)
+
+
 @each(SAME_IDS)
 def test_lengths_of_goldens_behind_the_collator(row: dict[str, Any], encoder: TextEncoder) -> None:
     dataset = ConversationDataset(
@@ -231,8 +240,7 @@ def test_lengths_of_goldens_behind_the_collator(row: dict[str, Any], encoder: Te
         template=TEMPLATES[row["version"]],
         encoder=encoder,
         preprocessing=Preprocessing(size=(8, 8), mean=(0.5,) * 3, std=(0.5,) * 3, mode="pad"),
-        image_token_id=PUBLISHED_IMAGE,
-        num_image_tokens=1,
+        layout=_Uncounted(PUBLISHED_IMAGE, 1),
         max_length=row["model_max_length"],
     )
     batch = Collator(pad_token_id=0)([dataset[0]])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from transformers import AutoProcessor, LlavaForConditionalGeneration
 
 from integrations.llava.checkpoint import load_model, load_processor
 from integrations.llava.convert import Options, convert, layout_of
+from integrations.llava.image_layout import ImageLayout, ImageSize
 from integrations.llava.weight_files import stored_model
 from tests.integrations.llava.convert.foreign import logits_of, save_llava_hf, tiny_llava_hf
 from tests.integrations.llava.tiny_parts import make_tokenizer
@@ -130,6 +132,21 @@ def test_one_of_transformers_becomes_a_published_baseline(llava_hf_folder: Path,
     image_token = load_model(ours).config.image_token_index
     expected = logits_of(load_model(ours), image_token)[..., :vocabulary]
     torch.testing.assert_close(logits_of(load_model(again), vocabulary), expected, atol=1e-5, rtol=0)
+
+
+def test_a_layout_by_size_has_no_place_there(llava_hf_folder: Path, tmp_path: Path) -> None:
+    class AnyLayout(ImageLayout, name="any of a test"):
+        def num_tokens(self, image_size: ImageSize | None = None) -> int:
+            return 16
+
+    ours = convert(llava_hf_folder, tmp_path / "ours")
+    for name in ("config.json", "processor_config.json"):
+        text = (ours / name).read_text()
+        described = re.sub(r'"image_layout": \{[^}]*\}', '"image_layout": {"name": "any of a test"}', text)
+        assert described != text
+        (ours / name).write_text(described)
+    with pytest.raises(ValueError, match="image layout 'any of a test'.*has one number for all. Keep the layout"):
+        convert(ours, tmp_path / "theirs", "llava-hf")
 
 
 @pytest.mark.parametrize(

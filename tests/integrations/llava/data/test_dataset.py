@@ -19,6 +19,7 @@ from integrations.llava.data import (
     read_samples,
 )
 from integrations.llava.data import dataset as dataset_module
+from integrations.llava.image_layout import FixedLayout
 from integrations.llava.prompts import IGNORE_INDEX, TEMPLATES, TextEncoder
 from layerfuse.preprocessing import CLIP_MEAN, CLIP_STD, Preprocessing
 from tests.integrations.llava.tiny_parts import human_and_gpt, make_tokenizer
@@ -34,8 +35,7 @@ def dataset(folder: Path, samples: Any, **options: Any) -> ConversationDataset:
         template=TEMPLATES["v1"],
         encoder=TextEncoder(make_tokenizer("llama")),
         preprocessing=PREPROCESSING,
-        image_token_id=IMAGE,
-        num_image_tokens=5,
+        layout=FixedLayout(IMAGE, 5),
         **({"max_length": 512} | options),
     )
 

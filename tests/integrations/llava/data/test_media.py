@@ -13,6 +13,7 @@ from PIL import Image
 
 from integrations.llava.data import BadSampleError, ConversationDataset, read_samples, survey_samples
 from integrations.llava.data_command import main
+from integrations.llava.image_layout import FixedLayout
 from integrations.llava.images import UnreadableImageError, find_broken_images, printable, read_image
 from integrations.llava.prompts import TEMPLATES, TextEncoder
 from layerfuse.preprocessing import CLIP_MEAN, CLIP_STD, Preprocessing
@@ -37,8 +38,7 @@ def dataset(samples: list[Any], folder: Path, **options: Any) -> ConversationDat
         template=TEMPLATES["v1"],
         encoder=TextEncoder(make_tokenizer("llama")),
         preprocessing=PREPARE,
-        image_token_id=999,
-        num_image_tokens=4,
+        layout=FixedLayout(999, 4),
         **({"max_length": 512} | options),
     )
 

@@ -21,6 +21,7 @@ from integrations.llava.data import (
 )
 from integrations.llava.data import survey as survey_module
 from integrations.llava.data.conversations import TokenLimit
+from integrations.llava.image_layout import FixedLayout
 from integrations.llava.prompts import IGNORE_INDEX, TEMPLATES, TextEncoder, render
 from tests.integrations.llava.tiny_parts import human_and_gpt, make_tokenizer
 
@@ -108,7 +109,7 @@ def test_lengths_are_counted_in_tokens(data_folder: Path, kept: str, kind: str |
     labels = render(sample["conversations"], template=template, encoder=encoder, image_token_id=-1, num_images=1).labels
     question = labels.count(IGNORE_INDEX) + 49
     max_length = {"all": len(labels) + 49, "all but one": len(labels) + 48, "no answer": question, "no image": 49}[kept]
-    tokens = TokenLimit(encoder, num_image_tokens=50, max_length=max_length)
+    tokens = TokenLimit(encoder, layout=FixedLayout(-1, 50), max_length=max_length)
     found = survey_samples([sample], image_folder=data_folder, template=template, tokens=tokens).findings
 
     assert [finding.kind for finding in found] == ([kind] if kind else [])

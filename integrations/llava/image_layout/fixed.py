@@ -1,0 +1,33 @@
+"""The layout of one backbone of fixed grid with one fuser: every image takes the same number of tokens."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from integrations.llava.image_layout.layout import ImageLayout, ImageSize
+from layerfuse.errors import InputError
+
+__all__ = ["FixedLayout"]
+
+
+@dataclass(frozen=True)
+class FixedLayout(ImageLayout, name="fixed"):
+    """One number of tokens for every image, as in LLaVA-1.5.
+
+    Attributes:
+        tokens_per_image: that number; a model's is `Fuser.num_tokens` on the grids of its backbone.
+
+    Raises:
+        ValueError: if it is no number, or below 1.
+    """
+
+    tokens_per_image: int
+
+    def __post_init__(self) -> None:
+        """Check the number."""
+        if not isinstance(self.tokens_per_image, int) or self.tokens_per_image < 1:
+            raise InputError(f"tokens_per_image={self.tokens_per_image!r} is no number of tokens; give 1 or more.")
+
+    def num_tokens(self, image_size: ImageSize | None = None) -> int:
+        """Return `tokens_per_image`, whatever the size."""
+        return self.tokens_per_image

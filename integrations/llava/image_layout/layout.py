@@ -1,0 +1,146 @@
+"""What every image layout promises, and the registry that a saved config chooses from by name."""
+
+from __future__ import annotations
+
+import abc
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, ClassVar
+
+from layerfuse.errors import InputError
+from layerfuse.registry import Registry
+
+__all__ = ["LAYOUTS", "ImageLayout", "ImageSize", "layout_from_config"]
+
+ImageSize = tuple[int, int]
+"""(height, width) in pixels of an image before it is prepared, upright if preparing turns it."""
+
+
+@dataclass(frozen=True)
+class ImageLayout(abc.ABC):
+    """Base class of all layouts; a subclass is a frozen dataclass whose fields JSON can hold.
+
+        @dataclass(frozen=True)
+        class CellLayout(ImageLayout, name="cells"):
+            cell: int
+
+            def num_tokens(self, image_size: ImageSize | None = None) -> int: ...
+
+    Attributes:
+        image_token_id: id that stands for an image, and for each of its positions.
+        name: what a saved config calls the class.
+    """
+
+    image_token_id: int
+    name: ClassVar[str]
+
+    def __init_subclass__(cls, *, name: str) -> None:
+        super().__init_subclass__()
+        cls.name = name
+        LAYOUTS.register(name)(cls)
+
+    @abc.abstractmethod
+    def num_tokens(self, image_size: ImageSize | None = None) -> int:
+        """Count the tokens that an image takes.
+
+        Args:
+            image_size: of the image; None where it is not known, for an image of the model's own size.
+        """
+
+    def repeats(self, ids: Sequence[int], image_sizes: Sequence[ImageSize | None]) -> list[int]:
+        """Count how many positions each id of a text takes.
+
+        Args:
+            ids: T ids, one per image.
+            image_sizes: of the text's images, in its order.
+
+        Returns:
+            T numbers: the image's tokens where an image stands, else 1.
+
+        Raises:
+            ValueError: if the text has another number of image tokens than there are sizes.
+        """
+        found = sum(token == self.image_token_id for token in ids)
+        if found != len(image_sizes):
+            raise InputError(
+                f"the text has {found} image tokens, and there are {len(image_sizes)} images; give one size per image, "
+                "and write one image token where each image stands."
+            )
+        sizes = iter(image_sizes)
+        return [self.num_tokens(next(sizes)) if token == self.image_token_id else 1 for token in ids]
+
+    def expand(self, ids: Sequence[int], image_sizes: Sequence[ImageSize | None]) -> list[int]:
+        """Replace each image token of a text by as many as its image takes.
+
+        Args:
+            ids: T ids, one per image.
+            image_sizes: of the text's images, in its order.
+
+        Returns:
+            The longer list of ids.
+
+        Raises:
+            ValueError: as `repeats`.
+        """
+        repeats = self.repeats(ids, image_sizes)
+        return [token for token, times in zip(ids, repeats, strict=True) for _ in range(times)]
+
+    def images_per_text(self, num_tokens: Sequence[int], image_sizes: Sequence[ImageSize | None]) -> list[int]:
+        """Tell which of the images of several texts belong to which, by the image tokens in each.
+
+        Args:
+            num_tokens: image tokens of each text, expanded.
+            image_sizes: of all images, text after text.
+
+        Returns:
+            Number of images of each text.
+
+        Raises:
+            ValueError: if the tokens are not those of the images.
+        """
+        waiting = [self.num_tokens(size) for size in reversed(image_sizes)]
+        counts = []
+        for left in num_tokens:
+            before = len(waiting)
+            while left > 0 and waiting:
+                left -= waiting.pop()
+            if left:
+                break
+            counts.append(before - len(waiting))
+        if waiting or len(counts) < len(num_tokens):
+            raise InputError(
+                f"the texts have {list(num_tokens)} image tokens, which are not those of their {len(image_sizes)} "
+                "images in this order; expand each text with the sizes of its own images."
+            )
+        return counts
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """JSON-able description from which `layout_from_config` builds the same layout, but for the id of the token."""
+        described = {"name": self.name, **asdict(self)}
+        del described["image_token_id"]
+        return described
+
+
+LAYOUTS: Registry[ImageLayout] = Registry("image layout", group="layerfuse.image_layouts")
+
+
+def layout_from_config(config: Mapping[str, Any], *, image_token_id: int) -> ImageLayout:
+    """Build a layout from its config.
+
+    Args:
+        config: as `ImageLayout.config` gives it.
+        image_token_id: id that stands for an image.
+
+    Raises:
+        ValueError: if no layout has that name, or it takes other options.
+    """
+    options = dict(config)
+    layout = LAYOUTS.get(options.pop("name", ""))
+    try:
+        return layout(image_token_id, **options)
+    except TypeError as error:
+        raise InputError(
+            f"image layout {layout.name!r} cannot be built from {dict(config)!r:.200} ({error}); write what "
+            "ImageLayout.config gives."
+        ) from error
