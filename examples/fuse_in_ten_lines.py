@@ -16,8 +16,7 @@ import layerfuse
 
 picture = Image.open(sys.argv[1]) if len(sys.argv) > 1 else Image.radial_gradient("L")
 encoder = layerfuse.create_encoder(
-    "timm",
-    "vit_tiny_patch16_224",
+    "timm:vit_tiny_patch16_224",
     layers=(3, 6, 9, -2),
     fuser="mmfuser",
     pretrained=False,

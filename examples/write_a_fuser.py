@@ -57,8 +57,7 @@ class GatedSum(Fuser):
 
 def main() -> None:
     encoder = create_encoder(
-        "timm",
-        "vit_tiny_patch16_224",
+        "timm:vit_tiny_patch16_224",
         layers=(3, 6, -2),
         fuser="gated_sum",
         fuser_options={"bias": -2.0},

@@ -22,6 +22,7 @@ __all__ = [
     "check_depth",
     "count_blocks",
     "cut_blocks",
+    "cut_submodules",
     "find_blocks",
     "first_argument",
     "first_parameter",
@@ -110,6 +111,28 @@ def cut_blocks(blocks: BlockList, depth: int) -> None:
     del blocks[max(depth, 1) :]
     if depth == 0:
         blocks[0] = _NoBlock(first_parameter(blocks[0]))
+
+
+def cut_submodules(model: nn.Module, paths: Sequence[str]) -> None:
+    """Make modules of a model ``nn.Identity``.
+
+    Args:
+        model: changed in place.
+        paths: dotted.
+
+    Raises:
+        ValueError: before anything is changed, if a path is not there.
+    """
+    for path in paths:
+        try:
+            model.get_submodule(path)
+        except AttributeError as error:
+            names = ", ".join(name for name, _ in model.named_children())
+            raise InputError(
+                f"{type(model).__name__} has no submodule {path!r} to cut off; its children: {names}."
+            ) from error
+    for path in paths:
+        model.set_submodule(path, nn.Identity())
 
 
 def check_depth(blocks: BlockList, depth: int) -> None:

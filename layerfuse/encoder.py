@@ -6,25 +6,30 @@ This is where layerfuse ends; a projector and a language model come after it.
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import ModelHubMixin, snapshot_download
+from huggingface_hub import ModelHubMixin
 from torch import nn
 
+from layerfuse._encoder_files import CONFIG_FILE, WEIGHTS_FILE, download_encoder, read_encoder_config
+from layerfuse._placement import as_device, as_dtype
 from layerfuse.backbones import Backbone, backbone_from_config, create_backbone
-from layerfuse.errors import InputError, MissingFileError
-from layerfuse.files import atomic_folder, explain_missing_config
-from layerfuse.fusers import Fuser, FuserCost, create_fuser, fuser_from_config
-from layerfuse.preprocessing import Preprocessing
+from layerfuse.backbones._create import named_once
+from layerfuse.errors import InputError
+from layerfuse.features import Grid
+from layerfuse.files import atomic_folder
+from layerfuse.fusers import FUSERS, Fuser, FuserCost, create_fuser, fuser_from_config
+from layerfuse.layers import LayerChoice
+from layerfuse.preprocessing import Images, Preprocessing
 from layerfuse.weights import fitting_weights, load_weights, save_weights
 
 __all__ = ["FusedEncoder", "check_fuser_fits", "create_encoder"]
 
-_CONFIG_FILE = "config.json"
-_WEIGHTS_FILE = "model.safetensors"
 _CARD_FILE = "README.md"
 
 
@@ -78,17 +83,68 @@ class FusedEncoder(
         """C_out, the width of the fused tokens."""
         return self.fuser.out_channels
 
-    def cost(self, image_size: tuple[int, int] | None = None) -> FuserCost:
+    def num_tokens(self, size: int | Sequence[int] | None = None) -> int:
+        """Tell how many tokens an image becomes, without running anything.
+
+        Args:
+            size: of the images, in pixels: one edge, or (height, width); the backbone's own if None.
+
+        Returns:
+            N.
+
+        Raises:
+            ValueError: if the backbone cannot take that size.
+        """
+        return self.fuser.num_tokens(self.backbone.grids(size))
+
+    def grid(self, size: int | Sequence[int] | None = None) -> Grid:
+        """Tell the grid of the fused tokens, without running anything.
+
+        Args:
+            size: of the images, in pixels: one edge, or (height, width); the backbone's own if None.
+
+        Returns:
+            (H, W), in cells of fused tokens.
+
+        Raises:
+            ValueError: if the backbone cannot take that size.
+        """
+        return self.fuser.out_grid(self.backbone.grids(size))
+
+    def prepare(self, images: Images) -> torch.Tensor:
+        """Make the input of the encoder from pictures.
+
+        Args:
+            images: one picture or several, see `Preprocessing.batch`.
+
+        Returns:
+            (B, 3, height, width), on the encoder's device and in its dtype.
+
+        Raises:
+            TypeError: if one is no picture.
+            ValueError: if there is none, or one has values or a shape that cannot be.
+        """
+        return self.backbone.prepare(images)
+
+    def freeze_backbone(self) -> FusedEncoder:
+        """Turn gradients off for the backbone, which stays in evaluation mode whatever ``train()`` is called later.
+
+        Returns:
+            The same encoder.
+        """
+        self.backbone.freeze()
+        return self
+
+    def cost(self, image_size: int | Sequence[int] | None = None) -> FuserCost:
         """Tell what the fuser costs, without running it.
 
         Args:
-            image_size: (height, width) in pixels; the backbone's own size if None.
+            image_size: in pixels: one edge, or (height, width); the backbone's own size if None.
 
         Returns:
             Parameters, output channels, tokens and FLOPs per image of the fuser.
         """
-        height, width = image_size or self.backbone.image_size
-        return self.fuser.cost((self.backbone.grid(height, width),) * len(self.backbone.layers))
+        return self.fuser.cost(self.backbone.grids(image_size))
 
     @property
     def config(self) -> dict[str, Any]:
@@ -143,8 +199,8 @@ class FusedEncoder(
         described = self.config
         weights = fitting_weights(self, lambda: _from_config(described))
         with atomic_folder(folder) as scratch:
-            save_weights(self, weights, scratch / _WEIGHTS_FILE)
-            (scratch / _CONFIG_FILE).write_text(json.dumps(described, indent=2) + "\n", encoding="utf-8")
+            save_weights(self, weights, scratch / WEIGHTS_FILE)
+            (scratch / CONFIG_FILE).write_text(json.dumps(described, indent=2) + "\n", encoding="utf-8")
             if not (folder / _CARD_FILE).exists():
                 self.generate_model_card(**model_card_kwargs or {}).save(scratch / _CARD_FILE)
         if not push_to_hub:
@@ -201,10 +257,10 @@ class FusedEncoder(
             FileNotFoundError: if there is no such encoder.
             ValueError: if config or weights are damaged or do not fit one another, or dtype or device is none.
         """
-        precision, place = _as_dtype(dtype), _as_device(device, device_map)
+        precision, place = as_dtype(dtype), as_device(device, device_map)
         folder = Path(pretrained_model_name_or_path)
         if not folder.is_dir():
-            folder = _download(
+            folder = download_encoder(
                 str(pretrained_model_name_or_path),
                 revision=revision,
                 cache_dir=cache_dir,
@@ -212,12 +268,12 @@ class FusedEncoder(
                 local_files_only=local_files_only,
                 token=token,
             )
-        config = _read_config(folder)
+        config = read_encoder_config(folder)
         encoder = cls(
             backbone if backbone is not None else backbone_from_config(config["backbone"]),
             fuser if fuser is not None else fuser_from_config(config["fuser"]),
         )
-        load_weights(encoder, folder / _WEIGHTS_FILE)
+        load_weights(encoder, folder / WEIGHTS_FILE)
         return encoder.to(device=place, dtype=precision).eval()
 
 
@@ -254,112 +310,78 @@ def _inside(module: nn.Module) -> Any:
     return module
 
 
-def _as_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
-    found = getattr(torch, dtype, dtype) if isinstance(dtype, str) and dtype != "auto" else dtype
-    if found is None or found == "auto":
-        return None
-    if not isinstance(found, torch.dtype) or not found.is_floating_point:
-        raise InputError(f"dtype {dtype!r} is no floating dtype of torch; give torch.bfloat16, 'float16', … or None.")
-    return found
-
-
-def _as_device(
-    device: torch.device | str | None, device_map: Mapping[str, Any] | torch.device | str | None
-) -> torch.device | None:
-    if device is not None and device_map is not None:
-        raise InputError("device and device_map say the same; give one of them.")
-    place = device if device is not None else device_map
-    if isinstance(place, Mapping):
-        if set(place) != {""}:
-            raise InputError(f"device_map {dict(place)} splits the encoder, which lies on one device; give device=….")
-        place = place[""]
-    if place is None:
-        return None
-    try:
-        return torch.device(place)
-    except RuntimeError as error:
-        raise InputError(
-            f"{place!r} is no device of torch; an encoder lies on one: give 'cpu', 'cuda', 'cuda:1', 'mps', …"
-        ) from error
-
-
-def _download(
-    name: str,
-    *,
-    revision: str | None,
-    cache_dir: str | Path | None,
-    force_download: bool,
-    local_files_only: bool,
-    token: str | bool | None,
-) -> Path:
-    try:
-        found = snapshot_download(
-            name,
-            revision=revision,
-            cache_dir=cache_dir,
-            force_download=force_download,
-            local_files_only=local_files_only,
-            token=token,
-            allow_patterns=[_CONFIG_FILE, _WEIGHTS_FILE],
-        )
-    except (OSError, ValueError) as error:  # no such name, no network, nothing in the cache
-        raise MissingFileError(
-            f"{name} is no folder, and it could not be fetched from the hub; give a folder written by "
-            f"FusedEncoder.save_pretrained, or the name of a repository. huggingface_hub says: {error}"
-        ) from error
-    return Path(found)
-
-
-def _read_config(folder: Path) -> dict[str, Any]:
-    missing = [name for name in (_CONFIG_FILE, _WEIGHTS_FILE) if not (folder / name).is_file()]
-    if missing:
-        raise MissingFileError(
-            f"{folder} holds no {' and no '.join(missing)}; give a folder written by FusedEncoder.save_pretrained."
-            f"{explain_missing_config(folder)}"
-        )
-    try:
-        config = json.loads((folder / _CONFIG_FILE).read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise InputError(f"{folder / _CONFIG_FILE} is no valid JSON ({error}); write or download it anew.") from error
-    if not isinstance(config, dict) or set(config) != {"backbone", "fuser"}:
-        keys = sorted(config) if isinstance(config, dict) else type(config).__name__
-        raise InputError(f"{folder / _CONFIG_FILE} has the keys {keys}; a FusedEncoder's has 'backbone' and 'fuser'.")
-    return config
-
-
 def create_encoder(
-    family: str,
-    name: str,
+    model: object,
+    held: object = None,
     *,
-    layers: int | Sequence[int],
-    fuser: str = "mmfuser",
+    layers: LayerChoice | None = None,
+    fuser: str | Fuser = "mmfuser",
     fuser_options: Mapping[str, Any] | None = None,
+    backbone_options: Mapping[str, Any] | None = None,
     pretrained: bool = True,
     image_size: int | tuple[int, int] | None = None,
+    copy: bool = False,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | str | None = None,
     options: Mapping[str, Any] | None = None,
 ) -> FusedEncoder:
-    """Build a backbone by name, tap its layers and put a fuser behind it.
+    """Build a backbone from a name, a config or a model that you hold, tap its layers and put a fuser behind it.
+
+    A model that is handed over is cut after the deepest tapped layer, and used from then on by the encoder; with
+    ``copy=True`` its vision model is copied first and it stays as it is.
 
     Args:
-        family: backbone family: ``"timm"``, ``"open_clip"``, ``"transformers"``, …
-        name: the model's name in that library, or a folder where the family takes one.
-        layers: layer numbers in the order the fuser wants them (0 = embeddings, -2 = penultimate block).
-        fuser: name of the fuser.
+        model: as in `create_backbone`: ``"timm:vit_large_patch14_clip_quickgelu_336.openai"``,
+            ``"open_clip:ViT-L-14/openai"``, ``"transformers:org/name"``, ``"transformers:" + folder``, a config of
+            transformers, a model, or a family with the model second.
+        held: a model or config where ``model`` names the family that it is to be taken for.
+        layers: layer numbers (0 = embeddings, -2 = penultimate block), shares of the depth (floats in (0, 1]), or
+            `layerfuse.spread`, in the order that the fuser wants; if None, the fuser's published choice for this depth.
+        fuser: its name, or the fuser itself.
         fuser_options: the fuser's own arguments, such as ``{"num_heads": 8}``.
-        pretrained: load the library's pretrained weights; False gives random weights and downloads nothing.
-        image_size: pixels, one number or (height, width); the model's own if None.
-        options: arguments for the library's own constructor.
+        backbone_options: of a name, arguments for the library's own constructor; of a model, for the backbone's.
+        pretrained: of a name, load the library's weights; False gives random weights and downloads nothing.
+        image_size: edge or (height, width) in pixels, if not the model's own.
+        copy: copy a model that is handed over rather than cut it.
+        device: where the encoder goes, if not where its backbone is built.
+        dtype: of all weights, such as torch.bfloat16 or its name, if not the library's.
+        options: deprecated name of ``backbone_options``.
 
     Returns:
-        The encoder; ``encoder(images)`` gives (B, N, C_out).
+        The encoder in evaluation mode; ``encoder(images)`` gives (B, N, C_out).
 
     Raises:
-        ValueError: if a name is unknown, a layer is out of range or repeated, or an option does not exist.
+        ValueError: if a name is unknown, a layer is out of range or repeated, an option does not exist, or the fuser
+            does not fit the layers.
+        TypeError: if ``model`` is neither a name nor a model nor a config.
     """
+    model, held = named_once("create_encoder", model, held)
+    if options is not None:
+        warnings.warn("options is deprecated; write backbone_options.", DeprecationWarning, stacklevel=2)
+        backbone_options = options
+    if isinstance(fuser, Fuser) and fuser_options:
+        raise InputError("fuser_options are for a fuser that is built by its name; this one is built already.")
+    kind = type(fuser) if isinstance(fuser, Fuser) else FUSERS.get(fuser)
     backbone = create_backbone(
-        family, name, layers=layers, pretrained=pretrained, image_size=image_size, options=options
+        model,
+        held,
+        layers=partial(_published_layers, kind) if layers is None else layers,
+        pretrained=pretrained,
+        image_size=image_size,
+        options=backbone_options,
+        copy=copy,
     )
-    return FusedEncoder(
-        backbone,
-        create_fuser(fuser, in_channels=backbone.embed_dim, num_layers=len(backbone.layers), options=fuser_options),
-    )
+    if not isinstance(fuser, Fuser):
+        count = len(backbone.layers)
+        fuser = create_fuser(fuser, in_channels=backbone.embed_dim, num_layers=count, options=fuser_options)
+    return FusedEncoder(backbone, fuser).to(device=as_device(device), dtype=as_dtype(dtype)).eval()
+
+
+def _published_layers(fuser: type[Fuser], num_blocks: int) -> tuple[int, ...]:
+    published = fuser.default_layers(num_blocks)
+    if published is None:
+        raise InputError(
+            f"fuser {fuser.name!r} has no published choice of layers for {num_blocks} blocks; name them, for example "
+            "layers=(3, 8, -2) or layers=layerfuse.spread(4)."
+        )
+    return published

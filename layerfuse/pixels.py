@@ -6,13 +6,20 @@ What Pillow's own ``convert("RGB")`` would clip or guess is done here: 16-bit va
 from __future__ import annotations
 
 import struct
+from collections.abc import Iterable
 
 import numpy as np
+import numpy.typing as npt
+import torch
 from PIL import Image
 
-from layerfuse.errors import InputError
+from layerfuse.errors import InputError, InvalidTypeError
 
-__all__ = ["MAX_EDGE", "check_picture", "is_16_bit", "orientation", "to_rgb", "upright"]
+__all__ = ["MAX_EDGE", "Images", "as_pictures", "check_picture", "is_16_bit", "orientation", "to_rgb", "upright"]
+
+Picture = Image.Image | npt.NDArray[np.uint8] | torch.Tensor
+# One picture, several, or a stack of them.
+Images = Picture | Iterable[Picture]
 
 MAX_EDGE = 2**17
 """Longest edge in pixels: what is prepared of a longer one is a line, and takes gigabytes on the way."""
@@ -35,6 +42,51 @@ _TURNS = {
 }
 # What reading a damaged Exif block raises.
 _EXIF_ERRORS = (OSError, SyntaxError, ValueError, TypeError, LookupError, ArithmeticError, RuntimeError, EOFError)
+
+
+def as_pictures(images: Images) -> list[Image.Image]:
+    """List what was given as PIL images.
+
+    Args:
+        images: a PIL image, an array (height, width) or (height, width, 3), a tensor (3, height, width) or (1, height,
+            width), both of uint8; several of them in any iterable, or stacked along a first dimension.
+
+    Returns:
+        PIL images.
+
+    Raises:
+        TypeError: if one is no picture.
+        ValueError: if an array or tensor has another shape or dtype.
+    """
+    if isinstance(images, Image.Image):
+        return [images]
+    if isinstance(images, (np.ndarray, torch.Tensor)):
+        stacked = images.ndim == 4
+        return [_picture(each) for each in images] if stacked else [_picture(images)]
+    if isinstance(images, (str, bytes)) or not isinstance(images, Iterable):
+        raise InvalidTypeError(
+            f"images are a {type(images).__name__}; give PIL images (PIL.Image.open of a file), arrays or tensors of "
+            "uint8, one or several."
+        )
+    return [picture for each in images for picture in as_pictures(each)]
+
+
+def _picture(values: npt.NDArray[np.uint8] | torch.Tensor) -> Image.Image:
+    shape, dtype = tuple(values.shape), str(values.dtype).removeprefix("torch.")
+    if dtype != "uint8":
+        raise InputError(
+            f"an image has dtype {dtype}, of which nobody can tell what is white; give uint8, 0 to 255. Tensors that "
+            "are prepared already go into the encoder as they are."
+        )
+    if isinstance(values, torch.Tensor):
+        fits, order = values.ndim == 3 and shape[0] in (1, 3), "a tensor (3, height, width)"
+        pixels = values.detach().cpu().permute(1, 2, 0).numpy() if fits else None
+    else:
+        fits, order = values.ndim == 2 or (values.ndim == 3 and shape[2] in (1, 3)), "an array (height, width, 3)"
+        pixels = values
+    if pixels is None or not fits:
+        raise InputError(f"an image has shape {shape}; give {order}, or several stacked along a first dimension.")
+    return Image.fromarray(pixels[..., 0] if pixels.shape[2:] == (1,) else pixels)
 
 
 def is_16_bit(image: Image.Image) -> bool:

@@ -9,7 +9,7 @@ pad-to-square of LLaVA-1.5 (arXiv:2310.03744): nothing is cropped, the border ha
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, Literal, cast, get_args
 
@@ -18,7 +18,7 @@ import torch
 from PIL import Image
 
 from layerfuse.errors import InputError, InvalidTypeError
-from layerfuse.pixels import to_rgb, upright
+from layerfuse.pixels import Images, as_pictures, to_rgb, upright
 from layerfuse.registry import unknown_name_message
 
 __all__ = [
@@ -28,6 +28,7 @@ __all__ = [
     "IMAGENET_MEAN",
     "IMAGENET_STD",
     "Geometry",
+    "Images",
     "Interpolation",
     "Mode",
     "Preprocessing",
@@ -127,19 +128,21 @@ class Preprocessing:
         std = torch.tensor(self.std, dtype=torch.float32).view(3, 1, 1)
         return ((values - mean) / std).contiguous()
 
-    def batch(self, images: Iterable[Image.Image]) -> torch.Tensor:
-        """Prepare several images.
+    def batch(self, images: Images) -> torch.Tensor:
+        """Prepare one image or several.
 
         Args:
-            images: B images, at least one.
+            images: a PIL image, an array (height, width) or (height, width, 3), a tensor (3, height, width) or (1,
+                height, width), both of uint8; several of them in any iterable, or stacked along a first dimension.
 
         Returns:
             (B, 3, height, width) float32.
 
         Raises:
-            ValueError: if there is no image.
+            TypeError: if one is no picture.
+            ValueError: if there is no image, or one has values or a shape that cannot be.
         """
-        prepared = [self(image) for image in images]
+        prepared = [self(image) for image in as_pictures(images)]
         if not prepared:
             raise InputError("Preprocessing.batch got no images; give at least one.")
         return torch.stack(prepared)

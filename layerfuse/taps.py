@@ -1,16 +1,11 @@
-"""Layer numbering, and tapping the blocks of a Vision Transformer with forward hooks.
-
-Layers are numbered as in Hugging Face ``hidden_states``: 0 is the embedding output that enters block 1, ``k`` the
-output of block ``k`` before any final norm; negative numbers count from the end (-1 = last block, -2 = penultimate).
-"""
+"""Tapping the blocks of a Vision Transformer with forward hooks; layers are numbered as in `layerfuse.layers`."""
 
 from __future__ import annotations
 
-import operator
 import threading
-from collections.abc import Callable, Iterable, Mapping, Sequence, Set
+from collections.abc import Callable, Sequence
 from types import TracebackType
-from typing import Any, SupportsIndex
+from typing import Any
 
 import torch
 from torch import nn
@@ -32,62 +27,11 @@ from layerfuse._tapped_layers import (
     check_unchanged,
     record_layer,
 )
-from layerfuse.errors import InputError, InvalidTypeError, TapError
+from layerfuse.errors import TapError
 from layerfuse.features import FeatureMaps, Grid
+from layerfuse.layers import LayerChoice, resolve_layers
 
 __all__ = ["BlockTaps", "TappedModel", "find_blocks", "get_blocks", "resolve_layers", "split_prefix", "tap"]
-
-
-def resolve_layers(layers: SupportsIndex | Iterable[SupportsIndex], num_blocks: int) -> tuple[int, ...]:
-    """Turn layer numbers, counted from either end, into numbers >= 0, in the order asked.
-
-    Args:
-        layers: one layer number or several (tuple, list, range, array). 0 = embeddings, 1..num_blocks = block outputs,
-            negatives count from the end, so that (-22, -17, -12, -7, -2) is (3, 8, 13, 18, 23) on a 24-block ViT.
-        num_blocks: number of blocks of the whole backbone.
-
-    Returns:
-        The layer numbers, each 0..num_blocks, in the order asked.
-
-    Raises:
-        ValueError: if no layer is given, one is out of range, or one is asked for twice.
-        TypeError: if a layer is not an integer.
-    """
-    if isinstance(layers, (str, Set, Mapping)):
-        raise InvalidTypeError(
-            f"layers must be integers, got the {type(layers).__name__} {layers!r}; write them in the order wanted, for "
-            "example (3, 8, -2)."
-        )
-    several = isinstance(layers, Iterable) and getattr(layers, "ndim", 1) > 0
-    asked: tuple[Any, ...] = tuple(layers) if several else (layers,)  # type: ignore[arg-type]
-    if not asked:
-        raise InputError("no layer was asked for; give at least one, for example layers=-2 (the penultimate block).")
-    resolved: dict[int, SupportsIndex] = {}
-    for given in asked:
-        number = _integer(given)
-        layer = number + num_blocks + 1 if number < 0 else number
-        if not 0 <= layer <= num_blocks:
-            raise InputError(
-                f"layer {number} is outside this backbone ({num_blocks} blocks: 0 = embeddings, 1..{num_blocks}, "
-                f"or -{num_blocks + 1}..-1)."
-            )
-        if layer in resolved:
-            twice = f"{resolved[layer]} and {number}" if resolved[layer] != number else f"{number} twice"
-            raise InputError(
-                f"layers {asked} ask for the same map more than once ({twice}; {num_blocks} blocks); name each once."
-            )
-        resolved[layer] = number
-    return tuple(resolved)
-
-
-def _integer(given: Any) -> int:
-    # A boolean counts as an integer in Python, but a mask of layers is no list of their numbers.
-    if "bool" not in str(getattr(given, "dtype", type(given))):
-        try:
-            return operator.index(given)
-        except TypeError:
-            pass
-    raise InvalidTypeError(f"layers must be integers, got {given!r}; write for example (3, 8, -2).")
 
 
 def split_prefix(hidden: torch.Tensor, num_prefix_tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -365,7 +309,7 @@ class TappedModel:
 
 def tap(
     model: nn.Module,
-    layers: int | Sequence[int],
+    layers: LayerChoice,
     *,
     blocks: str | None = None,
     stop_early: bool = False,
@@ -381,7 +325,7 @@ def tap(
 
     Args:
         model: any module with a list of blocks.
-        layers: layer numbers, see `resolve_layers`.
+        layers: layer numbers or shares of the depth, see `resolve_layers`.
         blocks: dotted path of the block list; found by structure if there is just one.
         stop_early: do not run what comes after the deepest tapped block; this also leaves the ``with`` block there,
             so make the model's call the last line in it.

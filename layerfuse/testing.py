@@ -14,6 +14,7 @@ from torch import nn
 from layerfuse.backbones import MODULES, Backbone, create_backbone
 from layerfuse.errors import InputError
 from layerfuse.features import FeatureMaps, Grid
+from layerfuse.layers import LayerChoice
 from layerfuse.registry import unknown_name_message
 
 __all__ = ["TinyViT", "random_features", "random_images", "randomise_parameters", "tiny_backbone"]
@@ -166,7 +167,7 @@ class TinyViT(nn.Module):
 def tiny_backbone(
     family: str = "timm",
     *,
-    layers: int | Sequence[int] = (1, 2, -1),
+    layers: LayerChoice = (1, 2, -1),
     num_blocks: int = 3,
     embed_dim: int = 32,
     num_heads: int = 2,
@@ -178,7 +179,7 @@ def tiny_backbone(
 
     Args:
         family: ``"timm"``, ``"open_clip"``, ``"transformers"`` or ``"module"``.
-        layers: layer numbers, in the order wanted.
+        layers: as in `layerfuse.resolve_layers`, in the order wanted.
         num_blocks: number of blocks.
         embed_dim: C.
         num_heads: of each block; divides ``embed_dim``.
@@ -201,9 +202,9 @@ def tiny_backbone(
     if family not in builders:
         raise InputError(unknown_name_message("tiny backbone of family", family, builders))
     name, options = builders[family](num_blocks, embed_dim, num_heads, image_size, patch_size)
-    backbone = create_backbone(family, name, layers=layers, pretrained=False, options=options)
+    backbone = create_backbone(f"{family}:{name}", layers=layers, pretrained=False, options=options)
     randomise_parameters(backbone, std=0.1, seed=seed)
-    return backbone.eval()
+    return backbone
 
 
 _Named = tuple[str, dict[str, Any]]

@@ -45,8 +45,11 @@ def fingerprint(model: Any) -> str:
 def encoders() -> tuple[list[Save], Load]:
     """Two encoders of other depth and fuser."""
     sizes = {"embed_dim": 16, "num_heads": 2, "img_size": 32}
-    build = partial(create_encoder, "timm", "vit_base_patch16_224", layers=(1, 2), pretrained=False)
-    models = [build(fuser=fuser, options={**sizes, "depth": depth}) for fuser, depth in (("average", 2), ("concat", 3))]
+    build = partial(create_encoder, "timm:vit_base_patch16_224", layers=(1, 2), pretrained=False)
+    models = [
+        build(fuser=fuser, backbone_options={**sizes, "depth": depth})
+        for fuser, depth in (("average", 2), ("concat", 3))
+    ]
     return [model.save_pretrained for model in models], FusedEncoder.from_pretrained
 
 

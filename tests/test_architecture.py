@@ -26,11 +26,13 @@ FOUNDATION = {
     "layerfuse.files": {"layerfuse.errors"},
     "layerfuse.features": {"layerfuse.errors", "layerfuse.files"},
     "layerfuse.registry": {"layerfuse.errors"},
+    "layerfuse.layers": {"layerfuse.errors"},
     "layerfuse._block_lists": {"layerfuse.errors"},
     "layerfuse._tapped_layers": {"layerfuse.errors"},
     "layerfuse.taps": {
         "layerfuse.errors",
         "layerfuse.features",
+        "layerfuse.layers",
         "layerfuse.registry",
         "layerfuse._block_lists",
         "layerfuse._tapped_layers",

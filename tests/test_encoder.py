@@ -87,14 +87,13 @@ def test_weights_that_do_not_cover_the_encoder_are_listed(tmp_path: Path) -> Non
 
 def test_create_encoder_builds_from_names() -> None:
     encoder = create_encoder(
-        "timm",
-        "vit_tiny_patch16_224",
+        "timm:vit_tiny_patch16_224",
         layers=(2, -2),
         fuser="concat",
         fuser_options={"norm": "layer"},
         pretrained=False,
         image_size=32,
-        options={"depth": 4},
+        backbone_options={"depth": 4},
     )
     assert encoder.backbone.layers == (2, 3)
     assert encoder(random_images(1, size=32)).shape == (1, 4, 2 * 192)

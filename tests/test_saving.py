@@ -304,7 +304,7 @@ def test_an_encoder_built_on_meta_computes_the_same_once_weights_are_loaded(fami
         if family == "eva02":
             sizes = {"embed_dim": 32, "depth": 3, "num_heads": 2, "img_size": 48}
             name = "eva02_base_patch16_clip_224"
-            return _encoder(create_backbone("timm", name, layers=(1, 2), pretrained=False, options=sizes))
+            return _encoder(create_backbone(f"timm:{name}", layers=(1, 2), pretrained=False, options=sizes))
         return _encoder(tiny_backbone(family))
 
     encoder = build()

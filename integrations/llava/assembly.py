@@ -182,8 +182,7 @@ def create_vision(config: ModelConfig, *, pretrained: bool) -> tuple[Backbone, F
         ValueError: if a name, layer or option is not possible.
     """
     backbone = create_backbone(
-        config.family,
-        config.backbone,
+        f"{config.family}:{config.backbone}",
         layers=config.layers,
         pretrained=pretrained,
         image_size=config.image_size,

@@ -24,6 +24,7 @@ from layerfuse.preprocessing import (
 from layerfuse.taps import find_blocks
 
 __all__ = [
+    "CLASS_TOKENS",
     "cut_transformers_tail",
     "patchify",
     "read_preprocessing",
@@ -36,7 +37,7 @@ __all__ = [
 # Where the blocks are: names moved between major versions, so the first of these with the right length counts.
 _BLOCK_PATHS = ("encoder.layers", "encoder.layer", "model.layer", "layers", "layer", "vision_model.encoder.layers")
 # Class tokens before the patches; models with register tokens say so in their config.
-_CLASS_TOKENS = {
+CLASS_TOKENS = {
     "clip_vision_model": 1,
     "dinov2": 1,
     "dinov2_with_registers": 1,
@@ -84,9 +85,9 @@ def transformers_facts(model: nn.Module) -> BackboneFacts:
     """
     config: Any = getattr(model, "config", None)
     kind = getattr(config, "model_type", type(model).__name__)
-    if kind not in _CLASS_TOKENS:
+    if kind not in CLASS_TOKENS:
         raise InputError(
-            f"transformers model type {kind!r} is unknown to layerfuse; known: {', '.join(sorted(_CLASS_TOKENS))}. Tap "
+            f"transformers model type {kind!r} is unknown to layerfuse; known: {', '.join(sorted(CLASS_TOKENS))}. Tap "
             "another one as ModuleBackbone(model, ...), which is told the number of prefix tokens and the patch size."
         )
     patch_size = as_pair(config.patch_size)
@@ -100,7 +101,7 @@ def transformers_facts(model: nn.Module) -> BackboneFacts:
     return BackboneFacts(
         blocks=_block_path(model, config.num_hidden_layers),
         embed_dim=config.hidden_size,
-        num_prefix_tokens=_CLASS_TOKENS[kind] + getattr(config, "num_register_tokens", 0),
+        num_prefix_tokens=CLASS_TOKENS[kind] + getattr(config, "num_register_tokens", 0),
         patch_size=patch_size,
         image_size=image_size,
         any_size=kind in _RESIZE_THEMSELVES or takes_position_flag(model) or native_aimv2,
@@ -113,7 +114,7 @@ def vision_part(model: nn.Module) -> nn.Module:
     """Find the vision model inside a model of transformers.
 
     Args:
-        model: a vision model, or one that holds it: CLIPModel, SiglipModel, ViTForImageClassification, …
+        model: a vision model, or one that holds it: CLIPModel, SiglipModel, ViTForImageClassification, LLaVA, …
 
     Returns:
         What `AutoModel` would build for a vision config: no text model, no classifier.
@@ -124,7 +125,7 @@ def vision_part(model: nn.Module) -> nn.Module:
     if isinstance(inner, nn.Module) and hasattr(inner, "config"):
         return inner
     config: Any = getattr(model, "config", None)
-    built: Any = MODEL_MAPPING.get(type(config), nn.Module)
+    built: Any = MODEL_MAPPING.get(type(getattr(config, "vision_config", config)), nn.Module)
     return next((module for module in model.modules() if isinstance(module, built)), model)
 
 

@@ -1,9 +1,9 @@
 """What every backbone does, once: choose layers, cut off the rest, tap, split prefix tokens, return feature maps.
 
-A family (timm, open_clip, transformers, module) only states facts about its models (`BackboneFacts`) and how to
-build one. The model is cut after the deepest tapped block and always runs through its own ``forward``: hooks on a
-shorter model need no special case for ``torch.compile``, gradient checkpointing, FSDP2 and offloading, save the unused
-blocks' compute, and leave no parameter without gradient.
+A family (timm, open_clip, transformers, module) only states facts about its models (`BackboneFacts`) and how to build
+one; docs/write_a_backbone.md shows a family of one's own. The model is cut after the deepest tapped block and always
+runs through its own ``forward``: hooks on a shorter model need no special case for ``torch.compile``, gradient
+checkpointing, FSDP2 and offloading, save the unused blocks' compute, and leave no parameter without gradient.
 """
 
 from __future__ import annotations
@@ -11,46 +11,22 @@ from __future__ import annotations
 import abc
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
 from torch import nn
 
-from layerfuse._block_lists import count_blocks, cut_blocks, get_blocks
+from layerfuse._block_lists import count_blocks, cut_blocks, cut_submodules, get_blocks
+from layerfuse.backbones._facts import BackboneFacts, as_pair, checked_multiple, grid_of
 from layerfuse.backbones._image_checks import check_images, check_tokens, find_patch_embedding
-from layerfuse.errors import InputError
+from layerfuse.errors import InputError, InvalidTypeError
 from layerfuse.features import FeatureMaps, Grid
-from layerfuse.preprocessing import Preprocessing
+from layerfuse.layers import LayerChoice, resolve_layers
+from layerfuse.preprocessing import Images, Preprocessing
 from layerfuse.registry import Registry
-from layerfuse.taps import BlockTaps, resolve_layers, split_prefix
+from layerfuse.taps import BlockTaps, split_prefix
 
 __all__ = ["BACKBONES", "Backbone", "BackboneFacts", "as_pair", "checked_multiple"]
-
-
-@dataclass(frozen=True)
-class BackboneFacts:
-    """What the base class must know about a model.
-
-    Args:
-        blocks: dotted path of the block list inside the model.
-        embed_dim: C, width of the blocks.
-        num_prefix_tokens: P, class and register tokens before the patch tokens.
-        patch_size: (height, width) of a patch, in pixels.
-        image_size: native (height, width), in pixels.
-        any_size: whether every multiple of the patch size can be taken, not only the native size.
-        preprocessing: of the pretrained model.
-        in_channels: of the images; if None, those of the patch embedding where it is a convolution, else 3.
-    """
-
-    blocks: str
-    embed_dim: int
-    num_prefix_tokens: int
-    patch_size: tuple[int, int]
-    image_size: tuple[int, int]
-    any_size: bool
-    preprocessing: Preprocessing
-    in_channels: int | None = None
 
 
 class Backbone(nn.Module, abc.ABC):
@@ -59,13 +35,20 @@ class Backbone(nn.Module, abc.ABC):
     The model that is handed over is changed: the blocks after the deepest tapped layer, the final norm and the pooling
     head are removed. `layerfuse.tap` leaves a model whole instead.
 
+    A family sets ``family`` and implements `from_name` and `rebuild`; where its models need it, it replaces
+    `find_model`, `cut_tail`, `run` and `list_names`.
+
     Args:
         model: of the family's library.
-        layers: layer numbers in the order wanted: 0 = embeddings, k = output of block k, negatives from the end.
+        layers: layer numbers or shares of the depth, in the order wanted; see `layerfuse.resolve_layers`.
         facts: about this model.
-        recipe: JSON-able arguments from which the family's ``_build`` makes the same architecture again, or None.
+        recipe: JSON-able arguments from which `rebuild` makes the same architecture again; None if nothing can, and the
+            backbone cannot be saved.
 
     Attributes:
+        family: name under which the class is registered in `BACKBONES`.
+        library: package whose models are this family's, so that one that is handed over is known by its class; "" if
+            the family has to be named.
         model: the shortened model.
         layers: resolved layer numbers (>= 0), in the order asked.
         num_blocks: number of blocks before shortening.
@@ -83,12 +66,13 @@ class Backbone(nn.Module, abc.ABC):
     """
 
     family: ClassVar[str]
+    library: ClassVar[str] = ""
 
     def __init__(
         self,
         model: nn.Module,
         *,
-        layers: int | Sequence[int],
+        layers: LayerChoice,
         facts: BackboneFacts,
         recipe: Mapping[str, Any] | None,
     ) -> None:
@@ -106,8 +90,9 @@ class Backbone(nn.Module, abc.ABC):
         self._recipe = None if recipe is None else dict(recipe)
         self.copy_maps = False
         self._frozen = False
+        cut_submodules(model, facts.tail)
         cut_blocks(blocks, max(self.layers))
-        self._cut_tail(model)
+        self.cut_tail(model)
         self._patch_embedding, channels = find_patch_embedding(model, facts.blocks, facts.patch_size)
         self.in_channels = facts.in_channels or channels or 3
         self._batch_first_seen = False
@@ -122,7 +107,7 @@ class Backbone(nn.Module, abc.ABC):
         cls,
         name: str,
         *,
-        layers: int | Sequence[int],
+        layers: LayerChoice,
         pretrained: bool = True,
         image_size: int | tuple[int, int] | None = None,
         options: Mapping[str, Any] | None = None,
@@ -131,7 +116,7 @@ class Backbone(nn.Module, abc.ABC):
 
         Args:
             name: as the library writes it.
-            layers: layer numbers, in the order wanted.
+            layers: as in `layerfuse.resolve_layers`, in the order wanted.
             pretrained: load the library's weights; else random ones.
             image_size: edge or (height, width) in pixels, if not the model's own.
             options: for the library's own constructor.
@@ -146,15 +131,57 @@ class Backbone(nn.Module, abc.ABC):
 
     @classmethod
     @abc.abstractmethod
-    def _rebuild(cls, recipe: Mapping[str, Any], *, layers: Sequence[int], preprocessing: Preprocessing) -> Backbone:
-        """Build the architecture of a recipe with random weights."""
+    def rebuild(cls, recipe: Mapping[str, Any], *, layers: Sequence[int]) -> Backbone:
+        """Build the architecture of a recipe with random weights; `from_config` gives it its preprocessing.
 
-    @abc.abstractmethod
-    def _cut_tail(self, model: nn.Module) -> None:
-        """Remove what comes after the blocks: final norm, pooling, head."""
+        Args:
+            recipe: what `__init__` was given as ``recipe``, as JSON keeps it.
+            layers: resolved layer numbers.
 
-    def _run(self, images: torch.Tensor) -> None:
-        """Call the model, for what its hooks store."""
+        Returns:
+            A backbone with the same state dict keys and shapes. Nothing may be downloaded, and no code may run that the
+            recipe chooses: a config may come from anywhere.
+        """
+
+    @classmethod
+    def find_model(cls, held: object) -> nn.Module:
+        """Find the vision model in what a user holds.
+
+        Args:
+            held: a model, or whatever else the family takes (a larger model, a config).
+
+        Returns:
+            What goes to `__init__` as ``model``.
+
+        Raises:
+            TypeError: if there is no model in it.
+        """
+        if not isinstance(held, nn.Module):
+            raise InvalidTypeError(
+                f"the backbone family {cls.family!r} takes a model (nn.Module) or its name, got a "
+                f"{type(held).__name__}."
+            )
+        return held
+
+    @classmethod
+    def list_names(cls) -> list[str]:
+        """Names that `from_name` takes, as far as the family can tell without asking a network."""
+        return []
+
+    def cut_tail(self, model: nn.Module) -> None:
+        """Remove what comes after the blocks and is more than a path in ``facts.tail``: pooling, heads.
+
+        Args:
+            model: changed in place.
+        """
+        return
+
+    def run(self, images: torch.Tensor) -> None:
+        """Call the model once, for what its hooks store.
+
+        Args:
+            images: (B, in_channels, height, width), in the model's dtype.
+        """
         self.model(images)
 
     @classmethod
@@ -183,7 +210,7 @@ class Backbone(nn.Module, abc.ABC):
                 "use layerfuse.backbones.backbone_from_config, which chooses the family."
             )
         preprocessing = Preprocessing.from_dict(config["preprocessing"])
-        backbone = cls._rebuild(config["recipe"], layers=tuple(config["layers"]), preprocessing=preprocessing)
+        backbone = cls.rebuild(config["recipe"], layers=tuple(config["layers"]))
         backbone.preprocessing = preprocessing
         return backbone
 
@@ -248,11 +275,26 @@ class Backbone(nn.Module, abc.ABC):
         if eager and num_images == num_tokens > 1 and not self._batch_first_seen:
             parts = [self._hidden_states(part, tokens) for part in images.tensor_split(2)]
             return [torch.cat(states) for states in zip(*parts, strict=True)]
-        hidden = self._taps.run(self._run, images, copy_maps=self.copy_maps)
+        hidden = self._taps.run(self.run, images, copy_maps=self.copy_maps)
         check_tokens(dict(zip(self.layers, hidden, strict=True)), num_images, *tokens, self.embed_dim)
         if eager and not self._batch_first_seen:
             self._batch_first_seen = num_images != num_tokens
         return hidden
+
+    def prepare(self, images: Images) -> torch.Tensor:
+        """Make a batch from pictures.
+
+        Args:
+            images: one picture or several, see `Preprocessing.batch`.
+
+        Returns:
+            (B, 3, height, width), on the backbone's device and in the dtype of its patch embedding.
+
+        Raises:
+            TypeError: if one is no picture.
+            ValueError: if there is none, or one has values or a shape that cannot be.
+        """
+        return self.preprocessing.batch(images).to(self.device, self.dtype)
 
     def grid(self, height: int, width: int) -> Grid:
         """Tell the grid of patches of an image size.
@@ -267,25 +309,21 @@ class Backbone(nn.Module, abc.ABC):
         Raises:
             ValueError: if the backbone cannot take that size.
         """
-        (patch_height, patch_width), native = self.patch_size, self.image_size
-        patches = f"{patch_height}x{patch_width} pixels"
-        if not self.any_size and (height, width) != native:
-            raise InputError(
-                f"images of {height}x{width} pixels do not fit: this backbone (patches of {patches}) takes only "
-                f"{native[0]}x{native[1]}; prepare them with backbone.preprocessing, or build the backbone with "
-                f"image_size=({height}, {width}) if the model can be resized."
-            )
-        # The native size may leave a rest that the patch embedding drops: 384 pixels are 27 patches of 14 (SigLIP).
-        if (height, width) == native:
-            return height // patch_height, width // patch_width
-        nearest = _nearest((height, width), self.patch_size)
-        if nearest != (height, width):
-            raise InputError(
-                f"images of {height}x{width} pixels do not fit: this backbone takes multiples of its patch size "
-                f"{patches} (natively {native[0]}x{native[1]}); the nearest is {nearest[0]}x{nearest[1]}. Prepare them "
-                "with backbone.preprocessing, or resize them."
-            )
-        return height // patch_height, width // patch_width
+        return grid_of((height, width), self.patch_size, native=self.image_size, any_size=self.any_size)
+
+    def grids(self, size: int | Sequence[int] | None = None) -> tuple[Grid, ...]:
+        """Tell the grids of all maps, as a fuser wants them.
+
+        Args:
+            size: of the images, in pixels: one edge, or (height, width); the native size if None.
+
+        Returns:
+            L pairs (H, W), in patches.
+
+        Raises:
+            ValueError: if the backbone cannot take that size.
+        """
+        return (self.grid(*(self.image_size if size is None else as_pair(size))),) * len(self.layers)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -298,6 +336,11 @@ class Backbone(nn.Module, abc.ABC):
             return weight.dtype
         floating = (p.dtype for p in self.model.parameters() if p.is_floating_point())
         return next(floating, torch.get_default_dtype())
+
+    @property
+    def device(self) -> torch.device:
+        """Where its first weight lies."""
+        return next((weight.device for weight in self.parameters()), torch.device("cpu"))
 
     def freeze(self) -> Backbone:
         """Turn gradients off for every parameter and stay in evaluation mode, whatever ``train()`` is called later.
@@ -348,51 +391,6 @@ def _fill_lost_buffers(backbone: Any, keys: object) -> None:
         for name in lost:
             backbone.model.get_buffer(name).copy_(built.get_buffer(name))
         backbone._lost_buffers = []
-
-
-def as_pair(size: int | Sequence[int]) -> tuple[int, int]:
-    """Write an edge, or (height, width), as (height, width).
-
-    Args:
-        size: one or two numbers.
-
-    Returns:
-        (height, width).
-
-    Raises:
-        ValueError: if there are more or fewer than two numbers, or one is not positive.
-    """
-    pair = (size, size) if isinstance(size, int) else tuple(int(edge) for edge in size)
-    if len(pair) != 2 or min(pair) < 1:
-        raise InputError(f"size {size!r} is no size in pixels; give one edge, or (height, width), each >= 1.")
-    return pair[0], pair[1]
-
-
-def checked_multiple(image_size: tuple[int, int], patch_size: tuple[int, int]) -> tuple[int, int]:
-    """Check a size that a model is to be resized to.
-
-    Args:
-        image_size: (height, width), in pixels.
-        patch_size: (height, width), in pixels.
-
-    Returns:
-        The size.
-
-    Raises:
-        ValueError: if it is no multiple of the patch size; the message gives the nearest one.
-    """
-    nearest = _nearest(image_size, patch_size)
-    if nearest != image_size:
-        raise InputError(
-            f"image_size {image_size[0]}x{image_size[1]} is no multiple of the patch size "
-            f"{patch_size[0]}x{patch_size[1]}; take for example {nearest[0]}x{nearest[1]}."
-        )
-    return image_size
-
-
-def _nearest(image_size: tuple[int, int], patch_size: tuple[int, int]) -> tuple[int, int]:
-    height, width = (max(1, round(edge / patch)) * patch for edge, patch in zip(image_size, patch_size, strict=True))
-    return height, width
 
 
 BACKBONES: Registry[Backbone] = Registry("backbone family", group="layerfuse.backbones")

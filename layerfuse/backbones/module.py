@@ -3,9 +3,10 @@
 An instance can be tapped as it is. To save and load such a backbone, its class is registered under a name::
 
     @layerfuse.backbones.MODULES.register("my-vit")
-    class MyViT(nn.Module): ...
+    class MyViT(nn.Module):
+        def load_pretrained(self) -> None: ...  # where there are weights
 
-    create_backbone("module", "my-vit", layers=(2, -1), pretrained=False,
+    create_backbone("module:my-vit", layers=(2, -1),
                     options={"embed_dim": 64, "num_prefix_tokens": 1, "patch_size": 14, "image_size": 224,
                              "arguments": {"depth": 6}})
 """
@@ -19,6 +20,7 @@ from torch import nn
 
 from layerfuse.backbones.base import BACKBONES, Backbone, BackboneFacts, as_pair
 from layerfuse.errors import InputError
+from layerfuse.layers import LayerChoice
 from layerfuse.preprocessing import IMAGENET_MEAN, IMAGENET_STD, Preprocessing
 from layerfuse.registry import Registry, unknown_name_message
 from layerfuse.taps import find_blocks
@@ -52,8 +54,6 @@ class ModuleBackbone(Backbone):
         patch_size: edge or (height, width), in pixels.
         image_size: native edge or (height, width), in pixels.
         blocks: found by structure if None and there is just one list.
-        tail: dotted paths of modules after the blocks (final norm, head) that become ``nn.Identity``, so that they cost
-            nothing and hold no parameter without gradient.
         preprocessing: ImageNet's statistics and a centre crop if None.
 
     Raises:
@@ -66,7 +66,7 @@ class ModuleBackbone(Backbone):
         self,
         model: nn.Module,
         *,
-        layers: int | Sequence[int],
+        layers: LayerChoice,
         embed_dim: int,
         num_prefix_tokens: int,
         patch_size: int | Sequence[int],
@@ -79,7 +79,6 @@ class ModuleBackbone(Backbone):
         preprocessing: Preprocessing | None = None,
         _recipe: Mapping[str, Any] | None = None,
     ) -> None:
-        self._tail = tuple(tail)
         size = as_pair(image_size)
         facts = BackboneFacts(
             blocks=blocks if blocks is not None else find_blocks(model),
@@ -90,6 +89,7 @@ class ModuleBackbone(Backbone):
             any_size=any_size,
             preprocessing=preprocessing or Preprocessing(size=size, mean=IMAGENET_MEAN, std=IMAGENET_STD),
             in_channels=in_channels,
+            tail=tuple(tail),
         )
         super().__init__(model, layers=layers, facts=facts, recipe=_recipe)
         self.copy_maps = copy_maps
@@ -99,43 +99,35 @@ class ModuleBackbone(Backbone):
         cls,
         name: str,
         *,
-        layers: int | Sequence[int],
+        layers: LayerChoice,
         pretrained: bool = True,
         image_size: int | tuple[int, int] | None = None,
         options: Mapping[str, Any] | None = None,
     ) -> ModuleBackbone:
         """Build a module by the name it has in `MODULES`, as `Backbone.from_name` says.
 
-        ``pretrained`` must be False: layerfuse does not know your weights; load them into ``backbone.model``, or make
-        the module yourself and hand it over. ``options`` are ``embed_dim``, ``num_prefix_tokens``, ``patch_size``,
-        ``image_size`` (which the argument of that name replaces), and optionally ``blocks``, ``tail``, ``any_size``,
-        ``in_channels``, ``copy_maps`` as for the class, and ``arguments``, a mapping for the module's constructor.
+        ``pretrained`` calls the module's method ``load_pretrained()``, which loads weights into it. ``options`` are
+        ``embed_dim``, ``num_prefix_tokens``, ``patch_size``, ``image_size`` (which the argument of that name replaces),
+        and optionally ``blocks``, ``tail``, ``any_size``, ``in_channels``, ``copy_maps`` as for the class, and
+        ``arguments``, a mapping for the module's constructor.
         """
-        if pretrained:
-            raise InputError(
-                f"module {name!r} has no pretrained weights that layerfuse knows; pass pretrained=False and load them "
-                "into backbone.model, or build the module and call ModuleBackbone(module, ...)."
-            )
         given = dict(options or {})
         if image_size is not None:
             given["image_size"] = image_size
-        return cls._build(name, given, layers=layers, preprocessing=None)
+        return cls._build(name, given, layers=layers, pretrained=pretrained)
 
     @classmethod
-    def _rebuild(
-        cls, recipe: Mapping[str, Any], *, layers: Sequence[int], preprocessing: Preprocessing
-    ) -> ModuleBackbone:
-        return cls._build(recipe["name"], recipe["options"], layers=layers, preprocessing=preprocessing)
+    def rebuild(cls, recipe: Mapping[str, Any], *, layers: Sequence[int]) -> ModuleBackbone:
+        """Build a recipe as `Backbone.rebuild` says."""
+        return cls._build(recipe["name"], recipe["options"], layers=layers, pretrained=False)
 
     @classmethod
-    def _build(
-        cls,
-        name: str,
-        options: Mapping[str, Any],
-        *,
-        layers: int | Sequence[int],
-        preprocessing: Preprocessing | None,
-    ) -> ModuleBackbone:
+    def list_names(cls) -> list[str]:
+        """Names in `MODULES`."""
+        return list(MODULES)
+
+    @classmethod
+    def _build(cls, name: str, options: Mapping[str, Any], *, layers: LayerChoice, pretrained: bool) -> ModuleBackbone:
         for key in options:
             if key not in _OPTIONS:
                 raise InputError(unknown_name_message("module backbone option", key, _OPTIONS))
@@ -144,31 +136,14 @@ class ModuleBackbone(Backbone):
             raise InputError(
                 f"module {name!r} needs the options {', '.join(_OPTIONS[:4])}; missing: {', '.join(missing)}."
             )
-        model = MODULES.get(name)(**options.get("arguments", {}))
-        return cls(
-            model,
-            layers=layers,
-            embed_dim=options["embed_dim"],
-            num_prefix_tokens=options["num_prefix_tokens"],
-            patch_size=options["patch_size"],
-            image_size=options["image_size"],
-            blocks=options.get("blocks"),
-            tail=options.get("tail", ()),
-            any_size=options.get("any_size", False),
-            in_channels=options.get("in_channels"),
-            copy_maps=options.get("copy_maps", False),
-            preprocessing=preprocessing,
-            _recipe={"name": name, "options": dict(options)},
-        )
-
-    def _cut_tail(self, model: nn.Module) -> None:
-        for path in self._tail:
-            parent, _, child = path.rpartition(".")
-            try:
-                model.get_submodule(path)
-            except AttributeError as error:
-                names = ", ".join(name for name, _ in model.named_children())
-                raise InputError(
-                    f"{type(model).__name__} has no submodule {path!r} to cut off; its children: {names}."
-                ) from error
-            setattr(model.get_submodule(parent), child, nn.Identity())
+        module_class = MODULES.get(name)
+        if pretrained and not hasattr(module_class, "load_pretrained"):
+            raise InputError(
+                f"module {name!r} has no pretrained weights that layerfuse knows, because {module_class.__name__} has "
+                "no method load_pretrained(). Write one, pass pretrained=False, or hand over a module with weights."
+            )
+        model: Any = module_class(**options.get("arguments", {}))
+        if pretrained:
+            model.load_pretrained()
+        given = {key: value for key, value in options.items() if key != "arguments"}
+        return cls(model, layers=layers, _recipe={"name": name, "options": dict(options)}, **given)

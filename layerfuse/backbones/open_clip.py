@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -14,6 +15,7 @@ from torch import nn
 from layerfuse.backbones._timm_models import cut_timm_tail, resize_timm_model, timm_facts
 from layerfuse.backbones.base import BACKBONES, Backbone, BackboneFacts, as_pair
 from layerfuse.errors import InputError, MissingFileError, MissingPackageError
+from layerfuse.layers import LayerChoice
 from layerfuse.preprocessing import CLIP_MEAN, CLIP_STD, Mode, Preprocessing, interpolation_name
 from layerfuse.registry import unknown_name_message
 
@@ -40,12 +42,13 @@ class OpenClipBackbone(Backbone):
     """
 
     family = "open_clip"
+    library = "open_clip"
 
     def __init__(
         self,
         model: nn.Module,
         *,
-        layers: int | Sequence[int],
+        layers: LayerChoice,
         image_size: int | tuple[int, int] | None = None,
         preprocessing: Preprocessing | None = None,
         _recipe: Mapping[str, Any] | None = None,
@@ -68,17 +71,17 @@ class OpenClipBackbone(Backbone):
         cls,
         name: str,
         *,
-        layers: int | Sequence[int],
+        layers: LayerChoice,
         pretrained: bool = True,
         image_size: int | tuple[int, int] | None = None,
         options: Mapping[str, Any] | None = None,
     ) -> OpenClipBackbone:
         """Build the vision tower of an open_clip model as `Backbone.from_name` says.
 
-        ``name`` is ``"model:tag"``, such as ``"ViT-L-14-336-quickgelu:openai"``, with a file of weights instead of the
-        tag if wanted; or ``"hf-hub:owner/name"``, or ``"local-dir:path"``. Without weights the tag may be left out. For
-        another ``image_size`` position embeddings are resampled. ``options`` are fields of
-        ``open_clip.CLIPVisionCfg``, and ``quick_gelu``, ``embed_dim`` (of the projection), ``cache_dir``.
+        ``name`` is ``"model/tag"``, such as ``"ViT-L-14-336-quickgelu/openai"`` (``"model:tag"`` does, too), with a
+        file of weights instead of the tag if wanted; or ``"hf-hub:owner/name"``, or ``"local-dir:path"``. Without
+        weights the tag may be left out. For another ``image_size`` position embeddings are resampled. ``options`` are
+        fields of ``open_clip.CLIPVisionCfg``, and ``quick_gelu``, ``embed_dim`` (of the projection), ``cache_dir``.
         """
         open_clip = _import_open_clip()
         given = dict(options or {})
@@ -89,7 +92,7 @@ class OpenClipBackbone(Backbone):
             config, described = _read_scheme(name)
             preprocessing = preprocessing_of(described, (1, 1))
         else:
-            base, _, tag = name.partition(":")
+            base, tag = (*re.split("[/:]", name, maxsplit=1), "")[:2]
             config = _model_config(open_clip, base, tag, pretrained=pretrained)
             preprocessing = _of_tag(open_clip, base, tag)
         recipe = _recipe(config, given, size)
@@ -100,13 +103,25 @@ class OpenClipBackbone(Backbone):
         return cls(model, layers=layers, image_size=size, preprocessing=preprocessing, _recipe=recipe)
 
     @classmethod
-    def _rebuild(
-        cls, recipe: Mapping[str, Any], *, layers: Sequence[int], preprocessing: Preprocessing
-    ) -> OpenClipBackbone:
+    def rebuild(cls, recipe: Mapping[str, Any], *, layers: Sequence[int]) -> OpenClipBackbone:
+        """Build a recipe as `Backbone.rebuild` says."""
         model = _build(_import_open_clip(), recipe)
-        return cls(model, layers=layers, image_size=recipe["image_size"], preprocessing=preprocessing, _recipe=recipe)
+        return cls(model, layers=layers, image_size=recipe["image_size"], _recipe=recipe)
 
-    def _cut_tail(self, model: nn.Module) -> None:
+    @classmethod
+    def find_model(cls, held: object) -> nn.Module:
+        """Find the vision tower, also of a whole CLIP."""
+        return super().find_model(getattr(held, "visual", held))
+
+    @classmethod
+    def list_names(cls) -> list[str]:
+        """Vision Transformers with the tags of their weights, such as ``"ViT-L-14/openai"``."""
+        open_clip = _import_open_clip()
+        pairs = sorted(open_clip.list_pretrained())
+        return [f"{base}/{tag}" for base, tag in pairs if _is_vit(open_clip.get_model_config(base)["vision_cfg"])]
+
+    def cut_tail(self, model: nn.Module) -> None:
+        """Remove final norm, pooling and head."""
         trunk = getattr(model, "trunk", None)
         if isinstance(trunk, nn.Module):
             cut_timm_tail(trunk)
@@ -201,10 +216,16 @@ def _model_config(open_clip: ModuleType, base: str, tag: str, *, pretrained: boo
     if pretrained and not tag:
         tags = open_clip.list_pretrained_tags_by_model(base)
         raise InputError(
-            f"open_clip model {base!r} needs a tag that says which weights, as in '{base}:{(tags or ['file'])[0]}'; "
+            f"open_clip model {base!r} needs a tag that says which weights, as in '{base}/{(tags or ['file'])[0]}'; "
             f"known tags: {', '.join(tags) or 'none'}; or pass pretrained=False."
         )
     return config
+
+
+def _is_vit(vision: Mapping[str, Any]) -> bool:
+    timm_name = vision.get("timm_model_name")
+    # A ResNet has four numbers of layers.
+    return timm_name.startswith(("vit", "eva")) if timm_name else isinstance(vision["layers"], int)
 
 
 def _read_scheme(name: str) -> tuple[dict[str, Any], dict[str, Any]]:

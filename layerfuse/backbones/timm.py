@@ -11,12 +11,15 @@ from torch import nn
 from layerfuse.backbones._timm_models import cut_timm_tail, resize_timm_model, timm_facts
 from layerfuse.backbones.base import BACKBONES, Backbone, as_pair
 from layerfuse.errors import InputError
+from layerfuse.layers import LayerChoice
 from layerfuse.preprocessing import Preprocessing
 
 __all__ = ["TimmBackbone"]
 
 # Where weights come from is no part of the architecture.
 _SOURCES = ("checkpoint_path", "cache_dir", "pretrained_cfg", "pretrained_cfg_overlay")
+# Of timm.models, where Vision Transformers with one list of blocks are.
+_MODULES = ("beit", "deit", "eva", "naflexvit", "vision_transformer")
 
 
 @BACKBONES.register("timm")
@@ -33,12 +36,13 @@ class TimmBackbone(Backbone):
     """
 
     family = "timm"
+    library = "timm"
 
     def __init__(
         self,
         model: nn.Module,
         *,
-        layers: int | Sequence[int],
+        layers: LayerChoice,
         image_size: int | tuple[int, int] | None = None,
         preprocessing: Preprocessing | None = None,
         _recipe: Mapping[str, Any] | None = None,
@@ -57,7 +61,7 @@ class TimmBackbone(Backbone):
         cls,
         name: str,
         *,
-        layers: int | Sequence[int],
+        layers: LayerChoice,
         pretrained: bool = True,
         image_size: int | tuple[int, int] | None = None,
         options: Mapping[str, Any] | None = None,
@@ -80,17 +84,22 @@ class TimmBackbone(Backbone):
         return cls(model, layers=layers, image_size=image_size, _recipe=recipe)
 
     @classmethod
-    def _rebuild(
-        cls, recipe: Mapping[str, Any], *, layers: Sequence[int], preprocessing: Preprocessing
-    ) -> TimmBackbone:
+    def rebuild(cls, recipe: Mapping[str, Any], *, layers: Sequence[int]) -> TimmBackbone:
+        """Build a recipe as `Backbone.rebuild` says."""
         # A config that came from elsewhere must not choose files to load either.
         options = {key: value for key, value in recipe["options"].items() if key not in _SOURCES}
         model = _create(recipe["name"], pretrained=False, options=options)
-        return cls(
-            model, layers=layers, image_size=recipe["image_size"], preprocessing=preprocessing, _recipe=dict(recipe)
-        )
+        return cls(model, layers=layers, image_size=recipe["image_size"], _recipe=dict(recipe))
 
-    def _cut_tail(self, model: nn.Module) -> None:
+    @classmethod
+    def list_names(cls) -> list[str]:
+        """Plain Vision Transformers with the tags of their weights, such as ``"vit_tiny_patch16_224.augreg_in21k"``."""
+        import timm
+
+        return sorted(name for module in _MODULES for name in timm.list_models(module=module, pretrained=True))
+
+    def cut_tail(self, model: nn.Module) -> None:
+        """Remove final norm, pooling and head."""
         cut_timm_tail(model)
 
 
@@ -117,7 +126,7 @@ def _check_name(name: str) -> None:
         nearest = difflib.get_close_matches(architecture, known, n=3, cutoff=0.5)
         raise InputError(
             f"timm model {architecture!r} is unknown; did you mean {' or '.join(map(repr, nearest)) or 'another'}? "
-            f"Known: {len(known)} names, listed by timm.list_models('*vit*')."
+            f"Known: {len(known)} names; layerfuse.list_backbones('timm', '*clip*') lists Vision Transformers."
         )
     tags = [full.partition(".")[2] for full in timm.list_pretrained(f"{architecture}.*")]
     if tag and tag not in tags:

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from layerfuse.backbones._transformers_models import (
+    CLASS_TOKENS,
     cut_transformers_tail,
     patchify,
     read_preprocessing,
@@ -22,6 +23,7 @@ from layerfuse.backbones._transformers_models import (
 )
 from layerfuse.backbones.base import BACKBONES, Backbone, as_pair, checked_multiple
 from layerfuse.errors import InputError, MissingPackageError
+from layerfuse.layers import LayerChoice
 from layerfuse.preprocessing import Preprocessing
 from layerfuse.registry import unknown_name_message
 
@@ -65,12 +67,13 @@ class TransformersBackbone(Backbone):
     """
 
     family = "transformers"
+    library = "transformers"
 
     def __init__(
         self,
         model: nn.Module,
         *,
-        layers: int | Sequence[int],
+        layers: LayerChoice,
         image_size: int | tuple[int, int] | None = None,
         preprocessing: Preprocessing | None = None,
     ) -> None:
@@ -98,7 +101,7 @@ class TransformersBackbone(Backbone):
         cls,
         name: str,
         *,
-        layers: int | Sequence[int],
+        layers: LayerChoice,
         pretrained: bool = True,
         image_size: int | tuple[int, int] | None = None,
         options: Mapping[str, Any] | None = None,
@@ -131,14 +134,26 @@ class TransformersBackbone(Backbone):
         return backbone
 
     @classmethod
-    def _rebuild(
-        cls, recipe: Mapping[str, Any], *, layers: Sequence[int], preprocessing: Preprocessing
-    ) -> TransformersBackbone:
+    def rebuild(cls, recipe: Mapping[str, Any], *, layers: Sequence[int]) -> TransformersBackbone:
+        """Build a recipe as `Backbone.rebuild` says."""
         transformers = _import_transformers()
         fields = dict(recipe["config"])
         config = transformers.AutoConfig.for_model(fields.pop("model_type"), **fields)
         model = _build(transformers, config, recipe.get("attn_implementation"))
-        return cls(model, layers=layers, image_size=tuple(recipe["image_size"]), preprocessing=preprocessing)
+        return cls(model, layers=layers, image_size=tuple(recipe["image_size"]))
+
+    @classmethod
+    def find_model(cls, held: object) -> nn.Module:
+        """Find the vision model, also of a larger one; of a config, build it with random weights."""
+        transformers = _import_transformers()
+        if isinstance(held, transformers.PreTrainedConfig):
+            return transformers.AutoModel.from_config(getattr(held, "vision_config", held))
+        return vision_part(super().find_model(held))
+
+    @classmethod
+    def list_names(cls) -> list[str]:
+        """Model types whose layout is known, such as ``"clip_vision_model"``; the hub's models of these types fit."""
+        return sorted(CLASS_TOKENS)
 
     @property
     def config(self) -> dict[str, Any]:
@@ -148,10 +163,12 @@ class TransformersBackbone(Backbone):
         config["recipe"]["attn_implementation"] = model.config._attn_implementation
         return config
 
-    def _cut_tail(self, model: nn.Module) -> None:
+    def cut_tail(self, model: nn.Module) -> None:
+        """Remove final norm, pooling and head."""
         cut_transformers_tail(model)
 
-    def _run(self, images: torch.Tensor) -> None:
+    def run(self, images: torch.Tensor) -> None:
+        """Call the model, with its size or its patches where it wants to be told."""
         if self._patches:
             rows, columns = self.grid(images.shape[2], images.shape[3])
             patches = patchify(images, self.patch_size)

@@ -160,7 +160,7 @@ def test_images_have_the_channels_of_the_patch_embedding(channels: int) -> None:
         ("transformers", "clip_vision_model", {**vision, "num_channels": channels}),
         ("transformers", "siglip2_vision_model", {**vision, "num_channels": channels}),
     ):
-        backbone = create_backbone(family, name, layers=(0, 2), pretrained=False, options=options).eval()
+        backbone = create_backbone(f"{family}:{name}", layers=(0, 2), pretrained=False, options=options).eval()
         assert backbone.in_channels == channels
         assert backbone_from_config(backbone.config).in_channels == channels
         with torch.no_grad():
@@ -239,7 +239,7 @@ def test_impossible_layers_are_refused(family: str, layers: tuple[int, ...], mes
 
 def test_an_unknown_family_names_the_nearest() -> None:
     with pytest.raises(ValueError, match="backbone family 'tim' is unknown; did you mean 'timm'"):
-        create_backbone("tim", "vit_base_patch16_224", layers=-1)
+        create_backbone("tim:vit_base_patch16_224", layers=-1)
 
 
 def test_an_unknown_tiny_family_names_the_known() -> None:
@@ -270,7 +270,7 @@ def test_a_config_of_another_family_is_refused() -> None:
 
 def test_options_that_are_no_json_make_no_config() -> None:
     options = {"norm_layer": torch.nn.LayerNorm, "embed_dim": 8, "depth": 1, "num_heads": 1, "img_size": 16}
-    backbone = create_backbone("timm", "vit_base_patch16_224", layers=1, pretrained=False, options=options)
+    backbone = create_backbone("timm:vit_base_patch16_224", layers=1, pretrained=False, options=options)
     with pytest.raises(ValueError, match="options of this 'timm' backbone cannot be written as JSON"):
         _ = backbone.config
 

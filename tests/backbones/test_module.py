@@ -186,7 +186,7 @@ def test_a_module_without_the_switch_has_no_gradient_checkpointing() -> None:
 
 def test_a_registered_module_is_built_at_another_size() -> None:
     options = {**FACTS, "arguments": {"image_size": 48}}
-    backbone = create_backbone("module", "tiny-vit", layers=1, pretrained=False, image_size=48, options=options)
+    backbone = create_backbone("module:tiny-vit", layers=1, pretrained=False, image_size=48, options=options)
     assert backbone(random_images(size=48)).grids == ((6, 6),)
 
 
@@ -201,4 +201,4 @@ def test_a_registered_module_is_built_at_another_size() -> None:
 )
 def test_what_cannot_be_built_says_why(name: str, pretrained: bool, options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        create_backbone("module", name, layers=1, pretrained=pretrained, options=options)
+        create_backbone(f"module:{name}", layers=1, pretrained=pretrained, options=options)

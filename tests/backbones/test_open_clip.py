@@ -54,7 +54,7 @@ def test_a_file_of_weights_is_loaded_by_its_path(tiny_clip: str, tmp_path: Path)
     clip = randomise_parameters(open_clip.create_model(tiny_clip), std=0.1).eval()
     torch.save(clip.state_dict(), tmp_path / "weights.pt")
     images = random_images(size=28)
-    backbone = create_backbone("open_clip", f"{tiny_clip}:{tmp_path / 'weights.pt'}", layers=(1, 2, 3)).eval()
+    backbone = create_backbone(f"open_clip:{tiny_clip}:{tmp_path / 'weights.pt'}", layers=(1, 2, 3)).eval()
     with torch.no_grad():
         torch.testing.assert_close(list(backbone(images)), reference(clip.visual, images), rtol=0, atol=0)
     assert str(tmp_path) not in json.dumps(backbone.config)
@@ -66,7 +66,7 @@ def test_a_local_folder_is_loaded_with_its_preprocessing(tiny_clip: str, tmp_pat
     described = {"mean": [0.5, 0.5, 0.5], "std": [0.25, 0.25, 0.25], "resize_mode": "squash"}
     (tmp_path / "open_clip_config.json").write_text(json.dumps({"model_cfg": CONFIG, "preprocess_cfg": described}))
     images = random_images(size=28)
-    backbone = create_backbone("open_clip", f"local-dir:{tmp_path}", layers=(1, 2, 3)).eval()
+    backbone = create_backbone(f"open_clip:local-dir:{tmp_path}", layers=(1, 2, 3)).eval()
     with torch.no_grad():
         torch.testing.assert_close(list(backbone(images)), reference(clip.visual, images), rtol=0, atol=0)
     assert backbone.preprocessing == Preprocessing(
@@ -81,7 +81,7 @@ def test_position_embeddings_are_resampled_for_another_size(tiny_clip: str, tmp_
     torch.save(clip.state_dict(), file)
     images = random_images(size=(56, 42))
     expected = open_clip.create_model(tiny_clip, pretrained=str(file), force_image_size=(56, 42)).eval()
-    backbone = create_backbone("open_clip", f"{tiny_clip}:{file}", layers=(1, 2, 3), image_size=(56, 42)).eval()
+    backbone = create_backbone(f"open_clip:{tiny_clip}:{file}", layers=(1, 2, 3), image_size=(56, 42)).eval()
     with torch.no_grad():
         features = backbone(images)
     torch.testing.assert_close(list(features), reference(expected.visual, images), rtol=0, atol=0)
@@ -100,7 +100,7 @@ def test_position_embeddings_are_resampled_for_another_size(tiny_clip: str, tmp_
 )
 def test_preprocessing_comes_from_the_tag(name: str, size: int, mean: tuple[float, ...], mode: str) -> None:
     with torch.device("meta"):
-        preprocessing = create_backbone("open_clip", name, layers=1, pretrained=False).preprocessing
+        preprocessing = create_backbone(f"open_clip:{name}", layers=1, pretrained=False).preprocessing
     assert (preprocessing.size, preprocessing.mean, preprocessing.mode) == ((size, size), mean, mode)
 
 
@@ -109,7 +109,7 @@ def test_preprocessing_comes_from_the_tag(name: str, size: int, mean: tuple[floa
 def test_prepared_images_equal_open_clips_own_transform(name: str, shape: tuple[int, int]) -> None:
     base, _, tag = name.partition(":")
     with torch.device("meta"):
-        preprocessing = create_backbone("open_clip", name, layers=1, pretrained=False).preprocessing
+        preprocessing = create_backbone(f"open_clip:{name}", layers=1, pretrained=False).preprocessing
     config = {
         key: value
         for key, value in open_clip.get_pretrained_cfg(base, tag).items()
@@ -123,7 +123,7 @@ def test_prepared_images_equal_open_clips_own_transform(name: str, shape: tuple[
 def test_a_timm_model_inside_open_clip_is_resized_and_rebuilt() -> None:
     options = {"timm_model_name": "test_vit", "timm_pool": "", "timm_proj": "none", "embed_dim": 8}
     backbone = create_backbone(
-        "open_clip", "ViT-B-16-SigLIP", layers=(1, 2), pretrained=False, image_size=64, options=options
+        "open_clip:ViT-B-16-SigLIP", layers=(1, 2), pretrained=False, image_size=64, options=options
     )
     rebuilt = type(backbone).from_config(backbone.config).eval()
     rebuilt.load_state_dict(backbone.state_dict())
@@ -202,7 +202,7 @@ def test_the_same_weights_give_the_same_maps_in_transformers() -> None:
             "ViT-L-14-336-quickgelu",
             True,
             {},
-            "needs a tag .* as in 'ViT-L-14-336-quickgelu:openai'; known tags: openai",
+            "needs a tag .* as in 'ViT-L-14-336-quickgelu/openai'; known tags: openai",
         ),
         ("tiny-clip:no/such/file", True, {}, "open_clip cannot load 'no/such/file' into 'tiny-clip'.*Known tags: none"),
         ("ViT-B-16", False, {"widht": 8}, "open_clip option 'widht' is unknown; did you mean 'width'"),
@@ -212,12 +212,12 @@ def test_the_same_weights_give_the_same_maps_in_transformers() -> None:
 @pytest.mark.usefixtures("tiny_clip")
 def test_what_cannot_be_built_says_why(name: str, pretrained: bool, options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        create_backbone("open_clip", name, layers=1, pretrained=pretrained, options=options)
+        create_backbone(f"open_clip:{name}", layers=1, pretrained=pretrained, options=options)
 
 
 def test_a_folder_without_config_is_refused(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="holds no open_clip_config.json"):
-        create_backbone("open_clip", f"local-dir:{tmp_path}", layers=1)
+        create_backbone(f"open_clip:local-dir:{tmp_path}", layers=1)
 
 
 def test_a_built_native_tower_cannot_be_resized() -> None:
@@ -235,7 +235,7 @@ def test_an_instances_own_preprocessing_is_taken(tiny_clip: str) -> None:
 def test_a_missing_library_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "open_clip", None)
     with pytest.raises(ImportError, match=r"pip install layerfuse\[open-clip\]"):
-        create_backbone("open_clip", "ViT-B-16:openai", layers=1)
+        create_backbone("open_clip:ViT-B-16:openai", layers=1)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])

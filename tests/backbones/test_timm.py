@@ -146,7 +146,7 @@ def test_the_weights_of_the_tag_are_asked_of_timm(monkeypatch: pytest.MonkeyPatc
         return create_model(name, pretrained=False, **options)
 
     monkeypatch.setattr(timm, "create_model", record)
-    create_backbone("timm", CLIP, layers=-1, options=TINY)
+    create_backbone(f"timm:{CLIP}", layers=-1, options=TINY)
     assert asked == {"name": CLIP, "pretrained": True}
 
 
@@ -166,7 +166,7 @@ def test_the_weights_of_the_tag_are_asked_of_timm(monkeypatch: pytest.MonkeyPatc
 )
 def test_what_cannot_be_built_says_why(name: str, options: dict[str, Any], message: str) -> None:
     with torch.device("meta"), pytest.raises(ValueError, match=message):
-        create_backbone("timm", name, layers=-1, pretrained=False, options=options)
+        create_backbone(f"timm:{name}", layers=-1, pretrained=False, options=options)
 
 
 def test_an_image_size_between_patches_is_refused() -> None:
@@ -203,7 +203,7 @@ def test_a_class_instance_that_timm_did_not_create_has_no_config() -> None:
 def test_layers_before_the_class_token_joins_are_refused_here_and_tapped_as_a_module(name: str) -> None:
     sizes = {"embed_dim": 32, "num_heads": 2, "img_size": 32}
     images = random_images()
-    backbone = create_backbone("timm", name, layers=(0, 2), pretrained=False, options=sizes)
+    backbone = create_backbone(f"timm:{name}", layers=(0, 2), pretrained=False, options=sizes)
     with pytest.raises(ValueError, match=r"the class token joins later.*ModuleBackbone\(model, num_prefix_tokens=0"):
         backbone(images)
     model = timm.create_model(name, pretrained=False, **sizes)

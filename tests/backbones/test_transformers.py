@@ -53,7 +53,7 @@ def test_the_vision_part_of_a_checkpoint_with_text_is_loaded(tmp_path: Path, kin
     model = two_towers(kind)
     model.save_pretrained(tmp_path)
     images = random_images()
-    backbone = create_backbone("transformers", str(tmp_path), layers=(0, 1, 2, 3)).eval()
+    backbone = create_backbone(f"transformers:{tmp_path}", layers=(0, 1, 2, 3)).eval()
     with torch.no_grad():
         maps = list(backbone(images))
     torch.testing.assert_close(maps, expected_maps(model.vision_model, images, num_prefix_tokens), rtol=0, atol=0)
@@ -75,7 +75,7 @@ def test_a_folder_with_a_vision_model_is_loaded(tmp_path: Path) -> None:
     model = randomise_parameters(transformers.AutoModel.from_config(config), std=0.1).eval()
     model.save_pretrained(tmp_path)
     images = random_images()
-    backbone = create_backbone("transformers", str(tmp_path), layers=(1, 2)).eval()
+    backbone = create_backbone(f"transformers:{tmp_path}", layers=(1, 2)).eval()
     with torch.no_grad():
         maps = list(backbone(images))
     torch.testing.assert_close(maps, expected_maps(model, images, 5)[1:3], rtol=0, atol=0)
@@ -87,7 +87,7 @@ def test_preprocessing_is_read_from_the_folder(tmp_path: Path) -> None:
     written = {"image_mean": [0.1, 0.2, 0.3], "image_std": [0.4, 0.5, 0.6], "resample": 2, "do_center_crop": True}
     written |= {"size": {"shortest_edge": 40}, "crop_size": {"height": 32, "width": 32}}
     (tmp_path / "preprocessor_config.json").write_text(json.dumps(written))
-    preprocessing = create_backbone("transformers", str(tmp_path), layers=1).preprocessing
+    preprocessing = create_backbone(f"transformers:{tmp_path}", layers=1).preprocessing
     assert preprocessing.mean == (0.1, 0.2, 0.3)
     assert preprocessing.std == (0.4, 0.5, 0.6)
     assert (preprocessing.interpolation, preprocessing.mode, preprocessing.crop_pct) == ("bilinear", "crop", 0.8)
@@ -95,7 +95,7 @@ def test_preprocessing_is_read_from_the_folder(tmp_path: Path) -> None:
 
 def test_a_folder_without_preprocessing_is_told_in_the_log(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     two_towers("clip").vision_model.save_pretrained(tmp_path)
-    backbone = create_backbone("transformers", str(tmp_path), layers=1)
+    backbone = create_backbone(f"transformers:{tmp_path}", layers=1)
     assert "no preprocessor config; using that of released clip_vision_model models" in caplog.text
     assert backbone.preprocessing.mean == CLIP_MEAN
 
@@ -159,7 +159,7 @@ def test_non_square_sizes_equal_the_librarys_own_resizing(kind: str) -> None:
 
 def test_an_image_size_becomes_the_native_size() -> None:
     backbone = create_backbone(
-        "transformers", "clip_vision_model", layers=1, pretrained=False, image_size=48, options=SIZES
+        "transformers:clip_vision_model", layers=1, pretrained=False, image_size=48, options=SIZES
     )
     assert backbone.image_size == backbone.preprocessing.size == (48, 48)
     assert type(backbone).from_config(backbone.config).image_size == (48, 48)
@@ -167,12 +167,12 @@ def test_an_image_size_becomes_the_native_size() -> None:
 
 def test_attention_can_be_chosen() -> None:
     options = {**SIZES, "attn_implementation": "eager"}
-    backbone: Any = create_backbone("transformers", "clip_vision_model", layers=1, pretrained=False, options=options)
+    backbone: Any = create_backbone("transformers:clip_vision_model", layers=1, pretrained=False, options=options)
     assert backbone.model.config._attn_implementation == "eager"
 
 
 def test_gradient_checkpointing_is_turned_off_again() -> None:
-    backbone: Any = create_backbone("transformers", "clip_vision_model", layers=1, pretrained=False, options=SIZES)
+    backbone: Any = create_backbone("transformers:clip_vision_model", layers=1, pretrained=False, options=SIZES)
     blocks = backbone.model.encoder.layers
     backbone.set_gradient_checkpointing()
     assert all(block.gradient_checkpointing for block in blocks)
@@ -183,7 +183,7 @@ def test_gradient_checkpointing_is_turned_off_again() -> None:
 def test_weights_that_are_missing_are_listed(tmp_path: Path) -> None:
     two_towers("clip").vision_model.save_pretrained(tmp_path)
     with pytest.raises(ValueError, match=r"lacks weights of CLIPVisionModel.*encoder\.layers\.3\.layer_norm1\.bias"):
-        create_backbone("transformers", str(tmp_path), layers=1, options={"num_hidden_layers": 4})
+        create_backbone(f"transformers:{tmp_path}", layers=1, options={"num_hidden_layers": 4})
 
 
 @pytest.mark.parametrize("kind", ["ViTForImageClassification", "ViTModel"])
@@ -192,7 +192,7 @@ def test_weights_that_would_be_cut_off_are_not_asked_for(kind: str, tmp_path: Pa
     options = {"add_pooling_layer": False} if kind == "ViTModel" else {}
     model = randomise_parameters(getattr(transformers, kind)(config, **options))
     model.save_pretrained(tmp_path)
-    backbone = create_backbone("transformers", str(tmp_path), layers=(1, 2))
+    backbone = create_backbone(f"transformers:{tmp_path}", layers=(1, 2))
     state = getattr(model, "vit", model).state_dict()
     for name, tensor in backbone.model.state_dict().items():
         assert torch.equal(tensor, state[name]), name
@@ -201,7 +201,7 @@ def test_weights_that_would_be_cut_off_are_not_asked_for(kind: str, tmp_path: Pa
 def test_options_that_change_shapes_of_pretrained_weights_are_told(tmp_path: Path) -> None:
     two_towers("clip").vision_model.save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="do not fit the model that its config and the options describe. Leave out"):
-        create_backbone("transformers", str(tmp_path), layers=1, options={"intermediate_size": 48})
+        create_backbone(f"transformers:{tmp_path}", layers=1, options={"intermediate_size": 48})
 
 
 @pytest.mark.parametrize("kind", ["dinov2", "dinov2_with_registers", "dinov3_vit", "vit", "clip_vision_model"])
@@ -211,7 +211,7 @@ def test_fewer_blocks_can_be_asked_for(kind: str, tmp_path: Path) -> None:
     for name, pretrained in ((kind, False), (str(tmp_path), False), (str(tmp_path), True)):
         small = {key: SIZES[key] for key in ("hidden_size", "num_attention_heads", "image_size", "patch_size")}
         options = {"num_hidden_layers": 2} | (small if name == kind else {})
-        backbone = create_backbone("transformers", name, layers=(1, -1), pretrained=pretrained, options=options)
+        backbone = create_backbone(f"transformers:{name}", layers=(1, -1), pretrained=pretrained, options=options)
         assert (backbone.num_blocks, backbone.layers) == (2, (1, 2))
         assert type(backbone).from_config(backbone.config).num_blocks == 2
 
@@ -238,8 +238,8 @@ def test_naflex_makes_no_tensor_on_the_host() -> None:
 def test_a_folder_without_weights_is_refused(tmp_path: Path) -> None:
     transformers.AutoConfig.for_model("clip_vision_model", **SIZES).save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="transformers finds no weights for .*; give a name on the hub or a folder"):
-        create_backbone("transformers", str(tmp_path), layers=1)
-    create_backbone("transformers", str(tmp_path), layers=1, pretrained=False)
+        create_backbone(f"transformers:{tmp_path}", layers=1)
+    create_backbone(f"transformers:{tmp_path}", layers=1, pretrained=False)
 
 
 @pytest.mark.parametrize(
@@ -248,14 +248,14 @@ def test_a_folder_without_weights_is_refused(tmp_path: Path) -> None:
 )
 def test_an_unknown_name_is_refused(pretrained: bool, message: str) -> None:
     with pytest.raises(ValueError, match=f"transformers finds no model './nowhere/at/all'.*{message}"):
-        create_backbone("transformers", "./nowhere/at/all", layers=1, pretrained=pretrained)
+        create_backbone("transformers:./nowhere/at/all", layers=1, pretrained=pretrained)
 
 
 def test_an_unknown_option_names_the_nearest() -> None:
     with pytest.raises(
         ValueError, match="option of CLIPVisionConfig 'hiden_size' is unknown; did you mean 'hidden_size'"
     ):
-        create_backbone("transformers", "clip_vision_model", layers=1, pretrained=False, options={"hiden_size": 8})
+        create_backbone("transformers:clip_vision_model", layers=1, pretrained=False, options={"hiden_size": 8})
 
 
 def test_a_model_type_that_is_not_known_points_to_the_module_family() -> None:
@@ -268,14 +268,14 @@ def test_a_model_type_that_is_not_known_points_to_the_module_family() -> None:
 
 def test_a_fixed_size_model_cannot_be_resized() -> None:
     with pytest.raises(ValueError, match="Aimv2VisionModel takes only 32x32 pixels, so image_size=48 is not possible"):
-        create_backbone("transformers", "aimv2_vision_model", layers=1, pretrained=False, image_size=48, options=SIZES)
+        create_backbone("transformers:aimv2_vision_model", layers=1, pretrained=False, image_size=48, options=SIZES)
 
 
 def test_an_image_size_between_patches_is_refused() -> None:
     with pytest.raises(
         ValueError, match="image_size 50x50 is no multiple of the patch size 8x8; take for example 48x48"
     ):
-        create_backbone("transformers", "clip_vision_model", layers=1, pretrained=False, image_size=50, options=SIZES)
+        create_backbone("transformers:clip_vision_model", layers=1, pretrained=False, image_size=50, options=SIZES)
 
 
 def test_the_block_list_is_found_by_structure_where_its_name_is_new() -> None:
@@ -296,4 +296,4 @@ def test_the_block_list_is_found_by_structure_where_its_name_is_new() -> None:
 def test_a_missing_library_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "transformers", None)
     with pytest.raises(ImportError, match=r"pip install layerfuse\[transformers\]"):
-        create_backbone("transformers", "clip_vision_model", layers=1, pretrained=False)
+        create_backbone("transformers:clip_vision_model", layers=1, pretrained=False)

@@ -90,7 +90,7 @@ def backbone_like(folder: Path, layers: tuple[int, ...]) -> Backbone:
         ValueError: if layerfuse cannot tap such a model.
     """
     with torch.device("meta"):
-        return create_backbone("transformers", str(folder), layers=layers, pretrained=False)
+        return create_backbone(f"transformers:{folder}", layers=layers, pretrained=False)
 
 
 def tower_tensors(folder: Path) -> dict[str, StoredTensor]:

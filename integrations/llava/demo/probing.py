@@ -78,8 +78,7 @@ def all_layers_backbone(config: ModelConfig) -> Backbone:
 
     def build(layers: Sequence[int]) -> Backbone:
         return create_backbone(
-            config.family,
-            config.backbone,
+            f"{config.family}:{config.backbone}",
             layers=layers,
             pretrained=config.backbone_pretrained,
             image_size=config.image_size,
@@ -142,7 +141,6 @@ def _fused(model: FusedLlavaForConditionalGeneration, images: torch.Tensor) -> F
     """Fuser output as if it were a layer of its own."""
     tower, fuser = model.model.vision_tower, model.model.fuser
     tokens = torch.cat([fuser(tower(batch)) for batch in images.split(_BATCH)])
-    backbone = tower.backbone
-    grid = fuser.out_grid((backbone.grid(*backbone.image_size),) * len(backbone.layers))
+    grid = fuser.out_grid(tower.backbone.grids())
     assert grid is not None  # as of all the demo's fusers
     return FeatureMaps(maps=(tokens,), layers=(0,), grids=(grid,))

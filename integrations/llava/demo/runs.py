@@ -92,9 +92,7 @@ def _place(kind: str) -> int:
 
 def fuser_cost(model: FusedLlavaForConditionalGeneration) -> dict[str, int]:
     """Parameters, output channels, tokens and FLOPs per image of a model's fuser."""
-    backbone = model.model.vision_tower.backbone
-    grids = (backbone.grid(*backbone.image_size),) * len(backbone.layers)
-    return asdict(model.model.fuser.cost(grids))
+    return asdict(model.model.fuser.cost(model.model.vision_tower.backbone.grids()))
 
 
 def _train(recipe: Recipe, folder: Path, data: Path) -> str:

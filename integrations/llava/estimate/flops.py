@@ -68,8 +68,7 @@ def sample_flops(
     """
     inner = model.model
     backbone, fuser, projector = inner.vision_tower.backbone, inner.fuser, inner.multi_modal_projector
-    grid = backbone.grid(*backbone.image_size)
-    fused = fuser.cost((grid,) * len(backbone.layers))
+    fused = fuser.cost(backbone.grids())
     tower = _backbone_forward(backbone)
     first, second = (
         2.0 * fused.num_tokens * layer.weight.numel() for layer in (projector.linear_1, projector.linear_2)

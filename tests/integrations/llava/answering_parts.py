@@ -46,7 +46,7 @@ def save_run(
     torch.manual_seed(0)
     tokenizer = make_tokenizer("llama")
     image_token_id = add_image_token(tokenizer)
-    backbone = create_backbone("transformers", str(backbone_folder), layers=(1, 2, 3, 4))
+    backbone = create_backbone(f"transformers:{backbone_folder}", layers=(1, 2, 3, 4))
     fuser = create_fuser("mmfuser", in_channels=backbone.embed_dim, num_layers=4, options={"num_heads": 4})
     for parameter in fuser.parameters():
         torch.nn.init.normal_(parameter, std=0.2)

@@ -105,8 +105,7 @@ FEWEST_RIGHT, FEWEST_TRIED = 0.55, 0.8
 
 def whole(llm: PreTrainedModel) -> FusedLlavaForConditionalGeneration:
     backbone = create_backbone(
-        "timm",
-        "vit_base_patch16_clip_quickgelu_224",
+        "timm:vit_base_patch16_clip_quickgelu_224",
         layers=(1, 2),
         pretrained=False,
         image_size=32,

@@ -35,7 +35,9 @@ def make_model(
     torch.manual_seed(0)
     size = None if family == "transformers" else 4 * (14 if "patch14" in name else 16)
     pretrained = family == "transformers"
-    backbone = create_backbone(family, name, layers=(1, 2, 3), pretrained=pretrained, image_size=size, options=options)
+    backbone = create_backbone(
+        f"{family}:{name}", layers=(1, 2, 3), pretrained=pretrained, image_size=size, options=options
+    )
     heads = {"num_heads": 4} if fuser == "mmfuser" else {}
     fuser_module = create_fuser(fuser, in_channels=32, num_layers=3, options=heads)
     model = build_model(backbone, fuser_module, tiny_llm(VOCABULARY - 1), image_token_id=IMAGE)
@@ -276,7 +278,7 @@ def test_a_batch_without_images_gives_fuser_and_projector_zero_gradients(
 def test_building_draws_no_parameter_anew() -> None:
     torch.manual_seed(0)
     backbone = create_backbone(
-        "timm", BACKBONES["timm CLIP"][1], layers=(1, 2), pretrained=False, image_size=64, options=TINY_VIT
+        f"timm:{BACKBONES['timm CLIP'][1]}", layers=(1, 2), pretrained=False, image_size=64, options=TINY_VIT
     )
     fuser = create_fuser("mmfuser", in_channels=32, num_layers=2, options={"num_heads": 4})
     llm = tiny_llm(VOCABULARY)
@@ -295,7 +297,7 @@ def test_building_draws_no_parameter_anew() -> None:
 
 def test_a_fuser_for_other_layers_is_refused() -> None:
     backbone = create_backbone(
-        "timm", BACKBONES["timm CLIP"][1], layers=(1, 2), pretrained=False, image_size=64, options=TINY_VIT
+        f"timm:{BACKBONES['timm CLIP'][1]}", layers=(1, 2), pretrained=False, image_size=64, options=TINY_VIT
     )
     fuser = create_fuser("average", in_channels=32, num_layers=3)
 

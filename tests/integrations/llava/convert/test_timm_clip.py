@@ -56,7 +56,7 @@ def save_run(
     name: str = TIMM_CLIP,
 ) -> Path:
     """Save a model as training leaves it: timm's backbone, nothing of another layout."""
-    backbone = create_backbone("timm", name, layers=layers, pretrained=False, image_size=32, options=TINY)
+    backbone = create_backbone(f"timm:{name}", layers=layers, pretrained=False, image_size=32, options=TINY)
     if name == TIMM_CLIP:
         backbone.model.load_state_dict(timm_names(dict(model.model.vision_tower.state_dict())))
     # A model grows its config's vocabulary along with its own.

@@ -1,0 +1,89 @@
+"""The folder of a saved encoder: the names of its files, where it comes from, its config."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import snapshot_download
+
+from layerfuse.errors import InputError, MissingFileError
+from layerfuse.files import explain_missing_config
+
+__all__ = ["CONFIG_FILE", "WEIGHTS_FILE", "download_encoder", "read_encoder_config"]
+
+CONFIG_FILE = "config.json"
+WEIGHTS_FILE = "model.safetensors"
+
+
+def download_encoder(
+    name: str,
+    *,
+    revision: str | None,
+    cache_dir: str | Path | None,
+    force_download: bool,
+    local_files_only: bool,
+    token: str | bool | None,
+) -> Path:
+    """Fetch config and weights of an encoder from the hub.
+
+    Args:
+        name: of the repository; this and what follows are as in `snapshot_download` of huggingface_hub.
+        revision: likewise.
+        cache_dir: likewise.
+        force_download: likewise.
+        local_files_only: likewise.
+        token: likewise.
+
+    Returns:
+        The folder that they lie in.
+
+    Raises:
+        FileNotFoundError: if they cannot be had.
+    """
+    try:
+        found = snapshot_download(
+            name,
+            revision=revision,
+            cache_dir=cache_dir,
+            force_download=force_download,
+            local_files_only=local_files_only,
+            token=token,
+            allow_patterns=[CONFIG_FILE, WEIGHTS_FILE],
+        )
+    except (OSError, ValueError) as error:  # no such name, no network, nothing in the cache
+        raise MissingFileError(
+            f"{name} is no folder, and it could not be fetched from the hub; give a folder written by "
+            f"FusedEncoder.save_pretrained, or the name of a repository. huggingface_hub says: {error}"
+        ) from error
+    return Path(found)
+
+
+def read_encoder_config(folder: Path) -> dict[str, Any]:
+    """Read the config of an encoder.
+
+    Args:
+        folder: that `FusedEncoder.save_pretrained` wrote.
+
+    Returns:
+        The configs of ``backbone`` and ``fuser``.
+
+    Raises:
+        FileNotFoundError: if config or weights are not there.
+        ValueError: if the config is damaged, or of something else.
+    """
+    missing = [name for name in (CONFIG_FILE, WEIGHTS_FILE) if not (folder / name).is_file()]
+    if missing:
+        raise MissingFileError(
+            f"{folder} holds no {' and no '.join(missing)}; give a folder written by FusedEncoder.save_pretrained."
+            f"{explain_missing_config(folder)}"
+        )
+    try:
+        config = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise InputError(f"{folder / CONFIG_FILE} is no valid JSON ({error}); write or download it anew.") from error
+    if not isinstance(config, dict) or set(config) != {"backbone", "fuser"}:
+        keys = sorted(config) if isinstance(config, dict) else type(config).__name__
+        raise InputError(f"{folder / CONFIG_FILE} has the keys {keys}; a FusedEncoder's has 'backbone' and 'fuser'.")
+    return config
