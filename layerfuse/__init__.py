@@ -11,8 +11,9 @@ from __future__ import annotations
 
 from layerfuse.backbones import BACKBONES, Backbone, create_backbone, list_backbones
 from layerfuse.encoder import FusedEncoder, check_fuser_fits, create_encoder
+from layerfuse.extraction import extract_features
 from layerfuse.features import FeatureMaps
-from layerfuse.fusers import FUSERS, Fuser, FuserCost, create_fuser
+from layerfuse.fusers import FUSERS, Fuser, FuserCost, create_fuser, list_fusers
 from layerfuse.layers import resolve_layers, spread
 from layerfuse.ops import deformable_attention
 from layerfuse.preprocessing import Preprocessing
@@ -37,7 +38,9 @@ __all__ = [
     "create_encoder",
     "create_fuser",
     "deformable_attention",
+    "extract_features",
     "list_backbones",
+    "list_fusers",
     "resolve_layers",
     "spread",
     "tap",

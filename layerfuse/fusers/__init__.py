@@ -5,7 +5,7 @@ from __future__ import annotations
 from layerfuse.fusers.average import Average
 from layerfuse.fusers.base import FUSERS, ExtraTokens, Fuser, FuserCost
 from layerfuse.fusers.concat import Concat
-from layerfuse.fusers.creation import create_fuser, fuser_from_config
+from layerfuse.fusers.creation import create_fuser, fuser_from_config, list_fusers
 from layerfuse.fusers.mmfuser import MMFuser
 from layerfuse.fusers.scalar_mix import ScalarMix
 from layerfuse.fusers.select import Select
@@ -22,4 +22,5 @@ __all__ = [
     "Select",
     "create_fuser",
     "fuser_from_config",
+    "list_fusers",
 ]

@@ -9,7 +9,7 @@ from layerfuse.errors import InputError
 from layerfuse.fusers.base import FUSERS, Fuser
 from layerfuse.registry import unknown_name_message
 
-__all__ = ["create_fuser", "fuser_from_config"]
+__all__ = ["create_fuser", "fuser_from_config", "list_fusers"]
 
 
 def create_fuser(
@@ -76,3 +76,8 @@ def fuser_from_config(config: Mapping[str, Any]) -> Fuser:
     return create_fuser(
         config["name"], in_channels=config["in_channels"], num_layers=config["num_layers"], options=options
     )
+
+
+def list_fusers() -> list[str]:
+    """List the names that `create_fuser` takes, sorted; those of other installed packages, too."""
+    return list(FUSERS)
