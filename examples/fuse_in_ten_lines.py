@@ -20,8 +20,8 @@ encoder = layerfuse.create_encoder(
     layers=(3, 6, 9, -2),
     fuser="mmfuser",
     pretrained=False,
-).eval()
-images = encoder.preprocessing(picture.convert("RGB"))[None]
+)
+images = encoder.prepare(picture)
 with torch.no_grad():
     tokens = encoder(images)
 print("image", tuple(images.shape), "-> tokens", tuple(tokens.shape))

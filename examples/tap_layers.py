@@ -32,7 +32,7 @@ def main() -> None:
         print(f"layer {layer}: map {tuple(feature_map.shape)} on a grid of {grid[0]}x{grid[1]} patches")
 
     # A backbone is the same model, cut after the deepest tapped layer: nothing runs that nobody reads.
-    backbone = layerfuse.create_backbone(f"timm:{args.model}", layers=args.layers, pretrained=False).eval()
+    backbone = layerfuse.create_backbone(f"timm:{args.model}", layers=args.layers, pretrained=False)
     backbone.load_state_dict({f"model.{key}": value for key, value in model.state_dict().items()}, strict=False)
     with torch.no_grad():
         again = backbone(images)

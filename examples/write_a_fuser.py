@@ -62,7 +62,7 @@ def main() -> None:
         fuser="gated_sum",
         fuser_options={"bias": -2.0},
         pretrained=False,
-    ).eval()
+    )
     images = torch.randn(1, 3, 224, 224)
     with torch.no_grad():
         tokens = encoder(images)

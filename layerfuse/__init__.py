@@ -9,7 +9,7 @@ Shapes are written in the letters of `layerfuse.features`.
 
 from __future__ import annotations
 
-from layerfuse.backbones import BACKBONES, Backbone, create_backbone, list_backbones
+from layerfuse.backbones import BACKBONES, Backbone, BackboneFacts, create_backbone, list_backbones
 from layerfuse.encoder import FusedEncoder, check_fuser_fits, create_encoder
 from layerfuse.extraction import extract_features
 from layerfuse.features import FeatureMaps
@@ -26,6 +26,7 @@ __all__ = [
     "BACKBONES",
     "FUSERS",
     "Backbone",
+    "BackboneFacts",
     "FeatureMaps",
     "FusedEncoder",
     "Fuser",

@@ -27,6 +27,10 @@ RUNS: dict[str, tuple[list[str], list[str]]] = {
         ["--output", "out", "--num-train", "16", "--steps", "1", "1"],
         ["reloaded FusedLlavaForConditionalGeneration with fuser mmfuser", "answered: "],
     ),
+    "write_a_backbone.py": (
+        [],
+        ["layers (3, 5) tokens 16 grid (4, 4)", "same after loading: True", "tapped (1, 2) of 4 blocks"],
+    ),
     "write_a_fuser.py": ([], ["tokens (1, 196, 192)", "same after loading: True"]),
 }
 
