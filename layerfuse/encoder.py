@@ -19,7 +19,7 @@ from torch import nn
 from layerfuse._encoder_files import CONFIG_FILE, WEIGHTS_FILE, download_encoder, read_encoder_config
 from layerfuse._placement import as_device, as_dtype
 from layerfuse.backbones import Backbone, backbone_from_config, create_backbone
-from layerfuse.backbones._create import named_once
+from layerfuse.backbones._creation import named_once
 from layerfuse.errors import InputError
 from layerfuse.features import Grid
 from layerfuse.files import atomic_folder
@@ -97,14 +97,14 @@ class FusedEncoder(
         """
         return self.fuser.num_tokens(self.backbone.grids(size))
 
-    def grid(self, size: int | Sequence[int] | None = None) -> Grid:
+    def grid(self, size: int | Sequence[int] | None = None) -> Grid | None:
         """Tell the grid of the fused tokens, without running anything.
 
         Args:
             size: of the images, in pixels: one edge, or (height, width); the backbone's own if None.
 
         Returns:
-            (H, W), in cells of fused tokens.
+            (H, W), in cells of fused tokens; None if they lie on no grid.
 
         Raises:
             ValueError: if the backbone cannot take that size.

@@ -5,7 +5,7 @@ A new family is one file beside this one and one import line below.
 
 from __future__ import annotations
 
-from layerfuse.backbones._create import backbone_from_config, create_backbone, list_backbones
+from layerfuse.backbones._creation import backbone_from_config, create_backbone, list_backbones
 from layerfuse.backbones.base import BACKBONES, Backbone, BackboneFacts
 from layerfuse.backbones.module import MODULES, ModuleBackbone
 from layerfuse.backbones.open_clip import OpenClipBackbone
