@@ -347,8 +347,7 @@ def build_model(
         backbone=backbone.config, hidden_size=backbone.embed_dim, image_size=list(backbone.image_size)
     )
     if layout is None:
-        grids = (backbone.grid(*backbone.image_size),) * len(backbone.layers)
-        layout = FixedLayout(image_token_id, fuser.num_tokens(grids))
+        layout = FixedLayout(image_token_id, fuser.num_tokens(backbone.grids()))
     config = FusedLlavaConfig(
         vision_config=vision,
         text_config=llm.config,
