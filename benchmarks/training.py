@@ -70,7 +70,7 @@ def _steps(recipe: Recipe, micro: int, tokens: int, device: str, runs: int) -> t
     optimizer = torch.optim.AdamW(groups, fused=device == "cuda")
     height, width = model.model.vision_tower.backbone.image_size
     ids = torch.randint(3, assembled.image_token_id, (micro, tokens), device=device)
-    ids[:, 1 : 1 + model.config.image_seq_length] = assembled.image_token_id
+    ids[:, 1 : 1 + model.config.layout.num_tokens()] = assembled.image_token_id
     batch = {
         "input_ids": ids,
         "attention_mask": torch.ones_like(ids),

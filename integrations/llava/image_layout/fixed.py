@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from integrations.llava.image_layout.layout import ImageLayout, ImageSize
 from layerfuse.errors import InputError
@@ -11,7 +12,7 @@ __all__ = ["FixedLayout"]
 
 
 @dataclass(frozen=True)
-class FixedLayout(ImageLayout, name="fixed"):
+class FixedLayout(ImageLayout):
     """One number of tokens for every image, as in LLaVA-1.5.
 
     Attributes:
@@ -21,6 +22,7 @@ class FixedLayout(ImageLayout, name="fixed"):
         ValueError: if it is no number, or below 1.
     """
 
+    name: ClassVar[str] = "fixed"
     tokens_per_image: int
 
     def __post_init__(self) -> None:

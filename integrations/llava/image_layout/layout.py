@@ -21,7 +21,8 @@ class ImageLayout(abc.ABC):
     """Base class of all layouts; a subclass is a frozen dataclass whose fields JSON can hold.
 
         @dataclass(frozen=True)
-        class CellLayout(ImageLayout, name="cells"):
+        class CellLayout(ImageLayout):
+            name: ClassVar[str] = "cells"
             cell: int
 
             def num_tokens(self, image_size: ImageSize | None = None) -> int: ...
@@ -34,10 +35,9 @@ class ImageLayout(abc.ABC):
     image_token_id: int
     name: ClassVar[str]
 
-    def __init_subclass__(cls, *, name: str) -> None:
+    def __init_subclass__(cls) -> None:
         super().__init_subclass__()
-        cls.name = name
-        LAYOUTS.register(name)(cls)
+        LAYOUTS.register(cls.name)(cls)
 
     @abc.abstractmethod
     def num_tokens(self, image_size: ImageSize | None = None) -> int:

@@ -225,8 +225,10 @@ def test_the_list_of_dropped_rows_is_that_of_goldens() -> None:
     assert {row["id"] for row in ROWS} & DROPPED_BY_ACCIDENT.keys() <= dropped
 
 
-class _Uncounted(FixedLayout, name="as published"):
+class _Uncounted(FixedLayout):
     """One position an image, and as the published code has it, no look at how many images there are."""
+
+    name = "as published"
 
     def repeats(self, ids: Sequence[int], image_sizes: Sequence[ImageSize | None]) -> list[int]:
         return [1] * len(ids)

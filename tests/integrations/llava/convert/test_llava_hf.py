@@ -135,7 +135,9 @@ def test_one_of_transformers_becomes_a_published_baseline(llava_hf_folder: Path,
 
 
 def test_a_layout_by_size_has_no_place_there(llava_hf_folder: Path, tmp_path: Path) -> None:
-    class AnyLayout(ImageLayout, name="any of a test"):
+    class AnyLayout(ImageLayout):
+        name = "any of a test"
+
         def num_tokens(self, image_size: ImageSize | None = None) -> int:
             return 16
 

@@ -6,7 +6,7 @@ import json
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 from PIL import Image
@@ -21,9 +21,10 @@ IMAGE = 9
 
 
 @dataclass(frozen=True)
-class RowLayout(ImageLayout, name="rows of a test"):
+class RowLayout(ImageLayout):
     """One token a row of eight pixels; four for an image whose size is not known."""
 
+    name: ClassVar[str] = "rows of a test"
     row: int = 8
 
     def num_tokens(self, image_size: ImageSize | None = None) -> int:

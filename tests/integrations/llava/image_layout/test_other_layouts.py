@@ -11,7 +11,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -43,9 +43,10 @@ from tests.integrations.llava.tiny_parts import human_and_gpt
 
 
 @dataclass(frozen=True)
-class CellLayout(ImageLayout, name="cells of a test"):
+class CellLayout(ImageLayout):
     """One token per 8 × 8 pixels of the image as it came, cells at the edge included."""
 
+    name: ClassVar[str] = "cells of a test"
     image_size: Sequence[int]
 
     def num_tokens(self, image_size: ImageSize | None = None) -> int:
