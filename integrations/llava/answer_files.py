@@ -17,7 +17,6 @@ import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,51 +25,13 @@ import torch
 from layerfuse.errors import FileAccessError, InputError
 from layerfuse.files import atomic_file, file_digest
 
+from .batching import Shard
 from .decoding import Decoding
 from .json_lines import json_lines
 from .preparing import Preparer
 from .request_files import Request
 
-__all__ = ["AnswerFile", "Shard", "answer_settings", "find_shard", "weights_fingerprint"]
-
-
-@dataclass(frozen=True)
-class Shard:
-    """Which process this is.
-
-    Attributes:
-        index: from 0.
-        count: of processes.
-    """
-
-    index: int = 0
-    count: int = 1
-
-    def __post_init__(self) -> None:
-        """Refuse a process that is none of them."""
-        if not 0 <= self.index < self.count:
-            raise InputError(f"shard {self.index}/{self.count} does not exist; the first of 4 is 0/4, the last 3/4.")
-
-
-def find_shard(text: str | None, environment: Mapping[str, str] = os.environ) -> Shard:
-    """Read which process this is.
-
-    Args:
-        text: "0/4" for the first of four; None asks the environment.
-        environment: RANK and WORLD_SIZE, as torchrun sets them; one process if they are not set.
-
-    Returns:
-        The shard.
-
-    Raises:
-        ValueError: if the text is of another form, or there is no such process.
-    """
-    if text is None:
-        return Shard(int(environment.get("RANK", 0)), int(environment.get("WORLD_SIZE", 1)))
-    index, slash, count = text.partition("/")
-    if not (slash and index.isdigit() and count.isdigit()):
-        raise InputError(f"shard {text!r} is not of the form INDEX/COUNT; the first of 4 is 0/4, the last 3/4.")
-    return Shard(int(index), int(count))
+__all__ = ["AnswerFile", "answer_settings", "weights_fingerprint"]
 
 
 class AnswerFile:

@@ -1,44 +1,76 @@
-"""Many questions: batches of like length, images prepared by other processes while the model computes."""
+"""Files of questions and their answers: opened, then asked in batches whose images other processes prepare."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
 from torch.utils.data import DataLoader, Dataset
-from tqdm.auto import tqdm
 
 from layerfuse.errors import InputError
 
-from .answer_files import AnswerFile, Shard
+from .answer_files import AnswerFile, answer_settings
+from .batching import Shard, answer_batches, form_batches
 from .decoding import Decoding
 from .generate import Answerer
 from .images import read_image
-from .preparing import Preparer
-from .request_files import Request, refuse_broken_images
+from .preparing import Preparer, load_preparer
+from .request_files import Request, prompt_lengths, question_fingerprints, refuse_broken_images
 
-__all__ = ["answer_into", "answer_requests", "form_batches"]
+__all__ = ["answer_into", "answer_requests", "open_answers"]
 
 
-def form_batches(lengths: Sequence[int], batch_size: int, shard: Shard) -> list[list[int]]:
-    """Divide questions into batches of like length, the longest first: they show at once whether memory suffices.
+def open_answers(
+    path: str | Path,
+    requests: Sequence[Request],
+    model_folder: str | Path,
+    *,
+    image_folder: str | Path,
+    decoding: Decoding,
+    dtype: torch.dtype,
+    quantize: str = "none",
+    batch_size: int = 8,
+    shard: Shard | None = None,
+    overwrite: bool = False,
+) -> tuple[AnswerFile, list[list[int]]]:
+    """Open the answers that a model gives to questions, after checking all that can be known before it is loaded.
 
     Args:
-        lengths: positions that each prompt takes up.
+        path: of the answers.
+        requests: the questions.
+        model_folder: of the model.
+        image_folder: what names of images are relative to.
+        decoding: how answers are decoded.
+        dtype: that is computed in.
+        quantize: how the language model is stored.
         batch_size: questions at a time.
-        shard: the process whose share is wanted.
+        shard: which process this is; None is the only one.
+        overwrite: see `AnswerFile`.
 
     Returns:
-        Batches of indices. They depend on nothing but the arguments, so that a run that is continued forms the same.
+        The answers, and the batches of this process as indices of the questions.
 
     Raises:
-        ValueError: if the batch size is below 1.
+        FileNotFoundError: if there is no such model.
+        ValueError: if a prompt does not fit, the batch size is below 1, or as `AnswerFile` does.
+        OSError: if the answers cannot be written there.
     """
-    if batch_size < 1:
-        raise InputError(f"batch_size={batch_size} is too small; ask at least 1 question at a time.")
-    order = sorted(range(len(lengths)), key=lambda index: -lengths[index])[shard.index :: shard.count]
-    return [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
+    shard = shard or Shard()
+    preparer = load_preparer(model_folder)
+    lengths = prompt_lengths(requests, preparer, image_folder=image_folder, max_new_tokens=decoding.max_new_tokens)
+    batches = form_batches(lengths, batch_size, shard)
+    answers = AnswerFile(
+        path,
+        requests,
+        fingerprints=question_fingerprints(requests, image_folder),
+        model_id=Path(model_folder).resolve().name,
+        metadata=answer_settings(model_folder, preparer, dtype=dtype, quantize=quantize, decoding=decoding),
+        shard=shard,
+        overwrite=overwrite,
+    )
+    return answers, batches
 
 
 def answer_into(
@@ -72,21 +104,26 @@ def answer_into(
     if num_workers is not None and num_workers < 0:
         raise InputError(f"num_workers={num_workers} is negative; give 0 or more processes.")
     requests = output.requests
-    share = sum(map(len, batches))
-    batches = [own for full in batches if (own := [index for index in full if requests[index].id not in output])]
-    waiting = sum(map(len, batches))
-    refuse_broken_images((requests[index] for batch in batches for index in batch), image_folder)
-    if not waiting:
-        return 0
-    disable = None if show_bar is None else not show_bar
-    with tqdm(total=share, initial=share - waiting, desc="answers", unit="question", disable=disable) as bar:
-        answered = answer_requests(
-            load(), requests, batches, image_folder=image_folder, decoding=decoding, num_workers=num_workers
+    waiting = [own for full in batches if (own := [index for index in full if requests[index].id not in output])]
+    count = sum(map(len, waiting))
+    refuse_broken_images((requests[index] for batch in waiting for index in batch), image_folder)
+    if count:
+        ask = partial(
+            answer_requests,
+            load(),
+            requests,
+            image_folder=image_folder,
+            decoding=decoding,
+            num_workers=num_workers,
         )
-        for answers in answered:
-            output.write(answers)
-            bar.update(len(answers))
-    return waiting
+        answer_batches(
+            ask,
+            waiting,
+            lambda answers: output.write({requests[index].id: text for index, text in answers.items()}),
+            answered=sum(map(len, batches)) - count,
+            show_bar=show_bar,
+        )
+    return count
 
 
 def answer_requests(
@@ -97,7 +134,7 @@ def answer_requests(
     image_folder: str | Path,
     decoding: Decoding,
     num_workers: int | None = None,
-) -> Iterator[dict[int | str, str]]:
+) -> Iterator[list[str]]:
     """Answer questions batch by batch.
 
     Args:
@@ -110,7 +147,7 @@ def answer_requests(
             GPU computes.
 
     Yields:
-        Per batch, id -> answer.
+        The answers of a batch, in its order.
 
     Raises:
         ValueError: if an image cannot be read.
@@ -130,10 +167,9 @@ def answer_requests(
         pin_memory=on_gpu,
         generator=torch.Generator(),
     )
-    for batch, tensors in zip(filled, loader, strict=True):
-        ids = [requests[index].id for index in batch]
-        answers = answerer.answer_batch(tensors, [str(own_id) for own_id in ids], decoding)
-        yield dict(zip(ids, answers, strict=True))
+    for batch, full, tensors in zip(batches, filled, loader, strict=True):
+        keys = [str(requests[index].id) for index in full]
+        yield answerer.answer_batch(tensors, keys, decoding)[: len(batch)]
 
 
 class _Requests(Dataset[dict[str, torch.Tensor]]):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import threading
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -12,6 +12,7 @@ from transformers import LlavaProcessor, LogitsProcessorList, StoppingCriteriaLi
 
 from layerfuse.errors import InputError, InvalidTypeError
 
+from .batching import answer_batches, form_batches
 from .checkpoint import load_config, load_model, load_processor
 from .data import Collator
 from .decoding import Decoding, SeededSampling, generate_settings
@@ -84,8 +85,6 @@ class Answerer:
             raise InputError(
                 f"got {len(images)} images for {len(prompts)} prompts; give one entry of images per prompt."
             )
-        if batch_size < 1:
-            raise InputError(f"batch_size={batch_size} is too small; answer at least 1 prompt at a time.")
         decoding = _decoding(decoding, max_new_tokens)
         pictures = [as_list(entry) for entry in images]
         longest = decoding.max_new_tokens
@@ -93,14 +92,14 @@ class Answerer:
         ids = [
             self.prepare.encode(prompt, own, max_new_tokens=longest) for prompt, own in zip(prompts, sizes, strict=True)
         ]
-        # Prompts of like length share a batch, the longest first: they show at once whether memory suffices.
-        order = sorted(range(len(ids)), key=lambda index: -len(ids[index]))
         answers: dict[int, str] = {}
-        for start in range(0, len(order), batch_size):
-            batch = order[start : start + batch_size]
-            samples = [{"input_ids": ids[own], **self.prepare.pixels(pictures[own], sizes[own])} for own in batch]
-            answered = self.answer_batch(self.collate(samples), [str(own) for own in batch], decoding)
-            answers.update(zip(batch, answered, strict=True))
+
+        def ask(batches: Sequence[Sequence[int]]) -> Iterator[list[str]]:
+            for batch in batches:
+                samples = [{"input_ids": ids[own], **self.prepare.pixels(pictures[own], sizes[own])} for own in batch]
+                yield self.answer_batch(self.collate(samples), [str(own) for own in batch], decoding)
+
+        answer_batches(ask, form_batches([len(own) for own in ids], batch_size), answers.update, show_bar=False)
         return [answers[index] for index in range(len(ids))]
 
     def stream(

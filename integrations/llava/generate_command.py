@@ -10,7 +10,7 @@ from pathlib import Path
 
 from layerfuse.errors import InputError, UserError
 
-from .answer_files import AnswerFile, Shard, answer_settings, find_shard
+from .answer_files import AnswerFile
 from .answer_options import (
     add_decoding_options,
     add_model_options,
@@ -19,11 +19,12 @@ from .answer_options import (
     print_anything,
     read_decoding,
 )
-from .batch_answers import answer_into, form_batches
+from .batch_answers import answer_into, open_answers
+from .batching import Shard, find_shard
 from .decoding import Decoding
 from .images import read_image
 from .preparing import load_preparer
-from .request_files import prompt_lengths, question_fingerprints, read_requests
+from .request_files import read_requests
 
 __all__ = ["main"]
 
@@ -106,18 +107,15 @@ def _answer_file(arguments: argparse.Namespace, decoding: Decoding) -> int:
     shard = find_shard(arguments.shard)
     folder = arguments.image_folder or Path(arguments.input).parent
     requests = read_requests(arguments.input)
-    preparer = load_preparer(arguments.model)
-    lengths = prompt_lengths(requests, preparer, image_folder=folder, max_new_tokens=decoding.max_new_tokens)
-    batches = form_batches(lengths, arguments.batch_size, shard)
-    dtype = find_dtype(arguments)
-    output = AnswerFile(
+    output, batches = open_answers(
         arguments.output,
         requests,
-        fingerprints=question_fingerprints(requests, folder),
-        model_id=Path(arguments.model).resolve().name,
-        metadata=answer_settings(
-            arguments.model, preparer, dtype=dtype, quantize=arguments.quantize, decoding=decoding
-        ),
+        arguments.model,
+        image_folder=folder,
+        decoding=decoding,
+        dtype=find_dtype(arguments),
+        quantize=arguments.quantize,
+        batch_size=arguments.batch_size,
         shard=shard,
         overwrite=arguments.overwrite,
     )

@@ -39,12 +39,14 @@ def draw_examples(runs: Sequence[FuserRun], image_folder: Path, *, count: int) -
     Returns:
         The first images, in the order of the question file: none is picked.
     """
-    names = list(dict.fromkeys(answer.question.image for answer in runs[0].answers))[:count]
+    names = list(dict.fromkeys(answer.question.images[0] for answer in runs[0].answers))[:count]
     return [
         Example(
             name=name,
             image=thumbnail(read_image(image_folder / name)),
-            answers={run.fuser: [answer for answer in run.answers if answer.question.image == name] for run in runs},
+            answers={
+                run.fuser: [answer for answer in run.answers if answer.question.images == (name,)] for run in runs
+            },
         )
         for name in names
     ]

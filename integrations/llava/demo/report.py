@@ -108,7 +108,8 @@ def _chance(results: DemoResults) -> list[float]:
 
 
 def _secondary(results: DemoResults) -> dict[str, Any] | None:
-    pairs = [(kind, metric) for kind in results.kinds for metric in TASKS.get(kind).metrics[1:]]
+    scores = results.runs[0].kinds
+    pairs = [(kind, name) for kind in results.kinds for name in scores[kind].scores if name != "accuracy"]
     if not pairs:
         return None
     rows = []

@@ -9,14 +9,19 @@ import math
 import re
 import unicodedata
 from collections.abc import Sequence
+from decimal import Decimal
 
 __all__ = [
     "as_box",
     "edit_distance",
+    "holds_words",
     "intersection_over_union",
     "normalise_answer",
     "parse_box",
+    "parse_choice",
     "parse_count",
+    "parse_number",
+    "parse_yes_no",
     "strip_answer",
 ]
 
@@ -24,6 +29,11 @@ _NUMBER_WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", 
 _COUNTS = {**{word: number for number, word in enumerate(_NUMBER_WORDS)}, "none": 0, "no": 0}
 _ARTICLES = re.compile(r"^(?:a|an|the)\s+")
 _DECIMAL = r"[-+]?(?:[0-9]+(?:\.[0-9]*)?|\.[0-9]+)"
+# What looks like a number: "1-2", "2.5.1" and "2,5" are found whole or in parts, and refused or counted as several.
+_NUMBER = re.compile(r"(?<![\w.,])[-+]?(?:[0-9]+(?:,[0-9]+)*(?:\.[0-9]+)*|(?:\.[0-9]+)+)(?:e[-+]?[0-9]+)?")
+_WHOLE_NUMBER = re.compile(r"[-+]?(?:(?:[0-9]+|[0-9]{1,3}(?:,[0-9]{3})+)(?:\.[0-9]+)?|\.[0-9]+)(?:e[-+]?[0-9]{1,3})?")
+_LETTER = re.compile(r"\(?([A-Z])(?:[).:].*)?", re.DOTALL)
+_NAMED_LETTER = re.compile(r"(?i:\b(?:answer|option|choice)(?:\s+is)?)\s*:?\s*\(?([A-Z])\b(?!')")
 _BOX = re.compile(r"\[([^\[\]]*)\]")
 
 
@@ -58,6 +68,76 @@ def parse_count(answer: str) -> int | None:
 def _is_integer(word: str) -> bool:
     # Nine digits: no count is longer, and int() refuses strings of thousands.
     return word.isascii() and word.isdigit() and len(word) <= 9
+
+
+def parse_number(answer: str) -> Decimal | None:
+    """Read a number: the only one in the answer, as digits (``-1,234.5``, ``2e3``, ``40 %``) or a word, zero to ten.
+
+    Returns:
+        The number, or None if the answer names no number or several, or one whose commas part no thousands.
+    """
+    text = normalise_answer(answer).replace("\u2212", "-")
+    found = _NUMBER.findall(text)
+    if not all(len(part) <= 40 and _WHOLE_NUMBER.fullmatch(part) for part in found):
+        return None
+    numbers = {Decimal(part.replace(",", "")) for part in found}
+    numbers |= {Decimal(_NUMBER_WORDS.index(word)) for word in re.findall(r"[a-z]+", text) if word in _NUMBER_WORDS}
+    return numbers.pop() if len(numbers) == 1 else None
+
+
+def parse_yes_no(answer: str) -> str | None:
+    """Read yes or no: the first word if it is one of them, else the only one of them that occurs, in any case.
+
+    Returns:
+        "yes" or "no", or None if the answer says neither or both.
+    """
+    words = re.findall(r"\w+", normalise_answer(answer))
+    said = words[:1] if words[:1] in (["yes"], ["no"]) else sorted({"yes", "no"}.intersection(words))
+    return said[0] if len(said) == 1 else None
+
+
+def parse_choice(answer: str, choices: Sequence[str] = ()) -> str | None:
+    """Read the letter of an option.
+
+    The first of these that fits counts: the letter alone, in any case, also as ``(B)`` or ``B.``; an answer that
+    begins with ``B.``, ``B)``, ``(B)`` or ``B:``; the text of an option; the only letter that stands behind "answer",
+    "option" or "choice".
+
+    Args:
+        answer: what a model wrote.
+        choices: texts of the options A, B, …; without them any letter is an option.
+
+    Returns:
+        The capital letter, or None if no option is named, or several are.
+    """
+    letters = [chr(ord("A") + index) for index in range(len(choices) or 26)]
+    text = strip_answer(answer)
+    written = _LETTER.fullmatch(text.upper() if len(text.strip("().:")) == 1 else text)
+    if written is not None and written[1] in letters:
+        return written[1]
+    said = normalise_answer(answer)
+    meant = {
+        letter for letter, choice in zip(letters, choices, strict=False) if said and normalise_answer(choice) == said
+    }
+    named = meant or set(_NAMED_LETTER.findall(text)).intersection(letters)
+    return named.pop() if len(named) == 1 else None
+
+
+def holds_words(text: str, words: str) -> bool:
+    """Tell whether words stand in a text as such: "cat" is in "a cat." and not in "cats".
+
+    Letters of scripts that are written without blanks, such as Chinese, part words.
+    """
+    starts = (found.start() for found in re.finditer(f"(?={re.escape(words)})", text))
+    return any(
+        not _joined(text[:start][-1:], words[:1]) and not _joined(words[-1:], text[start + len(words) :][:1])
+        for start in starts
+    )
+
+
+def _joined(left: str, right: str) -> bool:
+    """Whether two characters beside one another belong to one word."""
+    return all(char.isalnum() and unicodedata.east_asian_width(char) not in "WF" for char in (left, right))
 
 
 def parse_box(answer: str) -> tuple[float, float, float, float] | None:

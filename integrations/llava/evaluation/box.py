@@ -26,7 +26,7 @@ class BoxTask(Task):
 
     title = "locating (box)"
     source = "RefCOCO: precision at IoU > 0.5"
-    metrics = ("accuracy", "iou")
+    question_file = "test.jsonl"
 
     def read_answer(self, value: Any) -> tuple[float, ...]:
         """Read a box: four numbers, or a text that holds them."""

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
-from integrations.llava.evaluation.answers import normalise_answer
-from integrations.llava.evaluation.task import TASKS, Question, Task
+from integrations.llava.evaluation.exact_match import ExactMatchTask
+from integrations.llava.evaluation.task import TASKS
 
 __all__ = ["ColorTask"]
 
 
 @TASKS.register("color")
-class ColorTask(Task):
+class ColorTask(ExactMatchTask):
     """Exact match after normalisation.
 
     Example:
@@ -19,8 +17,4 @@ class ColorTask(Task):
     """
 
     title = "colour"
-    source = "GQA: exact match of a short answer"
-
-    def score(self, answer: str, question: Question) -> Mapping[str, float]:
-        """Score a word; case, blanks, quotes, a leading article and a final full stop are forgiven."""
-        return {"accuracy": float(normalise_answer(answer) == normalise_answer(str(question.answer)))}
+    question_file = "test.jsonl"

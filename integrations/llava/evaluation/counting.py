@@ -22,6 +22,7 @@ class CountingTask(Task):
 
     title = "counting"
     source = "TallyQA: accuracy"
+    question_file = "test.jsonl"
 
     def read_answer(self, value: Any) -> str:
         """Read a count, in digits or in words up to ten."""

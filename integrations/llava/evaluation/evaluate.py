@@ -1,50 +1,79 @@
-"""Evaluate a trained model on a question file: predictions, row by row, and a table of numbers."""
+"""Evaluate a trained model on a question file or a task: predictions, row by row, and a table of numbers."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+from integrations.llava.batching import Shard
 from integrations.llava.evaluation.predict import check_images
-from integrations.llava.evaluation.scoring import KindScores, ScoredAnswer, score_answers, summarise
-from integrations.llava.evaluation.task import TASKS, read_questions
+from integrations.llava.evaluation.scoring import KindScores, score_answers, summarise
+from integrations.llava.evaluation.task import Question, ScoredAnswer, Task, check_ids, read_questions, tasks_of
 from integrations.llava.json_lines import json_lines
 from layerfuse.errors import ExistingFileError, FileAccessError, InputError, MissingFileError
-from layerfuse.files import write_text
+from layerfuse.files import atomic_file, write_text
 
-__all__ = ["Evaluation", "evaluate", "read_predictions", "write_evaluation"]
+__all__ = ["Evaluation", "evaluate", "read_predictions", "score_predictions", "write_evaluation"]
 
 _PREDICTIONS = "predictions.jsonl"
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What an evaluation found.
+    """Scores of a model, and the answers that they come from.
 
     Attributes:
         kinds: question kind -> scores.
-        answers: every scored answer, in the order of the question file.
+        answers: every scored answer, in the order of the questions.
+        submissions: question kind -> files that its server takes, name -> content; no entry where no server scores.
     """
 
     kinds: Mapping[str, KindScores]
     answers: Sequence[ScoredAnswer]
+    submissions: Mapping[str, Mapping[str, bytes]] = field(default_factory=dict)
 
     def metrics(self) -> dict[str, Any]:
-        """JSON-able numbers: per kind, and the mean accuracy over the kinds."""
+        """JSON-able numbers: per kind, and the mean accuracy over the kinds that have one."""
         kinds = {kind: {"num_questions": own.num_questions, **own.scores} for kind, own in self.kinds.items()}
-        mean = sum(own.accuracy for own in self.kinds.values()) / len(self.kinds)
-        return {"kinds": kinds, "mean_accuracy": mean, "num_questions": len(self.answers)}
+        accuracies = [own.accuracy for own in self.kinds.values() if "accuracy" in own.scores]
+        mean = {"mean_accuracy": sum(accuracies) / len(accuracies)} if accuracies else {}
+        return {"kinds": kinds, **mean, "num_questions": len(self.answers)}
+
+
+def score_predictions(
+    questions: Sequence[Question], predictions: Iterable[Mapping[str, Any]], *, task: Task | None = None
+) -> Evaluation:
+    """Score predictions, and sum the scores up.
+
+    Args:
+        questions: as `read_questions` or a task's `load` returns them.
+        predictions: rows with ``question_id`` and ``prediction``, in any order.
+        task: of all questions; None takes the task of each question's kind.
+
+    Returns:
+        Scores and answers.
+
+    Raises:
+        ValueError: if an answer is missing, comes twice, or belongs to no question.
+    """
+    answers = score_answers(questions, predictions, task=task)
+    submissions = {}
+    for kind, own in tasks_of(questions, task).items():
+        files = own.submission([answer for answer in answers if answer.question.kind == kind])
+        if files is not None:
+            submissions[kind] = files
+    return Evaluation(summarise(answers, task=task), answers, submissions)
 
 
 def evaluate(
     model_folder: str | Path,
-    questions: str | Path,
+    questions: str | Path | Task,
     image_folder: str | Path,
     *,
     output: str | Path | None = None,
@@ -52,71 +81,80 @@ def evaluate(
     max_new_tokens: int = 32,
     device: str | None = None,
     overwrite: bool = False,
-) -> Evaluation:
-    """Ask a trained model every question of a file, greedily, and score its answers.
+    shard: Shard | None = None,
+) -> Evaluation | None:
+    """Ask a trained model every question, greedily, and score its answers.
 
     Args:
         model_folder: a folder that training wrote.
-        questions: question file, see `integrations.llava.evaluation.task`.
-        image_folder: where the images of the questions are.
-        output: folder for ``answers.jsonl``, ``predictions.jsonl`` and ``metrics.json``. Answers are written there as
-            they come, and an evaluation that was interrupted goes on from them. Nothing is written if None.
+        questions: a question file; or a task, which loads its questions from `image_folder`.
+        image_folder: what names of images are relative to.
+        output: folder for ``answers.jsonl``, ``predictions.jsonl``, ``metrics.json``, and submissions for servers.
+            Answers are written there as they come, and an evaluation that was interrupted goes on from them. Nothing is
+            written if None.
         batch_size: questions at a time.
         max_new_tokens: longest answer, in tokens.
         device: torch device; CUDA if there is one, else the CPU.
         overwrite: ask anew whatever `output` holds.
+        shard: which of several processes this is, that answer a share each; None is the only one.
 
     Returns:
-        Scores and answers.
+        Scores and answers; None where other processes have questions left, the last of which scores.
 
     Raises:
         FileNotFoundError: if a file or folder is missing.
         FileExistsError: if `output` holds other predictions.
         OSError: if `output` cannot be written; this is tried before the model is loaded.
-        ValueError: if the question file is at fault, a prompt does not fit, the folder holds another kind of model, or
-            `output` holds answers of another model, to other questions or under other settings.
+        ValueError: if the question file is at fault, a prompt does not fit, the folder holds another kind of model,
+            `output` holds answers of another model, to other questions or under other settings, or is None for several
+            processes.
     """
     # Imported here so that scoring predictions needs no model library.
-    from integrations.llava.answer_files import AnswerFile, Shard, answer_settings
-    from integrations.llava.batch_answers import answer_into, form_batches
+    from integrations.llava.batch_answers import answer_into, open_answers
     from integrations.llava.decoding import Decoding
     from integrations.llava.generate import default_dtype, load_answerer, usable_device
-    from integrations.llava.preparing import load_preparer
-    from integrations.llava.request_files import Request, prompt_lengths, question_fingerprints
+    from integrations.llava.request_files import Request
 
-    asked = read_questions(questions)
+    if output is None and shard is not None and shard.count > 1:
+        raise InputError(f"{shard.count} processes have no place to put their answers together; give an output.")
+    task = questions if isinstance(questions, Task) else None
+    asked = questions.load(image_folder) if isinstance(questions, Task) else read_questions(questions)
+    check_ids(asked, f"task {type(questions).__name__}")
     check_images(asked, image_folder)
-    requests = [Request(own.question_id, (own.image,), TASKS.get(own.kind)().prompt(own)) for own in asked]
-    preparer, decoding, where = load_preparer(model_folder), Decoding(max_new_tokens), usable_device(device)
-    lengths = prompt_lengths(requests, preparer, image_folder=image_folder, max_new_tokens=max_new_tokens)
-    batches = form_batches(lengths, batch_size, Shard())
+    tasks = tasks_of(asked, task)
+    requests = [Request(own.question_id, own.images, tasks[own.kind].prompt(own)) for own in asked]
+    decoding, where = Decoding(max_new_tokens), usable_device(device)
     dtype = default_dtype(model_folder, where)
     with ExitStack() as stack:
         folder = Path(stack.enter_context(TemporaryDirectory()) if output is None else output)
-        answers = AnswerFile(
+        answers, batches = open_answers(
             folder / "answers.jsonl",
             requests,
-            fingerprints=question_fingerprints(requests, image_folder),
-            model_id=Path(model_folder).resolve().name,
-            metadata=answer_settings(model_folder, preparer, dtype=dtype, quantize="none", decoding=decoding),
-            shard=Shard(),
+            model_folder,
+            image_folder=image_folder,
+            decoding=decoding,
+            dtype=dtype,
+            batch_size=batch_size,
+            shard=shard,
             overwrite=overwrite,
         )
         if not overwrite:
             _refuse_others(folder, answers.answers)
         load = partial(load_answerer, model_folder, device=where, dtype=dtype)
         answer_into(answers, load, batches, image_folder=image_folder, decoding=decoding)
-        answers.merge()
+        if answers.merge():
+            return None
         given = [{"question_id": own_id, "prediction": text} for own_id, text in answers.answers.items()]
-        scored = score_answers(asked, given)
-        evaluation = Evaluation(kinds=summarise(scored), answers=scored)
+        evaluation = score_predictions(asked, given, task=task)
         if output is not None:
             write_evaluation(evaluation, folder, overwrite=True)
     return evaluation
 
 
 def write_evaluation(evaluation: Evaluation, folder: str | Path, *, overwrite: bool = False) -> None:
-    """Write ``predictions.jsonl`` (one row a question) and ``metrics.json``, each whole or not at all.
+    """Write ``predictions.jsonl`` (a row a question), ``metrics.json`` and submissions, each whole or not at all.
+
+    What a server takes stands in ``submission/<kind>/``.
 
     Args:
         evaluation: what was found.
@@ -135,6 +173,12 @@ def write_evaluation(evaluation: Evaluation, folder: str | Path, *, overwrite: b
         folder.mkdir(parents=True, exist_ok=True)
         write_text(folder / _PREDICTIONS, "".join(rows))
         write_text(folder / "metrics.json", json.dumps(evaluation.metrics(), indent=1) + "\n")
+        for kind, files in evaluation.submissions.items():
+            for name, content in files.items():
+                path = folder / "submission" / kind / name
+                path.parent.mkdir(parents=True, exist_ok=True)
+                with atomic_file(path) as file:
+                    file.write(content)
     except OSError as error:
         raise FileAccessError(
             f"{folder} cannot be written ({error.strerror or error}); give another output."

@@ -22,7 +22,7 @@ class OcrTask(Task):
 
     title = "reading text"
     source = "ICDAR Robust Reading: word accuracy and edit distance"
-    metrics = ("accuracy", "character_accuracy")
+    question_file = "test.jsonl"
 
     def score(self, answer: str, question: Question) -> Mapping[str, float]:
         """Score a string; blanks around it, quotes and a final full stop are forgiven."""

@@ -1,22 +1,20 @@
-"""The one generation loop that all tasks share."""
+"""Models that are not ours, asked on the generation loop of all."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from PIL import Image
-from tqdm.auto import tqdm
-
-from integrations.llava.evaluation.task import TASKS, Question
+from integrations.llava.batching import answer_batches, form_batches
+from integrations.llava.evaluation.task import Question, Task, tasks_of
 from integrations.llava.images import read_image
 from layerfuse.errors import InputError, MissingFileError
 
 __all__ = ["Answer", "check_images", "predict", "read_image"]
 
-Answer = Callable[[Sequence[Image.Image], Sequence[str]], Sequence[str]]
-"""Answers a batch: images and prompts of equal number give as many answers."""
+Answer = Callable[[Sequence[Any], Sequence[str]], Sequence[str]]
+"""Answers a batch: per prompt its PIL image, or a list where a question has several or none; as many answers return."""
 
 
 def check_images(questions: Sequence[Question], image_folder: str | Path) -> None:
@@ -30,7 +28,7 @@ def check_images(questions: Sequence[Question], image_folder: str | Path) -> Non
     from integrations.llava.data.media_names import is_outside
 
     folder = Path(image_folder)
-    names = dict.fromkeys(question.image for question in questions)
+    names = dict.fromkeys(name for question in questions for name in question.images)
     outside = [name for name in names if is_outside(name, folder)]
     if outside:
         raise InputError(
@@ -46,7 +44,12 @@ def check_images(questions: Sequence[Question], image_folder: str | Path) -> Non
 
 
 def predict(
-    questions: Sequence[Question], image_folder: str | Path, answer: Answer, *, batch_size: int = 32
+    questions: Sequence[Question],
+    image_folder: str | Path,
+    answer: Answer,
+    *,
+    batch_size: int = 32,
+    task: Task | None = None,
 ) -> list[dict[str, Any]]:
     """Ask a model every question.
 
@@ -57,6 +60,7 @@ def predict(
         image_folder: where their images are.
         answer: the model.
         batch_size: questions at a time.
+        task: of all questions; None takes the task of each question's kind.
 
     Returns:
         Rows ``{"question_id", "prediction"}``, in the order of the questions.
@@ -66,21 +70,18 @@ def predict(
             answers than it was asked questions.
         FileNotFoundError: if an image is missing.
     """
-    if batch_size < 1:
-        raise InputError(f"batch_size={batch_size} is too small; ask at least 1 question at a time.")
     check_images(questions, image_folder)
-    prompts = [TASKS.get(question.kind)().prompt(question) for question in questions]
-    order = sorted(range(len(questions)), key=lambda index: -len(prompts[index]))
+    tasks = tasks_of(questions, task)
+    prompts = [tasks[question.kind].prompt(question) for question in questions]
     answers: dict[int, str] = {}
-    with tqdm(total=len(order), desc="answers", unit="question", disable=None, leave=False) as progress:
-        for start in range(0, len(order), batch_size):
-            batch = order[start : start + batch_size]
-            images = [read_image(Path(image_folder) / questions[index].image) for index in batch]
-            given = list(answer(images, [prompts[index] for index in batch]))
-            if len(given) != len(batch):
-                raise InputError(f"the model gave {len(given)} answers to {len(batch)} questions; expected one each.")
-            answers.update(zip(batch, given, strict=True))
-            progress.update(len(batch))
+
+    def ask(batches: Sequence[Sequence[int]]) -> Iterator[Sequence[str]]:
+        for batch in batches:
+            opened = [[read_image(Path(image_folder) / name) for name in questions[index].images] for index in batch]
+            images = [own[0] if len(own) == 1 else own for own in opened]
+            yield list(answer(images, [prompts[index] for index in batch]))
+
+    answer_batches(ask, form_batches([len(prompt) for prompt in prompts], batch_size), answers.update)
     return [
         {"question_id": question.question_id, "prediction": answers[index]} for index, question in enumerate(questions)
     ]

@@ -4,37 +4,13 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
-from integrations.llava.evaluation.task import TASKS, Question
+from integrations.llava.evaluation.task import Question, ScoredAnswer, Task, tasks_of
 from layerfuse.errors import InputError
 
-__all__ = ["KindScores", "ScoredAnswer", "blind_answers", "score_answers", "summarise"]
-
-
-@dataclass(frozen=True)
-class ScoredAnswer:
-    """One question, what a model answered, and its scores.
-
-    Attributes:
-        question: the question with the right answer.
-        prediction: what the model wrote.
-        scores: metric -> number between 0 and 1.
-    """
-
-    question: Question
-    prediction: str
-    scores: Mapping[str, float]
-
-    @property
-    def right(self) -> bool:
-        """Whether the answer counts as right."""
-        return self.scores["accuracy"] == 1.0
-
-    def row(self) -> dict[str, Any]:
-        """Return one line of a predictions file."""
-        return {**asdict(self.question), "prediction": self.prediction, "scores": dict(self.scores)}
+__all__ = ["KindScores", "blind_answers", "score_answers", "summarise"]
 
 
 @dataclass(frozen=True)
@@ -43,7 +19,7 @@ class KindScores:
 
     Attributes:
         num_questions: how many questions were asked.
-        scores: metric -> mean over the questions.
+        scores: what the kind's task aggregates; the mean of each score, if it does nothing else.
     """
 
     num_questions: int
@@ -60,12 +36,15 @@ class KindScores:
         return (self.accuracy * (1 - self.accuracy) / self.num_questions) ** 0.5
 
 
-def score_answers(questions: Sequence[Question], predictions: Iterable[Mapping[str, Any]]) -> list[ScoredAnswer]:
+def score_answers(
+    questions: Sequence[Question], predictions: Iterable[Mapping[str, Any]], *, task: Task | None = None
+) -> list[ScoredAnswer]:
     """Pair answers with questions by id, and score them.
 
     Args:
         questions: as `read_questions` returns them.
         predictions: rows with ``question_id`` and ``prediction``, in any order.
+        task: of all questions; None takes the task of each question's kind.
 
     Returns:
         One scored answer per question, in the order of the questions.
@@ -88,12 +67,12 @@ def score_answers(questions: Sequence[Question], predictions: Iterable[Mapping[s
             "Give exactly one prediction per question."
         )
     answers = {row["question_id"]: str(row["prediction"]) for row in rows}
-    return [_score(question, answers[question.question_id]) for question in questions]
-
-
-def _score(question: Question, prediction: str) -> ScoredAnswer:
-    task = TASKS.get(question.kind)()
-    return ScoredAnswer(question=question, prediction=prediction, scores=task.score(prediction, question))
+    tasks = tasks_of(questions, task)
+    scored = []
+    for own in questions:
+        said = answers[own.question_id]
+        scored.append(ScoredAnswer(own, said, tasks[own.kind].score(said, own)))
+    return scored
 
 
 def _some(keys: Sequence[object], limit: int = 10) -> str:
@@ -101,21 +80,20 @@ def _some(keys: Sequence[object], limit: int = 10) -> str:
     return shown if len(keys) <= limit else f"{shown} and {len(keys) - limit} more"
 
 
-def summarise(answers: Sequence[ScoredAnswer]) -> dict[str, KindScores]:
-    """Average scores over the questions of each kind.
+def summarise(answers: Sequence[ScoredAnswer], *, task: Task | None = None) -> dict[str, KindScores]:
+    """Aggregate the scores of each kind of question.
 
     Args:
         answers: scored answers of one model.
+        task: of all questions; None takes the task of each question's kind.
 
     Returns:
         Kind -> numbers, in the order in which the kinds first occur.
     """
-    kinds = list(dict.fromkeys(answer.question.kind for answer in answers))
-    table: dict[str, KindScores] = {}
-    for kind in kinds:
-        own = [answer.scores for answer in answers if answer.question.kind == kind]
-        means = {metric: sum(scores[metric] for scores in own) / len(own) for metric in TASKS.get(kind).metrics}
-        table[kind] = KindScores(num_questions=len(own), scores=means)
+    table = {}
+    for kind, own_task in tasks_of([own.question for own in answers], task).items():
+        own = [answer for answer in answers if answer.question.kind == kind]
+        table[kind] = KindScores(num_questions=len(own), scores=own_task.aggregate(own))
     return table
 
 

@@ -1,7 +1,7 @@
-"""What a task is, the registry of tasks, and the question files that tasks read.
+"""Tasks and their questions: what a task is, the registry of tasks, and files of questions.
 
-A question file is LLaVA's evaluation format with two more keys: JSON lines of ``question_id``, ``image``, ``text``,
-``kind`` (the name of a task) and ``answer``.
+A question file has one JSON object a line: ``question_id``, ``image``, ``text``, ``kind`` (the name of a task) and
+``answer``; docs/evaluation.md describes it.
 """
 
 from __future__ import annotations
@@ -9,8 +9,8 @@ from __future__ import annotations
 import json
 from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -18,47 +18,120 @@ from integrations.llava.json_lines import json_lines
 from layerfuse.errors import InputError, MissingFileError, UserError
 from layerfuse.registry import Registry
 
-__all__ = ["TASKS", "Question", "Task", "read_questions"]
+__all__ = ["TASKS", "Question", "ScoredAnswer", "Task", "check_ids", "read_questions", "tasks_of"]
+
+_KEYS = ("question_id", "image", "text", "kind", "answer")
 
 
 @dataclass(frozen=True)
 class Question:
-    """One question about one image.
+    """One question about an image, several, or none.
 
     Attributes:
         question_id: unique in its file.
-        image: file name, relative to the image folder.
+        image: file name, relative to the image folder; several names, or an empty tuple, where it is not one image.
         text: the question as the user would put it.
         kind: name of the task that scores the answer.
-        answer: the right answer, as its task writes it: text, or numbers for a box.
+        answer: the right answer, as its task compares it; None where only a server knows it.
+        fields: all other keys of its row, such as a category or choices.
     """
 
     question_id: int | str
-    image: str
+    image: str | tuple[str, ...]
     text: str
     kind: str
-    answer: str | tuple[float, ...]
+    answer: Any = None
+    fields: Mapping[str, Any] = field(default_factory=dict, hash=False)
+
+    @property
+    def images(self) -> tuple[str, ...]:
+        """File names of all its images."""
+        return (self.image,) if isinstance(self.image, str) else self.image
+
+    def row(self) -> dict[str, Any]:
+        """Return its line of a question file."""
+        return {**{key: getattr(self, key) for key in _KEYS}, **self.fields}
+
+
+@dataclass(frozen=True)
+class ScoredAnswer:
+    """One question, what a model answered, and the scores of that.
+
+    Attributes:
+        question: the question with the right answer.
+        prediction: what the model wrote.
+        scores: name -> number; a right answer has an ``accuracy`` of 1.
+    """
+
+    question: Question
+    prediction: str
+    scores: Mapping[str, float]
+
+    @property
+    def right(self) -> bool:
+        """Whether the answer counts as right."""
+        return self.scores.get("accuracy") == 1.0
+
+    def row(self) -> dict[str, Any]:
+        """Return one line of a predictions file."""
+        return {**self.question.row(), "prediction": self.prediction, "scores": dict(self.scores)}
 
 
 class Task(ABC):
-    """A kind of question: how it is asked, how an answer is scored, where the rule comes from.
+    """A benchmark, or a kind of question: what is asked, how answers are scored, where the rule comes from.
+
+    One object may serve a whole evaluation: what `load` learns, `aggregate` and `submission` may use.
 
     Attributes:
         title: a few words for tables.
         source: the benchmark whose scoring rule this is.
-        metrics: names of the numbers that `score` returns; the first is the one that tables show.
+        question_file: name of the file that `load` reads.
     """
 
-    title: ClassVar[str]
-    source: ClassVar[str]
-    metrics: ClassVar[tuple[str, ...]] = ("accuracy",)
+    title: ClassVar[str] = ""
+    source: ClassVar[str] = ""
+    question_file: ClassVar[str] = "questions.jsonl"
+
+    def load(self, folder: str | Path) -> list[Question]:
+        """Read the questions of a folder.
+
+        Args:
+            folder: of the benchmark's files.
+
+        Returns:
+            The questions; names of images are relative to the folder. Here: those of this task in `question_file`,
+            whose images are in ``images``.
+
+        Raises:
+            FileNotFoundError: if a file is missing.
+            ValueError: if a question cannot be read, or the file has none for this task.
+        """
+        path = Path(folder) / self.question_file
+        asked = [own for own in read_questions(path) if type(self) is TASKS.get(own.kind)]
+        if not asked:
+            raise InputError(f"question file {path} has no question for {type(self).__name__}; look at its 'kind'.")
+        return [replace(own, image=_below("images", own.image)) for own in asked]
 
     def prompt(self, question: Question) -> str:
         """Return the text that the model is asked."""
         return question.text
 
-    def read_answer(self, value: Any) -> str | tuple[float, ...]:
-        """Read the right answer as a question file has it.
+    def read(self, question: Question) -> Question:
+        """Read the right answer of a question.
+
+        Args:
+            question: with the answer as its file has it.
+
+        Returns:
+            The question with the answer as `score` compares it.
+
+        Raises:
+            ValueError: if the task cannot compare with it.
+        """
+        return replace(question, answer=self.read_answer(question.answer))
+
+    def read_answer(self, value: Any) -> Any:
+        """Read a right answer that can be read without its question.
 
         Args:
             value: from JSON.
@@ -82,11 +155,49 @@ class Task(ABC):
             question: the question, with the right answer.
 
         Returns:
-            A number between 0 and 1 for each of ``metrics``.
+            Name -> number; ``accuracy``, between 0 and 1, if an answer can be right. Empty where a server scores.
         """
+
+    def aggregate(self, scores: Sequence[ScoredAnswer]) -> dict[str, float]:
+        """Sum up a model's scored answers.
+
+        Args:
+            scores: of all questions, each with its question and prediction.
+
+        Returns:
+            Name -> number; tables show ``accuracy`` in per cent. Here: the mean of each score.
+        """
+        return {name: sum(own.scores[name] for own in scores) / len(scores) for name in scores[0].scores}
+
+    def submission(self, predictions: Sequence[ScoredAnswer]) -> Mapping[str, bytes] | None:
+        """Write predictions as a server takes them.
+
+        Args:
+            predictions: for all questions, in their order.
+
+        Returns:
+            Name of a file -> its content; None where no server scores.
+        """
+        return None
 
 
 TASKS: Registry[Task] = Registry("question kind", group="layerfuse.tasks")
+
+
+def tasks_of(questions: Sequence[Question], task: Task | None = None) -> dict[str, Task]:
+    """Make the tasks of questions.
+
+    Args:
+        questions: of any mixture of kinds.
+        task: of all of them; None looks each kind up in `TASKS`.
+
+    Returns:
+        Kind -> task, in the order in which the kinds first occur.
+
+    Raises:
+        ValueError: if a kind is unknown.
+    """
+    return {kind: task or TASKS.get(kind)() for kind in dict.fromkeys(own.kind for own in questions)}
 
 
 def read_questions(path: str | Path) -> list[Question]:
@@ -107,29 +218,49 @@ def read_questions(path: str | Path) -> list[Question]:
     if not path.is_file():
         raise MissingFileError(f"question file {path} does not exist; give a .jsonl file with one question a line.")
     questions = [_parse(row, f"{path}, line {number}") for number, row in json_lines(path)]
-    if not questions:
-        raise InputError(f"question file {path} holds no question; give one question a line.")
-    twice = [key for key, count in Counter(str(q.question_id) for q in questions).items() if count > 1]
-    if twice:
-        raise InputError(
-            f"question file {path} uses these ids more than once: {', '.join(twice)}; every id names one question."
-        )
+    check_ids(questions, f"question file {path}")
     return questions
 
 
+def check_ids(questions: Sequence[Question], place: str) -> None:
+    """Check that there are questions, and that their ids differ in spelling.
+
+    Raises:
+        ValueError: if there is none, or an id occurs twice.
+    """
+    if not questions:
+        raise InputError(f"{place} holds no question; give one question a line.")
+    twice = [key for key, count in Counter(str(own.question_id) for own in questions).items() if count > 1]
+    if twice:
+        raise InputError(f"{place} uses these ids more than once: {', '.join(twice)}; every id names one question.")
+
+
+def _below(folder: str, image: str | tuple[str, ...]) -> str | tuple[str, ...]:
+    return f"{folder}/{image}" if isinstance(image, str) else tuple(f"{folder}/{name}" for name in image)
+
+
 def _parse(row: Mapping[str, Any], place: str) -> Question:
-    keys = ("question_id", "image", "text", "kind", "answer")
-    missing = [key for key in keys if key not in row]
+    missing = [key for key in _KEYS if key not in row]
     if missing:
-        raise InputError(f"{place} lacks {', '.join(missing)}; a question has {', '.join(keys)}.")
-    own_id = row["question_id"]
+        raise InputError(f"{place} lacks {', '.join(missing)}; a question has {', '.join(_KEYS)}.")
+    own_id, image = row["question_id"], row["image"]
     if isinstance(own_id, bool) or not isinstance(own_id, int | str):
         raise InputError(f"{place}: question_id is {json.dumps(own_id):.80}; give a number or a text.")
-    for key in ("image", "text", "kind"):
+    names = [] if image is None else image if isinstance(image, list) else [image]
+    if not all(isinstance(name, str) for name in names):
+        raise InputError(f"{place}: image is {json.dumps(image):.80}; give a text, several in a list, or null.")
+    for key in ("text", "kind"):
         if not isinstance(row[key], str):
             raise InputError(f"{place}: {key} is {json.dumps(row[key]):.80}; give a text.")
+    question = Question(
+        question_id=own_id,
+        image=image if isinstance(image, str) else tuple(names),
+        text=row["text"],
+        kind=row["kind"],
+        answer=row["answer"],
+        fields={key: value for key, value in row.items() if key not in _KEYS},
+    )
     try:
-        answer = TASKS.get(row["kind"])().read_answer(row["answer"])
+        return TASKS.get(question.kind)().read(question)
     except UserError as error:
         raise InputError(f"{place}: {error}") from error
-    return Question(question_id=own_id, image=row["image"], text=row["text"], kind=row["kind"], answer=answer)

@@ -15,8 +15,8 @@ import pytest
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from integrations.llava.answer_files import AnswerFile, Shard, find_shard, weights_fingerprint
-from integrations.llava.batch_answers import form_batches
+from integrations.llava.answer_files import AnswerFile, weights_fingerprint
+from integrations.llava.batching import Shard, find_shard, form_batches
 from integrations.llava.generate import Answerer
 from integrations.llava.generate_command import main
 from integrations.llava.preparing import load_preparer

@@ -17,7 +17,8 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from integrations.llava.answer_files import AnswerFile, Shard, answer_settings
+from integrations.llava.answer_files import AnswerFile, answer_settings
+from integrations.llava.batching import Shard
 from integrations.llava.decoding import Decoding
 from integrations.llava.generate_command import main
 from integrations.llava.preparing import load_preparer

@@ -56,7 +56,6 @@ def test_unknown_kind_gets_the_nearest(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"kind": "color", "answer": ["red", "crimson"]}, r'answer is \["red", "crimson"\]; give a text or a number'),
         ({"kind": "ocr", "answer": ["3", "4"]}, r'answer is \["3", "4"\]; give a text'),
         ({"kind": "counting", "answer": None}, "answer is null; give a text or a number"),
         ({"kind": "color", "answer": True}, "answer is true; give a text"),
@@ -69,8 +68,8 @@ def test_unknown_kind_gets_the_nearest(tmp_path: Path) -> None:
         ({"answer": "somewhere"}, "answer is .*; give a box"),
         ({"question_id": None}, "question_id is null; give a number or a text"),
         ({"question_id": [1]}, r"question_id is \[1\]; give a number or a text"),
-        ({"image": ["a.png", "b.png"]}, "image is .*; give a text"),
-        ({"image": None}, "image is null; give a text"),
+        ({"image": ["a.png", 1]}, "image is .*; give a text, several in a list, or null"),
+        ({"image": 3}, "image is 3; give a text"),
         ({"text": None}, "text is null; give a text"),
         ({"text": "\ud83d"}, "holds half of a character"),
     ],
@@ -83,11 +82,29 @@ def test_what_would_be_asked_or_scored_otherwise_is_refused_with_its_line(
 
 
 @pytest.mark.parametrize(
+    ("image", "names"), [("a.png", ("a.png",)), (["a.png", "b.png"], ("a.png", "b.png")), ([], ()), (None, ())]
+)
+def test_a_question_has_one_image_several_or_none(image: object, names: tuple[str, ...], tmp_path: Path) -> None:
+    (question,) = read_questions(write(tmp_path / "q.jsonl", {**ROW, "image": image}))
+    assert question.images == names
+    (again,) = read_questions(write(tmp_path / "again.jsonl", question.row()))
+    assert again == question
+
+
+def test_further_keys_of_a_row_stay_with_the_question(tmp_path: Path) -> None:
+    (question,) = read_questions(write(tmp_path / "q.jsonl", {**ROW, "category": "left", "choices": ["a"]}))
+    assert question.fields == {"category": "left", "choices": ["a"]}
+    assert hash(question) == hash(read_questions(tmp_path / "q.jsonl")[0])
+    assert question.row() == {**ROW, "answer": (0.1, 0.2, 0.3, 0.4), "category": "left", "choices": ["a"]}
+
+
+@pytest.mark.parametrize(
     ("kind", "answer", "expected"),
     [
         ("counting", 2, "2"),
         ("counting", "two", "two"),
         ("ocr", "K7F", "K7F"),
+        ("color", ["red", "crimson"], ("red", "crimson")),
         ("box", [0, 1e-5, 1, 0.5], (0.0, 1e-5, 1.0, 0.5)),
         ("box", "[0.1, 0.2, 0.3, 0.4]", (0.1, 0.2, 0.3, 0.4)),
     ],
@@ -133,6 +150,20 @@ def test_predictions_come_back_in_the_order_of_the_questions(tmp_path: Path) -> 
         {"question_id": 2, "prediction": "2???"},
     ]
     assert seen == [2, 1]
+
+
+def test_a_model_is_given_one_image_or_a_list(tmp_path: Path) -> None:
+    make_images(tmp_path, "0.png", "1.png")
+    asked = [Question(n, images, "?", "color", "red") for n, images in enumerate(["0.png", ("0.png", "1.png"), ()])]
+    given: list[object] = []
+
+    def answer(images: Sequence[object], prompts: Sequence[str]) -> list[str]:
+        given.extend(images)
+        return ["red"] * len(prompts)
+
+    predict(asked, tmp_path, answer)
+    assert isinstance(given[0], Image.Image)
+    assert [len(own) for own in given[1:]] == [2, 0]  # type: ignore[arg-type]
 
 
 def test_missing_images_are_listed_before_anything_runs(tmp_path: Path) -> None:

@@ -58,7 +58,10 @@ def counter(monkeypatch: pytest.MonkeyPatch) -> Counter:
 
 
 def run_it(run: Path, questions: Path, images: Path, output: Path, **options: Any) -> Evaluation:
-    return evaluate(run, questions, images, output=output, batch_size=2, max_new_tokens=4, device="cpu", **options)
+    settings = {"batch_size": 2, "max_new_tokens": 4, "device": "cpu"} | options
+    evaluation = evaluate(run, questions, images, output=output, **settings)
+    assert evaluation is not None
+    return evaluation
 
 
 def test_a_killed_evaluation_keeps_its_answers_and_asks_only_what_is_left(
@@ -106,6 +109,7 @@ def test_without_an_output_nothing_is_written(
     before = sorted(tmp_path.rglob("*"))
     evaluation = evaluate(run, questions, data_folder, max_new_tokens=4, device="cpu")
 
+    assert evaluation is not None
     assert len(evaluation.answers) == COUNT
     assert sorted(tmp_path.rglob("*")) == before
 

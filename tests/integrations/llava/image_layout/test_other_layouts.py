@@ -10,6 +10,7 @@ import io
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -19,9 +20,9 @@ from PIL import Image
 from transformers import AutoProcessor
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
-from integrations.llava.answer_files import Shard
 from integrations.llava.assembly import Assembled
-from integrations.llava.batch_answers import answer_requests, form_batches
+from integrations.llava.batch_answers import answer_requests
+from integrations.llava.batching import form_batches
 from integrations.llava.checkpoint import load_config, load_model, load_processor, save_model
 from integrations.llava.config import Recipe
 from integrations.llava.convert import convert
@@ -260,12 +261,12 @@ def test_a_file_of_questions_is_answered_as_one_by_one(cells: Answerer, data_fol
     names = [("0.png",), ("5.png", "1.png"), (), ("7.png",)]
     requests = [Request(str(index), own, "What number?") for index, own in enumerate(names)]
     lengths = prompt_lengths(requests, cells.prepare, image_folder=data_folder)
-    batches = form_batches(lengths, 4, Shard())
+    batches = form_batches(lengths, 4)
     answered = answer_requests(
         cells, requests, batches, image_folder=data_folder, decoding=Decoding(max_new_tokens=6), num_workers=0
     )
-    found = {key: text for batch in answered for key, text in batch.items()}
+    found = dict(zip(chain(*batches), chain(*answered), strict=True))
     images = [[data_folder / name for name in own] for own in names]
 
     assert batches[0][0] == 1
-    assert [found[each.id] for each in requests] == cells(images, ["What number?"] * 4, max_new_tokens=6)
+    assert [found[index] for index in range(4)] == cells(images, ["What number?"] * 4, max_new_tokens=6)

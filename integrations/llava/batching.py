@@ -1,0 +1,109 @@
+"""The generation loop: which questions share a batch, which process answers them, what happens to each batch's answers.
+
+Everything that answers many prompts comes here: `Answerer`, files of questions, evaluation, models of other kinds.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+from tqdm.auto import tqdm
+
+from layerfuse.errors import InputError
+
+__all__ = ["Ask", "Shard", "answer_batches", "find_shard", "form_batches"]
+
+Ask = Callable[[Sequence[Sequence[int]]], Iterable[Sequence[str]]]
+"""A model that is asked: batches of indices of prompts give, batch by batch, an answer to each."""
+
+
+@dataclass(frozen=True)
+class Shard:
+    """Which process this is.
+
+    Attributes:
+        index: from 0.
+        count: of processes.
+    """
+
+    index: int = 0
+    count: int = 1
+
+    def __post_init__(self) -> None:
+        """Refuse a process that is none of them."""
+        if not 0 <= self.index < self.count:
+            raise InputError(f"shard {self.index}/{self.count} does not exist; the first of 4 is 0/4, the last 3/4.")
+
+
+def find_shard(text: str | None, environment: Mapping[str, str] = os.environ) -> Shard:
+    """Read which process this is.
+
+    Args:
+        text: "0/4" for the first of four; None asks the environment.
+        environment: RANK and WORLD_SIZE, as torchrun sets them; one process if they are not set.
+
+    Returns:
+        The shard.
+
+    Raises:
+        ValueError: if the text is of another form, or there is no such process.
+    """
+    if text is None:
+        return Shard(int(environment.get("RANK", 0)), int(environment.get("WORLD_SIZE", 1)))
+    index, slash, count = text.partition("/")
+    if not (slash and index.isdigit() and count.isdigit()):
+        raise InputError(f"shard {text!r} is not of the form INDEX/COUNT; the first of 4 is 0/4, the last 3/4.")
+    return Shard(int(index), int(count))
+
+
+def form_batches(lengths: Sequence[int], batch_size: int, shard: Shard | None = None) -> list[list[int]]:
+    """Divide prompts into batches of like length, the longest first: they show at once whether memory suffices.
+
+    Args:
+        lengths: positions that each prompt takes up.
+        batch_size: prompts at a time.
+        shard: the process whose share is wanted; None is the only one.
+
+    Returns:
+        Batches of indices. They depend on nothing but the arguments, so that a run that is continued forms the same.
+
+    Raises:
+        ValueError: if the batch size is below 1.
+    """
+    if batch_size < 1:
+        raise InputError(f"batch_size={batch_size} is too small; answer at least 1 prompt at a time.")
+    shard = shard or Shard()
+    order = sorted(range(len(lengths)), key=lambda index: -lengths[index])[shard.index :: shard.count]
+    return [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
+
+
+def answer_batches(
+    ask: Ask,
+    batches: Sequence[Sequence[int]],
+    write: Callable[[dict[int, str]], object],
+    *,
+    answered: int = 0,
+    show_bar: bool | None = None,
+) -> None:
+    """Answer batches one after the other, and hand each one's answers on as they come.
+
+    Args:
+        ask: the model.
+        batches: indices of the prompts that wait.
+        write: takes index -> answer of a batch; the next one begins when it returns.
+        answered: prompts of this process that were answered before; the bar begins there.
+        show_bar: of progress; None shows it on a terminal.
+
+    Raises:
+        ValueError: if the model gives another number of answers than it was asked prompts.
+    """
+    total = answered + sum(map(len, batches))
+    disable = None if show_bar is None else not show_bar
+    with tqdm(total=total, initial=answered, desc="answers", unit="question", disable=disable) as bar:
+        for batch, answers in zip(batches, ask(batches), strict=True):
+            if len(answers) != len(batch):
+                raise InputError(f"the model gave {len(answers)} answers to {len(batch)} questions; expected one each.")
+            write(dict(zip(batch, answers, strict=True)))
+            bar.update(len(batch))
