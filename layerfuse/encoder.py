@@ -58,19 +58,21 @@ class FusedEncoder(
         self.backbone = backbone
         self.fuser = fuser
 
-    def forward(self, images: torch.Tensor) -> torch.Tensor:
+    def forward(self, images: torch.Tensor, condition: torch.Tensor | None = None) -> torch.Tensor:
         """Encode images.
 
         Args:
-            images: (B, 3, height, width) in pixels, normalised as ``preprocessing`` does it.
+            images: (B, 3, height, width) in pixels, normalised as `prepare` does it.
+            condition: (B, D_c), such as an embedding of each image's question, for a fuser with
+                ``condition_channels``.
 
         Returns:
             (B, N, C_out) fused tokens.
 
         Raises:
-            ValueError: if the backbone cannot take the image size.
+            ValueError: if the backbone cannot take the image size, or the fuser the condition.
         """
-        tokens: torch.Tensor = self.fuser(self.backbone(images))
+        tokens: torch.Tensor = self.fuser(self.backbone(images), condition)
         return tokens
 
     @property

@@ -13,7 +13,17 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from layerfuse import FUSERS, FusedEncoder, check_fuser_fits, create_encoder, create_fuser, list_fusers, tap
+from layerfuse import (
+    FUSERS,
+    FeatureMaps,
+    FusedEncoder,
+    Fuser,
+    check_fuser_fits,
+    create_encoder,
+    create_fuser,
+    list_fusers,
+    tap,
+)
 from layerfuse.testing import random_images, randomise_parameters, tiny_backbone
 
 LAYERS = (3, 1, 0, -2)
@@ -248,3 +258,26 @@ def test_a_fuser_that_is_unknown_is_said_before_a_backbone_is_built() -> None:
     with pytest.raises(ValueError, match="fuser 'mmfusr' is unknown; did you mean 'mmfuser'"):
         create_encoder("timm:no_such_model", layers=1, fuser="mmfusr")
     assert list_fusers() == sorted(FUSERS)
+
+
+def test_a_condition_reaches_the_fuser() -> None:
+    @FUSERS.register("gated_by_text")
+    class Gated(Fuser):
+        """The last map times what a text says."""
+
+        condition_channels = 2
+
+        def fuse(self, features: FeatureMaps, *, condition: torch.Tensor | None = None) -> torch.Tensor:
+            assert condition is not None
+            return features.maps[-1] * condition.sum(-1)[:, None, None]
+
+    try:
+        encoder, images = _created(fuser="gated_by_text"), random_images(2, size=(32, 48))
+        with torch.no_grad():
+            expected = encoder.backbone(images).maps[-1] * torch.tensor([3.0, -1.0])[:, None, None]
+            tokens = encoder(images, torch.tensor([[1.0, 2.0], [0.5, -1.5]]))
+        torch.testing.assert_close(tokens, expected, rtol=0, atol=0)
+        with pytest.raises(ValueError, match="fuser 'gated_by_text' needs a condition"):
+            encoder(images)
+    finally:
+        del FUSERS._entries["gated_by_text"]

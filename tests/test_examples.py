@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import ast
 import importlib.util
 from pathlib import Path
 
 import pytest
 import torch
 
-from layerfuse import FUSERS
+from layerfuse import FUSERS, Backbone
 from tests.run_support import run_python
 from tests.source_support import ROOT
 
@@ -44,6 +45,15 @@ def test_example_prints_what_it_promises(name: str, tmp_path: Path) -> None:
     arguments, expected = RUNS[name]
     output = run_python(str(EXAMPLES / name), *arguments, folder=tmp_path)
     assert [text for text in expected if text not in output] == [], output
+
+
+def test_the_backbone_to_copy_needs_public_names_only() -> None:
+    tree = ast.parse((EXAMPLES / "write_a_backbone.py").read_text(encoding="utf-8"))
+    names = {node.attr for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
+    names |= {node.name for node in ast.walk(tree) if isinstance(node, (ast.ClassDef, ast.FunctionDef))}
+    names |= {alias.name for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) for alias in node.names}
+    assert {name for name in names if name.startswith("_")} == {"__init__"}
+    assert sorted(Backbone.__abstractmethods__) == ["from_name", "rebuild"]
 
 
 def test_the_fuser_to_copy_starts_alike_however_it_was_built() -> None:

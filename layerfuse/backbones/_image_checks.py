@@ -48,7 +48,7 @@ def check_images(images: object, in_channels: int) -> None:
     """
     expected = f"expected (B, {in_channels}, height, width)"
     if not isinstance(images, torch.Tensor):
-        advice = "prepare pictures with backbone.preprocessing.batch([picture, ...])"
+        advice = "prepare pictures with backbone.prepare(pictures)"
         if isinstance(images, Mapping):
             names = ", ".join(map(repr, images)) or "nothing"
             advice = f"of a processor's output (it holds {names}) pass the pixel values alone"
@@ -60,9 +60,7 @@ def check_images(images: object, in_channels: int) -> None:
         raise InputError(f"images have shape {shape}; {expected}: give one image as images[None], a batch of one.")
     if len(shape) != 4 or shape[1] != in_channels:
         order = "RGB, channels before height" if in_channels == 3 else "as many channels as the patch embedding takes"
-        raise InputError(
-            f"images have shape {shape}; {expected}: {order}, as backbone.preprocessing.batch makes them of pictures."
-        )
+        raise InputError(f"images have shape {shape}; {expected}: {order}, as backbone.prepare makes them of pictures.")
     if 0 in shape:
         raise InputError(
             f"images have shape {shape}, which holds no pixel; leave an empty batch out, or look at the pictures or "
@@ -70,7 +68,7 @@ def check_images(images: object, in_channels: int) -> None:
         )
     if not images.is_floating_point():
         raise InputError(
-            f"images have dtype {images.dtype}; expected a floating dtype: prepare them with backbone.preprocessing."
+            f"images have dtype {images.dtype}; expected a floating dtype: prepare pictures with backbone.prepare."
         )
 
 

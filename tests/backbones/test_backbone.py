@@ -140,9 +140,9 @@ def test_images_of_another_shape_are_refused(family: str, shape: tuple[int, ...]
             r"are a dict; .*\(it holds 'pixel_values'\) pass the pixel values",
         ),
         ([torch.zeros(3, 32, 32)] * 2, r"are a list; expected \(B, 3, height, width\).*torch.stack\(images\)"),
-        (Image.new("RGB", (32, 32)), r"are a Image; .*preprocessing.batch\(\[picture"),
-        ([Image.new("RGB", (32, 32))], r"are a list; .*preprocessing.batch\(\[picture"),
-        (np.zeros((1, 3, 32, 32)), r"are a ndarray; .*preprocessing.batch\(\[picture"),
+        (Image.new("RGB", (32, 32)), r"are a Image; .*prepare pictures with backbone.prepare\(pictures"),
+        ([Image.new("RGB", (32, 32))], r"are a list; .*prepare pictures with backbone.prepare\(pictures"),
+        (np.zeros((1, 3, 32, 32)), r"are a ndarray; .*prepare pictures with backbone.prepare\(pictures"),
     ],
 )
 def test_images_that_are_no_tensor_are_refused(images: Any, message: str) -> None:

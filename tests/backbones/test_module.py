@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from layerfuse.backbones import ModuleBackbone, create_backbone
+from layerfuse.backbones import MODULES, ModuleBackbone, backbone_from_config, create_backbone
 from layerfuse.errors import TapError
 from layerfuse.preprocessing import IMAGENET_MEAN, Preprocessing
 from layerfuse.testing import TinyViT, random_images, randomise_parameters
@@ -202,3 +202,27 @@ def test_a_registered_module_is_built_at_another_size() -> None:
 def test_what_cannot_be_built_says_why(name: str, pretrained: bool, options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         create_backbone(f"module:{name}", layers=1, pretrained=pretrained, options=options)
+
+
+def test_a_registered_module_brings_its_weights() -> None:
+    given = {**FACTS, "blocks": "blocks", "tail": ["norm", "head"], "arguments": {"depth": 2}}
+
+    @MODULES.register("vit-with-weights")
+    class Pretrained(TinyViT):
+        """Its weights are known to it alone."""
+
+        def load_pretrained(self) -> None:
+            randomise_parameters(self, seed=5)
+
+    try:
+        backbone = create_backbone("module:vit-with-weights", layers=2, options=given)
+        whole = randomise_parameters(TinyViT(depth=2), seed=5)
+        expected = create_backbone(whole, layers=2, options={**FACTS, "tail": ["norm", "head"]})
+        torch.testing.assert_close(backbone(random_images()).maps, expected(random_images()).maps, rtol=0, atol=0)
+        random = create_backbone("module:vit-with-weights", layers=2, pretrained=False, options=given)
+        assert not torch.equal(random.model.positions, backbone.model.positions)
+        # What is saved brings its own weights, so the module's are not loaded again.
+        rebuilt = backbone_from_config(backbone.config)
+        assert not torch.equal(rebuilt.model.positions, backbone.model.positions)
+    finally:
+        del MODULES._entries["vit-with-weights"]
