@@ -33,6 +33,7 @@ from layerfuse.files import write_text
 
 from .checkpointing import checkpoints
 from .config import STAGES, Recipe
+from .json_lines import json_lines
 from .recipe_files import dump_recipe
 
 __all__ = ["RunFolder"]
@@ -286,9 +287,7 @@ class RunFolder:
     def _rows(self) -> Iterator[dict[str, Any]]:
         """Read the log; a line that a kill cut off is passed over."""
         file = self.path / "metrics.jsonl"
-        for line in file.read_text(encoding="utf-8").split("\n") if file.is_file() else ():
-            with suppress(json.JSONDecodeError):
-                yield json.loads(line)
+        return (row for _, row in json_lines(file, growing=True)) if file.is_file() else iter(())
 
     def _noted(self, name: str) -> dict[str, Any]:
         file = self.path / name

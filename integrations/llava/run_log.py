@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +13,8 @@ from tqdm.auto import tqdm
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from layerfuse.files import write_text
+
+from .json_lines import json_lines
 
 if TYPE_CHECKING:
     from .trainer import LlavaTrainer
@@ -96,20 +98,12 @@ class RunLog(TrainerCallback):
 
     def _rewind(self, step: int) -> None:
         """Remove this stage's lines behind a step, and a last line that was cut off while it was written."""
-        text = self._file.read_text(encoding="utf-8") if self._file.is_file() else ""
-        kept = [row for row in _parsed(text) if row["stage"] != self.stage or row["step"] <= step]
+        rows = [row for _, row in json_lines(self._file, growing=True)] if self._file.is_file() else []
+        kept = [row for row in rows if row["stage"] != self.stage or row["step"] <= step]
         rewound = "".join(map(_line, kept))
-        if rewound != text:
+        if self._file.is_file() and rewound.encode() != self._file.read_bytes():
             write_text(self._file, rewound)
         self.num_skipped = _skipped(row for row in kept if row["stage"] == self.stage)
-
-
-def _parsed(text: str) -> Iterator[dict[str, Any]]:
-    for line in filter(None, text.split("\n")):
-        try:
-            yield json.loads(line)
-        except json.JSONDecodeError:
-            _log.warning("metrics.jsonl: a line that was not written to its end is left out")
 
 
 def _line(row: Mapping[str, Any]) -> str:
