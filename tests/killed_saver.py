@@ -68,8 +68,11 @@ def llava_models(folder: Path) -> tuple[list[Save], Load]:
     return saves, load_model
 
 
-def forked(saves: list[Save], folder: Path, kill_at: int | None) -> int:
-    """Start a process that saves the models in turn, for ever, or until its rename of that number."""
+def forked(saves: list[Save], folder: Path, *, kill_at: int | None = None, told: int | None = None) -> int:
+    """Start a process that saves the models in turn, for ever, or until its rename of that number.
+
+    After each save it writes a byte to the descriptor `told`.
+    """
     process = os.fork()
     if process:
         return process
@@ -84,6 +87,8 @@ def forked(saves: list[Save], folder: Path, kill_at: int | None) -> int:
     while True:
         for save in saves:
             save(folder)
+            if told is not None:
+                os.write(told, b".")
 
 
 def left(folder: Path, load: Load, names: dict[str, str]) -> str:
@@ -112,15 +117,21 @@ def main(kind: str, folder: Path) -> None:
     found: dict[str, list[str]] = {"random": [], "numbered": []}
     moments = random.Random(0)
     for _ in range(RANDOM_KILLS):
-        process = forked(saves, target, None)
-        time.sleep(moments.uniform(0, 1.5 * sum(durations)))
+        # At some time in one of the first three saves, however slow the machine is.
+        reader, writer = os.pipe()
+        process = forked(saves, target, told=writer)
+        for _ in range(moments.randrange(3)):
+            os.read(reader, 1)
+        time.sleep(moments.uniform(0, max(durations)))
         os.kill(process, signal.SIGKILL)
         os.waitpid(process, 0)
+        os.close(reader)
+        os.close(writer)
         found["random"].append(left(target, load, names))
     # B over A, killed at every step.
     for number in range(60):
         saves[0](target)
-        process = forked(saves[::-1], target, number)
+        process = forked(saves[::-1], target, kill_at=number)
         os.waitpid(process, 0)
         found["numbered"].append(left(target, load, names))
         if found["numbered"][-1] == "B":

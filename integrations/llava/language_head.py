@@ -103,6 +103,8 @@ def build_head(linear: nn.Linear, described: Mapping[str, Any] | None) -> nn.Lin
         head = _FinishingHead(linear.in_features, linear.out_features, bias=linear.bias is not None)
     head.weight, head.bias = linear.weight, linear.bias
     head.settings = settings
+    # As transformers has marked the layer: weights that are there are not drawn anew.
+    head._is_hf_initialized = getattr(linear, "_is_hf_initialized", False)  # type: ignore[assignment]
     return head
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+from collections.abc import Set
 from copy import deepcopy
 from dataclasses import dataclass
 from typing import Any
@@ -82,6 +83,8 @@ class _LoadsWhole(PreTrainedModel):
                 f"the weights in {args[0] if args else 'the checkpoint'} do not fit the model its config describes: "
                 f"{listing}. Check that config and weights come from the same run."
             )
+        if misshapen := info.get("mismatched_keys"):
+            _draw(model, {key if isinstance(key, str) else key[0] for key in misshapen})
         restore_buffers(model)
         return (model, info) if output_loading_info else model
 
@@ -89,6 +92,27 @@ class _LoadsWhole(PreTrainedModel):
         """As in transformers, and buffers that no checkpoint holds get their values, also after `to_empty`."""
         super().init_weights()
         restore_buffers(self)
+
+
+@torch.no_grad()
+def _draw(model: nn.Module, keys: Set[str]) -> None:
+    """Draw weights of parts that are kept as built, which transformers leaves alone, as those parts themselves do."""
+    for path, part in model.named_modules():
+        weights = dict(part.named_parameters(prefix=path)) if isinstance(part, Backbone | Fuser | Projector) else {}
+        if missing := keys & weights.keys():
+            with real_tensors():
+                drawn = dict(_built_like(part).named_parameters(prefix=path))
+            for key in missing:
+                weights[key].copy_(drawn[key])
+
+
+def _built_like(part: nn.Module) -> nn.Module:
+    if isinstance(part, Backbone):
+        return backbone_from_config(part.config)
+    if isinstance(part, Fuser):
+        return fuser_from_config(part.config)
+    assert isinstance(part, Projector)
+    return Projector(part.linear_1.in_features, part.linear_2.out_features)
 
 
 class LayerfuseVisionModel(_LoadsWhole):

@@ -6,7 +6,7 @@ pad-to-square with the mean colour included, so that training, `pipeline` and `g
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -43,20 +43,38 @@ class LayerfuseImageProcessor(BaseImageProcessor):
     def __init__(
         self, preprocessing: dict[str, Any] | None = None, image_layout: dict[str, Any] | None = None, **kwargs: Any
     ) -> None:
-        super().__init__(**kwargs)
         if preprocessing is None:
             raise InputError("LayerfuseImageProcessor needs preprocessing=..., as Preprocessing.to_dict() gives it.")
         self.preprocessing = preprocessing
         self.image_layout = image_layout
-        height, width = preprocessing["size"]
-        # Tools that count image tokens without preparing an image read this.
-        self.crop_size = {"height": height, "width": width}
+        saved = {name: value for name, value in kwargs.items() if name in _SAVED or value == getattr(self, name, None)}
+        self._refuse(kwargs.keys() - saved.keys())
+        saved.pop("crop_size", None)
+        super().__init__(**saved)
+
+    @property
+    def crop_size(self) -> dict[str, int]:
+        """Height and width of a prepared image; tools that count image tokens without preparing one read this."""
+        height, width = self.preprocessing["size"]
+        return {"height": height, "width": width}
+
+    def to_dict(self) -> dict[str, Any]:
+        """Describe the processor, its crop size with it, so that JSON can hold it."""
+        return {**super().to_dict(), "crop_size": self.crop_size}
+
+    def _refuse(self, options: Iterable[str]) -> None:
+        if given := sorted(options):
+            raise InputError(
+                f"{type(self).__name__} takes no option {', '.join(given)}; known are return_tensors, "
+                "input_data_format and device. To prepare images otherwise, change its `preprocessing`."
+            )
 
     def preprocess(
         self,
         images: Any,
         return_tensors: str | None = None,
         input_data_format: str | None = None,
+        device: torch.device | str | None = None,
         **options: Any,
     ) -> BatchFeature:
         """Prepare images.
@@ -66,6 +84,7 @@ class LayerfuseImageProcessor(BaseImageProcessor):
                 3), (3, height, width), or a batch of those.
             return_tensors: "pt" (as None) or "np".
             input_data_format: "channels_first" or "channels_last" of arrays; what their shape says if None.
+            device: where tensors go; the CPU if None.
             **options: none, unless their value is None: how images are prepared is said by `preprocessing`.
 
         Returns:
@@ -74,12 +93,7 @@ class LayerfuseImageProcessor(BaseImageProcessor):
         Raises:
             ValueError: if an option is unknown, or something is no image.
         """
-        given = sorted(name for name, value in options.items() if value is not None)
-        if given:
-            raise InputError(
-                f"{type(self).__name__} takes no option {', '.join(given)}; known are return_tensors and "
-                "input_data_format. To prepare images otherwise, change its `preprocessing`."
-            )
+        self._refuse(name for name, value in options.items() if value is not None)
         kind = getattr(return_tensors, "value", return_tensors)
         if kind not in (None, "pt", "np"):
             raise InputError(f"return_tensors={kind!r} is not possible; give 'pt', 'np' or None.")
@@ -91,7 +105,7 @@ class LayerfuseImageProcessor(BaseImageProcessor):
         pixels = preprocessing.batch(flat)
         sizes = [image_size(image, upright=preprocessing.upright) for image in flat]
         prepared = {"pixel_values": pixels, "image_sizes": torch.tensor(sizes)}
-        return BatchFeature({name: own.numpy() if kind == "np" else own for name, own in prepared.items()})
+        return BatchFeature({name: own.numpy() if kind == "np" else own.to(device) for name, own in prepared.items()})
 
 
 class FusedLlavaProcessor(LlavaProcessor):
@@ -117,6 +131,8 @@ class FusedLlavaProcessor(LlavaProcessor):
         return MultiModalData(num_image_tokens=numbers, num_image_patches=[1] * len(numbers))
 
 
+# Keys of a saved processor's own that say nothing about images.
+_SAVED = ("image_processor_type", "processor_class", "auto_map")
 _FORMATS = ("channels_first", "channels_last")
 
 

@@ -153,6 +153,15 @@ def test_heads_that_do_more_than_a_product_give_their_own_logits(config: PreTrai
         torch.testing.assert_close(resized, expected, atol=1e-5, rtol=1e-5)
 
 
+def test_a_head_that_was_resized_is_not_drawn_anew() -> None:
+    model = whole(tiny_causal(GraniteConfig(**TINY, logits_scaling=8.0)))
+    model.resize_token_embeddings(VOCABULARY + 3)
+    before = model.lm_head.weight.clone()
+    model.post_init()
+
+    assert torch.equal(model.lm_head.weight, before)
+
+
 def test_a_language_model_of_another_make_is_refused_by_name() -> None:
     class Odd(torch.nn.Linear):
         def forward(self, hidden: torch.Tensor) -> torch.Tensor:

@@ -28,6 +28,7 @@ from integrations.llava.model import (
     LayerfuseVisionModel,
 )
 from integrations.llava.prompts import TEMPLATES
+from layerfuse.fusers import fuser_from_config
 from layerfuse.testing import random_images
 from tests.integrations.llava.tiny_parts import make_tokenizer
 
@@ -82,6 +83,22 @@ def test_misshapen_weights_are_drawn_anew_where_it_is_asked_for(run: Path) -> No
 
     assert loaded.lm_head.out_features == config.text_config.vocab_size
     assert torch.isfinite(loaded.lm_head.weight).all()
+
+
+def test_misshapen_weights_of_parts_that_are_kept_are_drawn_as_the_parts_draw_them(run: Path) -> None:
+    config = FusedLlavaConfig.from_pretrained(run)
+    assert config.fuser is not None and config.vision_config.backbone is not None
+    config.fuser["num_points"] = 8
+    config.vision_config.backbone["recipe"]["config"]["patch_size"] = 4
+    loaded = FusedLlavaForConditionalGeneration.from_pretrained(run, config=config, ignore_mismatched_sizes=True)
+
+    drawn = dict(fuser_from_config(config.fuser).named_parameters())
+    same = dict(load_model(run).model.fuser.named_parameters())
+    for name, weight in loaded.model.fuser.named_parameters():
+        # Offsets and weights of sampling points begin the same at every construction.
+        torch.testing.assert_close(weight, same[name] if same[name].shape == weight.shape else drawn[name])
+    embedding = next(weight for name, weight in loaded.named_parameters() if "patch_embedding" in name)
+    assert embedding.shape[-2:] == (4, 4) and 0.001 < float(embedding.std()) < 1
 
 
 @pytest.mark.parametrize("implementation", ["eager", "sdpa"])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import io
+import json
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +19,7 @@ from layerfuse.preprocessing import CLIP_MEAN, CLIP_STD, Preprocessing
 from tests.integrations.llava.tiny_parts import make_tokenizer
 
 PREPROCESSING = Preprocessing(size=(32, 32), mean=CLIP_MEAN, std=CLIP_STD, mode="pad")
+PICTURE = Image.new("RGB", (9, 7), "red")
 SIZES = [(50, 30), (30, 50), (32, 32), (203, 1), (1, 90), (90, 3)]
 
 
@@ -142,6 +144,32 @@ def test_what_the_image_processor_cannot_take_is_refused(
 ) -> None:
     with pytest.raises(ValueError, match=message):
         LayerfuseImageProcessor(PREPROCESSING.to_dict())(given, **options)
+
+
+def test_options_of_the_image_processor_are_refused_where_it_is_made(run: Path) -> None:
+    with pytest.raises(ValueError, match="takes no option do_normalize, size; known are return_tensors"):
+        AutoImageProcessor.from_pretrained(run, do_normalize=False, size={"height": 16, "width": 16})
+    with pytest.raises(ValueError, match="takes no option crop_size"):
+        AutoImageProcessor.from_pretrained(run, crop_size={"height": 16, "width": 16})
+    with pytest.raises(ValueError, match="takes no option nonsense"):
+        LayerfuseImageProcessor(PREPROCESSING.to_dict(), nonsense=3)
+
+
+def test_the_crop_size_is_that_of_the_preprocessing(tmp_path: Path) -> None:
+    processor = LayerfuseImageProcessor(PREPROCESSING.to_dict())
+    processor.preprocessing = {**processor.preprocessing, "size": [64, 48]}
+    processor.save_pretrained(tmp_path)
+
+    assert processor.crop_size == {"height": 64, "width": 48}
+    assert json.loads((tmp_path / "preprocessor_config.json").read_text())["crop_size"] == processor.crop_size
+    assert LayerfuseImageProcessor.from_pretrained(tmp_path)(PICTURE)["pixel_values"].shape[-2:] == (64, 48)
+
+
+def test_pixels_go_to_the_device_that_is_named() -> None:
+    processor = LayerfuseImageProcessor(PREPROCESSING.to_dict())
+
+    assert processor(PICTURE, device="cpu")["pixel_values"].device.type == "cpu"
+    assert processor(PICTURE, device="meta")["pixel_values"].device.type == "meta"
 
 
 def test_a_system_message_stands_in_the_place_of_the_templates_own(run: Path) -> None:
