@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Set
 from contextlib import contextmanager
 from typing import Any
 
@@ -10,9 +10,12 @@ import torch
 from torch import nn
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_MAPPING, PreTrainedConfig, PreTrainedModel
 
-from layerfuse.backbones import Backbone
+from layerfuse.backbones import Backbone, backbone_from_config
+from layerfuse.fusers import Fuser, fuser_from_config
 
 __all__ = [
+    "Projector",
+    "draw",
     "forbid_uncapped_attention",
     "keep_as_built",
     "loses_cap",
@@ -24,6 +27,26 @@ __all__ = [
 # Their attention scores are capped (config.attn_logit_softcapping), which `sdpa` cannot do. transformers before 5.21
 # chose it for them all the same, and left the cap out without a word.
 _CAPPED = ("gemma2", "vaultgemma")
+
+
+class Projector(nn.Module):
+    """LLaVA-1.5's `mlp2x_gelu`: linear, GELU, linear.
+
+    Args:
+        in_channels: width of the fused tokens.
+        out_channels: width D of the language model.
+    """
+
+    def __init__(self, in_channels: int, out_channels: int) -> None:
+        super().__init__()
+        self.linear_1 = nn.Linear(in_channels, out_channels)
+        self.act = nn.GELU()
+        self.linear_2 = nn.Linear(out_channels, out_channels)
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        """Project (B, N, C_out) fused tokens to (B, N, D)."""
+        projected: torch.Tensor = self.linear_2(self.act(self.linear_1(tokens)))
+        return projected
 
 
 @contextmanager
@@ -86,3 +109,24 @@ def keep_as_built(module: nn.Module) -> None:
         child._kept_buffers = {  # type: ignore[assignment]
             name: buffer.detach().clone() for name, buffer in buffers.items() if buffer is not None
         }
+
+
+@torch.no_grad()
+def draw(model: nn.Module, keys: Set[str]) -> None:
+    """Draw weights of parts that are kept as built, which transformers leaves alone, as those parts themselves do."""
+    for path, part in model.named_modules():
+        weights = dict(part.named_parameters(prefix=path)) if isinstance(part, Backbone | Fuser | Projector) else {}
+        if missing := keys & weights.keys():
+            with real_tensors():
+                drawn = dict(_built_like(part).named_parameters(prefix=path))
+            for key in missing:
+                weights[key].copy_(drawn[key])
+
+
+def _built_like(part: nn.Module) -> nn.Module:
+    if isinstance(part, Backbone):
+        return backbone_from_config(part.config)
+    if isinstance(part, Fuser):
+        return fuser_from_config(part.config)
+    assert isinstance(part, Projector)
+    return Projector(part.linear_1.in_features, part.linear_2.out_features)

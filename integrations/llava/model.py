@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Set
 from copy import deepcopy
 from dataclasses import dataclass
 from typing import Any
@@ -37,6 +36,8 @@ from layerfuse.features import FeatureMaps
 from layerfuse.fusers import Fuser, fuser_from_config
 
 from .built_modules import (
+    Projector,
+    draw,
     forbid_uncapped_attention,
     keep_as_built,
     loses_cap,
@@ -84,7 +85,7 @@ class _LoadsWhole(PreTrainedModel):
                 f"{listing}. Check that config and weights come from the same run."
             )
         if misshapen := info.get("mismatched_keys"):
-            _draw(model, {key if isinstance(key, str) else key[0] for key in misshapen})
+            draw(model, {key if isinstance(key, str) else key[0] for key in misshapen})
         restore_buffers(model)
         return (model, info) if output_loading_info else model
 
@@ -92,27 +93,6 @@ class _LoadsWhole(PreTrainedModel):
         """As in transformers, and buffers that no checkpoint holds get their values, also after `to_empty`."""
         super().init_weights()
         restore_buffers(self)
-
-
-@torch.no_grad()
-def _draw(model: nn.Module, keys: Set[str]) -> None:
-    """Draw weights of parts that are kept as built, which transformers leaves alone, as those parts themselves do."""
-    for path, part in model.named_modules():
-        weights = dict(part.named_parameters(prefix=path)) if isinstance(part, Backbone | Fuser | Projector) else {}
-        if missing := keys & weights.keys():
-            with real_tensors():
-                drawn = dict(_built_like(part).named_parameters(prefix=path))
-            for key in missing:
-                weights[key].copy_(drawn[key])
-
-
-def _built_like(part: nn.Module) -> nn.Module:
-    if isinstance(part, Backbone):
-        return backbone_from_config(part.config)
-    if isinstance(part, Fuser):
-        return fuser_from_config(part.config)
-    assert isinstance(part, Projector)
-    return Projector(part.linear_1.in_features, part.linear_2.out_features)
 
 
 class LayerfuseVisionModel(_LoadsWhole):
@@ -166,26 +146,6 @@ class LayerfuseVisionModel(_LoadsWhole):
         """Switch modes; a frozen backbone stays in evaluation mode, so that no dropout disturbs it."""
         super().train(mode and learns(self))
         return self
-
-
-class Projector(nn.Module):
-    """LLaVA-1.5's `mlp2x_gelu`: linear, GELU, linear.
-
-    Args:
-        in_channels: width of the fused tokens.
-        out_channels: width D of the language model.
-    """
-
-    def __init__(self, in_channels: int, out_channels: int) -> None:
-        super().__init__()
-        self.linear_1 = nn.Linear(in_channels, out_channels)
-        self.act = nn.GELU()
-        self.linear_2 = nn.Linear(out_channels, out_channels)
-
-    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
-        """Project (B, N, C_out) fused tokens to (B, N, D)."""
-        projected: torch.Tensor = self.linear_2(self.act(self.linear_1(tokens)))
-        return projected
 
 
 @dataclass
