@@ -15,6 +15,7 @@ from layerfuse.errors import ExistingFileError, InputError, MissingFileError
 from layerfuse.files import atomic_folder, check_disk_space, explain_missing_config
 from layerfuse.registry import unknown_name_message
 
+from ..image_layout import FixedLayout
 from ..lora import merged_tensors
 from ..model import FusedLlavaConfig
 from ..weight_files import (
@@ -105,6 +106,12 @@ def convert(
     _check_layout(layout)
     _refuse_used(target)
     content = _read(source, options)
+    images = content.model.config.layout
+    if layout != OWN and not isinstance(images, FixedLayout):
+        raise InputError(
+            f"the tokens of an image depend on its size here (image layout {images.name!r}); the layout {layout!r} has "
+            f"one number for all images. Keep {OWN!r}, which holds this model as it is."
+        )
     if lora is not None:
         content = replace(content, tensors=merged_tensors(content.tensors, lora))
     needed = sum(tensor.num_bytes for tensor in (*content.tensors.values(), *content.tail.values()))

@@ -13,7 +13,6 @@ from layerfuse.backbones import Backbone
 from layerfuse.errors import InputError
 from layerfuse.fusers import create_fuser
 
-from ..image_layout import FixedLayout
 from ..language_head import describe_head
 from ..processing import add_image_token
 from ..prompts import IMAGE_TAG, chat_template, get_template
@@ -120,11 +119,6 @@ def write_llava_hf(content: Content, folder: Path, options: Options) -> None:
         raise InputError(
             f"the language model {describe_head(own.head)}; transformers' LLaVA only multiplies with its head's "
             f"weight, whatever its language model is. Keep the layout {OWN!r}, which holds this model as it is."
-        )
-    if not isinstance(own.layout, FixedLayout):
-        raise InputError(
-            f"the tokens of an image depend on its size here (image layout {own.layout.name!r}); transformers' LLaVA "
-            f"has one number for all. Keep the layout {OWN!r}, which holds this model as it is."
         )
     vision_config = vision_config_of(backbone)
     config = LlavaConfig(

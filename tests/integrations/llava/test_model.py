@@ -16,7 +16,7 @@ from integrations.llava.checkpoint import load_adapter, load_model, save_adapter
 from integrations.llava.model import FusedLlavaForConditionalGeneration, build_model
 from integrations.llava.train import set_trainable
 from layerfuse.backbones import create_backbone
-from layerfuse.fusers import create_fuser
+from layerfuse.fusers import ExtraTokens, create_fuser
 from layerfuse.testing import random_images, randomise_parameters
 from tests.integrations.llava.tiny_parts import tiny_llm
 
@@ -113,6 +113,16 @@ def test_number_of_image_tokens_is_the_fusers(small: FusedLlavaForConditionalGen
     )
     assert small.config.layout.num_tokens() == 16
     assert small.get_image_features(random_images(3, size=64)).pooler_output[0].shape == (16, 32)
+
+
+def test_tokens_that_belong_to_no_cell_are_counted(
+    small: FusedLlavaForConditionalGeneration, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fuser = create_fuser("average", in_channels=32, num_layers=3)
+    monkeypatch.setattr(fuser, "extra_tokens", lambda _: ExtraTokens(front=1, behind=2))
+    model = build_model(small.model.vision_tower.backbone, fuser, tiny_llm(VOCABULARY), image_token_id=IMAGE)
+
+    assert model.config.layout.num_tokens() == model.config.image_seq_length == 16 + 1 + 2
 
 
 def test_another_number_of_image_tokens_is_an_error(small: FusedLlavaForConditionalGeneration) -> None:

@@ -134,7 +134,7 @@ def test_one_of_transformers_becomes_a_published_baseline(llava_hf_folder: Path,
     torch.testing.assert_close(logits_of(load_model(again), vocabulary), expected, atol=1e-5, rtol=0)
 
 
-def test_a_layout_by_size_has_no_place_there(llava_hf_folder: Path, tmp_path: Path) -> None:
+def test_tokens_by_size_have_no_place_in_other_layouts(llava_hf_folder: Path, tmp_path: Path) -> None:
     class AnyLayout(ImageLayout):
         name = "any of a test"
 
@@ -147,8 +147,11 @@ def test_a_layout_by_size_has_no_place_there(llava_hf_folder: Path, tmp_path: Pa
         described = re.sub(r'"image_layout": \{[^}]*\}', '"image_layout": {"name": "any of a test"}', text)
         assert described != text
         (ours / name).write_text(described)
-    with pytest.raises(ValueError, match="image layout 'any of a test'.*has one number for all. Keep the layout"):
-        convert(ours, tmp_path / "theirs", "llava-hf")
+    for layout in ("llava-hf", "llava", "mmfuser"):
+        with pytest.raises(
+            ValueError, match=f"image layout 'any of a test'.* {layout!r} has one number for all images"
+        ):
+            convert(ours, tmp_path / "theirs", layout)
 
 
 @pytest.mark.parametrize(
