@@ -83,13 +83,22 @@ def test_a_condition_is_read_in_the_fusers_precision(dtype: torch.dtype) -> None
     assert fused.dtype == torch.float32
     expected = fuser.fuse(features.to(dtype), condition=condition.to(dtype)).float()
     torch.testing.assert_close(fused, expected, rtol=0, atol=0)
+    # Beside maps in the precision of the fuser, the condition alone is converted.
+    torch.testing.assert_close(fuser(features.to(dtype), condition), expected.to(dtype))
 
 
 def test_autocast_chooses_the_precision_of_a_condition() -> None:
-    fuser = TextGated(8, 3)
-    features, condition = random_features(8, num_layers=3, dtype=torch.bfloat16), torch.randn(2, 6)
+    seen: list[torch.dtype] = []
+
+    class Watched(TextGated):
+        def fuse(self, features: FeatureMaps, *, condition: torch.Tensor | None = None) -> torch.Tensor:
+            assert condition is not None
+            seen.extend((features[0].dtype, condition.dtype))
+            return super().fuse(features, condition=condition)
+
     with torch.autocast("cpu", torch.bfloat16):
-        assert torch.equal(fuser(features, condition), fuser.fuse(features, condition=condition))
+        Watched(8, 3)(random_features(8, num_layers=3, dtype=torch.bfloat16), torch.randn(2, 6, dtype=torch.float16))
+    assert seen == [torch.bfloat16, torch.float16]
 
 
 def test_a_condition_that_is_missing_or_of_another_shape_is_refused() -> None:
