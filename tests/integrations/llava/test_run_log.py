@@ -10,6 +10,7 @@ import pytest
 import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from integrations.llava.run_folder import RunFolder
 from tests.integrations.llava.tiny_training import TinyTrainer, item, read_rows, tiny_trainer
 
 SAMPLES = [item(name, number / 7) for number, name in enumerate("abcdefghij", start=1)]
@@ -76,6 +77,17 @@ def test_a_line_that_was_cut_off_is_left_out(torn: str, tmp_path: Path) -> None:
     trainer(tmp_path, 1).train()
 
     assert [row["stage"] for row in read_rows(tmp_path)] == ["pretrain", *["tiny"] * 10]
+
+
+@pytest.mark.parametrize(("torn", "steps"), [('{"stage": "tiny", "st', 3), ('{"stage": "tiny", "step": 4}', 4)])
+def test_a_run_folder_counts_whole_lines_only(torn: str, steps: int, tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"stage": "other", "step": 9}\n{"stage": "tiny", "step": 3}\n' + torn)
+    assert RunFolder(tmp_path).logged_steps("tiny") == steps
+
+    path.write_text('{"stage": "tiny", "step": 3}\n{"stage"\n{"stage": "tiny", "step": 4}\n')
+    with pytest.raises(ValueError, match=r"metrics\.jsonl, line 2 is not JSON"):
+        RunFolder(tmp_path).logged_steps("tiny")
 
 
 def test_skipped_samples_are_counted_over_all_starts_of_a_run(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -10,6 +10,7 @@ import json
 import shutil
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -286,6 +287,18 @@ def test_a_task_reads_its_own_questions_of_a_folder(folder: Path, run: Path, tmp
         TASKS.get("ocr")().load(folder)
     with pytest.raises(FileNotFoundError, match=r"questions\.jsonl does not exist"):
         TASKS.get("yes_no")().load(folder)
+
+
+def test_an_installed_package_brings_a_task(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    point = metadata.EntryPoint("pope", f"{__name__}:PopeLike", "layerfuse.tasks")
+    monkeypatch.setattr(TASKS, "_outside", {"pope": point})
+    monkeypatch.setattr(TASKS, "_entries", dict(TASKS._entries))
+    assert TASKS.group == point.group
+
+    asked = read_questions(folder / "coco_pope.jsonl")
+    assert isinstance(TASKS.get(asked[0].kind)(), PopeLike)
+    rows = [{"question_id": own.question_id, "prediction": "yes"} for own in asked]
+    assert score_predictions(asked, rows).kinds["pope"].scores["f1"] == pytest.approx(8 / 11)
 
 
 class Repeats(ServerScored):
