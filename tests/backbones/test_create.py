@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 from typing import Any
 
 import open_clip
@@ -22,6 +23,7 @@ from layerfuse.backbones import (
     TransformersBackbone,
 )
 from layerfuse.testing import TinyViT, random_images, randomise_parameters
+from tests.run_support import run_python
 
 VISION = {
     "hidden_size": 32,
@@ -258,3 +260,57 @@ def test_families_of_other_packages_know_their_models() -> None:
         assert not isinstance(create_backbone(TinyViT(), layers=1, options=MODULE), Mine)
     finally:
         del BACKBONES._entries["mine"]
+
+
+PACKAGE = """
+from torch import nn
+from layerfuse import FUSERS, Fuser
+from layerfuse.backbones import MODULES, ModuleBackbone
+from layerfuse.testing import TinyViT
+
+@MODULES.register("its-vit")
+class ItsViT(TinyViT):
+    pass
+
+class ItsFamily(ModuleBackbone):
+    family = "its_family"
+    library = "its_package"
+
+@FUSERS.register("its_fuser")
+class ItsFuser(Fuser):
+    def fuse(self, features):
+        return features.maps[0]
+"""
+ANNOUNCED = """
+[layerfuse.backbones]
+its_family = its_package:ItsFamily
+[layerfuse.modules]
+its-vit = its_package:ItsViT
+[layerfuse.fusers]
+its_fuser = its_package:ItsFuser
+"""
+USE = """
+import sys
+import layerfuse
+facts = {"embed_dim": 32, "num_prefix_tokens": 1, "patch_size": 8, "image_size": 32}
+print("its_fuser" in layerfuse.list_fusers(), layerfuse.list_backbones("module", "its*"), "its_package" in sys.modules)
+encoder = layerfuse.create_encoder(
+    "module:its-vit", layers=(1, 2), fuser="its_fuser", pretrained=False, backbone_options=facts
+)
+from its_package import ItsViT
+held = layerfuse.create_backbone(ItsViT(), layers=1, options=facts)
+print(type(encoder.backbone.model) is ItsViT, encoder.num_tokens(), held.family)
+"""
+
+
+def test_entry_points_make_names_known_without_an_import(tmp_path: Path) -> None:
+    (tmp_path / "its_package.py").write_text(PACKAGE)
+    announced = tmp_path / "its_package-1.0.dist-info"
+    announced.mkdir()
+    (announced / "METADATA").write_text("Metadata-Version: 2.1\nName: its-package\nVersion: 1.0\n")
+    (announced / "entry_points.txt").write_text(ANNOUNCED)
+    (tmp_path / "use.py").write_text(USE)  # beside the package, so that Python finds it
+    assert run_python(str(tmp_path / "use.py"), folder=tmp_path).splitlines() == [
+        "True ['module:its-vit'] False",
+        "True 16 its_family",
+    ]
