@@ -20,7 +20,7 @@ from layerfuse._encoder_files import CONFIG_FILE, WEIGHTS_FILE, download_encoder
 from layerfuse._placement import as_device, as_dtype
 from layerfuse.backbones import Backbone, backbone_from_config, create_backbone
 from layerfuse.backbones._creation import named_once
-from layerfuse.errors import InputError
+from layerfuse.errors import InputError, InvalidTypeError
 from layerfuse.features import Grid
 from layerfuse.files import atomic_folder
 from layerfuse.fusers import FUSERS, Fuser, FuserCost, create_fuser, fuser_from_config
@@ -355,12 +355,14 @@ def create_encoder(
     Raises:
         ValueError: if a name is unknown, a layer is out of range or repeated, an option does not exist, or the fuser
             does not fit the layers.
-        TypeError: if ``model`` is neither a name nor a model nor a config.
+        TypeError: if ``model`` is neither a name nor a model nor a config, or ``fuser`` neither a name nor a fuser.
     """
     model, held = named_once("create_encoder", model, held)
     if options is not None:
         warnings.warn("options is deprecated; write backbone_options.", DeprecationWarning, stacklevel=2)
         backbone_options = options
+    if not isinstance(fuser, (str, Fuser)):
+        raise InvalidTypeError(f"fuser is a {type(fuser).__name__}; give its name, or a Fuser that is built.")
     if isinstance(fuser, Fuser) and fuser_options:
         raise InputError("fuser_options are for a fuser that is built by its name; this one is built already.")
     kind = type(fuser) if isinstance(fuser, Fuser) else FUSERS.get(fuser)

@@ -170,6 +170,8 @@ def test_a_fuser_that_is_built_already_is_taken() -> None:
         _created(fuser=fuser, layers=(1, 2, 3))
     with pytest.raises(ValueError, match="fuser_options are for a fuser that is built by its name"):
         _created(fuser=fuser, fuser_options={"norm": "layer"})
+    with pytest.raises(TypeError, match="fuser is a ABCMeta; give its name, or a Fuser that is built"):
+        _created(fuser=type(fuser))
 
 
 def test_an_encoder_goes_to_the_device_and_dtype_asked_for() -> None:
