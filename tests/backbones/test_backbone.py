@@ -78,11 +78,11 @@ def test_a_replaced_preprocessing_is_kept_in_the_config(family: str) -> None:
 def test_nothing_tapped_is_kept_after_a_call(family: str) -> None:
     backbone = tiny_backbone(family)
     tokens = (2, 17, 32)
-    assert tensors_alive(tokens) == 0
+    before = tensors_alive(tokens)  # other tests' tensors
     features = backbone(random_images())
-    assert tensors_alive(tokens) > 0
+    assert tensors_alive(tokens) > before
     del features
-    assert tensors_alive(tokens) == 0
+    assert tensors_alive(tokens) <= before
 
 
 @every_family
