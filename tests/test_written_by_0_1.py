@@ -1,11 +1,13 @@
 """What version 0.1 wrote (commit 6df16e5) loads, computes the same, and goes on.
 
 `written_by_0_1` holds an encoder, the parts and data of a tiny recipe, a run of it that finished and one that was
-stopped after a step of its second stage; `expected.safetensors` is what that version computed with them.
+stopped after a step of its second stage; `expected.safetensors` is what that version computed with them, and
+`names.json` what its packages had in `__all__`.
 """
 
 from __future__ import annotations
 
+import importlib
 import json
 import shutil
 import zipfile
@@ -35,6 +37,18 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     copy = shutil.copytree(WRITTEN, tmp_path / "written")
     monkeypatch.chdir(copy)
     return copy
+
+
+def test_every_public_name() -> None:
+    names = json.loads((WRITTEN / "names.json").read_text())
+
+    assert len(names) > 10
+    missing = [f"{module}.{name}" for module in names for name in names[module] if not has(module, name)]
+    assert missing == []
+
+
+def has(module: str, name: str) -> bool:
+    return hasattr(importlib.import_module(module), name)
 
 
 def test_an_encoder(expected: dict[str, torch.Tensor]) -> None:
