@@ -35,7 +35,7 @@ import torch
 from torch.utils import _pytree as pytree
 
 from layerfuse.errors import InputError, MissingFileError, UnknownKeyError
-from layerfuse.files import atomic_file
+from layerfuse.files import atomic_file, read_safetensors
 
 __all__ = ["FeatureMaps", "Grid"]
 
@@ -228,16 +228,9 @@ class FeatureMaps:
             FileNotFoundError: if there is no such file.
             ValueError: if it is damaged or holds something else.
         """
-        from safetensors import SafetensorError, safe_open
-
         if not Path(path).is_file():
             raise MissingFileError(f"{path} is no file; give one that FeatureMaps.save wrote.")
-        try:
-            with safe_open(path, framework="pt") as file:
-                metadata = file.metadata() or {}
-                stored = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (this is no dictionary)
-        except SafetensorError as error:
-            raise InputError(f"{path} is not a whole safetensors file ({error}); write or copy it anew.") from error
+        stored, metadata = read_safetensors(path)
         if _GEOMETRY not in metadata:
             raise InputError(f"{path} holds tensors but no feature maps; give a file that FeatureMaps.save wrote.")
         maps, prefix = (

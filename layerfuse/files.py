@@ -15,9 +15,12 @@ import uuid
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
-from typing import BinaryIO
+from typing import TYPE_CHECKING, BinaryIO
 
-from layerfuse.errors import ExistingFileError, FileAccessError
+from layerfuse.errors import ExistingFileError, FileAccessError, InputError
+
+if TYPE_CHECKING:
+    import torch
 
 __all__ = [
     "atomic_file",
@@ -27,6 +30,7 @@ __all__ = [
     "file_digest",
     "interrupted_save",
     "process_is_alive",
+    "read_safetensors",
     "write_text",
 ]
 
@@ -275,6 +279,23 @@ def file_digest(path: str | Path) -> bytes:
         while size := file.readinto(piece):
             digest.update(piece[:size])
     return digest.digest()
+
+
+def read_safetensors(path: str | Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+    """Read all tensors of a safetensors file, on the CPU, and its metadata.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        ValueError: if it is damaged.
+    """
+    from safetensors import SafetensorError, safe_open  # brings torch, which a folder of files does not need
+
+    try:
+        with safe_open(path, framework="pt") as file:
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (this is no dictionary)
+            return tensors, file.metadata() or {}
+    except SafetensorError as error:
+        raise InputError(f"{path} is not a whole safetensors file ({error}); write or download it anew.") from error
 
 
 def check_disk_space(folder: str | Path, needed: int, what: str) -> None:

@@ -7,11 +7,11 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
 
 from layerfuse.errors import InputError
+from layerfuse.files import read_safetensors
 
 __all__ = ["fitting_weights", "load_weights", "save_weights"]
 
@@ -124,12 +124,7 @@ def load_weights(module: nn.Module, path: Path) -> None:
     Raises:
         ValueError: if the file is damaged, or its names or shapes are not the module's.
     """
-    try:
-        with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-            stored = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (this is no dictionary)
-    except SafetensorError as error:
-        raise InputError(f"{path} is not a whole safetensors file ({error}); write or download it anew.") from error
+    stored, metadata = read_safetensors(path)
     own = module.state_dict(keep_vars=True)
     faults = _differences(own, stored)
     if faults:
