@@ -12,6 +12,7 @@ import hashlib
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from layerfuse.errors import InputError, UserError
 
 from .data import read_samples
 from .data.media_names import is_outside, linked_media, unread_media
+from .image_layout import ImageSize
 from .images import find_broken_images, printable
 from .json_lines import is_writable_text
 from .preparing import Preparer, Prompt, as_turns
@@ -104,9 +106,14 @@ def prompt_lengths(
     """
     lengths: list[int] = []
     problems: list[str] = []
+
+    @cache  # many questions are about one image
+    def size_of(name: str) -> ImageSize | None:
+        return preparer.sizes([Path(image_folder) / name])[0]
+
     for request in requests:
         try:
-            sizes = preparer.sizes([Path(image_folder) / name for name in request.images])
+            sizes = [size_of(name) for name in request.images]
             lengths.append(len(preparer.encode(request.prompt, sizes, max_new_tokens=max_new_tokens)))
         except UserError as error:
             problems.append(f"id {request.id!r}: {error}")
