@@ -100,7 +100,11 @@ class _EntranceHook:
             self.taps._store(call, 0, first_argument(args, kwargs, self.keyword), module, args)
         elif self.layer in call.stored and self.layer not in call.settled and not torch.compiler.is_compiling():
             call.settled.add(self.layer)
-            check_passed_on(self.layer, call.stored[self.layer], (*args, *kwargs.values()))
+            tapped = call.stored[self.layer]
+            check_passed_on(self.layer, tapped, (*args, *kwargs.values()))
+            if not call.grad:
+                # The original of a copy has served; held to the end of the call, its memory would not be used again.
+                call.stored[self.layer] = tapped._replace(seen=tapped.kept)
 
 
 class _ExitHook:

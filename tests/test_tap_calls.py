@@ -329,3 +329,18 @@ def test_an_exported_encoder_takes_any_batch_size(strict: bool) -> None:
     for batch_size in (3, 17):
         images = random_images(batch_size)
         torch.testing.assert_close(exported(images), encoder(images))
+
+
+@pytest.mark.parametrize("copy_maps", [False, True])
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_a_copied_layer_lets_go_of_its_original_once_the_next_block_has_it(
+    mode: type[torch.no_grad], copy_maps: bool
+) -> None:
+    alive: list[int] = []
+    model = Chain()
+    model.blocks[3].register_forward_hook(lambda *_: alive.append(tensors_alive((2, 7, 4))))
+    with mode(), tap(model, layers=(1, 2, 3), copy_maps=copy_maps):
+        model(tokens())
+    # Three maps, the input of block 4 where map 3 is a copy of it, block 4's output.
+    copied = copy_maps or mode is torch.inference_mode
+    assert alive == [5 if copied else 4]
