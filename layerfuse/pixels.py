@@ -15,7 +15,17 @@ from PIL import Image
 
 from layerfuse.errors import InputError, InvalidTypeError
 
-__all__ = ["MAX_EDGE", "Images", "as_pictures", "check_picture", "is_16_bit", "orientation", "to_rgb", "upright"]
+__all__ = [
+    "MAX_EDGE",
+    "Images",
+    "as_pictures",
+    "check_picture",
+    "image_size",
+    "is_16_bit",
+    "orientation",
+    "to_rgb",
+    "upright",
+]
 
 Picture = Image.Image | npt.NDArray[np.uint8] | torch.Tensor
 # One picture, several, or a stack of them.
@@ -40,6 +50,8 @@ _TURNS = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
+# Exif's numbers of the orientations that swap height and width.
+_SIDEWAYS = (5, 6, 7, 8)
 # What reading a damaged Exif block raises.
 _EXIF_ERRORS = (OSError, SyntaxError, ValueError, TypeError, LookupError, ArithmeticError, RuntimeError, EOFError)
 
@@ -181,3 +193,14 @@ def upright(image: Image.Image) -> Image.Image:
     turned = image.transpose(turn)
     turned.info = {key: value for key, value in image.info.items() if key not in _EXIF_KEYS}
     return turned
+
+
+def image_size(image: Image.Image, *, upright: bool) -> tuple[int, int]:
+    """(height, width) of an image in pixels; it need not be decoded.
+
+    Args:
+        image: as it was opened or read.
+        upright: as it stands once it is turned as its Exif data say.
+    """
+    width, height = image.size
+    return (width, height) if upright and orientation(image) in _SIDEWAYS else (height, width)

@@ -18,7 +18,8 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from integrations.llava.checkpoint import load_adapter, load_model, load_processor
+from integrations.llava.checkpoint import load_model, load_processor
+from integrations.llava.connector import load_adapter
 from integrations.llava.recipe_files import load_recipe
 from integrations.llava.train import train
 from layerfuse import FusedEncoder

@@ -2,32 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
-from torch import nn
 from transformers import AutoProcessor, LlavaProcessor
 
 from layerfuse.errors import InputError, MissingFileError
 from layerfuse.files import atomic_folder, explain_missing_config
 from layerfuse.weights import fitting_weights
 
-from .config import PARTS
 from .convert.content import reading
-from .convert.names import our_adapter
 from .model import FusedLlavaConfig, FusedLlavaForConditionalGeneration
 from .quantization import Quantization, keep_unpackable, quantization_config
-from .weight_files import CONFIG_FILE, check_fit, read_json, stored_tensors
+from .weight_files import CONFIG_FILE, read_json
 
 __all__ = [
-    "load_adapter",
     "load_config",
     "load_model",
     "load_processor",
-    "save_adapter",
     "save_model",
 ]
 
@@ -143,53 +136,3 @@ def load_processor(folder: str | Path) -> LlavaProcessor:
     with reading(f"the processor in {folder}"):
         processor: LlavaProcessor = AutoProcessor.from_pretrained(folder)
     return processor
-
-
-def save_adapter(model: nn.Module, parts: Sequence[str], path: str | Path) -> Path:
-    """Write the parameters of some parts, such as fuser and projector after the first stage.
-
-    Args:
-        model: the whole model.
-        parts: names from `PARTS`.
-        path: a `.safetensors` file.
-
-    Returns:
-        The path.
-    """
-    path = Path(path)
-    with atomic_folder(path.parent) as scratch:
-        save_file(_state_of(model, parts), scratch / path.name, metadata={"format": "pt", "parts": ",".join(parts)})
-    return path
-
-
-def load_adapter(model: nn.Module, parts: Sequence[str], path: str | Path) -> None:
-    """Load fuser and projector into a model: what `save_adapter` wrote, or the published code's stage 1.
-
-    Args:
-        model: the whole model, changed in place.
-        parts: the parts that the file has to cover.
-        path: a `.safetensors` file, or one that `torch.save` wrote (`mm_projector.bin`), read without running code.
-
-    Raises:
-        FileNotFoundError: if there is no such file.
-        ValueError: if it is damaged or holds code, a published fuser lost its scales, or its keys are not those of the
-            parts; all are listed.
-    """
-    path = Path(path)
-    if not path.is_file():
-        raise MissingFileError(f"adapter {path} does not exist; run the stage that writes it first.")
-    stored = stored_tensors(path)
-    if any("mm_projector." in name for name in stored):
-        stored = our_adapter(stored)
-    check_fit(
-        _state_of(model, parts),
-        stored,
-        fault=f"adapter {path} does not fit the {', '.join(parts)} of this model",
-        advice="Use the recipe's own model settings",
-    )
-    model.load_state_dict({name: tensor.read() for name, tensor in stored.items()}, strict=False)
-
-
-def _state_of(model: nn.Module, parts: Sequence[str]) -> dict[str, torch.Tensor]:
-    prefixes = tuple(prefix for part in parts for prefix in PARTS[part])
-    return {name: tensor.contiguous() for name, tensor in model.state_dict().items() if name.startswith(prefixes)}

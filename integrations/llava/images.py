@@ -5,28 +5,24 @@ The data doctor, training and inference come here, so that what one of them take
 
 from __future__ import annotations
 
-import os
 import struct
 import zlib
-from collections.abc import Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Literal
 
 from PIL import Image
-from tqdm.auto import tqdm
 
 from layerfuse.errors import InputError, MissingFileError
-from layerfuse.pixels import MAX_EDGE, check_picture, orientation, to_rgb
+from layerfuse.pixels import MAX_EDGE, check_picture, to_rgb
+
+from ._text import printable
 
 __all__ = [
     "IMAGE_ERRORS",
     "UnreadableImageError",
-    "find_broken_images",
-    "image_size",
     "open_image",
-    "printable",
     "read_image",
 ]
 
@@ -48,9 +44,6 @@ IMAGE_ERRORS = (
 
 # A process that has no room for a picture of fewer pixels is short of memory; that is no fault of the picture.
 _LARGE = 2**24
-_SHOWN = 400
-# Exif's numbers of the orientations that swap height and width.
-_SIDEWAYS = (5, 6, 7, 8)
 
 Reason = Literal["large_image", "unclear_values", "truncated_image", "broken_image"]
 
@@ -129,23 +122,6 @@ def read_image(path: str | Path) -> Image.Image:
         return to_rgb(image)
 
 
-def image_size(image: Image.Image, *, upright: bool) -> tuple[int, int]:
-    """(height, width) of an image in pixels; it need not be decoded.
-
-    Args:
-        image: as it was opened or read.
-        upright: as it stands once it is turned as its Exif data say.
-    """
-    width, height = image.size
-    return (width, height) if upright and orientation(image) in _SIDEWAYS else (height, width)
-
-
-def printable(text: str) -> str:
-    """A name or text as it can be shown: halves of characters are escaped, a long one is shortened."""
-    text = text.encode("utf-8", "backslashreplace").decode()
-    return text if len(text) <= _SHOWN else f"{text[: _SHOWN // 2]} … {text[-_SHOWN // 2 :]}"
-
-
 def _check(path: Path, image: Image.Image) -> None:
     try:
         check_picture(image)
@@ -167,27 +143,3 @@ def _is_short_riff(path: Path) -> bool:
         return head[:4] == b"RIFF" and len(head) == 12 and struct.unpack("<I", head[4:8])[0] + 8 > path.stat().st_size
     except OSError:
         return False
-
-
-def find_broken_images(folder: str | Path, names: Iterable[str]) -> list[str]:
-    """Decode every image once, several at a time, so that a run does not meet a broken one hours later.
-
-    Args:
-        folder: what the names are relative to.
-        names: of the images; one that comes twice is read once.
-
-    Returns:
-        What is wrong, one line per file that cannot be used, in the order of the names.
-    """
-    # Imported here so that whoever only reads an image needs no model library.
-    from .data.images import image_faults
-
-    def problem(name: str) -> str:
-        faults = image_faults(Path(folder), name, how="decode")
-        return next((fault.message for fault in faults if fault.is_problem), "")
-
-    unique = list(dict.fromkeys(names))
-    # Threads: Pillow decodes outside of Python's lock.
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        found = tqdm(pool.map(problem, unique), "checking images", len(unique), unit="image", leave=False, disable=None)
-        return [line for line in found if line]

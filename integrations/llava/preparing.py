@@ -13,11 +13,12 @@ from PIL import Image
 from transformers import LlavaProcessor, PreTrainedConfig
 
 from layerfuse.errors import InputError, InvalidTypeError, MissingFileError, UserError
+from layerfuse.pixels import image_size
 from layerfuse.preprocessing import Preprocessing
 
 from .checkpoint import load_config, load_processor
 from .image_layout import ImageSize
-from .images import image_size, open_image, read_image
+from .images import open_image, read_image
 from .json_lines import is_writable_text
 from .model import FusedLlavaConfig
 from .processing import LayerfuseImageProcessor

@@ -19,10 +19,10 @@ from transformers.image_processing_utils import BaseImageProcessor
 from transformers.processing_utils import MultiModalData
 
 from layerfuse.errors import InputError
+from layerfuse.pixels import image_size
 from layerfuse.preprocessing import Preprocessing
 
 from .image_layout import ImageLayout, layout_from_config
-from .images import image_size
 from .model import FusedLlavaConfig, FusedLlavaForConditionalGeneration, LayerfuseVisionConfig
 from .prompts import IMAGE_TAG, Template, chat_template
 

@@ -18,13 +18,13 @@ from typing import Any
 
 from layerfuse.errors import InputError, UserError
 
+from ._text import bulleted, printable
 from .data import read_samples
+from .data.images import find_broken_images
 from .data.media_names import is_outside, linked_media, unread_media
 from .image_layout import ImageSize
-from .images import find_broken_images, printable
 from .json_lines import is_writable_text
 from .preparing import Preparer, Prompt, as_turns
-from .wording import bulleted
 
 __all__ = ["Request", "prompt_lengths", "question_fingerprints", "read_requests", "refuse_broken_images"]
 

@@ -21,9 +21,10 @@ from layerfuse.errors import FileAccessError, InputError
 from layerfuse.files import check_disk_space
 
 from .assembly import Assembled, assemble_stage
-from .checkpoint import load_adapter, save_adapter, save_model
+from .checkpoint import save_model
 from .checkpointing import checkpoints, load_trained, state_bytes, trained_state
 from .config import Recipe, StageConfig
+from .connector import load_adapter, save_adapter
 from .data import Sample
 from .engines import forget_engine, shards
 from .generate_mixin import end_answers
@@ -261,7 +262,8 @@ def _save(run: Run, name: str, assembled: Assembled, *, last: bool) -> None:
     if not last:
         return
     if config.lora.rank:
-        from .lora import merge_lora, save_lora
+        from .lora import merge_lora
+        from .lora_files import save_lora
 
         save_lora(model, run.folder.path / name / "lora")
         merge_lora(model)

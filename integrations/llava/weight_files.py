@@ -22,7 +22,7 @@ from tqdm.auto import tqdm
 
 from layerfuse.errors import InputError, MissingFileError
 
-from .wording import listed
+from ._text import listed
 
 __all__ = [
     "CONFIG_FILE",

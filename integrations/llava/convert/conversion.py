@@ -16,7 +16,7 @@ from layerfuse.files import atomic_folder, check_disk_space, explain_missing_con
 from layerfuse.registry import unknown_name_message
 
 from ..image_layout import FixedLayout
-from ..lora import merged_tensors
+from ..lora_files import merged_tensors
 from ..model import FusedLlavaConfig
 from ..weight_files import (
     CONFIG_FILE,

@@ -15,9 +15,9 @@ from transformers import AutoConfig, AutoModel
 from layerfuse.backbones import Backbone, create_backbone
 from layerfuse.errors import InputError
 
+from .._text import listed
 from ..model import FusedLlavaForConditionalGeneration
 from ..weight_files import CONFIG_FILE, StoredTensor, stored_model
-from ..wording import listed
 from .content import Content
 from .names import BACKBONE, from_llava_hf
 from .options import Options

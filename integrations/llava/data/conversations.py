@@ -12,8 +12,8 @@ import numpy as np
 
 from integrations.llava.prompts import IGNORE_INDEX, IMAGE_TAG, Rendered, Template, TextEncoder, render
 
+from .._text import printable
 from ..image_layout import ImageLayout
-from ..images import printable
 from ..json_lines import is_writable_text
 from .findings import Fault
 from .media_names import is_outside, linked_media, unread_media

@@ -12,10 +12,11 @@ from torch.utils.data import Dataset
 
 from integrations.llava.prompts import IGNORE_INDEX, Rendered, Template, TextEncoder, render
 from layerfuse.errors import InputError, MissingFileError
+from layerfuse.pixels import image_size
 from layerfuse.preprocessing import Preprocessing
 
 from ..image_layout import ImageLayout, ImageSize
-from ..images import UnreadableImageError, image_size, read_image
+from ..images import UnreadableImageError, read_image
 from .files import file_index, sample_lengths
 from .policy import BadSamples
 from .samples import Sample, image_names, sample_id

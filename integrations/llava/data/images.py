@@ -4,20 +4,23 @@ from __future__ import annotations
 
 import os
 import stat
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Literal
 
 from PIL import Image
+from tqdm.auto import tqdm
 
 from layerfuse.errors import FileAccessError
 from layerfuse.pixels import is_16_bit, orientation
 
-from ..images import UnreadableImageError, open_image, printable
+from .._text import printable
+from ..images import UnreadableImageError, open_image
 from .findings import Fault
 from .media_names import is_outside
 
-__all__ = ["CheckImages", "image_faults"]
+__all__ = ["CheckImages", "find_broken_images", "image_faults"]
 
 CheckImages = Literal["decode", "size", "none"]
 """Decode images, read only their headers, or do not look at them."""
@@ -109,3 +112,25 @@ def _missing(folder: Path, name: str, how: CheckImages, max_pixels: int | None) 
             "missing_image", f"image {shown}: missing; {printable(slashed)}, with slashes, is missing, too", name
         )
     return Fault("missing_image", f"image {shown}: missing", name)
+
+
+def find_broken_images(folder: str | Path, names: Iterable[str]) -> list[str]:
+    """Decode every image once, several at a time, so that a run does not meet a broken one hours later.
+
+    Args:
+        folder: what the names are relative to.
+        names: of the images; one that comes twice is read once.
+
+    Returns:
+        What is wrong, one line per file that cannot be used, in the order of the names.
+    """
+
+    def problem(name: str) -> str:
+        faults = image_faults(Path(folder), name, how="decode")
+        return next((fault.message for fault in faults if fault.is_problem), "")
+
+    unique = list(dict.fromkeys(names))
+    # Threads: Pillow decodes outside of Python's lock.
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        found = tqdm(pool.map(problem, unique), "checking images", len(unique), unit="image", leave=False, disable=None)
+        return [line for line in found if line]

@@ -10,8 +10,8 @@ from typing import Literal
 
 import numpy as np
 
+from integrations.llava._text import bulleted
 from integrations.llava.prompts import Template
-from integrations.llava.wording import bulleted
 from layerfuse.errors import InputError
 
 from .files import select_samples

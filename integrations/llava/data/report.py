@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from integrations.llava.tables import aligned, column_widths
+from integrations.llava._text import aligned, column_widths
 
 from .findings import KINDS, Finding
 from .survey import Survey

@@ -14,7 +14,7 @@ from integrations.llava.demo.charts import Column, Interval, Series, interval_ch
 from integrations.llava.demo.conclusions import AVERAGE, baseline, conclude, differences, estimate
 from integrations.llava.demo.results import DemoResults, Example, Figure, Probe
 from integrations.llava.evaluation import TASKS, ScoredAnswer
-from integrations.llava.evaluation.answers import parse_box
+from integrations.llava.evaluation.boxes import parse_box
 from layerfuse.files import write_text
 
 __all__ = ["render_report", "write_report"]

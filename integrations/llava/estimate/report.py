@@ -5,9 +5,9 @@ from __future__ import annotations
 import textwrap
 from collections.abc import Iterable, Iterator, Sequence
 
+from .._text import aligned, column_widths
 from ..config import PARTS
 from ..data.report import findings_table, verdict
-from ..tables import aligned, column_widths
 from .dry_run import Report, StageReport
 from .flops import PartFlops, hours
 from .gpus import Gpu

@@ -5,19 +5,15 @@ Nothing here ever raises on any string: an answer that cannot be read is a wrong
 
 from __future__ import annotations
 
-import math
 import re
 import unicodedata
 from collections.abc import Sequence
 from decimal import Decimal
 
 __all__ = [
-    "as_box",
     "edit_distance",
     "holds_words",
-    "intersection_over_union",
     "normalise_answer",
-    "parse_box",
     "parse_choice",
     "parse_count",
     "parse_number",
@@ -28,13 +24,11 @@ __all__ = [
 _NUMBER_WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
 _COUNTS = {**{word: number for number, word in enumerate(_NUMBER_WORDS)}, "none": 0, "no": 0}
 _ARTICLES = re.compile(r"^(?:a|an|the)\s+")
-_DECIMAL = r"[-+]?(?:[0-9]+(?:\.[0-9]*)?|\.[0-9]+)"
 # What looks like a number: "1-2", "2.5.1" and "2,5" are found whole or in parts, and refused or counted as several.
 _NUMBER = re.compile(r"(?<![\w.,])[-+]?(?:[0-9]+(?:,[0-9]+)*(?:\.[0-9]+)*|(?:\.[0-9]+)+)(?:e[-+]?[0-9]+)?")
 _WHOLE_NUMBER = re.compile(r"[-+]?(?:(?:[0-9]+|[0-9]{1,3}(?:,[0-9]{3})+)(?:\.[0-9]+)?|\.[0-9]+)(?:e[-+]?[0-9]{1,3})?")
 _LETTER = re.compile(r"\(?([A-Z])(?:[).:].*)?", re.DOTALL)
 _NAMED_LETTER = re.compile(r"(?i:\b(?:answer|option|choice)(?:\s+is)?)\s*:?\s*\(?([A-Z])\b(?!')")
-_BOX = re.compile(r"\[([^\[\]]*)\]")
 
 
 def strip_answer(answer: str) -> str:
@@ -138,41 +132,6 @@ def holds_words(text: str, words: str) -> bool:
 def _joined(left: str, right: str) -> bool:
     """Whether two characters beside one another belong to one word."""
     return all(char.isalnum() and unicodedata.east_asian_width(char) not in "WF" for char in (left, right))
-
-
-def parse_box(answer: str) -> tuple[float, float, float, float] | None:
-    """Read a box in LLaVA's form ``[x1, y1, x2, y2]``, fractions of the image's sides; the first brackets count.
-
-    Returns:
-        (x1, y1, x2, y2), or None if the brackets do not hold exactly four plain decimals between 0 and 1 with
-        x1 < x2 and y1 < y2.
-    """
-    found = _BOX.search(answer)
-    if found is None:
-        return None
-    parts = [part.strip() for part in found.group(1).split(",")]
-    if len(parts) != 4 or not all(re.fullmatch(_DECIMAL, part) for part in parts):
-        return None
-    return as_box([float(part) for part in parts])
-
-
-def as_box(numbers: Sequence[float]) -> tuple[float, float, float, float] | None:
-    """Take four numbers as a box, if they are between 0 and 1 with x1 < x2 and y1 < y2."""
-    if len(numbers) != 4 or not all(math.isfinite(value) and 0 <= value <= 1 for value in numbers):
-        return None
-    x1, y1, x2, y2 = map(float, numbers)
-    return (x1, y1, x2, y2) if x1 < x2 and y1 < y2 else None
-
-
-def intersection_over_union(first: tuple[float, ...], second: tuple[float, ...]) -> float:
-    """Area that two boxes (x1, y1, x2, y2) share, over the area that they cover together; 0 where they do not meet."""
-    width = min(first[2], second[2]) - max(first[0], second[0])
-    height = min(first[3], second[3]) - max(first[1], second[1])
-    if width <= 0 or height <= 0:
-        return 0.0
-    areas = [(box[2] - box[0]) * (box[3] - box[1]) for box in (first, second)]
-    shared = width * height
-    return shared / (areas[0] + areas[1] - shared)
 
 
 def edit_distance(first: str, second: str) -> int:

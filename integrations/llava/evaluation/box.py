@@ -6,7 +6,7 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from integrations.llava.evaluation.answers import as_box, intersection_over_union, parse_box
+from integrations.llava.evaluation.boxes import as_box, intersection_over_union, parse_box
 from integrations.llava.evaluation.task import TASKS, Question, Task
 from layerfuse.errors import InputError
 

@@ -22,11 +22,11 @@ from tqdm.auto import tqdm
 from layerfuse.errors import ExistingFileError, InputError
 from layerfuse.files import atomic_folder
 
+from .captions import DENSE_CAPTION_PROMPT, dense_caption
 from .photographs import SPLITS
 from .questions import KINDS, Question, conversation, questions_of_kind
 from .rendering import render
 from .scene import Scene, sample_scene
-from .writing import DENSE_CAPTION_PROMPT, dense_caption
 
 __all__ = ["make_dataset", "scene_at"]
 

@@ -22,15 +22,14 @@ from tqdm.auto import tqdm
 from transformers import AttentionInterface, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
 
 from ..prompts import IGNORE_INDEX
+from .captions import DENSE_CAPTION_PROMPT, dense_caption
 from .questions import CAPTION_PROMPT, Question, caption, conversation, questions_of_kind
 from .scene import sample_scene
 from .tokenizer import CELL_WORDS, build_tokenizer, cell_description
 from .training import deterministic, make_optimizer, make_schedule
 from .writing import (
-    DENSE_CAPTION_PROMPT,
     Sample,
     SceneWriter,
-    dense_caption,
     embed_written,
     stands_for_image,
 )

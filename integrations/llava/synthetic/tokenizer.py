@@ -13,9 +13,9 @@ from transformers import PreTrainedTokenizerFast
 
 from .photographs import PHOTOGRAPHS
 from .questions import CAPTION_PROMPT
-from .scene import CHARACTERS, COLORS, GRID, SHAPES, TEXT_LENGTH, Scene
+from .scene import CHARACTERS, COLORS, SHAPES
 
-__all__ = ["CELL_WORDS", "IMAGE_TOKEN", "build_tokenizer", "cell_description", "scene_words"]
+__all__ = ["CELL_WORDS", "IMAGE_TOKEN", "build_tokenizer", "cell_description"]
 
 IMAGE_TOKEN = "<image>"
 CELL_WORDS = (
@@ -44,19 +44,6 @@ def cell_description(word: str) -> str:
     if inside in PHOTOGRAPHS:
         return f" {inside} background"
     return f"{inside} text" if inside in CHARACTERS else f" {inside} object"
-
-
-def scene_words(scene: Scene) -> list[str]:
-    """Write a scene out: one cell word for each of the 8×8 cells, row by row."""
-    words = [f"[{scene.photograph}]"] * (GRID * GRID)
-    for index, character in enumerate(scene.text.string):
-        words[scene.text.row * GRID + scene.text.column + index] = f"[{character}]"
-    assert len(scene.text.string) == TEXT_LENGTH
-    for item in scene.objects:
-        for row in range(item.row, item.row + item.cells):
-            for column in range(item.column, item.column + item.cells):
-                words[row * GRID + column] = f"[{item.color} {item.shape}]"
-    return words
 
 
 def build_tokenizer() -> PreTrainedTokenizerFast:

@@ -13,30 +13,17 @@ import torch
 from transformers import LlamaForCausalLM, PreTrainedTokenizerBase
 
 from ..prompts import IGNORE_INDEX, TextEncoder, get_template, render
+from .captions import scene_words
 from .scene import GRID, Scene
-from .tokenizer import CELL_WORDS, IMAGE_TOKEN, scene_words
+from .tokenizer import CELL_WORDS, IMAGE_TOKEN
 
 __all__ = [
-    "DENSE_CAPTION_PROMPT",
     "Sample",
     "SceneWriter",
-    "dense_caption",
     "embed_written",
     "place_codes",
     "stands_for_image",
 ]
-
-
-DENSE_CAPTION_PROMPT = "Write the image out."
-
-
-def dense_caption(scene: Scene) -> str:
-    """Write a scene out, cell by cell: the caption of the pretrain stage.
-
-    One line of prose supervises a dozen tokens and leaves it open which visual token they are about. In hundreds of
-    steps nothing could be learned from that; from this, where each visual token is asked for its word, it can.
-    """
-    return "".join(scene_words(scene))
 
 
 @dataclass(frozen=True)

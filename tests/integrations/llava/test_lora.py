@@ -16,7 +16,8 @@ from transformers import AutoModelForCausalLM
 from integrations.llava.checkpoint import load_model, save_model
 from integrations.llava.config import LoraConfig
 from integrations.llava.convert import convert
-from integrations.llava.lora import add_lora, load_lora, merge_lora, merged_tensors, save_lora
+from integrations.llava.lora import add_lora, merge_lora
+from integrations.llava.lora_files import load_lora, merged_tensors, save_lora
 from integrations.llava.model import FusedLlavaForConditionalGeneration, build_model
 from integrations.llava.processing import add_image_token, build_processor
 from integrations.llava.prompts import get_template

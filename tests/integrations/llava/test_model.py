@@ -12,7 +12,8 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageTextToText, GenerationConfig, Trainer, TrainingArguments
 
 import integrations.llava
-from integrations.llava.checkpoint import load_adapter, load_model, save_adapter
+from integrations.llava.checkpoint import load_model
+from integrations.llava.connector import load_adapter, save_adapter
 from integrations.llava.model import FusedLlavaForConditionalGeneration, build_model
 from integrations.llava.train import set_trainable
 from layerfuse.backbones import create_backbone

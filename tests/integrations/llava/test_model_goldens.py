@@ -13,7 +13,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageTextToText
 
-from integrations.llava.checkpoint import load_adapter, load_model
+from integrations.llava.checkpoint import load_model
+from integrations.llava.connector import load_adapter
 from integrations.llava.convert import convert, convert_adapter, layout_of
 from integrations.llava.weight_files import stored_model, stored_tensors
 from tests.integrations.llava.model_goldens_support import CASES, PROMPTS, RECORDED, Case, Run, recorded_names

@@ -11,7 +11,6 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from integrations.llava import text_encoder
 from integrations.llava.prompts import (
     IGNORE_INDEX,
     TEMPLATES,
@@ -21,6 +20,7 @@ from integrations.llava.prompts import (
     get_template,
     render,
 )
+from integrations.llava.prompts import encoder as text_encoder
 from tests.integrations.llava.tiny_parts import human_and_gpt, make_tokenizer
 
 IMAGE = 10_000

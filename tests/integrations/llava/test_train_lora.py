@@ -16,7 +16,8 @@ from integrations.llava.assembly import assemble_stage
 from integrations.llava.checkpoint import load_model
 from integrations.llava.config import LoraConfig, Recipe
 from integrations.llava.interruption import RunInterrupted
-from integrations.llava.lora import load_lora, merge_lora
+from integrations.llava.lora import merge_lora
+from integrations.llava.lora_files import load_lora
 from integrations.llava.train import train
 from tests.integrations.llava.test_resume import StopAt, rows
 from tests.integrations.llava.tiny_parts import save_llm

@@ -8,7 +8,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from integrations.llava.checkpoint import load_adapter, load_model, save_adapter
+from integrations.llava.checkpoint import load_model
+from integrations.llava.connector import load_adapter, save_adapter
 from integrations.llava.convert import convert, convert_adapter
 from integrations.llava.model import FusedLlavaForConditionalGeneration
 

@@ -7,14 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from integrations.llava.evaluation import TASKS, Question
-from integrations.llava.evaluation.answers import (
-    edit_distance,
-    intersection_over_union,
-    normalise_answer,
-    parse_box,
-    parse_count,
-    strip_answer,
-)
+from integrations.llava.evaluation.answers import edit_distance, normalise_answer, parse_count, strip_answer
+from integrations.llava.evaluation.boxes import intersection_over_union, parse_box
 
 KINDS = ("box", "color", "counting", "ocr", "shape")
 PLAIN_KINDS = ("contains", "exact_match", "multiple_choice", "number", "yes_no")

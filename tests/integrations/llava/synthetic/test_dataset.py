@@ -12,10 +12,10 @@ import pytest
 from PIL import Image
 
 from integrations.llava.synthetic import dataset, make_dataset
+from integrations.llava.synthetic.captions import DENSE_CAPTION_PROMPT, dense_caption
 from integrations.llava.synthetic.dataset import scene_at
 from integrations.llava.synthetic.questions import KINDS
 from integrations.llava.synthetic.scene import IMAGE_SIZE
-from integrations.llava.synthetic.writing import DENSE_CAPTION_PROMPT, dense_caption
 
 NUM = {"train": 12, "val": 3, "test": 5}
 

@@ -1,103 +1,23 @@
-"""Prompt templates as data, and conversations rendered to text, ids and labels.
+"""Conversations rendered to text, ids and labels.
 
 A conversation becomes a list of pieces (text, image, end of answer). Every piece is tokenised on its own and knows
 whether it is supervised, so label spans are exact whatever a message says. Control tokens come from the template only:
-`</s>` or `<image>` typed by a person is text. The templates are those of LLaVA-1.5 (arXiv:2310.03744).
+`</s>` or `<image>` typed by a person is text.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
-
-from transformers import PreTrainedTokenizerBase
+from typing import Literal
 
 from layerfuse.errors import InputError
-from layerfuse.registry import unknown_name_message
 
-from .text_encoder import LONG_TEXT, TextEncoder
+from .encoder import LONG_TEXT, TextEncoder
+from .templates import IGNORE_INDEX, IMAGE_TAG, Message, Template
 
-__all__ = [
-    "IGNORE_INDEX",
-    "IMAGE_TAG",
-    "TEMPLATES",
-    "Message",
-    "Rendered",
-    "Template",
-    "TextEncoder",
-    "chat_template",
-    "get_template",
-    "render",
-]
-
-IGNORE_INDEX = -100
-"""Label of a position that is not supervised."""
-IMAGE_TAG = "<image>"
-"""Marks an image's place in a message."""
-
-Message = Mapping[str, str]
-"""A turn in LLaVA's format: {"from": "human" | "gpt", "value": text}."""
-
-
-@dataclass(frozen=True)
-class Template:
-    """How a conversation is written out.
-
-    Attributes:
-        name: what recipes and checkpoints call it.
-        system: text before the first turn.
-        user: name of the human's role.
-        assistant: name of the model's role.
-        answer_end: text after every answer; supervised.
-        end_token: whether the tokenizer's end-of-sequence token closes every answer; supervised.
-        caption_only: leave out the human's words, the system text and the roles: images, answer, nothing else.
-    """
-
-    name: str
-    system: str = ""
-    user: str = "USER"
-    assistant: str = "ASSISTANT"
-    answer_end: str = ""
-    end_token: bool = True
-    caption_only: bool = False
-
-    def to_dict(self) -> dict[str, Any]:
-        """Describe the template so that JSON can hold it."""
-        return dataclasses.asdict(self)
-
-
-_V1 = Template(
-    name="v1",
-    system=(
-        "A chat between a curious user and an artificial intelligence assistant. "
-        "The assistant gives helpful, detailed, and polite answers to the user's questions."
-    ),
-)
-TEMPLATES: Mapping[str, Template] = {
-    template.name: template
-    for template in (
-        _V1,
-        dataclasses.replace(_V1, name="llava_v1", system=_V1.system.replace("user", "human")),
-        dataclasses.replace(_V1, name="brief", system=""),
-        Template(name="plain", answer_end="\n", end_token=False, caption_only=True),
-    )
-}
-"""`v1`: vicuna, as LLaVA-1.5 finetunes. `llava_v1`: the same about a "human". `brief`: v1 without system text. `plain`:
-captions, as LLaVA-1.5 pretrains."""
-
-
-def get_template(name: str) -> Template:
-    """Look a template up.
-
-    Raises:
-        ValueError: if no template has that name; the message gives the nearest match and the full list.
-    """
-    if name not in TEMPLATES:
-        raise InputError(unknown_name_message("prompt template", name, TEMPLATES))
-    return TEMPLATES[name]
+__all__ = ["Rendered", "render"]
 
 
 @dataclass(frozen=True)
@@ -263,60 +183,3 @@ def render(
         labels += new if piece.supervised else [IGNORE_INDEX] * len(new)
         at_start = piece.kind == "image"
     return Rendered("".join(piece.text for piece in merged), ids, labels, is_cut)
-
-
-def chat_template(template: Template, tokenizer: PreTrainedTokenizerBase) -> str:
-    """Write the template in Jinja, for `apply_chat_template` and the tools that call it.
-
-    For one image in front of the first question it gives the ids that `render` gives.
-
-    Args:
-        template: what to write.
-        tokenizer: decides how the line behind an image is spelled, see below.
-
-    Returns:
-        A Jinja template over messages with `role` and `content` (text, or a list of text and image parts).
-    """
-    if template.caption_only:
-        turns = (
-            "{% if message['role'] == 'user' %}{{ images(message) }}{% elif message['role'] != 'system' %}"
-            "{% generation %}{{ parts(message) }}{% endgeneration %}{% endif %}"
-        )
-        return _JINJA.format(line="", system="", turns=turns, generation="")
-    # `render` tokenises afresh behind an image; a tokenizer that writes its blank at the very first place only needs
-    # that blank spelled out to give the same ids.
-    expected = TextEncoder(tokenizer)("\nx", at_start=True)
-    plain = tokenizer(f"{IMAGE_TAG}\nx", add_special_tokens=False).input_ids[-len(expected) :]
-    line = "\\n" if plain == expected else " \\n"
-    end = tokenizer.eos_token if template.end_token else ""
-    turns = (
-        f"{{% if message['role'] == 'user' %}}{{{{ '{template.user}: ' + parts(message) + ' ' }}}}"
-        "{% elif message['role'] == 'system' %}{{ parts(message) + ' ' }}"
-        f"{{% else %}}{{{{ '{template.assistant}:' }}}}{{% generation %}}"
-        f"{{{{ ' ' + parts(message) + '{template.answer_end + end}' }}}}{{% endgeneration %}}{{% endif %}}"
-    )
-    return _JINJA.format(
-        line=line,
-        system=_OWN_SYSTEM.format(text=_quote(f"{template.system} ")) if template.system else "",
-        turns=turns,
-        generation="{% if add_generation_prompt %}{{ '" + template.assistant + ":' }}{% endif %}",
-    )
-
-
-def _quote(text: str) -> str:
-    return "{{ " + json.dumps(text, ensure_ascii=False) + " }}"
-
-
-# A system message stands in the place of the template's own text.
-_OWN_SYSTEM = "{{%- if not messages or messages[0]['role'] != 'system' -%}}{text}{{%- endif -%}}"
-
-_JINJA = (
-    "{{%- macro parts(message) -%}}"
-    "{{%- if message['content'] is string -%}}{{{{ message['content'] }}}}{{%- else -%}}"
-    "{{%- for part in message['content'] -%}}"
-    "{{%- if part['type'] == 'image' -%}}{{{{ '<image>{line}' }}}}{{%- else -%}}{{{{ part['text'] }}}}{{%- endif -%}}"
-    "{{%- endfor -%}}{{%- endif -%}}{{%- endmacro -%}}"
-    "{{%- macro images(message) -%}}"
-    "{{%- for part in message['content'] if part['type'] == 'image' -%}}<image>{{%- endfor -%}}{{%- endmacro -%}}"
-    "{system}{{%- for message in messages -%}}{turns}{{%- endfor -%}}{generation}"
-)

@@ -1,0 +1,21 @@
+"""Prompts: templates as data, and conversations written out as text, ids and labels."""
+
+from __future__ import annotations
+
+from .chat_template import chat_template
+from .encoder import TextEncoder
+from .render import Rendered, render
+from .templates import IGNORE_INDEX, IMAGE_TAG, TEMPLATES, Message, Template, get_template
+
+__all__ = [
+    "IGNORE_INDEX",
+    "IMAGE_TAG",
+    "TEMPLATES",
+    "Message",
+    "Rendered",
+    "Template",
+    "TextEncoder",
+    "chat_template",
+    "get_template",
+    "render",
+]
