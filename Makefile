@@ -79,7 +79,7 @@ check: $(INSTALLED)
 	$(BIN)/python -m pytest tests/test_architecture.py tests/test_form.py
 
 assets: $(INSTALLED)
-	$(BIN)/python -m integrations.llava assets
+	$(BIN)/python -m tools.make_demo_assets
 
 build: $(INSTALLED)
 	$(BIN)/python -m build

@@ -9,12 +9,12 @@ import time
 import torch
 from measure import Session
 
-from integrations.llava.assembly import assemble_stage, checkpoint_activations
-from integrations.llava.config import Recipe
-from integrations.llava.estimate import dry_run
-from integrations.llava.recipe_files import load_recipe
+from integrations.llava.config.schema import Recipe
+from integrations.llava.config.yaml_io import load_recipe
+from integrations.llava.dry_run import dry_run
+from integrations.llava.modeling.build import assemble_stage, checkpoint_activations
 from integrations.llava.synthetic import LLM_FOLDER
-from integrations.llava.trainer import parameter_groups
+from integrations.llava.training.trainer import parameter_groups
 
 __all__ = ["bench_training_step"]
 

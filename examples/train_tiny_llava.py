@@ -13,11 +13,11 @@ from pathlib import Path
 
 from transformers import AutoModelForImageTextToText
 
+from integrations.llava.config.yaml_io import load_recipe
 from integrations.llava.evaluation import read_image, read_questions
-from integrations.llava.generate import load_answerer
-from integrations.llava.recipe_files import load_recipe
+from integrations.llava.inference.predictor import load_answerer
 from integrations.llava.synthetic import make_dataset
-from integrations.llava.train import train
+from integrations.llava.training.train import train
 
 
 def main() -> None:

@@ -55,7 +55,7 @@ def encoders() -> tuple[list[Save], Load]:
 
 def llava_models(folder: Path) -> tuple[list[Save], Load]:
     """Two whole models that lie in the folder; one is saved as a single file, one in several shards."""
-    from integrations.llava.checkpoint import load_model, load_processor, save_model
+    from integrations.llava.checkpoints.model_io import load_model, load_processor, save_model
 
     # tqdm's lock is shared by forked processes: one that is killed while it draws would leave it locked for all.
     tqdm.set_lock(threading.RLock())

@@ -122,7 +122,11 @@ def own(source: Source, package: str = "layerfuse") -> Iterator[tuple[Import, st
     for entry in source.imports:
         if entry.package != package:
             continue
-        deeper = [f"{entry.module}.{name}" for name in entry.names if f"{entry.module}.{name}" in BY_MODULE]
+        door = BY_MODULE.get(entry.module)
+        exported = (door.exported if door else None) or frozenset()
+        # A name that a package exports is meant before its file of that name.
+        names = [name for name in entry.names if name not in exported]
+        deeper = [f"{entry.module}.{name}" for name in names if f"{entry.module}.{name}" in BY_MODULE]
         for module in deeper or [entry.module]:
             yield entry, module
 

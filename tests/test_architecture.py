@@ -126,6 +126,106 @@ def test_integrations_use_public_names_of_layerfuse_only() -> None:
     assert_none(offenders(check, sources("integrations", "examples")), "use public names of layerfuse:")
 
 
+# The rooms of integrations.llava
+
+
+LLAVA = "integrations.llava"
+RANKS = {
+    "_files": 0,
+    "_text": 0,
+    "config": 1,
+    "prompts": 1,
+    "image_layout": 1,
+    "data": 2,
+    "modeling": 2,
+    "checkpoints": 3,
+    "training": 4,
+    "dry_run": 4,
+    "inference": 4,
+    "evaluation": 5,
+    "study": 6,
+    "cli": 7,
+}
+FORBIDDEN = {("checkpoints", "data"), ("evaluation", "training"), ("evaluation", "dry_run")}
+
+
+def room(module: str) -> str:
+    """Name of the package or file below integrations.llava that a module belongs to; of the package itself ""."""
+    return module.removeprefix(LLAVA).lstrip(".").partition(".")[0]
+
+
+def forbidden(importer: str, imported: str) -> bool:
+    """Whether a room may not import another, which rooms of one rank may never do."""
+    if importer == "synthetic":
+        return imported not in {"synthetic", "prompts"}
+    if imported == "synthetic":
+        return RANKS[importer] < RANKS["study"]
+    return RANKS[imported] >= RANKS[importer] or (importer, imported) in FORBIDDEN
+
+
+def test_every_room_has_its_rank() -> None:
+    folder = ROOT / "integrations" / "llava"
+    rooms = {path.name for path in folder.iterdir() if (path / "__init__.py").exists()} | {
+        path.stem for path in folder.glob("*.py")
+    }
+    assert rooms == {*RANKS, "synthetic", "__init__", "__main__"}
+
+
+def test_rooms_import_rooms_of_lower_rank_only() -> None:
+    def check(source: Source) -> Iterator[str]:
+        here = room(source.module)
+        for entry, module in own(source, "integrations"):
+            there = room(module)
+            if here not in {there, "", "__main__"} and forbidden(here, there):
+                yield source.where(entry.line, f"{here} imports {there} ({module})")
+
+    assert_none(offenders(check, sources("integrations")), f"a room imports those of lower rank, {RANKS}:")
+
+
+def test_other_rooms_are_entered_through_their_door() -> None:
+    """Files of another package are named through its ``__init__.py``: absolute across rooms, relative inside one."""
+
+    def check(source: Source) -> Iterator[str]:
+        for node in ast.walk(source.tree):
+            relative = isinstance(node, ast.ImportFrom) and node.level > 0
+            for module in _targets(source, node):
+                inside = room(module) == room(source.module)
+                if not inside and BY_MODULE[module].path.name != "__init__.py" and module.count(".") > 2:
+                    yield source.where(node.lineno, f"names the file {module}")
+                if source.module != LLAVA and relative != inside:
+                    yield source.where(node.lineno, f"imports {module} {'relatively' if relative else 'absolutely'}")
+
+    assert_none(offenders(check, sources("integrations")), "enter a room through its __init__.py:")
+
+
+@pytest.mark.parametrize("package", ["layerfuse", "integrations"])
+def test_no_import_goes_in_a_circle(package: str) -> None:
+    """Imports inside functions count, too."""
+    edges = {
+        source.module: {module for _, module in own(source, package) if module in BY_MODULE}
+        for source in sources(package)
+    }
+    done: set[str] = set()
+
+    def walk(module: str, path: tuple[str, ...]) -> Iterator[str]:
+        if module in path:
+            yield " -> ".join((*path[path.index(module) :], module))
+        elif module not in done:
+            for target in sorted(edges[module]):
+                yield from walk(target, (*path, module))
+            done.add(module)
+
+    assert len(edges) > 20
+    assert_none([circle for module in sorted(edges) for circle in walk(module, ())], "imports go in a circle:")
+
+
+def _targets(source: Source, node: ast.AST) -> list[str]:
+    """Modules of integrations that a node imports, each as the deepest one that is named."""
+    if not isinstance(node, ast.Import | ast.ImportFrom):
+        return []
+    return [module for entry, module in own(source, "integrations") if entry.line == node.lineno]
+
+
 def test_integrations_is_a_namespace_folder() -> None:
     assert not (ROOT / "integrations" / "__init__.py").exists()
 
@@ -171,15 +271,18 @@ def test_every_file_of_a_registry_has_its_import_line(package: str) -> None:
 
 
 def test_every_task_has_its_import_line() -> None:
-    package = "integrations/llava/evaluation"
-    init = BY_MODULE[package.replace("/", ".")]
-    imported = {entry.module for entry in init.imports}
+    imported = {
+        entry.module
+        for init in sources("integrations/llava/evaluation/tasks")
+        if init.path.name == "__init__.py"
+        for entry in init.imports
+    }
     missing = [
         source.relative
-        for source in sources(package)
+        for source in sources("integrations/llava/evaluation")
         if "@TASKS.register(" in source.text and source.module not in imported
     ]
-    assert_none(missing, f"{init.relative} lacks the import line of:")
+    assert_none(missing, "the __init__.py beside it lacks the import line of:")
 
 
 # How many tokens an image takes
@@ -189,7 +292,7 @@ def test_nobody_but_the_config_reads_the_number_of_image_tokens() -> None:
     """Who counts asks `config.layout`; saying the number to a config that stores it (a keyword) is no reading."""
 
     def check(source: Source) -> Iterator[str]:
-        if source.module == "integrations.llava.model_config":
+        if source.module == "integrations.llava.modeling.configuration":
             return
         for node in ast.walk(source.tree):
             reads = isinstance(node, ast.Attribute) and node.attr == "image_seq_length"

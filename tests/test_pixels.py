@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from layerfuse.pixels import MAX_EDGE, is_16_bit, orientation, to_rgb, upright
 from layerfuse.preprocessing import CLIP_MEAN, CLIP_STD, Preprocessing
+from layerfuse.preprocessing.pixels import MAX_EDGE, is_16_bit, orientation, to_rgb, upright
 
 PREPARE = Preprocessing(size=(4, 4), mean=CLIP_MEAN, std=CLIP_STD, mode="squash")
 RED, GREEN, BLUE, WHITE = (255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 255)

@@ -16,7 +16,7 @@ import pytest
 from PIL import Image
 
 from layerfuse import preprocessing as module
-from layerfuse.backbones import _timm_models, open_clip
+from layerfuse.backbones import _timm_facts, open_clip
 from layerfuse.preprocessing import CLIP_MEAN, CLIP_STD, Preprocessing
 
 SIZES = [(24, 24), (21, 21), (24, 16)]
@@ -51,7 +51,7 @@ def test_pixels_are_those_of_timm(size: tuple[int, int], mode: str, crop_pct: fl
 
     config = {"input_size": (3, *size), "mean": CLIP_MEAN, "std": CLIP_STD, "interpolation": "bicubic"}
     theirs = create_transform(**config, crop_pct=crop_pct, crop_mode=mode)
-    ours = _timm_models.preprocessing_of(config | {"crop_pct": crop_pct, "crop_mode": mode}, size)
+    ours = _timm_facts.preprocessing_of(config | {"crop_pct": crop_pct, "crop_mode": mode}, size)
     # A picture that is scaled to no row at all is an error of timm's border.
     assert_alike(ours, theirs, pictures(60, least=7 if mode == "border" else 1))
 

@@ -338,9 +338,9 @@ def test_a_copied_layer_lets_go_of_its_original_once_the_next_block_has_it(
 ) -> None:
     alive: list[int] = []
     model = Chain()
-    model.blocks[3].register_forward_hook(lambda *_: alive.append(tensors_alive((2, 7, 4))))
+    model.blocks[3].register_forward_hook(lambda *_: alive.append(tensors_alive((13, 7, 4))))
     with mode(), tap(model, layers=(1, 2, 3), copy_maps=copy_maps):
-        model(tokens())
+        model(tokens(batch_size=13))
     # Three maps, the input of block 4 where map 3 is a copy of it, block 4's output.
     copied = copy_maps or mode is torch.inference_mode
     assert alive == [5 if copied else 4]

@@ -14,17 +14,17 @@ from typing import Any
 
 # Public name -> module that defines it; imported when first asked for.
 _PUBLIC = {
-    "Answerer": "generate",
-    "Decoding": "decoding",
-    "FusedLlavaConfig": "model",
-    "FusedLlavaForConditionalGeneration": "model",
-    "FusedLlavaModel": "model",
+    "Answerer": "inference",
+    "Decoding": "inference",
+    "FusedLlavaConfig": "modeling",
+    "FusedLlavaForConditionalGeneration": "modeling",
+    "FusedLlavaModel": "modeling",
     "Recipe": "config",
-    "build_model": "model",
-    "load_answerer": "generate",
-    "load_model": "checkpoint",
-    "load_processor": "checkpoint",
-    "load_recipe": "recipe_files",
+    "build_model": "modeling",
+    "load_answerer": "inference",
+    "load_model": "checkpoints",
+    "load_processor": "checkpoints",
+    "load_recipe": "config",
 }
 
 __all__ = list(_PUBLIC)
@@ -41,7 +41,7 @@ def _is_our_command() -> bool:
 
 
 if find_spec("transformers") is not None and not _is_our_command():
-    importlib.import_module(f"{__name__}.processing")
+    importlib.import_module(f"{__name__}.modeling")
 
 
 def __getattr__(name: str) -> Any:

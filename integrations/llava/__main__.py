@@ -10,17 +10,13 @@ from collections.abc import Sequence
 
 # Command -> (module, what it does). Each module has `main(argv) -> exit code`.
 _COMMANDS = {
-    "train": ("integrations.llava.train_command", "train a recipe: --recipe NAME --output FOLDER [--key value ...]"),
-    "generate": ("integrations.llava.generate_command", "answer questions about images with a trained model"),
-    "chat": ("integrations.llava.chat_command", "talk with a trained model about images, in the terminal"),
-    "convert": ("integrations.llava.convert_command", "bring a checkpoint into another layout; merge LoRA adapters"),
-    "data": ("integrations.llava.data_command", "check a data file and its images before training"),
-    "evaluate": ("integrations.llava.evaluation", "score a trained model"),
-    "demo": ("integrations.llava.demo", "make data, train several fusers, compare them, write a report"),
-    "assets": (
-        "integrations.llava.assets_command",
-        "make the tiny pretrained backbone and language model anew",
-    ),
+    "train": ("integrations.llava.cli.train", "train a recipe: --recipe NAME --output FOLDER [--key value ...]"),
+    "generate": ("integrations.llava.cli.generate", "answer questions about images with a trained model"),
+    "chat": ("integrations.llava.cli.chat", "talk with a trained model about images, in the terminal"),
+    "convert": ("integrations.llava.cli.convert", "bring a checkpoint into another layout; merge LoRA adapters"),
+    "data": ("integrations.llava.cli.data", "check a data file and its images before training"),
+    "evaluate": ("integrations.llava.cli.evaluate", "score a trained model"),
+    "demo": ("integrations.llava.cli.demo", "make data, train several fusers, compare them, write a report"),
 }
 
 

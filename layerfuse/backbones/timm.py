@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from layerfuse.backbones._timm_models import cut_timm_tail, resize_timm_model, timm_facts
+from layerfuse.backbones._timm_facts import cut_timm_tail, resize_timm_model, timm_facts
 from layerfuse.backbones.base import BACKBONES, Backbone, as_pair
 from layerfuse.errors import InputError
 from layerfuse.layers import LayerChoice

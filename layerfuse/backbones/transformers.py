@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from layerfuse.backbones._transformers_models import (
+from layerfuse.backbones._transformers_facts import (
     CLASS_TOKENS,
     cut_transformers_tail,
     patchify,

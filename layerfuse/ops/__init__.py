@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
-from layerfuse.ops.deformable_attention import IMPLEMENTATIONS, deformable_attention
-from layerfuse.ops.deformable_module import MultiScaleDeformableAttention, set_implementation
+from layerfuse.ops.deformable import (
+    IMPLEMENTATIONS,
+    MultiScaleDeformableAttention,
+    deformable_attention,
+    set_implementation,
+)
 
 __all__ = ["IMPLEMENTATIONS", "MultiScaleDeformableAttention", "deformable_attention", "set_implementation"]

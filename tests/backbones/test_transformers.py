@@ -16,7 +16,7 @@ from PIL import Image
 from torch import nn
 
 from layerfuse.backbones import TransformersBackbone, create_backbone
-from layerfuse.backbones._transformers_models import read_preprocessing
+from layerfuse.backbones._transformers_facts import read_preprocessing
 from layerfuse.preprocessing import CLIP_MEAN, HALF, IMAGENET_MEAN
 from layerfuse.testing import random_images, randomise_parameters
 from tests.backbones.zoo import CASES

@@ -264,8 +264,8 @@ def test_a_batch_of_more_lookups_than_can_be_numbered_is_taken_in_parts(
         assert rows.dtype == torch.int64 or rows.numel() <= limit
         return bag(rows, *arguments, **options)  # type: ignore[arg-type, no-any-return]
 
-    monkeypatch.setattr("layerfuse.ops.deformable_gather._MOST_LOOKUPS", limit)
-    monkeypatch.setattr("layerfuse.ops.deformable_gather.F.embedding_bag", noted)
+    monkeypatch.setattr("layerfuse.ops.deformable.gather._MOST_LOOKUPS", limit)
+    monkeypatch.setattr("layerfuse.ops.deformable.gather.F.embedding_bag", noted)
     for actual, wanted in zip(_run(inputs, "gather"), expected, strict=True):
         torch.testing.assert_close(actual, wanted, rtol=1e-12, atol=1e-12)
     # An image has 4 corners x 5 queries x 3 heads x 2 levels x 2 points = 240 lookups.
@@ -285,9 +285,9 @@ def test_the_batch_that_overflowed_is_taken_in_parts() -> None:
 def test_a_device_without_embedding_bag_computes_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     inputs = _inputs([(3, 4), (2, 5)])
     expected = _run(inputs, "reference")
-    monkeypatch.setattr("layerfuse.ops.deformable_gather._BAG_DEVICES", frozenset())
+    monkeypatch.setattr("layerfuse.ops.deformable.gather._BAG_DEVICES", frozenset())
     monkeypatch.setattr(
-        "layerfuse.ops.deformable_gather.F.embedding_bag", lambda *_, **__: pytest.fail("embedding_bag was called")
+        "layerfuse.ops.deformable.gather.F.embedding_bag", lambda *_, **__: pytest.fail("embedding_bag was called")
     )
     for actual, wanted in zip(_run(inputs, "gather"), expected, strict=True):
         torch.testing.assert_close(actual, wanted, rtol=1e-12, atol=1e-12)

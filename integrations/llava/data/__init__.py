@@ -1,34 +1,39 @@
-"""LLaVA's data format: read, check before training, prepare, and batch.
-
-`files` opens data files, `survey` checks them (the data doctor), `policy` says what training does about bad samples,
-`dataset` and `collator` prepare and batch.
-"""
+"""LLaVA's data format: files of samples, their images, prepared and batched. `doctor` checks them."""
 
 from __future__ import annotations
 
-from .collator import Collator
+from .collate import Collator
 from .dataset import BadSampleError, ConversationDataset
+from .doctor import Finding, Survey, check_samples, survey_samples, usable_indices, usable_samples
 from .files import SampleFile, Selection, read_samples, sample_lengths, select_samples
-from .findings import Finding
-from .policy import check_samples, usable_indices, usable_samples
+from .images import open_image, read_image
+from .media_names import is_outside, linked_media, unread_media
+from .samplers import ModalityLengthSampler, ShuffleSampler, modality_length_indices
 from .samples import Sample, image_names
-from .survey import Survey, survey_samples
 
 __all__ = [
     "BadSampleError",
     "Collator",
     "ConversationDataset",
     "Finding",
+    "ModalityLengthSampler",
     "Sample",
     "SampleFile",
     "Selection",
+    "ShuffleSampler",
     "Survey",
     "check_samples",
     "image_names",
+    "is_outside",
+    "linked_media",
+    "modality_length_indices",
+    "open_image",
+    "read_image",
     "read_samples",
     "sample_lengths",
     "select_samples",
     "survey_samples",
+    "unread_media",
     "usable_indices",
     "usable_samples",
 ]

@@ -10,15 +10,15 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
+from integrations.llava.image_layout import ImageLayout, ImageSize
 from integrations.llava.prompts import IGNORE_INDEX, Rendered, Template, TextEncoder, render
 from layerfuse.errors import InputError, MissingFileError
-from layerfuse.pixels import image_size
 from layerfuse.preprocessing import Preprocessing
+from layerfuse.preprocessing.pixels import image_size
 
-from ..image_layout import ImageLayout, ImageSize
-from ..images import UnreadableImageError, read_image
+from .doctor.policy import BadSamples
 from .files import file_index, sample_lengths
-from .policy import BadSamples
+from .images import UnreadableImageError, read_image
 from .samples import Sample, image_names, sample_id
 
 __all__ = ["BadSampleError", "ConversationDataset"]

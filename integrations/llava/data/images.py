@@ -1,136 +1,144 @@
-"""Image files: opening them, and finding out what is wrong with one."""
+"""Image files: the one way to open them, for training, its checks and inference; and one error for all they can be.
+
+The data doctor, training and inference come here, so that what one of them takes, all take.
+"""
 
 from __future__ import annotations
 
-import os
-import stat
-from collections.abc import Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+import struct
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Literal
 
 from PIL import Image
-from tqdm.auto import tqdm
 
-from layerfuse.errors import FileAccessError
-from layerfuse.pixels import is_16_bit, orientation
+from integrations.llava._text import printable
+from layerfuse.errors import InputError, MissingFileError
+from layerfuse.preprocessing.pixels import MAX_EDGE, check_picture, to_rgb
 
-from .._text import printable
-from ..images import UnreadableImageError, open_image
-from .findings import Fault
-from .media_names import is_outside
+__all__ = [
+    "IMAGE_ERRORS",
+    "UnreadableImageError",
+    "open_image",
+    "read_image",
+]
 
-__all__ = ["CheckImages", "find_broken_images", "image_faults"]
+IMAGE_ERRORS = (
+    OSError,  # UnidentifiedImageError is one
+    SyntaxError,
+    ValueError,
+    TypeError,
+    AttributeError,
+    LookupError,
+    ArithmeticError,
+    RuntimeError,
+    EOFError,
+    struct.error,
+    zlib.error,
+    Image.DecompressionBombError,
+)
+"""What Pillow raises on a file that it cannot open or decode; MemoryError, too, where the picture is large."""
 
-CheckImages = Literal["decode", "size", "none"]
-"""Decode images, read only their headers, or do not look at them."""
+# A process that has no room for a picture of fewer pixels is short of memory; that is no fault of the picture.
+_LARGE = 2**24
 
-_ENDINGS = (".jpg", ".jpeg", ".png", ".gif", ".webp", ".bmp", ".tif", ".tiff")
+Reason = Literal["large_image", "unclear_values", "truncated_image", "broken_image"]
 
 
-def image_faults(folder: Path, name: str, *, how: CheckImages, max_pixels: int | None = None) -> Iterator[Fault]:
-    """Check an image file.
+class UnreadableImageError(InputError):
+    """An image file that cannot be used.
 
     Args:
-        folder: what the name is relative to.
-        name: of the image.
-        how: decode it, or read only its header.
-        max_pixels: larger images are a problem; None allows what Pillow opens.
+        path: of the file.
+        kind: of fault, as the data doctor names it.
+        reason: in words.
+
+    Attributes:
+        kind: of fault.
+        reason: in words.
+    """
+
+    def __init__(self, path: Path, kind: Reason, reason: str) -> None:
+        way_out = "give a picture that is whole (PNG, JPEG, WebP, …)." if kind.endswith("n_image") else ""
+        super().__init__(f"image {printable(str(path))} cannot be read ({reason.rstrip('.')}); {way_out}".rstrip("; "))
+        self.kind: Reason = kind
+        self.reason = reason.rstrip(".")
+
+
+@contextmanager
+def open_image(path: str | Path) -> Iterator[Image.Image]:
+    """Open an image file; it is decoded when its pixels are asked for inside the block.
+
+    Args:
+        path: of the file; its ending says nothing.
 
     Yields:
-        Its faults, at most one of them a problem.
+        The opened image.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        UnreadableImageError: if the file is at fault for what goes wrong on opening it and inside the block.
     """
-    path, shown = folder / name, printable(name)
+    path = Path(path)
     try:
-        status = path.stat()
-    except (FileNotFoundError, NotADirectoryError):
-        yield _missing(folder, name, how, max_pixels)
-        return
-    except (OSError, ValueError) as error:
-        yield Fault("broken_image", f"image {shown}: cannot be read ({error})", name)
-        return
-    if not stat.S_ISREG(status.st_mode):
-        yield Fault("missing_image", f"image {shown}: missing, this is no file", name)
-    elif status.st_size == 0:
-        yield Fault("empty_image", f"image {shown}: corrupt, zero bytes", name)
-    else:
-        yield from _content_faults(path, name, how, max_pixels)
-
-
-def _content_faults(path: Path, name: str, how: CheckImages, max_pixels: int | None) -> Iterator[Fault]:
-    shown = printable(name)
-    try:
-        with open_image(path) as image:
-            found, (width, height) = image.format or "", image.size
-            if max_pixels is not None and width * height > max_pixels:
-                yield Fault(
-                    "large_image", f"image {shown}: {width} × {height} pixels, the limit is {max_pixels:,}", name
-                )
-            elif how == "decode":
-                _decode(image)
-            turned, deep = orientation(image), is_16_bit(image)
-    except FileAccessError as error:
-        yield Fault("missing_image", f"image {shown}: {error}", name)
-        return
-    except UnreadableImageError as error:
-        what = {"truncated_image": "corrupt, cut off", "broken_image": "corrupt"}.get(error.kind, "cannot be used")
-        yield Fault(error.kind, f"image {shown}: {what} ({error.reason})", name)
-        return
-    if turned != 1:
-        yield Fault("turned_image", f"image {shown}: is to be turned by its Exif data (orientation {turned})", name)
-    if deep:
-        yield Fault("deep_image", f"image {shown}: has 16 bits a pixel, the upper eight are read", name)
-    named = Image.registered_extensions().get(path.suffix.lower())
-    if named is not None and named != {"MPO": "JPEG"}.get(found, found):
-        yield Fault("mislabeled_image", f"image {shown}: called {path.suffix}, but its content is {found}", name)
-
-
-def _decode(image: Image.Image) -> None:
-    # JPEG at an eighth of its size: all bytes are read, the faults found are the same, and it takes half the time.
-    image.draft(None, (max(1, image.width // 8), max(1, image.height // 8)))
-    image.load()
-
-
-def _missing(folder: Path, name: str, how: CheckImages, max_pixels: int | None) -> Fault:
-    """Look for the same name with slashes, and with another ending: OCR-VQA's GIFs are called .jpg in LLaVA's files."""
-    shown, slashed = printable(name), name.replace("\\", "/")
-    names = [] if slashed == name else [slashed]
-    stem = os.path.splitext(slashed)[0]
-    names += [stem + ending for ending in (*_ENDINGS, *map(str.upper, _ENDINGS))]
-    for other in names:
-        if is_outside(other, folder) or not os.path.isfile(folder / other):
-            continue
-        if any(fault.is_problem for fault in image_faults(folder, other, how=how, max_pixels=max_pixels)):
-            continue
-        if slashed != name:
-            message = f"image {shown}: written with backslashes, the file is {printable(other)}"
-            return Fault("backslash_name", message, name, other)
-        there = os.path.basename(other)
-        return Fault("wrong_extension", f"image {shown}: missing, but {there} is there", name, other)
-    if slashed != name:
-        return Fault(
-            "missing_image", f"image {shown}: missing; {printable(slashed)}, with slashes, is missing, too", name
+        is_file = path.is_file()
+    except ValueError:  # a name that no file can have
+        is_file = False
+    if not is_file:
+        raise MissingFileError(
+            f"image {printable(str(path))} does not exist; give the path of a picture (PNG, JPEG, WebP, …)."
         )
-    return Fault("missing_image", f"image {shown}: missing", name)
+    num_pixels = 0
+    try:
+        with Image.open(path) as image:
+            num_pixels = image.width * image.height
+            _check(path, image)
+            yield image
+    except UnreadableImageError:
+        raise
+    except Image.DecompressionBombError as error:
+        raise UnreadableImageError(path, "large_image", f"more pixels than Pillow opens: {error}") from error
+    except MemoryError as error:
+        if num_pixels < _LARGE:
+            raise
+        raise UnreadableImageError(path, "large_image", f"no memory for its {num_pixels:,} pixels") from error
+    except IMAGE_ERRORS as error:
+        cut = "truncated" in str(error).lower() or _is_short_riff(path)
+        what = str(error) or type(error).__name__
+        raise UnreadableImageError(path, "truncated_image" if cut else "broken_image", what) from error
 
 
-def find_broken_images(folder: str | Path, names: Iterable[str]) -> list[str]:
-    """Decode every image once, several at a time, so that a run does not meet a broken one hours later.
+def read_image(path: str | Path) -> Image.Image:
+    """Read an image file as RGB, eight bits a channel; it is not turned, but keeps the Exif data that say how to.
 
-    Args:
-        folder: what the names are relative to.
-        names: of the images; one that comes twice is read once.
-
-    Returns:
-        What is wrong, one line per file that cannot be used, in the order of the names.
+    Raises:
+        FileNotFoundError: if there is no such file.
+        UnreadableImageError: a ValueError, if it is not an image that can be read to its end and made RGB.
     """
+    with open_image(path) as image:
+        return to_rgb(image)
 
-    def problem(name: str) -> str:
-        faults = image_faults(Path(folder), name, how="decode")
-        return next((fault.message for fault in faults if fault.is_problem), "")
 
-    unique = list(dict.fromkeys(names))
-    # Threads: Pillow decodes outside of Python's lock.
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        found = tqdm(pool.map(problem, unique), "checking images", len(unique), unit="image", leave=False, disable=None)
-        return [line for line in found if line]
+def _check(path: Path, image: Image.Image) -> None:
+    try:
+        check_picture(image)
+    except InputError as error:
+        sized = min(image.size) > 0
+        kind: Reason = "broken_image" if not sized else "large_image" if _is_long(image) else "unclear_values"
+        raise UnreadableImageError(path, kind, str(error)) from error
+
+
+def _is_long(image: Image.Image) -> bool:
+    return max(image.size) > MAX_EDGE
+
+
+def _is_short_riff(path: Path) -> bool:
+    """Whether this is a WebP file that is shorter than it says; Pillow's message does not tell."""
+    try:
+        with path.open("rb") as file:
+            head = file.read(12)
+        return head[:4] == b"RIFF" and len(head) == 12 and struct.unpack("<I", head[4:8])[0] + 8 > path.stat().st_size
+    except OSError:
+        return False

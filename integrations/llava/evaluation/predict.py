@@ -6,10 +6,11 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from integrations.llava.batching import answer_batches, form_batches
-from integrations.llava.evaluation.task import Question, Task, tasks_of
-from integrations.llava.images import read_image
+from integrations.llava.data import read_image
+from integrations.llava.inference import answer_batches, form_batches
 from layerfuse.errors import InputError, MissingFileError
+
+from .task import Question, Task, tasks_of
 
 __all__ = ["Answer", "check_images", "predict", "read_image"]
 
@@ -25,7 +26,7 @@ def check_images(questions: Sequence[Question], image_folder: str | Path) -> Non
         ValueError: naming those that are outside the folder, likewise.
     """
     # Imported here so that whoever only scores answers needs no model library.
-    from integrations.llava.data.media_names import is_outside
+    from integrations.llava.data import is_outside
 
     folder = Path(image_folder)
     names = dict.fromkeys(name for question in questions for name in question.images)

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
-from integrations.llava.json_lines import json_lines
+from integrations.llava._files import json_lines
 from layerfuse.errors import InputError, MissingFileError, UserError
 from layerfuse.registry import Registry
 

@@ -6,7 +6,7 @@ its import line here.
 
 from __future__ import annotations
 
-from integrations.llava.image_layout.fixed import FixedLayout
-from integrations.llava.image_layout.layout import LAYOUTS, ImageLayout, ImageSize, layout_from_config
+from .fixed import FixedLayout
+from .layout import LAYOUTS, ImageLayout, ImageSize, layout_from_config
 
 __all__ = ["LAYOUTS", "FixedLayout", "ImageLayout", "ImageSize", "layout_from_config"]

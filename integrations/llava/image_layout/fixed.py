@@ -5,8 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from integrations.llava.image_layout.layout import ImageLayout, ImageSize
 from layerfuse.errors import InputError
+
+from .layout import ImageLayout, ImageSize
 
 __all__ = ["FixedLayout"]
 

@@ -8,9 +8,24 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from .dataset import make_dataset
+from .dataset import make_dataset, scene_at
+from .questions import KINDS
+from .rendering import render
+from .scene import CHARACTERS, COLORS, GRID, SHAPES, Scene
 
-__all__ = ["BACKBONE_FOLDER", "LLM_FOLDER", "make_dataset"]
+__all__ = [
+    "BACKBONE_FOLDER",
+    "CHARACTERS",
+    "COLORS",
+    "GRID",
+    "KINDS",
+    "LLM_FOLDER",
+    "SHAPES",
+    "Scene",
+    "make_dataset",
+    "render",
+    "scene_at",
+]
 
 _ASSETS = Path(__file__).parent / "assets"
 BACKBONE_FOLDER = _ASSETS / "backbone"

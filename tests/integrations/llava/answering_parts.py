@@ -6,10 +6,10 @@ from pathlib import Path
 
 import torch
 
-from integrations.llava.checkpoint import save_model
-from integrations.llava.decoding import Decoding
-from integrations.llava.model import build_model
-from integrations.llava.processing import add_image_token, build_processor
+from integrations.llava.checkpoints.model_io import save_model
+from integrations.llava.inference.sampling import Decoding
+from integrations.llava.modeling.model import build_model
+from integrations.llava.modeling.processing import add_image_token, build_processor
 from integrations.llava.prompts import get_template
 from layerfuse.backbones import create_backbone
 from layerfuse.fusers import create_fuser

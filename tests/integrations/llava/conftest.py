@@ -12,10 +12,10 @@ import pytest
 from PIL import Image
 from transformers import PreTrainedTokenizerBase
 
-from integrations.llava.config import Recipe
-from integrations.llava.generate import Answerer, load_answerer
-from integrations.llava.images import read_image
-from integrations.llava.recipe_files import load_recipe
+from integrations.llava.config.schema import Recipe
+from integrations.llava.config.yaml_io import load_recipe
+from integrations.llava.data.images import read_image
+from integrations.llava.inference.predictor import Answerer, load_answerer
 from tests.integrations.llava.answering_parts import save_run
 from tests.integrations.llava.process_pairs import Nursery
 from tests.integrations.llava.tiny_parts import (
@@ -80,7 +80,7 @@ def tiny_recipe(backbone_folder: Path, llm_folder: Path, data_folder: Path) -> R
 @pytest.fixture(scope="session")
 def run_folder(tiny_recipe: Recipe, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run of both stages, three steps each."""
-    from integrations.llava.train import train
+    from integrations.llava.training.train import train
 
     return train(tiny_recipe, tmp_path_factory.mktemp("run") / "mmfuser")
 

@@ -16,10 +16,10 @@ from accelerate.utils import DistributedType
 from torch.distributed.tensor import DTensor
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from integrations.llava import starting
-from integrations.llava import train as training
-from integrations.llava.interruption import RunInterrupted
-from integrations.llava.recipe_files import load_recipe
+from integrations.llava.config.yaml_io import load_recipe
+from integrations.llava.training import preflight as starting
+from integrations.llava.training import train
+from integrations.llava.training.signals import RunInterrupted
 
 
 class AskToStop(TrainerCallback):
@@ -105,7 +105,7 @@ def run(
     def start(*callbacks: TrainerCallback) -> None:
         adapter = Path(folder) / "adapter.safetensors"
         output = Path(folder) / name
-        training.train(recipe, output, stages=["finetune"], adapter=adapter, callbacks=[*checks, *callbacks])
+        train(recipe, output, stages=["finetune"], adapter=adapter, callbacks=[*checks, *callbacks])
 
     with engines_on_cpu():
         if stop_at is not None:
@@ -121,4 +121,4 @@ def both_engines(rank: int, folder: str) -> None:
     """One engine after the other in one run: none leaves anything to the next."""
     with engines_on_cpu():
         recipe = load_recipe(Path(folder) / "recipe.yaml", {"pretrain.engine": "fsdp2", "finetune.engine": "ddp"})
-        training.train(recipe, Path(folder) / "fsdp2_then_ddp")
+        train(recipe, Path(folder) / "fsdp2_then_ddp")

@@ -10,7 +10,7 @@ from typing import Any
 import yaml
 from safetensors import SafetensorError
 
-from integrations.llava import train_command
+from integrations.llava.cli import train as train_command
 from integrations.llava.data import BadSampleError
 
 __all__ = ["ERRORS", "PLACES", "fail", "killed"]
@@ -27,18 +27,18 @@ ERRORS = {
 # Phase -> for each rank, what it calls there: module, name, and which of the calls fails.
 PLACES: dict[str, tuple[tuple[str, str, int], tuple[str, str, int]]] = {
     "data check": (
-        ("integrations.llava.train", "usable_indices", 1),
-        ("integrations.llava.train", "read_samples", 1),
+        ("integrations.llava.training.train", "usable_indices", 1),
+        ("integrations.llava.training.train", "read_samples", 1),
     ),
-    "build": (("integrations.llava.stage", "assemble_stage", 1),) * 2,
+    "build": (("integrations.llava.training.stage", "assemble_stage", 1),) * 2,
     "step": (("integrations.llava.data.dataset.ConversationDataset", "__getitem__", 3),) * 2,
     "checkpoint": (
-        ("integrations.llava.checkpointing", "save_file", 2),
-        ("integrations.llava.trainer.LlavaTrainer", "_save_rng_state", 1),
+        ("integrations.llava.training.resume", "save_file", 2),
+        ("integrations.llava.training.trainer.LlavaTrainer", "_save_rng_state", 1),
     ),
     "finish": (
-        ("integrations.llava.stage", "save_model", 1),
-        ("integrations.llava.stage", "forget_engine", 2),
+        ("integrations.llava.training.stage", "save_model", 1),
+        ("integrations.llava.training.stage", "forget_engine", 2),
     ),
 }
 

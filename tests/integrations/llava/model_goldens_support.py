@@ -16,12 +16,12 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from integrations.llava.checkpoint import load_model, load_processor
-from integrations.llava.convert.names import from_published
+from integrations.llava.checkpoints.key_maps import from_published
+from integrations.llava.checkpoints.model_io import load_model, load_processor
+from integrations.llava.checkpoints.tensors import stored_model
 from integrations.llava.data import Collator, ConversationDataset
-from integrations.llava.model import FusedLlavaForConditionalGeneration
+from integrations.llava.modeling.model import FusedLlavaForConditionalGeneration
 from integrations.llava.prompts import Rendered
-from integrations.llava.weight_files import stored_model
 from layerfuse.preprocessing import Preprocessing
 from tests.goldens_support import SHARED
 

@@ -22,7 +22,7 @@ from typing import Any
 
 __all__ = ["Ended", "Nursery"]
 
-_IMPORTED = ("integrations.llava.train_command", "integrations.llava.lora", "torch.utils.tensorboard")
+_IMPORTED = ("integrations.llava.cli.train", "integrations.llava.modeling.lora", "torch.utils.tensorboard")
 _PATIENCE = 120.0
 
 

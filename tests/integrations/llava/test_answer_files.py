@@ -15,12 +15,12 @@ import pytest
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from integrations.llava.answer_files import AnswerFile, weights_fingerprint
-from integrations.llava.batching import Shard, find_shard, form_batches
-from integrations.llava.generate import Answerer
-from integrations.llava.generate_command import main
-from integrations.llava.preparing import load_preparer
-from integrations.llava.request_files import Request, prompt_lengths, read_requests, refuse_broken_images
+from integrations.llava.cli.generate import main
+from integrations.llava.inference.batching import Shard, find_shard, form_batches
+from integrations.llava.inference.predictor import Answerer
+from integrations.llava.inference.prompt_builder import load_preparer
+from integrations.llava.inference.requests import Request, prompt_lengths, read_requests, refuse_broken_images
+from integrations.llava.inference.results import AnswerFile, weights_fingerprint
 from tests.integrations.llava.answering_parts import PROMPTS
 from tests.integrations.llava.tiny_parts import human_and_gpt
 

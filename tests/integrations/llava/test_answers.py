@@ -12,8 +12,8 @@ import torch
 from PIL import Image
 from transformers import PreTrainedModel
 
-from integrations.llava.decoding import Decoding, SeededSampling
-from integrations.llava.generate import Answerer, load_answerer
+from integrations.llava.inference.predictor import Answerer, load_answerer
+from integrations.llava.inference.sampling import Decoding, SeededSampling
 from integrations.llava.prompts import get_template, render
 from tests.integrations.llava.answering_parts import PROMPTS, SAMPLED, save_run
 from tests.integrations.llava.tiny_parts import human_and_gpt

@@ -17,12 +17,12 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from integrations.llava.answer_files import AnswerFile, answer_settings
-from integrations.llava.batching import Shard
-from integrations.llava.decoding import Decoding
-from integrations.llava.generate_command import main
-from integrations.llava.preparing import load_preparer
-from integrations.llava.request_files import Request, question_fingerprints, refuse_broken_images
+from integrations.llava.cli.generate import main
+from integrations.llava.inference.batching import Shard
+from integrations.llava.inference.prompt_builder import load_preparer
+from integrations.llava.inference.requests import Request, question_fingerprints, refuse_broken_images
+from integrations.llava.inference.results import AnswerFile, answer_settings
+from integrations.llava.inference.sampling import Decoding
 
 posix = pytest.mark.skipif(os.name == "nt", reason="needs fork and resource limits")
 

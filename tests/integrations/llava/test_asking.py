@@ -13,8 +13,8 @@ import pytest
 import torch
 from PIL import Image
 
-from integrations.llava.checkpoint import load_processor
-from integrations.llava.generate import Answerer, load_answerer
+from integrations.llava.checkpoints.model_io import load_processor
+from integrations.llava.inference.predictor import Answerer, load_answerer
 from integrations.llava.prompts import TextEncoder
 from layerfuse.errors import UserError
 from tests.integrations.llava.answering_parts import PROMPTS

@@ -15,9 +15,9 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from integrations.llava.chat_command import Conversation, main
-from integrations.llava.decoding import Decoding
-from integrations.llava.generate import Answerer
+from integrations.llava.cli.chat import Conversation, main
+from integrations.llava.inference.predictor import Answerer
+from integrations.llava.inference.sampling import Decoding
 from tests.integrations.llava.answering_parts import save_run
 from tests.integrations.llava.tiny_parts import human_and_gpt
 
@@ -116,7 +116,7 @@ def test_a_real_error_keeps_its_traceback(run: Path, monkeypatch: pytest.MonkeyP
     def fail(*_: Any, **__: Any) -> None:
         raise ValueError("of the program")
 
-    monkeypatch.setattr("integrations.llava.generate.load_model", fail)
+    monkeypatch.setattr("integrations.llava.inference.predictor.load_model", fail)
     with pytest.raises(ValueError, match="of the program"):
         main(["--model", str(run)])
 

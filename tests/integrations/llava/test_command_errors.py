@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 
-from integrations.llava import convert_command, data_command
+from integrations.llava.cli import convert as convert_command
+from integrations.llava.cli import data as data_command
 from tests.integrations.llava.tiny_parts import human_and_gpt
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from integrations.llava import __main__ as command_line
-from integrations.llava.train_command import main as train_main
+from integrations.llava.cli.train import main as train_main
 from tests.integrations.llava.tiny_parts import tiny_overrides
 
 

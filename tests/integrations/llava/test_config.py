@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from integrations.llava.config import PARTS, ModelConfig, Recipe, StageConfig
-from integrations.llava.recipe_files import dump_recipe, load_recipe, parse_overrides
+from integrations.llava.config.schema import PARTS, ModelConfig, Recipe, StageConfig
+from integrations.llava.config.yaml_io import dump_recipe, load_recipe, parse_overrides
 from layerfuse.errors import UserError
 
 

@@ -22,11 +22,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from integrations.llava.config import Recipe
-from integrations.llava.interruption import EXIT_REQUEUE
-from integrations.llava.recipe_files import dump_recipe
-from integrations.llava.run_folder import RunFolder
-from integrations.llava.train import train
+from integrations.llava.config.schema import Recipe
+from integrations.llava.config.yaml_io import dump_recipe
+from integrations.llava.training.run_folder import RunFolder
+from integrations.llava.training.signals import EXIT_REQUEUE
+from integrations.llava.training.train import train
 from tests.integrations.llava.process_pairs import Nursery
 
 ENGINES = ("ddp", "fsdp2")

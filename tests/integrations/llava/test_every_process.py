@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from integrations.llava.config import Recipe
-from integrations.llava.recipe_files import dump_recipe
-from integrations.llava.run_folder import RunFolder
+from integrations.llava.config.schema import Recipe
+from integrations.llava.config.yaml_io import dump_recipe
+from integrations.llava.training.run_folder import RunFolder
 from tests.integrations.llava.failing_worker import ERRORS, PLACES
 from tests.integrations.llava.process_pairs import Nursery
 

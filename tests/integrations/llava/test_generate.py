@@ -14,9 +14,9 @@ import torch
 from PIL import Image
 from transformers import AutoModelForImageTextToText, CompileConfig
 
-from integrations.llava.decoding import Decoding
-from integrations.llava.generate import Answerer, default_dtype, load_answerer
-from integrations.llava.preparing import Preparer, load_preparer
+from integrations.llava.inference.predictor import Answerer, default_dtype, load_answerer
+from integrations.llava.inference.prompt_builder import Preparer, load_preparer
+from integrations.llava.inference.sampling import Decoding
 from integrations.llava.prompts import get_template
 from tests.integrations.llava.answering_parts import PROMPTS, SAMPLED, save_run
 
@@ -149,7 +149,7 @@ def test_quantised_models_answer(
 
 
 def test_without_bitsandbytes_the_way_to_get_it_is_named(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("integrations.llava.quantization.find_spec", lambda _: None)
+    monkeypatch.setattr("integrations.llava.modeling.quantization.find_spec", lambda _: None)
 
     with pytest.raises(ImportError, match=r"pip install 'layerfuse\[quantize\]'"):
         load_answerer(run, quantize="nf4")

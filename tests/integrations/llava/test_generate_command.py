@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from integrations.llava.generate import Answerer
-from integrations.llava.generate_command import main
+from integrations.llava.cli.generate import main
+from integrations.llava.inference.predictor import Answerer
 
 
 def ask(run: Path, *arguments: object, capsys: pytest.CaptureFixture[str]) -> list[str]:
@@ -91,7 +91,9 @@ def test_the_command_explains_what_is_wrong(
 def test_a_prompt_that_does_not_fit_is_refused_before_the_weights_are_read(
     run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("integrations.llava.generate.load_model", lambda *_, **__: pytest.fail("weights were read"))
+    monkeypatch.setattr(
+        "integrations.llava.inference.predictor.load_model", lambda *_, **__: pytest.fail("weights were read")
+    )
 
     with pytest.raises(SystemExit, match="2"):
         main(["--model", str(run), "--prompt", "word " * 900])
@@ -117,7 +119,9 @@ def test_what_a_model_cannot_be_asked_is_told_before_the_weights_are_read(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    monkeypatch.setattr("integrations.llava.generate.load_model", lambda *_, **__: pytest.fail("weights were read"))
+    monkeypatch.setattr(
+        "integrations.llava.inference.predictor.load_model", lambda *_, **__: pytest.fail("weights were read")
+    )
 
     with pytest.raises(SystemExit, match="2"):
         main(["--model", str(run), *arguments])
@@ -158,6 +162,6 @@ def test_a_real_error_keeps_its_traceback(error: type[Exception], run: Path, mon
     def fail(*_: Any, **__: Any) -> None:
         raise error("of the program")
 
-    monkeypatch.setattr("integrations.llava.generate.load_model", fail)
+    monkeypatch.setattr("integrations.llava.inference.predictor.load_model", fail)
     with pytest.raises(error, match="of the program"):
         main(["--model", str(run), "--prompt", "a"])

@@ -11,10 +11,10 @@ from pathlib import Path
 
 import pytest
 
-from integrations.llava.config import Recipe
-from integrations.llava.interruption import RunInterrupted, StopRequest, stop_requests
-from integrations.llava.recipe_files import dump_recipe
-from integrations.llava.run_folder import RunFolder
+from integrations.llava.config.schema import Recipe
+from integrations.llava.config.yaml_io import dump_recipe
+from integrations.llava.training.run_folder import RunFolder
+from integrations.llava.training.signals import RunInterrupted, StopRequest, stop_requests
 from tests.integrations.llava.test_resume import both_stages
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from integrations.llava.json_lines import is_writable_text, json_lines
+from integrations.llava._files import is_writable_text, json_lines
 
 BREAKS = "\u2028 \u2029 \x85 \x0b \x0c \x1c \x1d \x1e"
 

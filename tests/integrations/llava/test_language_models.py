@@ -31,10 +31,10 @@ from transformers import (
     PreTrainedModel,
 )
 
-from integrations.llava.assembly import described_llm, llm_from_config
-from integrations.llava.checkpoint import load_model
-from integrations.llava.config import ModelConfig
-from integrations.llava.model import FusedLlavaForConditionalGeneration, build_model
+from integrations.llava.checkpoints.model_io import load_model
+from integrations.llava.config.schema import ModelConfig
+from integrations.llava.modeling.build import described_llm, llm_from_config
+from integrations.llava.modeling.model import FusedLlavaForConditionalGeneration, build_model
 from layerfuse.backbones import create_backbone
 from layerfuse.errors import InputError
 from layerfuse.fusers import create_fuser

@@ -13,16 +13,16 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-from integrations.llava.checkpoint import load_model, save_model
-from integrations.llava.config import LoraConfig
-from integrations.llava.convert import convert
-from integrations.llava.lora import add_lora, merge_lora
-from integrations.llava.lora_files import load_lora, merged_tensors, save_lora
-from integrations.llava.model import FusedLlavaForConditionalGeneration, build_model
-from integrations.llava.processing import add_image_token, build_processor
+from integrations.llava.checkpoints import convert
+from integrations.llava.checkpoints.lora import load_lora, merged_tensors, save_lora
+from integrations.llava.checkpoints.model_io import load_model, save_model
+from integrations.llava.checkpoints.tensors import stored_model
+from integrations.llava.config.schema import LoraConfig
+from integrations.llava.modeling.lora import add_lora, merge_lora
+from integrations.llava.modeling.model import FusedLlavaForConditionalGeneration, build_model
+from integrations.llava.modeling.processing import add_image_token, build_processor
+from integrations.llava.modeling.quantization import quantization_config
 from integrations.llava.prompts import get_template
-from integrations.llava.quantization import quantization_config
-from integrations.llava.weight_files import stored_model
 from layerfuse.backbones import TransformersBackbone
 from layerfuse.fusers import create_fuser
 from layerfuse.testing import randomise_parameters

@@ -12,10 +12,10 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageTextToText, GenerationConfig, Trainer, TrainingArguments
 
 import integrations.llava
-from integrations.llava.checkpoint import load_model
-from integrations.llava.connector import load_adapter, save_adapter
-from integrations.llava.model import FusedLlavaForConditionalGeneration, build_model
-from integrations.llava.train import set_trainable
+from integrations.llava.checkpoints.connector import load_adapter, save_adapter
+from integrations.llava.checkpoints.model_io import load_model
+from integrations.llava.modeling.model import FusedLlavaForConditionalGeneration, build_model
+from integrations.llava.training.train import set_trainable
 from layerfuse.backbones import create_backbone
 from layerfuse.fusers import ExtraTokens, create_fuser
 from layerfuse.testing import random_images, randomise_parameters

@@ -18,9 +18,9 @@ from transformers import (
     pipeline,
 )
 
-from integrations.llava.checkpoint import load_model
-from integrations.llava.generate_mixin import end_answers
-from integrations.llava.model import (
+from integrations.llava.checkpoints.model_io import load_model
+from integrations.llava.modeling.generation import end_answers
+from integrations.llava.modeling.model import (
     FusedLlavaConfig,
     FusedLlavaForConditionalGeneration,
     FusedLlavaModel,

@@ -13,10 +13,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageTextToText
 
-from integrations.llava.checkpoint import load_model
-from integrations.llava.connector import load_adapter
-from integrations.llava.convert import convert, convert_adapter, layout_of
-from integrations.llava.weight_files import stored_model, stored_tensors
+from integrations.llava.checkpoints import convert, convert_adapter, layout_of
+from integrations.llava.checkpoints.connector import load_adapter
+from integrations.llava.checkpoints.model_io import load_model
+from integrations.llava.checkpoints.tensors import stored_model, stored_tensors
 from tests.integrations.llava.model_goldens_support import CASES, PROMPTS, RECORDED, Case, Run, recorded_names
 
 FUSER = "model.mm_projector.0."

@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 from transformers import ImageTextToTextPipeline, pipeline
 
-from integrations.llava.generate import Answerer
+from integrations.llava.inference.predictor import Answerer
 from tests.integrations.llava.tiny_parts import human_and_gpt
 
 OPTIONS: dict[str, Any] = {"return_full_text": False, "generate_kwargs": {"max_new_tokens": 8, "do_sample": False}}

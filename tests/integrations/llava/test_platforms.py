@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from integrations.llava.config import Recipe
-from integrations.llava.data_command import main as data_main
-from integrations.llava.train import train
+from integrations.llava.cli.data import main as data_main
+from integrations.llava.config.schema import Recipe
+from integrations.llava.training.train import train
 
 
 @pytest.fixture

@@ -13,8 +13,8 @@ import torch
 from PIL import Image
 from transformers import AutoImageProcessor, AutoProcessor, LlavaProcessor
 
-from integrations.llava.generate import load_answerer
-from integrations.llava.processing import LayerfuseImageProcessor, add_image_token
+from integrations.llava.inference.predictor import load_answerer
+from integrations.llava.modeling.processing import LayerfuseImageProcessor, add_image_token
 from layerfuse.preprocessing import CLIP_MEAN, CLIP_STD, Preprocessing
 from tests.integrations.llava.tiny_parts import make_tokenizer
 

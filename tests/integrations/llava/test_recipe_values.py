@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from integrations.llava.config import StageConfig
-from integrations.llava.recipe_files import load_recipe
+from integrations.llava.config.schema import StageConfig
+from integrations.llava.config.yaml_io import load_recipe
 from layerfuse.errors import UserError
 
 

@@ -11,11 +11,17 @@ import pytest
 import yaml
 from transformers import AutoTokenizer
 
-from integrations.llava.config import STAGES
-from integrations.llava.estimate import GPUS, dry_run, render
-from integrations.llava.recipe_files import RECIPE_FOLDER, dump_recipe, load_recipe, parse_overrides, recipe_names
-from integrations.llava.train import train
-from integrations.llava.train_command import main
+from integrations.llava.cli.train import main
+from integrations.llava.config.schema import STAGES
+from integrations.llava.config.yaml_io import (
+    RECIPE_FOLDER,
+    dump_recipe,
+    load_recipe,
+    parse_overrides,
+    recipe_names,
+)
+from integrations.llava.dry_run import GPUS, dry_run, render
+from integrations.llava.training.train import train
 
 DOCUMENT = Path(__file__).parents[3] / "docs" / "recipes.md"
 # What each recipe sets, beside the recipe that it derives from.

@@ -25,14 +25,15 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Shard
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from integrations.llava import checkpointing, train_command
-from integrations.llava import stage as stage_module
-from integrations.llava.checkpointing import load_state, own_part, save_state
-from integrations.llava.config import Recipe
-from integrations.llava.interruption import EXIT_REQUEUE, RunInterrupted
-from integrations.llava.recipe_files import dump_recipe
-from integrations.llava.run_folder import RunFolder
-from integrations.llava.train import train
+from integrations.llava.cli import train as train_command
+from integrations.llava.config.schema import Recipe
+from integrations.llava.config.yaml_io import dump_recipe
+from integrations.llava.training import resume as checkpointing
+from integrations.llava.training import stage as stage_module
+from integrations.llava.training.resume import load_state, own_part, save_state
+from integrations.llava.training.run_folder import RunFolder
+from integrations.llava.training.signals import EXIT_REQUEUE, RunInterrupted
+from integrations.llava.training.train import train
 from layerfuse.files import check_disk_space
 
 Usage = namedtuple("Usage", "total used free")

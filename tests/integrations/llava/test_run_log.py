@@ -10,7 +10,7 @@ import pytest
 import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from integrations.llava.run_folder import RunFolder
+from integrations.llava.training.run_folder import RunFolder
 from tests.integrations.llava.tiny_training import TinyTrainer, item, read_rows, tiny_trainer
 
 SAMPLES = [item(name, number / 7) for number, name in enumerate("abcdefghij", start=1)]

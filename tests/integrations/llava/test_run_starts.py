@@ -19,12 +19,12 @@ from filelock import FileLock
 from safetensors.torch import load_file
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from integrations.llava import train_command
-from integrations.llava.config import LoraConfig, Recipe
-from integrations.llava.interruption import RunInterrupted
-from integrations.llava.recipe_files import dump_recipe
-from integrations.llava.run_folder import RunFolder
-from integrations.llava.train import RANDOM, train
+from integrations.llava.cli import train as train_command
+from integrations.llava.config.schema import LoraConfig, Recipe
+from integrations.llava.config.yaml_io import dump_recipe
+from integrations.llava.training.run_folder import RunFolder
+from integrations.llava.training.signals import RunInterrupted
+from integrations.llava.training.train import RANDOM, train
 from layerfuse.errors import InputError
 from tests.integrations.llava.test_resume import StopAt, both_stages, rows
 
@@ -184,7 +184,7 @@ def test_a_data_file_with_as_many_but_other_samples_is_noticed(tiny_recipe: Reci
 
 HOLD = """
 import sys, time
-from integrations.llava.run_folder import RunFolder
+from integrations.llava.training.run_folder import RunFolder
 with RunFolder(sys.argv[1]).locked():
     print("held", flush=True)
     time.sleep(60)
@@ -223,7 +223,7 @@ def test_a_training_that_starts_as_another_ends_has_the_folder_to_itself(
                 second.enter_context(waiting.pop().locked())
 
     with monkeypatch.context() as patch:
-        patch.setattr("integrations.llava.run_folder.FileLock", Queued)
+        patch.setattr("integrations.llava.training.run_folder.FileLock", Queued)
         with RunFolder(tmp_path).locked():
             pass
     with second, pytest.raises(InputError, match="a training is running"), RunFolder(tmp_path).locked():

@@ -11,7 +11,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from integrations.llava.sampler import ModalityLengthSampler, ShuffleSampler, modality_length_indices
+from integrations.llava.data.samplers import ModalityLengthSampler, ShuffleSampler, modality_length_indices
 
 lengths = st.lists(st.integers(-300, 300).filter(bool), min_size=1, max_size=60)
 

@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 
-from integrations.llava import train_command
-from integrations.llava.config import LoraConfig, Recipe
-from integrations.llava.train import train
+from integrations.llava.cli import train as train_command
+from integrations.llava.config.schema import LoraConfig, Recipe
+from integrations.llava.training.train import train
 from layerfuse.errors import InputError, UserError
 from tests.integrations.llava.test_run_starts import changed, command
 
@@ -62,7 +62,7 @@ def test_what_cannot_be_built_is_said_before_data_are_read(
     what: str, tiny_recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     change, message = UNBUILDABLE[what]
-    monkeypatch.setattr("integrations.llava.train.read_samples", None)
+    monkeypatch.setattr(sys.modules[train.__module__], "read_samples", None)
     with pytest.raises(UserError, match=message):
         train(change(tiny_recipe), tmp_path / "run")
     assert not (tmp_path / "run").exists()
@@ -79,9 +79,9 @@ def test_a_missing_package_is_said_before_data_are_read(
     package: str, lora: LoraConfig, message: str, tiny_recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, package, None)
-    monkeypatch.setattr("integrations.llava.train.read_samples", None)
+    monkeypatch.setattr(sys.modules[train.__module__], "read_samples", None)
     if package == "bitsandbytes":
-        monkeypatch.setattr("integrations.llava.quantization.find_spec", lambda _: None)
+        monkeypatch.setattr("integrations.llava.modeling.quantization.find_spec", lambda _: None)
     with pytest.raises(ImportError, match=message):
         train(changed(tiny_recipe, "finetune", lora=lora), tmp_path / "run")
 
@@ -108,6 +108,6 @@ def test_an_error_of_the_program_keeps_its_traceback(
     def breaks(*_: Any, **__: Any) -> None:
         raise error("deep inside")
 
-    monkeypatch.setattr("integrations.llava.trainer.LlavaTrainer.compute_loss", breaks)
+    monkeypatch.setattr("integrations.llava.training.trainer.LlavaTrainer.compute_loss", breaks)
     with pytest.raises(error, match="deep inside"):
         train_command.main(command(tiny_recipe, tmp_path))

@@ -12,11 +12,11 @@ import torch
 from safetensors.torch import load_file
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from integrations.llava.checkpoint import load_model
-from integrations.llava.config import PARTS, Recipe
+from integrations.llava.checkpoints.model_io import load_model
+from integrations.llava.config.schema import PARTS, Recipe
+from integrations.llava.config.yaml_io import load_recipe
 from integrations.llava.data import ConversationDataset, read_samples
-from integrations.llava.recipe_files import load_recipe
-from integrations.llava.train import RANDOM, assemble, set_trainable, train
+from integrations.llava.training.train import RANDOM, assemble, set_trainable, train
 
 
 def part_of(name: str) -> str:

@@ -12,13 +12,13 @@ from peft import PeftConfig
 from safetensors.torch import load_file
 from transformers import LlamaConfig
 
-from integrations.llava.assembly import assemble_stage
-from integrations.llava.checkpoint import load_model
-from integrations.llava.config import LoraConfig, Recipe
-from integrations.llava.interruption import RunInterrupted
-from integrations.llava.lora import merge_lora
-from integrations.llava.lora_files import load_lora
-from integrations.llava.train import train
+from integrations.llava.checkpoints.lora import load_lora
+from integrations.llava.checkpoints.model_io import load_model
+from integrations.llava.config.schema import LoraConfig, Recipe
+from integrations.llava.modeling.build import assemble_stage
+from integrations.llava.modeling.lora import merge_lora
+from integrations.llava.training.signals import RunInterrupted
+from integrations.llava.training.train import train
 from tests.integrations.llava.test_resume import StopAt, rows
 from tests.integrations.llava.tiny_parts import save_llm
 

@@ -15,8 +15,8 @@ from torch.utils.data import Sampler
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from integrations.llava.prompts import IGNORE_INDEX
-from integrations.llava.train import train
-from integrations.llava.trainer import LlavaTrainer
+from integrations.llava.training.train import train
+from integrations.llava.training.trainer import LlavaTrainer
 from tests.integrations.llava.trajectory_support import RUNS, RecordedRun
 
 pytestmark = pytest.mark.skipif(not RUNS, reason="goldens not found; set LAYERFUSE_GOLDENS to their folder")

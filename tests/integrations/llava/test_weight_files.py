@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from integrations.llava.weight_files import (
+from integrations.llava.checkpoints.tensors import (
     StoredTensor,
     check_fit,
     read_json,

@@ -15,8 +15,8 @@ from torch import nn
 from torch.utils.data import Sampler, SequentialSampler
 from transformers import TrainerCallback, TrainingArguments
 
-from integrations.llava.run_log import RunLog
-from integrations.llava.trainer import LlavaTrainer, NonFiniteLossError
+from integrations.llava.training.metrics_log import RunLog
+from integrations.llava.training.trainer import LlavaTrainer, NonFiniteLossError
 
 __all__ = [
     "BREAKS_GRADIENTS",

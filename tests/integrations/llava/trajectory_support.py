@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
-from integrations.llava.config import DataConfig, ModelConfig, Recipe, StageConfig
-from integrations.llava.convert.names import from_published
-from integrations.llava.weight_files import StoredTensor, stored_tensors
+from integrations.llava.checkpoints.key_maps import from_published
+from integrations.llava.checkpoints.tensors import StoredTensor, stored_tensors
+from integrations.llava.config.schema import DataConfig, ModelConfig, Recipe, StageConfig
 from tests.goldens_support import SHARED
 
 __all__ = ["RUNS", "RecordedRun"]

@@ -8,10 +8,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from integrations.llava.checkpoint import load_model
-from integrations.llava.connector import load_adapter, save_adapter
-from integrations.llava.convert import convert, convert_adapter
-from integrations.llava.model import FusedLlavaForConditionalGeneration
+from integrations.llava.checkpoints import convert, convert_adapter
+from integrations.llava.checkpoints.connector import load_adapter, save_adapter
+from integrations.llava.checkpoints.model_io import load_model
+from integrations.llava.modeling.model import FusedLlavaForConditionalGeneration
 
 PARTS = ("fuser", "projector")
 

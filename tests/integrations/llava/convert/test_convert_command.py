@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from integrations.llava.checkpoint import load_model, load_processor
-from integrations.llava.convert import layout_of
-from integrations.llava.convert_command import main
+from integrations.llava.checkpoints import layout_of
+from integrations.llava.checkpoints.model_io import load_model, load_processor
+from integrations.llava.cli.convert import main
 
 
 def test_there_and_back_from_the_command_line(

@@ -15,9 +15,9 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file
 
-from integrations.llava.checkpoint import load_model
-from integrations.llava.convert import convert, convert_adapter, layout_of
-from integrations.llava.convert_command import main
+from integrations.llava.checkpoints import convert, convert_adapter, layout_of
+from integrations.llava.checkpoints.model_io import load_model
+from integrations.llava.cli.convert import main
 from layerfuse.errors import UserError
 
 DAMAGE = {"nothing": b"", "half": None, "a list": b"[]", "another encoding": b'{"\xe9": 1}'}

@@ -20,10 +20,10 @@ from transformers import (
     PreTrainedConfig,
 )
 
-from integrations.llava.checkpoint import load_model, save_model
-from integrations.llava.convert import Options, convert
-from integrations.llava.model import build_model
-from integrations.llava.processing import add_image_token, build_processor
+from integrations.llava.checkpoints import Options, convert
+from integrations.llava.checkpoints.model_io import load_model, save_model
+from integrations.llava.modeling.model import build_model
+from integrations.llava.modeling.processing import add_image_token, build_processor
 from integrations.llava.prompts import get_template
 from layerfuse.backbones import TransformersBackbone
 from layerfuse.errors import InputError

@@ -10,8 +10,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from integrations.llava.checkpoint import load_model
-from integrations.llava.convert import convert, tower
+from integrations.llava.checkpoints import convert
+from integrations.llava.checkpoints import vision_weights as tower
+from integrations.llava.checkpoints.model_io import load_model
 
 Requests = list[list[str]]
 

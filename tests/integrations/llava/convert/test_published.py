@@ -11,9 +11,9 @@ import pytest
 import torch
 from transformers import AutoModelForImageTextToText, LlavaForConditionalGeneration
 
-from integrations.llava.checkpoint import load_model, load_processor
-from integrations.llava.convert import Options, convert, layout_of
-from integrations.llava.weight_files import stored_model
+from integrations.llava.checkpoints import Options, convert, layout_of
+from integrations.llava.checkpoints.model_io import load_model, load_processor
+from integrations.llava.checkpoints.tensors import stored_model
 from tests.integrations.llava.convert.foreign import FUSED_LAYERS, save_published, tiny_llava_hf
 from tests.integrations.llava.tiny_parts import make_tokenizer
 

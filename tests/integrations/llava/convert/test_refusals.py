@@ -15,8 +15,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from integrations.llava.checkpoint import load_model
-from integrations.llava.convert import Options, convert, layout_of
+from integrations.llava.checkpoints import Options, convert, layout_of
+from integrations.llava.checkpoints.model_io import load_model
 from layerfuse.fusers.mmfuser import MMFuser, to_published_state_dict
 from tests.integrations.llava.tiny_parts import RunsCode
 

@@ -10,12 +10,12 @@ import pytest
 import torch
 from transformers import LlamaForCausalLM, LlavaForConditionalGeneration
 
-from integrations.llava.checkpoint import load_model, save_model
-from integrations.llava.convert import Options, convert
-from integrations.llava.model import build_model
-from integrations.llava.processing import add_image_token, build_processor
+from integrations.llava.checkpoints import Options, convert
+from integrations.llava.checkpoints.model_io import load_model, save_model
+from integrations.llava.checkpoints.tensors import stored_model
+from integrations.llava.modeling.model import build_model
+from integrations.llava.modeling.processing import add_image_token, build_processor
 from integrations.llava.prompts import get_template
-from integrations.llava.weight_files import stored_model
 from layerfuse.backbones import create_backbone
 from layerfuse.fusers import create_fuser
 from layerfuse.testing import randomise_parameters

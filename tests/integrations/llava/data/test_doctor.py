@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 from PIL import Image
 
+from integrations.llava.cli.data import main
 from integrations.llava.data import read_samples
-from integrations.llava.data.findings import KINDS
-from integrations.llava.data_command import main
+from integrations.llava.data.doctor.findings import KINDS
 from tests.integrations.llava.tiny_parts import human_and_gpt, make_tokenizer
 
 SOURCES = ("coco/train2017", "gqa/images", "ocr_vqa/images", "textvqa/train_images", "vg/VG_100K")

@@ -12,11 +12,11 @@ import pytest
 from PIL import Image
 
 from integrations.llava._text import printable
+from integrations.llava.cli.data import main
 from integrations.llava.data import BadSampleError, ConversationDataset, read_samples, survey_samples
-from integrations.llava.data.images import find_broken_images
-from integrations.llava.data_command import main
+from integrations.llava.data.doctor.images import find_broken_images
+from integrations.llava.data.images import UnreadableImageError, read_image
 from integrations.llava.image_layout import FixedLayout
-from integrations.llava.images import UnreadableImageError, read_image
 from integrations.llava.prompts import TEMPLATES, TextEncoder
 from layerfuse.preprocessing import CLIP_MEAN, CLIP_STD, Preprocessing
 from tests.integrations.llava.tiny_parts import human_and_gpt, make_tokenizer

@@ -8,8 +8,8 @@ import pytest
 import yaml
 from transformers import CLIPImageProcessor
 
-from integrations.llava.synthetic.tokenizer import build_tokenizer
 from tests.integrations.llava.tiny_parts import save_backbone, save_llm
+from tools.make_demo_assets.tokenizer import build_tokenizer
 
 
 @pytest.fixture(scope="session")

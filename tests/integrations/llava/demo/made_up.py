@@ -7,8 +7,8 @@ import random
 
 import numpy as np
 
-from integrations.llava.demo.results import DemoResults, Example, Figure, FuserRun, PhotoAnswer, Probe
 from integrations.llava.evaluation import Question, ScoredAnswer, score_answers, summarise
+from integrations.llava.study.results import DemoResults, Example, Figure, FuserRun, PhotoAnswer, Probe
 from layerfuse.analysis import png_bytes
 
 KINDS = ("ocr", "counting", "color", "shape", "box")

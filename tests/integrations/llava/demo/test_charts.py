@@ -7,7 +7,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from integrations.llava.demo.charts import Column, Interval, Series, interval_chart, line_chart, marker, nice_ticks
+from integrations.llava.study.report.charts import (
+    Column,
+    Interval,
+    Series,
+    interval_chart,
+    line_chart,
+    marker,
+    nice_ticks,
+)
 
 
 @pytest.mark.parametrize(

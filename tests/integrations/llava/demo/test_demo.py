@@ -9,11 +9,11 @@ import pytest
 import torch
 from PIL import Image
 
-from integrations.llava.config import Recipe
-from integrations.llava.demo import main
-from integrations.llava.demo.settings import DemoSettings
-from integrations.llava.interruption import RunInterrupted
-from integrations.llava.train import train
+from integrations.llava.cli.demo import main
+from integrations.llava.config.schema import Recipe
+from integrations.llava.study.settings import DemoSettings
+from integrations.llava.training.signals import RunInterrupted
+from integrations.llava.training.train import train
 from layerfuse.errors import ExistingFileError
 
 KINDS = ("ocr", "counting", "color", "shape", "box")
@@ -65,8 +65,8 @@ def test_run_folder_reloads_with_transformers_and_answers_the_same(output: Path)
     from transformers import AutoModelForImageTextToText
 
     import integrations.llava  # noqa: F401  (registers the model)
-    from integrations.llava.checkpoint import load_processor
-    from integrations.llava.generate import Answerer
+    from integrations.llava.checkpoints.model_io import load_processor
+    from integrations.llava.inference.predictor import Answerer
 
     folder = output / "runs" / "mmfuser-seed0"
     rows = [json.loads(line) for line in (folder / "evaluation" / "predictions.jsonl").read_text().splitlines()]
@@ -81,7 +81,7 @@ def test_second_run_trains_and_answers_nothing_anew(
     output: Path, arguments: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     before = {path: path.stat().st_mtime_ns for path in (output / "runs").rglob("*") if path.is_file()}
-    from integrations.llava.demo import runs
+    from integrations.llava.study import runs
 
     monkeypatch.setattr(runs, "train", lambda *_, **__: pytest.fail("trained again"))
     monkeypatch.setattr(runs, "evaluate", lambda *_, **__: pytest.fail("evaluated again"))
@@ -102,7 +102,7 @@ def test_other_steps_are_trained_anew(output: Path, arguments: list[str], capsys
 def test_data_is_drawn_anew_when_the_code_that_draws_it_has_changed(
     output: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from integrations.llava.demo import demo
+    from integrations.llava.study import demo
 
     settings = DemoSettings(output=output.parent / "fresh", num_train=1, num_test=1)
     settings.output.mkdir()
@@ -144,8 +144,8 @@ def test_a_folder_of_another_project_is_left_as_it_is(
 
 
 def test_a_run_that_the_demo_did_not_train_is_not_replaced(tiny_recipe: Path, tmp_path: Path) -> None:
-    from integrations.llava.demo.runs import finish_run
-    from integrations.llava.demo.settings import run_recipe
+    from integrations.llava.study.runs import finish_run
+    from integrations.llava.study.settings import run_recipe
     from integrations.llava.synthetic import make_dataset
 
     data = make_dataset(tmp_path / "data", num_train=1, num_val=1, num_test=1)
@@ -161,8 +161,8 @@ def test_a_run_that_the_demo_did_not_train_is_not_replaced(tiny_recipe: Path, tm
 def test_training_that_was_killed_goes_on_in_the_next_demo(
     tiny_recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    from integrations.llava.demo import runs
-    from integrations.llava.demo.settings import run_recipe
+    from integrations.llava.study import runs
+    from integrations.llava.study.settings import run_recipe
     from integrations.llava.synthetic import make_dataset
 
     data = make_dataset(tmp_path / "data", num_train=2, num_val=1, num_test=1)
@@ -209,14 +209,14 @@ def test_stopping_says_how_to_go_on(
     def stop(*_: object, **__: object) -> None:
         raise stopped
 
-    monkeypatch.setattr("integrations.llava.demo.demo.run_demo", stop)
+    monkeypatch.setattr("integrations.llava.study.run_demo", stop)
     assert main(["--recipe", str(tiny_recipe), "--output", str(tmp_path)]) == code
     assert said in capsys.readouterr().err
 
 
 def bad(tmp_path: Path, **changes: object) -> str:
     """What the command says about settings that cannot work."""
-    from integrations.llava.demo.settings import check_settings
+    from integrations.llava.study.settings import check_settings
 
     with pytest.raises((ValueError, OSError)) as error:
         check_settings(replace(DemoSettings(output=tmp_path / "run"), **changes))  # type: ignore[arg-type]
@@ -276,7 +276,7 @@ def test_output_that_cannot_be_written_is_refused(
         raise PermissionError(13, "Permission denied")
 
     # Tests may run as root, who may write anywhere.
-    monkeypatch.setattr("integrations.llava.demo.settings.tempfile.TemporaryFile", refuse)
+    monkeypatch.setattr("integrations.llava.study.settings.tempfile.TemporaryFile", refuse)
     assert "cannot be written to (Permission denied)" in bad(tmp_path, recipe=str(tiny_recipe))
 
 

@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from integrations.llava.demo import fingerprint
-from integrations.llava.demo.fingerprint import begin, code_digest, digest, finished, folder_digest, mark_finished
+from integrations.llava.study import fingerprint
+from integrations.llava.study.fingerprint import begin, code_digest, digest, finished, folder_digest, mark_finished
 
 
 def test_digest_ignores_the_order_of_keys_and_sees_values() -> None:

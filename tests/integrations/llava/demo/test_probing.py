@@ -2,8 +2,8 @@ from __future__ import annotations
 
 import torch
 
-from integrations.llava.config import ModelConfig
-from integrations.llava.demo.probing import all_layers_backbone, cell_labels, probe_text
+from integrations.llava.config.schema import ModelConfig
+from integrations.llava.study.probing import all_layers_backbone, cell_labels, probe_text
 from integrations.llava.synthetic.dataset import scene_at
 from integrations.llava.synthetic.scene import CHARACTERS, COLORS, GRID, SHAPES
 
@@ -34,7 +34,7 @@ def test_chance_is_the_share_of_the_commonest_class() -> None:
 
 
 def test_probe_covers_every_layer_from_the_embeddings_on(tiny_recipe: object) -> None:
-    from integrations.llava.recipe_files import load_recipe
+    from integrations.llava.config.yaml_io import load_recipe
 
     config: ModelConfig = load_recipe(str(tiny_recipe)).model
     backbone = all_layers_backbone(config)

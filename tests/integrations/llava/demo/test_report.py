@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from integrations.llava.demo.cli import table
-from integrations.llava.demo.conclusions import AVERAGE, baseline, conclude, differences, estimate
-from integrations.llava.demo.report import render_report, write_report
-from integrations.llava.demo.results import DemoResults
+from integrations.llava.cli.demo import table
 from integrations.llava.evaluation import score_answers, summarise
+from integrations.llava.study.report.document import render_report, write_report
+from integrations.llava.study.results import DemoResults
+from integrations.llava.study.statistics import AVERAGE, baseline, conclude, differences, estimate
 from tests.integrations.llava.demo.made_up import KINDS, make_questions, make_results, make_run
 
 VOID = {"meta", "img", "input", "br", "hr", "link"}

@@ -12,9 +12,9 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from integrations.llava.assembly import Assembled
-from integrations.llava.config import Recipe
-from integrations.llava.recipe_files import load_recipe
+from integrations.llava.config.schema import Recipe
+from integrations.llava.config.yaml_io import load_recipe
+from integrations.llava.modeling.build import Assembled
 
 __all__ = ["IMAGE_SIZE", "LiveBytes", "make_batch", "small_recipe"]
 

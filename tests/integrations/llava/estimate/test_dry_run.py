@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from integrations.llava.estimate import GPUS, dry_run, render
-from integrations.llava.estimate.report import WIDTH
-from integrations.llava.estimate.workload import TOKENS_PER_WORD
-from integrations.llava.recipe_files import load_recipe, recipe_names
+from integrations.llava.config.yaml_io import load_recipe, recipe_names
+from integrations.llava.dry_run import GPUS, dry_run, render
+from integrations.llava.dry_run.report import WIDTH
+from integrations.llava.dry_run.workload import TOKENS_PER_WORD
 from tests.integrations.llava.tiny_parts import human_and_gpt
 
 

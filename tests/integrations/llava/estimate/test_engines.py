@@ -6,10 +6,10 @@ from dataclasses import replace
 
 import pytest
 
-from integrations.llava.config import LoraConfig, StageConfig
-from integrations.llava.estimate.facts import ModelFacts, build_on_meta, model_facts
-from integrations.llava.estimate.memory import GIB, RESERVE, Memory, engines_for, estimate_memory
-from integrations.llava.recipe_files import load_recipe
+from integrations.llava.config.schema import LoraConfig, StageConfig
+from integrations.llava.config.yaml_io import load_recipe
+from integrations.llava.dry_run.facts import ModelFacts, build_on_meta, model_facts
+from integrations.llava.dry_run.memory import GIB, RESERVE, Memory, engines_for, estimate_memory
 
 SHARDED = ("zero3", "fsdp2")
 

@@ -8,10 +8,10 @@ import pytest
 import torch
 from transformers import LlamaConfig
 
-from integrations.llava.assembly import assemble_stage
-from integrations.llava.config import PARTS
-from integrations.llava.estimate.facts import build_on_meta, model_facts
-from integrations.llava.recipe_files import load_recipe
+from integrations.llava.config.schema import PARTS
+from integrations.llava.config.yaml_io import load_recipe
+from integrations.llava.dry_run.facts import build_on_meta, model_facts
+from integrations.llava.modeling.build import assemble_stage
 from tests.integrations.llava.estimate.estimate_support import small_recipe
 
 # Parameters of CLIP-L up to block 23, of Vicuna-7B and -13B with one more row for the image token, of LoRA at rank 128.

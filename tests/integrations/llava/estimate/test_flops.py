@@ -9,11 +9,11 @@ import pytest
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from integrations.llava.assembly import assemble_stage
-from integrations.llava.config import ModelConfig, StageConfig
-from integrations.llava.estimate.facts import build_on_meta, model_facts
-from integrations.llava.estimate.flops import PartFlops, hours, sample_flops
-from integrations.llava.estimate.gpus import get_gpu
+from integrations.llava.config.schema import ModelConfig, StageConfig
+from integrations.llava.dry_run.facts import build_on_meta, model_facts
+from integrations.llava.dry_run.flops import PartFlops, hours, sample_flops
+from integrations.llava.dry_run.gpus import get_gpu
+from integrations.llava.modeling.build import assemble_stage
 from tests.integrations.llava.estimate.estimate_support import make_batch, small_recipe
 
 TEXT = 20

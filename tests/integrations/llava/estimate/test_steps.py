@@ -13,10 +13,10 @@ from torch import nn
 from torch.utils.data import BatchSampler, SequentialSampler
 from transformers import Trainer, TrainingArguments
 
-from integrations.llava.config import StageConfig
-from integrations.llava.estimate.steps import optimizer_steps, samples_seen
-from integrations.llava.estimate.workload import PUBLISHED_SAMPLES
-from integrations.llava.recipe_files import load_recipe, recipe_names
+from integrations.llava.config.schema import StageConfig
+from integrations.llava.config.yaml_io import load_recipe, recipe_names
+from integrations.llava.dry_run.steps import optimizer_steps, samples_seen
+from integrations.llava.dry_run.workload import PUBLISHED_SAMPLES
 
 STAGE = StageConfig(trainable=("fuser",), template="plain", batch_size=6, micro_batch_size=2)
 

@@ -7,9 +7,10 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from integrations.llava.evaluation import evaluate, main, read_predictions, read_questions, score_answers
-from integrations.llava.evaluation.evaluate import Evaluation, write_evaluation
-from integrations.llava.evaluation.scoring import summarise
+from integrations.llava.cli.evaluate import main
+from integrations.llava.evaluation import evaluate, read_predictions, read_questions, score_answers
+from integrations.llava.evaluation.runner import Evaluation, write_evaluation
+from integrations.llava.evaluation.scores import summarise
 
 QUESTIONS = [
     {"question_id": 0, "image": "a.png", "text": "What does the text say?", "kind": "ocr", "answer": "K7F"},

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from integrations.llava.evaluation import TASKS, Question, read_questions
-from integrations.llava.evaluation.answers import holds_words, parse_choice, parse_number, parse_yes_no
+from integrations.llava.evaluation.metrics.text import holds_words, parse_choice, parse_number, parse_yes_no
 
 
 def read(folder: Path, **row: Any) -> Question:

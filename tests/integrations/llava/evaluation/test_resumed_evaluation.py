@@ -10,8 +10,9 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from integrations.llava.evaluation import Evaluation, evaluate, main, read_predictions
-from integrations.llava.generate import Answerer
+from integrations.llava.cli.evaluate import main
+from integrations.llava.evaluation import Evaluation, evaluate, read_predictions
+from integrations.llava.inference.predictor import Answerer
 
 COUNT = 6
 
@@ -117,7 +118,9 @@ def test_without_an_output_nothing_is_written(
 def test_a_place_that_cannot_be_written_is_refused_before_the_model_is_loaded(
     run: Path, questions: Path, data_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("integrations.llava.generate.load_model", lambda *_, **__: pytest.fail("weights were read"))
+    monkeypatch.setattr(
+        "integrations.llava.inference.predictor.load_model", lambda *_, **__: pytest.fail("weights were read")
+    )
     (tmp_path / "file").touch()
 
     with pytest.raises(OSError, match="cannot be written .* Nothing was asked yet; give an output"):
@@ -152,7 +155,9 @@ def test_other_settings_questions_and_earlier_predictions_are_refused(
 def test_a_prompt_that_leaves_no_room_for_its_answer_is_refused_by_id(
     run: Path, questions: Path, data_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("integrations.llava.generate.load_model", lambda *_, **__: pytest.fail("weights were read"))
+    monkeypatch.setattr(
+        "integrations.llava.inference.predictor.load_model", lambda *_, **__: pytest.fail("weights were read")
+    )
 
     with pytest.raises(ValueError, match=r"6 problems in the questions(.*\n)+.*id 0: .*its answer up to 510, and"):
         evaluate(run, questions, data_folder, max_new_tokens=510, device="cpu")
@@ -173,7 +178,7 @@ def test_a_real_error_keeps_its_traceback(
     def fail(*_: Any, **__: Any) -> Image.Image:
         raise ValueError("of the program")
 
-    monkeypatch.setattr("integrations.llava.generate.load_model", fail)
+    monkeypatch.setattr("integrations.llava.inference.predictor.load_model", fail)
     with pytest.raises(ValueError, match="of the program"):
         main(
             [

@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 
-from integrations.llava.batching import Shard
+from integrations.llava.cli.evaluate import main
 from integrations.llava.evaluation import (
     TASKS,
     ColorTask,
@@ -26,13 +26,13 @@ from integrations.llava.evaluation import (
     Task,
     YesNoTask,
     evaluate,
-    main,
     predict,
     read_predictions,
     read_questions,
     score_predictions,
 )
-from integrations.llava.generate import Answerer
+from integrations.llava.inference.batching import Shard
+from integrations.llava.inference.predictor import Answerer
 
 
 class MmeLike(Task):

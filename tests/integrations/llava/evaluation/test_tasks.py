@@ -7,8 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from integrations.llava.evaluation import TASKS, Question
-from integrations.llava.evaluation.answers import edit_distance, normalise_answer, parse_count, strip_answer
-from integrations.llava.evaluation.boxes import intersection_over_union, parse_box
+from integrations.llava.evaluation.metrics.boxes import intersection_over_union, parse_box
+from integrations.llava.evaluation.metrics.text import edit_distance, normalise_answer, parse_count, strip_answer
 
 KINDS = ("box", "color", "counting", "ocr", "shape")
 PLAIN_KINDS = ("contains", "exact_match", "multiple_choice", "number", "yes_no")
@@ -25,7 +25,7 @@ def score(kind: str, given_answer: str, answer: str | tuple[float, ...]) -> dict
 
 def test_every_task_file_is_registered(root: Path) -> None:
     folder = root / "integrations" / "llava" / "evaluation"
-    files = [path.stem for path in folder.glob("*.py") if "@TASKS.register" in path.read_text()]
+    files = [path.stem for path in folder.rglob("*.py") if "@TASKS.register" in path.read_text()]
     assert tuple(sorted(files)) == tuple(sorted([*KINDS, *PLAIN_KINDS]))
     assert {*KINDS, *PLAIN_KINDS} <= set(TASKS.names())
 

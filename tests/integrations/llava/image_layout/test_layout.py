@@ -12,10 +12,10 @@ import pytest
 from PIL import Image
 from transformers import AutoProcessor, LlavaProcessor
 
-from integrations.llava.checkpoint import load_config, load_model
+from integrations.llava.checkpoints.model_io import load_config, load_model
 from integrations.llava.image_layout import FixedLayout, ImageLayout, ImageSize, layout_from_config
-from integrations.llava.model import FusedLlavaConfig
-from integrations.llava.preparing import load_preparer
+from integrations.llava.inference.prompt_builder import load_preparer
+from integrations.llava.modeling.model import FusedLlavaConfig
 
 IMAGE = 9
 

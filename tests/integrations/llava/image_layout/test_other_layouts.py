@@ -20,24 +20,24 @@ from PIL import Image
 from transformers import AutoProcessor
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
-from integrations.llava.assembly import Assembled
-from integrations.llava.batch_answers import answer_requests
-from integrations.llava.batching import form_batches
-from integrations.llava.checkpoint import load_config, load_model, load_processor, save_model
-from integrations.llava.config import Recipe
-from integrations.llava.convert import convert
+from integrations.llava.checkpoints import convert
+from integrations.llava.checkpoints.model_io import load_config, load_model, load_processor, save_model
+from integrations.llava.config.schema import Recipe
 from integrations.llava.data import BadSampleError, Collator, ConversationDataset, read_samples
-from integrations.llava.data.conversations import TokenLimit
-from integrations.llava.decoding import Decoding
-from integrations.llava.estimate.facts import model_facts
-from integrations.llava.generate import Answerer
+from integrations.llava.data.doctor.turns import TokenLimit
+from integrations.llava.dry_run.facts import model_facts
 from integrations.llava.image_layout import ImageLayout, ImageSize
-from integrations.llava.model import FusedLlavaForConditionalGeneration
-from integrations.llava.preparing import load_preparer
-from integrations.llava.processing import FusedLlavaProcessor, build_processor
+from integrations.llava.inference.answering import answer_requests
+from integrations.llava.inference.batching import form_batches
+from integrations.llava.inference.predictor import Answerer
+from integrations.llava.inference.prompt_builder import load_preparer
+from integrations.llava.inference.requests import Request, prompt_lengths
+from integrations.llava.inference.sampling import Decoding
+from integrations.llava.modeling.build import Assembled
+from integrations.llava.modeling.model import FusedLlavaForConditionalGeneration
+from integrations.llava.modeling.processing import FusedLlavaProcessor, build_processor
 from integrations.llava.prompts import IGNORE_INDEX, TEMPLATES
-from integrations.llava.request_files import Request, prompt_lengths
-from integrations.llava.stage_trainer import stage_trainer
+from integrations.llava.training.arguments import stage_trainer
 from layerfuse.preprocessing import Preprocessing
 from tests.integrations.llava.answering_parts import PROMPTS, SAMPLED
 from tests.integrations.llava.tiny_parts import human_and_gpt

@@ -17,21 +17,21 @@ from transformers import (
     CLIPVisionModel,
 )
 
-from integrations.llava.assets_command import main
 from integrations.llava.prompts import IGNORE_INDEX
 from integrations.llava.synthetic import BACKBONE_FOLDER, LLM_FOLDER
-from integrations.llava.synthetic.assets import AssetsRecipe, make_assets
-from integrations.llava.synthetic.backbone import BackboneRecipe, coarse_words, pretrain_backbone, to_pixels
 from integrations.llava.synthetic.captions import scene_words
-from integrations.llava.synthetic.language_model import LanguageModelRecipe, Phase, pretrain_language_model
-from integrations.llava.synthetic.lookup import answer_accuracy, is_right
-from integrations.llava.synthetic.probing import linear_probe, probe_layers
 from integrations.llava.synthetic.questions import KINDS, Question, caption, questions_of_kind
 from integrations.llava.synthetic.rendering import render
 from integrations.llava.synthetic.scene import GRID, sample_scene
-from integrations.llava.synthetic.tokenizer import CELL_WORDS, build_tokenizer, cell_description
-from integrations.llava.synthetic.writing import SceneWriter, embed_written, place_codes
 from tests.integrations.llava.tiny_parts import tiny_llm
+from tools.make_demo_assets.__main__ import main
+from tools.make_demo_assets.backbone import BackboneRecipe, coarse_words, pretrain_backbone, to_pixels
+from tools.make_demo_assets.language_model import LanguageModelRecipe, Phase, pretrain_language_model
+from tools.make_demo_assets.lookup import answer_accuracy, is_right
+from tools.make_demo_assets.make import AssetsRecipe, make_assets
+from tools.make_demo_assets.probing import linear_probe, probe_layers
+from tools.make_demo_assets.tokenizer import CELL_WORDS, build_tokenizer, cell_description
+from tools.make_demo_assets.writing import SceneWriter, embed_written, place_codes
 
 ASSETS = BACKBONE_FOLDER.parent
 TINY_BACKBONE = BackboneRecipe(num_blocks=1, embed_dim=8, num_heads=2, num_images=8, batch_size=4, num_steps=2)

@@ -1,0 +1,69 @@
+"""Files of a connector (fuser and projector), which the first stage writes and the second one starts from."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from torch import nn
+
+from integrations.llava.config import PARTS
+from layerfuse.errors import MissingFileError
+from layerfuse.files import atomic_folder
+
+from .key_maps import our_adapter
+from .tensors import check_fit, stored_tensors
+
+__all__ = ["load_adapter", "save_adapter"]
+
+
+def save_adapter(model: nn.Module, parts: Sequence[str], path: str | Path) -> Path:
+    """Write the parameters of some parts, such as fuser and projector after the first stage.
+
+    Args:
+        model: the whole model.
+        parts: names from `PARTS`.
+        path: a `.safetensors` file.
+
+    Returns:
+        The path.
+    """
+    path = Path(path)
+    with atomic_folder(path.parent) as scratch:
+        save_file(_state_of(model, parts), scratch / path.name, metadata={"format": "pt", "parts": ",".join(parts)})
+    return path
+
+
+def load_adapter(model: nn.Module, parts: Sequence[str], path: str | Path) -> None:
+    """Load fuser and projector into a model: what `save_adapter` wrote, or the published code's stage 1.
+
+    Args:
+        model: the whole model, changed in place.
+        parts: the parts that the file has to cover.
+        path: a `.safetensors` file, or one that `torch.save` wrote (`mm_projector.bin`), read without running code.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        ValueError: if it is damaged or holds code, a published fuser lost its scales, or its keys are not those of the
+            parts; all are listed.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise MissingFileError(f"adapter {path} does not exist; run the stage that writes it first.")
+    stored = stored_tensors(path)
+    if any("mm_projector." in name for name in stored):
+        stored = our_adapter(stored)
+    check_fit(
+        _state_of(model, parts),
+        stored,
+        fault=f"adapter {path} does not fit the {', '.join(parts)} of this model",
+        advice="Use the recipe's own model settings",
+    )
+    model.load_state_dict({name: tensor.read() for name, tensor in stored.items()}, strict=False)
+
+
+def _state_of(model: nn.Module, parts: Sequence[str]) -> dict[str, torch.Tensor]:
+    prefixes = tuple(prefix for part in parts for prefix in PARTS[part])
+    return {name: tensor.contiguous() for name, tensor in model.state_dict().items() if name.startswith(prefixes)}

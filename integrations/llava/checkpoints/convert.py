@@ -1,0 +1,215 @@
+"""Convert a checkpoint of any layout to any other that has a place for it; files tell the layout, not their names."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+
+from integrations.llava.image_layout import FixedLayout
+from integrations.llava.modeling import FusedLlavaConfig
+from layerfuse.errors import ExistingFileError, InputError, MissingFileError
+from layerfuse.files import atomic_folder, check_disk_space, explain_missing_config
+from layerfuse.registry import unknown_name_message
+
+from .content import Content, check_files
+from .key_maps import adapter_to_published, has_published_fuser, our_adapter
+from .layouts.layerfuse import OWN, read_own, write_own
+from .layouts.llava import PUBLISHED, read_published, write_published
+from .layouts.llava_config import check_fuser
+from .layouts.llava_hf import LLAVA_HF, read_llava_hf, write_llava_hf
+from .lora import merged_tensors
+from .options import Options
+from .tensors import CONFIG_FILE, StoredTensor, holds_model, read_json, stored_model, stored_tensors
+
+__all__ = ["LAYOUTS", "convert", "convert_adapter", "layout_of"]
+
+_log = logging.getLogger(__name__)
+
+LAYOUTS = (OWN, *PUBLISHED, LLAVA_HF)
+"""Ours; MMFuser's; LLaVA-1.5's, which is the former without a fuser; that of transformers' LLaVA."""
+
+# What an adapter is called: ours, as a stage of training leaves it; the published one, as their stage 1 does.
+_OUR_ADAPTER, _PUBLISHED_ADAPTER = "adapter.safetensors", "mm_projector.bin"
+_ADAPTERS = (_OUR_ADAPTER, "mm_projector.safetensors", _PUBLISHED_ADAPTER)
+
+
+def layout_of(folder: str | Path) -> str:
+    """Recognise a checkpoint's layout by what its files hold, never by what the folder is called.
+
+    Args:
+        folder: of the checkpoint.
+
+    Returns:
+        One of `LAYOUTS`.
+
+    Raises:
+        FileNotFoundError: if the folder holds no config or no weights.
+        ValueError: if it holds another kind of model.
+    """
+    folder = Path(folder)
+    config = _read_config(folder)
+    if config.get("model_type") == FusedLlavaConfig.model_type:
+        return OWN
+    if "mm_vision_tower" in config:
+        return PUBLISHED[0] if has_published_fuser(stored_model(folder)) else PUBLISHED[1]
+    if config.get("model_type") == "llava" and "text_config" in config:
+        return LLAVA_HF
+    raise InputError(
+        f"{folder} holds a {config.get('model_type')!r} model of {config.get('architectures')}, which is none of "
+        f"{', '.join(LAYOUTS)}: its config is no {FusedLlavaConfig.model_type}, names no mm_vision_tower, and is no "
+        "transformers LLaVA's."
+    )
+
+
+def convert(
+    source: str | Path,
+    target: str | Path,
+    layout: str = OWN,
+    *,
+    options: Options | None = None,
+    lora: str | Path | None = None,
+) -> Path:
+    """Convert a checkpoint.
+
+    Weights are read and written one shard at a time and keep their numbers and types.
+
+    Args:
+        source: folder of a checkpoint of any layout.
+        target: folder to be written; it must not hold anything yet. It is filled when all is written, or not at all.
+        layout: of the target, one of `LAYOUTS`.
+        options: what the source's files do not say.
+        lora: folder of adapters that are merged on the way, as `save_lora` or PEFT wrote it.
+
+    Returns:
+        The target.
+
+    Raises:
+        FileNotFoundError: if a file is missing.
+        ValueError: if the target holds something, the source cannot be read as what it says it is, or the layout has no
+            place for the model.
+        OSError: if the disk has not enough room.
+    """
+    source, target, options = Path(source), Path(target), options or Options()
+    _check_layout(layout)
+    _refuse_used(target)
+    content = _read(source, options)
+    images = content.model.config.layout
+    if layout != OWN and not isinstance(images, FixedLayout):
+        raise InputError(
+            f"the tokens of an image depend on its size here (image layout {images.name!r}); the layout {layout!r} has "
+            f"one number for all images. Keep {OWN!r}, which holds this model as it is."
+        )
+    if lora is not None:
+        content = replace(content, tensors=merged_tensors(content.tensors, lora))
+    needed = sum(tensor.num_bytes for tensor in (*content.tensors.values(), *content.tail.values()))
+    check_disk_space(target, needed, "the converted checkpoint")
+    with atomic_folder(target) as scratch:
+        if layout == OWN:
+            write_own(content, scratch)
+        elif layout == LLAVA_HF:
+            write_llava_hf(content, scratch, options)
+        else:
+            write_published(content, scratch, options, fused=layout == PUBLISHED[0])
+    return target
+
+
+def _read(source: Path, options: Options) -> Content:
+    found, config = layout_of(source), _read_config(source)
+    _log.info("%s has the layout %s", source, found)
+    check_files(source)
+    if found == OWN:
+        return read_own(source, options)
+    if found == LLAVA_HF:
+        return read_llava_hf(source, config, options)
+    return read_published(source, config, options)
+
+
+def convert_adapter(source: str | Path, target: str | Path, layout: str = OWN) -> Path:
+    """Convert fuser and projector alone.
+
+    Args:
+        source: an adapter file of any layout, a folder with one, or a whole checkpoint.
+        target: folder; `adapter.safetensors` (ours) or `mm_projector.bin` (published) is written to it.
+        layout: of the target, one of `LAYOUTS`.
+
+    Returns:
+        The file.
+
+    Raises:
+        FileNotFoundError: if there is no adapter.
+        FileExistsError: if the target has such a file already.
+        ValueError: if the source holds no fuser and projector, or the layout has no place for them.
+        OSError: if the disk has not enough room.
+    """
+    source, target = Path(source), Path(target)
+    _check_layout(layout)
+    written = target / (_OUR_ADAPTER if layout == OWN else _PUBLISHED_ADAPTER)
+    if written.exists():
+        raise ExistingFileError(f"{written} exists already; give another folder, or move it away.")
+    _refuse_file(target)
+    if layout == LLAVA_HF:
+        raise InputError(f"the layout {layout} has no adapter files; give one of {', '.join((OWN, *PUBLISHED))}.")
+    adapter = our_adapter(_adapter_tensors(source))
+    if not adapter:
+        raise InputError(f"{source} holds neither a fuser nor a projector under a name of any layout.")
+    if layout in PUBLISHED:
+        _check_adapter(source, adapter, layout)
+        adapter = adapter_to_published(adapter)
+    tensors = {name: tensor.read().contiguous() for name, tensor in adapter.items()}
+    check_disk_space(target, sum(tensor.nbytes for tensor in tensors.values()), "the converted adapter")
+    with atomic_folder(target) as scratch:
+        if layout == OWN:
+            save_file(tensors, scratch / written.name, metadata={"format": "pt", "parts": "fuser,projector"})
+        else:
+            torch.save(tensors, scratch / written.name)
+    return written
+
+
+def _adapter_tensors(source: Path) -> dict[str, StoredTensor]:
+    if source.is_file():
+        return stored_tensors(source)
+    # A whole model counts more than an adapter beside it, which may be of an earlier stage.
+    found = [] if holds_model(source) else [source / name for name in _ADAPTERS if (source / name).is_file()]
+    return stored_tensors(found[0]) if found else stored_model(source)
+
+
+def _check_adapter(source: Path, adapter: Mapping[str, StoredTensor], layout: str) -> None:
+    fused = any(name.startswith("model.fuser.") for name in adapter)
+    if fused != (layout == PUBLISHED[0]):
+        fitting = PUBLISHED[0] if fused else PUBLISHED[1]
+        raise InputError(f"{source} has {'a' if fused else 'no'} fuser, so its adapter has the layout {fitting!r}.")
+    if (source / CONFIG_FILE).is_file() and layout_of(source) == OWN:
+        check_fuser(_read_config(source)["fuser"], fused=fused)
+
+
+def _check_layout(layout: str) -> None:
+    if layout not in LAYOUTS:
+        raise InputError(unknown_name_message("layout", layout, LAYOUTS))
+
+
+def _refuse_used(target: Path) -> None:
+    # Hidden files do not count: a conversion that was killed leaves its scratch folder.
+    _refuse_file(target)
+    found = sorted(path.name for path in target.glob("*") if not path.name.startswith(".")) if target.is_dir() else []
+    if found:
+        raise InputError(f"{target} already holds {', '.join(found[:3])}; give a new or empty folder.")
+
+
+def _refuse_file(target: Path) -> None:
+    place = next(place for place in (target, *target.absolute().parents) if place.exists())
+    if not place.is_dir():
+        raise ExistingFileError(f"{place} is a file, so {target} cannot be a folder; give another place.")
+
+
+def _read_config(folder: Path) -> dict[str, Any]:
+    if not (folder / CONFIG_FILE).is_file():
+        raise MissingFileError(
+            f"{folder} holds no {CONFIG_FILE}; give the folder of a checkpoint.{explain_missing_config(folder)}"
+        )
+    return read_json(folder / CONFIG_FILE)

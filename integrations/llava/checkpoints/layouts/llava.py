@@ -1,0 +1,136 @@
+"""The published layouts: LLaVA-1.5 (haotian-liu/LLaVA) and MMFuser (yuecao0119/MMFuser), which adds the fuser.
+
+The language model's config is flat, with `mm_*` keys for the vision side. The vision model is named, and its weights
+may be in the checkpoint or not: the published code ignores them and reads the one that is named. No prompt template
+is stored.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from transformers import LlamaConfig
+
+from integrations.llava.modeling import add_image_token
+from integrations.llava.prompts import get_template
+from layerfuse.fusers import create_fuser
+from layerfuse.preprocessing import Mode
+
+from ..content import (
+    Content,
+    Origin,
+    check_weights,
+    copy_files,
+    meta_model,
+    read_tokenizer,
+    reading,
+    token_ids,
+    with_rows,
+)
+from ..key_maps import BACKBONE, from_published, has_published_fuser, to_published
+from ..options import Options
+from ..tensors import CONFIG_FILE, stored_model, write_json, write_sharded
+from ..tokenizer_files import write_plain_tokenizer
+from ..vision_weights import backbone_like, check_tower, find_tower, split_tail, tower_tensors, vision_tensors_of
+from .llava_config import check_published_config, llama_config, published_config, published_layers
+
+__all__ = ["PUBLISHED", "read_published", "write_published"]
+
+_log = logging.getLogger(__name__)
+
+PUBLISHED = ("mmfuser", "llava")
+"""Names of the published layouts."""
+_MODES: Mapping[str, Mode] = {"pad": "pad", "square": "crop"}
+# The published loader looks for the fuser's scales in model-00003-of-00003 and model-00006-of-00006, nowhere else.
+_FEW_SHARDS, _MANY_SHARDS, _LARGE = 3, 6, 20 * 2**30
+
+
+def read_published(folder: Path, config: Mapping[str, Any], options: Options) -> Content:
+    """Read a published checkpoint.
+
+    Args:
+        folder: of the checkpoint.
+        config: its `config.json`.
+        options: template and vision model, where the checkpoint does not hold them.
+
+    Returns:
+        The checkpoint in our terms.
+
+    Raises:
+        FileNotFoundError: if weights or tokenizer are missing.
+        ValueError: if it is of a kind that cannot be converted, its fuser lost its scales, or names do not fit.
+    """
+    check_published_config(config)
+    stored = stored_model(folder)
+    fused = has_published_fuser(stored)
+    tensors = from_published(stored)
+    has_tower = any(name.startswith(BACKBONE) for name in tensors)
+    tower = find_tower(options.vision_tower or config["mm_vision_tower"], beside=folder, weights=not has_tower)
+    if not has_tower:
+        _log.info("the checkpoint holds no vision model; taking it from %s", tower)
+        tensors |= tower_tensors(tower)
+    backbone = backbone_like(tower, published_layers(config, fused=fused))
+    fuser = create_fuser(
+        "mmfuser" if fused else "select", in_channels=backbone.embed_dim, num_layers=len(backbone.layers)
+    )
+    tokenizer = read_tokenizer(folder)
+    image_token_id = add_image_token(tokenizer)
+    if options.template is None:
+        _log.info("published checkpoints do not hold their prompt template; taking v1, vicuna's (--template)")
+    template = get_template(options.template or "v1")
+    with reading(f"the config of {folder}"):
+        text_config = LlamaConfig(**llama_config(config))
+    model = meta_model(backbone, fuser, text_config, image_token_id=image_token_id, template=template)
+    own, tail = split_tail(model, with_rows(tensors, text_config.vocab_size))
+    mode = options.image_mode or _MODES[config.get("image_aspect_ratio") or "square"]
+    return Content(
+        model=model,
+        tensors=check_weights(model, own, str(folder)),
+        tokenizer=tokenizer,
+        preprocessing=replace(backbone.preprocessing, mode=mode),
+        template=template,
+        folder=folder,
+        tail=tail,
+        origin=Origin("mmfuser" if fused else "llava", folder, has_tower, dict(config)),
+        generation=token_ids(text_config),
+    )
+
+
+def write_published(content: Content, folder: Path, options: Options, *, fused: bool) -> None:
+    """Write a published checkpoint.
+
+    The vision model's weights are written where they came that way; otherwise they are left out, as in the released
+    checkpoints, and the published code reads the vision model that is named.
+
+    Args:
+        content: what to write.
+        folder: exists.
+        options: `vision_tower` names the vision model, if the model's origin does not.
+        fused: with a fuser (MMFuser), or without (LLaVA-1.5).
+
+    Raises:
+        ValueError: if the published code cannot be given this model; the message says why.
+    """
+    origin = content.origin if content.origin is not None and content.origin.layout in PUBLISHED else None
+    config = published_config(content, origin.config if origin else {}, options, fused=fused)
+    tensors = with_rows(content.tensors, config["vocab_size"])
+    tower = vision_tensors_of(content.backbone, tensors)
+    if options.vision_tower is not None or origin is None:
+        check_tower(config["mm_vision_tower"], tower, beside=content.folder)
+    rest = {name: tensor for name, tensor in tensors.items() if not name.startswith(BACKBONE)}
+    if origin is not None and origin.has_tower:
+        rest |= {**tower, **content.tail}
+    shards = None
+    if fused:
+        total = sum(tensor.num_bytes for tensor in rest.values())
+        shards = _FEW_SHARDS if total < _LARGE else _MANY_SHARDS
+    write_sharded(to_published(rest), folder, num_shards=shards)
+    write_plain_tokenizer(content, folder, config["vocab_size"], as_it_came=origin is not None)
+    if origin is not None:
+        copy_files(origin.folder, folder, ("generation_config.json",))
+    write_json(folder / CONFIG_FILE, dict(sorted(config.items())))
+    _log.info("the published code is told the template on its command line: --conv-mode %s", content.template.name)

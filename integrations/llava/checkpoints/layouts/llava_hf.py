@@ -1,0 +1,178 @@
+"""The layout of transformers' own LLaVA, which the checkpoints of `llava-hf` on the hub have: no fuser but `select`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoConfig, LlavaConfig
+
+from integrations.llava.modeling import add_image_token, describe_head
+from integrations.llava.prompts import IMAGE_TAG, chat_template, get_template
+from layerfuse.backbones import Backbone
+from layerfuse.errors import InputError
+from layerfuse.fusers import create_fuser
+
+from ..content import (
+    KEPT_FILES,
+    Content,
+    Origin,
+    check_weights,
+    copy_files,
+    meta_model,
+    read_tokenizer,
+    reading,
+    token_ids,
+)
+from ..key_maps import BACKBONE, from_llava_hf, to_llava_hf
+from ..options import Options
+from ..tensors import CONFIG_FILE, stored_model, write_json, write_sharded
+from ..vision_weights import backbone_like, split_tail, vision_config_of, whole_tower
+from .layerfuse import OWN
+
+__all__ = ["LLAVA_HF", "read_llava_hf", "write_llava_hf"]
+
+LLAVA_HF = "llava-hf"
+"""Name of the layout."""
+_RESAMPLE = {"nearest": 0, "lanczos": 1, "bilinear": 2, "bicubic": 3, "box": 4, "hamming": 5}
+
+
+def read_llava_hf(folder: Path, config: Mapping[str, Any], options: Options) -> Content:
+    """Read a checkpoint of transformers' LLaVA, whatever version wrote it.
+
+    Arguments, result and errors are those of `read_published`. Where the options give no template, it is v1; where they
+    give no mode, images are prepared as the checkpoint's processor says.
+    """
+    with reading(f"the config of {folder}"):
+        described = AutoConfig.from_pretrained(folder)
+    assert isinstance(described, LlavaConfig)
+    layers = described.vision_feature_layer
+    backbone = backbone_like(folder, (layers,) if isinstance(layers, int) else tuple(layers))
+    _check(described, backbone)
+    tokenizer = read_tokenizer(folder)
+    image_token_id = add_image_token(tokenizer)
+    if image_token_id != described.image_token_index:
+        raise InputError(
+            f"the config's image_token_index is {described.image_token_index}, but the tokenizer's {IMAGE_TAG} is "
+            f"{image_token_id}; config and tokenizer do not belong together."
+        )
+    template = get_template(options.template or "v1")
+    model = meta_model(
+        backbone,
+        create_fuser("select", in_channels=backbone.embed_dim, num_layers=1),
+        described.get_text_config(),
+        image_token_id=image_token_id,
+        template=template,
+    )
+    tensors = from_llava_hf(stored_model(folder))
+    own, tail = split_tail(model, tensors)
+    preprocessing = backbone.preprocessing
+    return Content(
+        model=model,
+        tensors=check_weights(model, own, str(folder)),
+        tokenizer=tokenizer,
+        preprocessing=replace(preprocessing, mode=options.image_mode or preprocessing.mode),
+        template=template,
+        folder=folder,
+        tail=tail,
+        origin=Origin(LLAVA_HF, folder, True, dict(config)),
+        generation=token_ids(described.get_text_config()),
+    )
+
+
+def _check(config: LlavaConfig, backbone: Backbone) -> None:
+    strategy = "default" if backbone.num_prefix_tokens else "full"
+    faults = []
+    if len(backbone.layers) != 1:
+        faults.append(f"vision_feature_layer is {config.vision_feature_layer}, expected one layer")
+    if config.vision_feature_select_strategy != strategy:
+        faults.append(
+            f"vision_feature_select_strategy is {config.vision_feature_select_strategy!r}, expected {strategy!r}"
+        )
+    if config.projector_hidden_act != "gelu" or not config.multimodal_projector_bias:
+        faults.append("the projector is not linear, GELU, linear with biases")
+    if faults:
+        raise InputError(f"this checkpoint is no LLaVA-1.5: {'; '.join(faults)}. Only those can be converted.")
+
+
+def write_llava_hf(content: Content, folder: Path, options: Options) -> None:
+    """Write a checkpoint for `LlavaForConditionalGeneration` and everything that reads its checkpoints.
+
+    Args:
+        content: a baseline model: its fuser is `select` on one layer.
+        folder: exists.
+        options: `vision_tower` has the layers of the vision model that ours leaves out, if they were not kept.
+
+    Raises:
+        ValueError: if there is a fuser, the head does more than a product, or the vision model is not to be had whole.
+    """
+    backbone, fuser, own = content.backbone, content.fuser, content.model.config
+    if fuser.name != "select" or fuser.num_layers != 1:
+        raise InputError(
+            f"the model has the fuser {fuser.name!r} over {fuser.num_layers} layers; transformers' LLaVA has no place "
+            "for a fuser. Only 'select' on one layer fits; an MMFuser can be written as 'mmfuser'."
+        )
+    if own.head is not None:
+        raise InputError(
+            f"the language model {describe_head(own.head)}; transformers' LLaVA only multiplies with its head's "
+            f"weight, whatever its language model is. Keep the layout {OWN!r}, which holds this model as it is."
+        )
+    vision_config = vision_config_of(backbone)
+    config = LlavaConfig(
+        vision_config=vision_config,
+        text_config=own.get_text_config().to_dict(),
+        image_token_index=own.image_token_index,
+        image_seq_length=own.layout.num_tokens(),
+        vision_feature_layer=backbone.layers[0] - backbone.num_blocks - 1,
+        vision_feature_select_strategy="default" if backbone.num_prefix_tokens else "full",
+        projector_hidden_act="gelu",
+        architectures=["LlavaForConditionalGeneration"],
+        dtype=content.dtype,
+    )
+    rest = {name: tensor for name, tensor in content.tensors.items() if not name.startswith(BACKBONE)}
+    write_sharded(to_llava_hf({**whole_tower(content, vision_config, options), **rest}), folder)
+    # What it came with, if it comes from there with images prepared like that; else its processor is described anew.
+    as_it_came = content.preprocessing.mode == backbone.preprocessing.mode
+    if content.origin is not None and content.origin.layout == LLAVA_HF and as_it_came:
+        copy_files(content.origin.folder, folder, tuple(name for name in KEPT_FILES if name != CONFIG_FILE))
+    else:
+        _write_processor(content, folder)
+        # Our head forbids the image token; transformers' has a row for it.
+        suppressed = {"suppress_tokens": [own.image_token_index]}
+        write_json(folder / "generation_config.json", {**content.generation_config, **suppressed})
+    config.save_pretrained(folder)
+
+
+def _write_processor(content: Content, folder: Path) -> None:
+    backbone, prepare = content.backbone, content.preprocessing
+    content.tokenizer.save_pretrained(folder)
+    (folder / "chat_template.jinja").write_text(chat_template(content.template, content.tokenizer), encoding="utf-8")
+    height, width = prepare.size
+    edge = round(min(height, width) / prepare.crop_pct)
+    squash = prepare.mode == "squash"
+    described = {
+        "image_processor_type": "LlavaImageProcessor" if prepare.mode == "pad" else "CLIPImageProcessor",
+        "do_convert_rgb": True,
+        "do_pad": prepare.mode == "pad",
+        "do_resize": True,
+        "size": {"height": height, "width": width} if squash else {"shortest_edge": edge},
+        "resample": _RESAMPLE[prepare.interpolation],
+        "do_center_crop": not squash,
+        "crop_size": {"height": height, "width": width},
+        "do_rescale": True,
+        "rescale_factor": 1 / 255,
+        "do_normalize": True,
+        "image_mean": list(prepare.mean),
+        "image_std": list(prepare.std),
+    }
+    write_json(folder / "preprocessor_config.json", described)
+    processor = {
+        "processor_class": "LlavaProcessor",
+        "image_token": IMAGE_TAG,
+        "num_additional_image_tokens": backbone.num_prefix_tokens,
+        "patch_size": backbone.patch_size[0],
+        "vision_feature_select_strategy": "default" if backbone.num_prefix_tokens else "full",
+    }
+    write_json(folder / "processor_config.json", processor)

@@ -1,0 +1,136 @@
+"""Files of LoRA adapters in PEFT's own format: `PeftModel.from_pretrained` and `model.load_adapter` read them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import nn
+
+from integrations.llava.modeling import ADAPTER, import_peft, inject_lora, lora_config, lora_weights
+from layerfuse.errors import InputError, MissingFileError
+from layerfuse.files import atomic_folder
+
+from .tensors import StoredTensor, check_fit, read_json, stored_tensors
+
+__all__ = ["load_lora", "merged_tensors", "save_lora"]
+
+# What PEFT puts in front of a module's name in its files.
+_FILE_PREFIX = "base_model.model."
+_CONFIG, _WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+# Settings under which a weight's change is something else than scale * B @ A.
+_VARIANTS = ("use_dora", "modules_to_save", "rank_pattern", "alpha_pattern", "fan_in_fan_out", "layer_replication")
+
+
+def save_lora(model: nn.Module, folder: str | Path) -> Path:
+    """Write the adapters in PEFT's format.
+
+    Args:
+        model: with adapters.
+        folder: `adapter_config.json` and `adapter_model.safetensors` go there.
+
+    Returns:
+        The folder.
+
+    Raises:
+        ValueError: if the model has no adapters.
+    """
+    config = lora_config(model)
+    weights = {
+        _file_name(name): parameter.detach().cpu().contiguous() for name, parameter in lora_weights(model).items()
+    }
+    learning, config.inference_mode = config.inference_mode, True
+    with atomic_folder(folder) as scratch:
+        save_file(weights, scratch / _WEIGHTS, metadata={"format": "pt"})
+        config.save_pretrained(str(scratch))
+    config.inference_mode = learning
+    return Path(folder)
+
+
+def load_lora(model: nn.Module, folder: str | Path, *, trainable: bool = False) -> None:
+    """Put saved adapters into the language model.
+
+    Args:
+        model: the model they were trained on, or its unquantised twin; changed in place.
+        folder: as `save_lora` or PEFT wrote it.
+        trainable: whether they go on learning.
+
+    Raises:
+        FileNotFoundError: if the folder holds no adapters.
+        ValueError: if they do not fit the model, or it has adapters already; all names are listed.
+        ImportError: if peft is not installed.
+    """
+    stored = _stored_adapter(Path(folder))
+    config = import_peft().LoraConfig.from_pretrained(str(folder))
+    config.inference_mode = not trainable
+    inject_lora(model, config)
+    adapters = {_file_name(name): parameter for name, parameter in lora_weights(model).items()}
+    check_fit(
+        adapters,
+        stored,
+        fault=f"the adapters in {folder} do not fit this model",
+        advice="Load them into the model that they were trained on",
+    )
+    with torch.no_grad():
+        for name, parameter in adapters.items():
+            parameter.copy_(stored[name].read())
+
+
+def merged_tensors(tensors: Mapping[str, StoredTensor], folder: str | Path) -> dict[str, StoredTensor]:
+    """Merge saved adapters into stored weights, one at a time, as they are read.
+
+    Args:
+        tensors: a whole model's, under our names.
+        folder: of the adapters, as `save_lora` wrote it.
+
+    Returns:
+        All tensors; those with an adapter are merged when they are read.
+
+    Raises:
+        FileNotFoundError: if the folder holds no adapters.
+        ValueError: if they are of a kind other than plain LoRA, or do not fit the weights.
+    """
+    stored = _stored_adapter(Path(folder))
+    config = read_json(Path(folder) / _CONFIG)
+    variants = [name for name in _VARIANTS if config.get(name)]
+    if config.get("peft_type") != "LORA" or config.get("bias", "none") != "none" or variants:
+        raise InputError(
+            f"{folder} holds adapters that cannot be merged tensor by tensor (peft_type {config.get('peft_type')!r}, "
+            f"bias {config.get('bias')!r}, {', '.join(variants) or 'no variants'}); merge them with peft, then convert."
+        )
+    merged = dict(tensors)
+    faults = []
+    names = sorted({name.rpartition(".lora_")[0] for name in stored})
+    for name in names:
+        down, up = (stored.get(f"{name}.lora_{side}.weight") for side in "AB")
+        ours = f"{name.removeprefix(_FILE_PREFIX)}.weight"
+        if ours not in merged or down is None or up is None or merged[ours].shape != (up.shape[0], down.shape[1]):
+            faults.append(ours)
+            continue
+        rank = down.shape[0]
+        scale = config["lora_alpha"] / (rank**0.5 if config.get("use_rslora") else rank)
+        merged[ours] = merged[ours].then(_adder(down, up, scale))
+    if faults:
+        raise InputError(f"the adapters in {folder} do not fit these weights of the model: {', '.join(faults)}.")
+    return merged
+
+
+def _adder(down: StoredTensor, up: StoredTensor, scale: float) -> Any:
+    def add(weight: torch.Tensor) -> torch.Tensor:
+        change = (up.read().float() @ down.read().float()) * scale
+        return (weight.float() + change).to(weight.dtype)
+
+    return add
+
+
+def _file_name(name: str) -> str:
+    return _FILE_PREFIX + name.replace(f".{ADAPTER}.", ".")
+
+
+def _stored_adapter(folder: Path) -> dict[str, StoredTensor]:
+    if not (folder / _CONFIG).is_file() or not (folder / _WEIGHTS).is_file():
+        raise MissingFileError(f"{folder} holds no adapters; expected {_CONFIG} and {_WEIGHTS}, as PEFT writes them.")
+    return stored_tensors(folder / _WEIGHTS)

@@ -1,0 +1,143 @@
+"""Checkpoints: written whole or not at all, loaded completely or not at all."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from transformers import AutoProcessor, LlavaProcessor
+
+from integrations.llava.modeling import (
+    FusedLlavaConfig,
+    FusedLlavaForConditionalGeneration,
+    Quantization,
+    keep_unpackable,
+    quantization_config,
+)
+from layerfuse.errors import InputError, MissingFileError
+from layerfuse.files import atomic_folder, explain_missing_config
+from layerfuse.weights import fitting_weights
+
+from .content import reading
+from .tensors import CONFIG_FILE, read_json
+
+__all__ = [
+    "load_config",
+    "load_model",
+    "load_processor",
+    "save_model",
+]
+
+
+def save_model(model: FusedLlavaForConditionalGeneration, processor: LlavaProcessor, folder: str | Path) -> Path:
+    """Write config, weights (safetensors) and processor: whole or not at all.
+
+    Returns:
+        The folder; `AutoModelForImageTextToText.from_pretrained` reads it after `import integrations.llava`.
+
+    Raises:
+        ValueError: before anything is written, if a weight is none of those that the config describes, such as an
+            adapter's; they are listed.
+        OSError: if the folder cannot be written to; a model in it stays.
+    """
+    weights = fitting_weights(model, lambda: type(model)(model.config))
+    with atomic_folder(folder) as scratch:
+        model.save_pretrained(scratch, state_dict=weights)
+        processor.save_pretrained(scratch)
+    return Path(folder)
+
+
+def load_config(folder: str | Path) -> FusedLlavaConfig:
+    """Read the config of a model that `save_model` wrote.
+
+    Raises:
+        FileNotFoundError: if the folder holds no model.
+        ValueError: if it holds another kind of model.
+    """
+    folder = Path(folder)
+    if not (folder / CONFIG_FILE).is_file():
+        raise MissingFileError(
+            f"{folder} holds no {CONFIG_FILE}; give a folder that a finished training run wrote."
+            f"{explain_missing_config(folder)}"
+        )
+    kind = read_json(folder / CONFIG_FILE).get("model_type")
+    if kind != FusedLlavaConfig.model_type:
+        raise InputError(
+            f"{folder} holds a {kind!r} model; expected {FusedLlavaConfig.model_type!r}, as `python -m "
+            "integrations.llava train` writes it. Models of MMFuser, LLaVA-1.5 and transformers' LLaVA can be "
+            f"converted: python -m integrations.llava convert --from {folder} --to NEW_FOLDER"
+        )
+    with reading(f"{folder / CONFIG_FILE}"):
+        config: FusedLlavaConfig = FusedLlavaConfig.from_pretrained(folder)
+    return config
+
+
+def load_model(
+    folder: str | Path,
+    *,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype = torch.float32,
+    quantize: Quantization = "none",
+) -> FusedLlavaForConditionalGeneration:
+    """Load a model that `save_model` wrote.
+
+    Args:
+        folder: the folder.
+        device: where to put the model.
+        dtype: of its parameters, and of the computation with quantised ones.
+        quantize: "int8" or "nf4" stores the language model's linear layers in 8 or 4 bits, through bitsandbytes.
+
+    Returns:
+        The model, in evaluation mode.
+
+    Raises:
+        FileNotFoundError: if the folder holds no model.
+        ValueError: if it holds another kind of model, or weights that do not cover the model; every key is listed.
+        ImportError: if bitsandbytes is needed and not installed.
+    """
+    config = load_config(folder)
+    _check_weights(Path(folder))
+    model: FusedLlavaForConditionalGeneration
+    if quantize == "none":
+        model = FusedLlavaForConditionalGeneration.from_pretrained(folder, config=config, dtype=dtype)
+        return model.to(device).eval()  # type: ignore[no-any-return, arg-type]
+    # Quantised weights cannot be moved afterwards, so they are loaded to where they belong.
+    model = FusedLlavaForConditionalGeneration.from_pretrained(
+        folder,
+        config=config,
+        dtype=dtype,
+        quantization_config=quantization_config(quantize, dtype),
+        device_map={"": device},
+    )
+    keep_unpackable(model)
+    return model.eval()
+
+
+def _check_weights(folder: Path) -> None:
+    """Open every file of weights; transformers' own errors name no file."""
+    if not any(folder.glob("*.safetensors")) and not any(folder.glob("pytorch_model*.bin")):
+        raise MissingFileError(f"{folder} holds no weights (model.safetensors); copy them there again.")
+    for path in sorted(folder.glob("model*.safetensors")):
+        try:
+            with safe_open(path, framework="pt"):
+                pass
+        except SafetensorError as error:
+            raise InputError(f"{path} is damaged ({error}); copy it there again.") from error
+
+
+def load_processor(folder: str | Path) -> LlavaProcessor:
+    """Load the processor that was saved beside a model.
+
+    Raises:
+        FileNotFoundError: if there is no such folder, or a save into it was killed half-way.
+        ValueError: if it lacks files of the processor, or they are damaged.
+    """
+    if not Path(folder).is_dir():
+        raise MissingFileError(f"{folder} does not exist; give a folder that a finished training run wrote.")
+    interrupted = "" if (Path(folder) / CONFIG_FILE).is_file() else explain_missing_config(folder)
+    if interrupted:
+        raise MissingFileError(f"{folder} holds no {CONFIG_FILE}.{interrupted}")
+    with reading(f"the processor in {folder}"):
+        processor: LlavaProcessor = AutoProcessor.from_pretrained(folder)
+    return processor

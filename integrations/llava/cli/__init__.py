@@ -1,0 +1,1 @@
+"""One file a command of `python -m integrations.llava`; the only place that reads arguments and prints."""

@@ -1,0 +1,69 @@
+"""The command line of conversion: a checkpoint in, a checkpoint of another layout out."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import sys
+from collections.abc import Sequence
+from typing import get_args
+
+from transformers.utils import logging as transformers_logging
+
+from integrations.llava.checkpoints import LAYOUTS, Options, convert, convert_adapter
+from integrations.llava.prompts import TEMPLATES
+from layerfuse.errors import UserError
+from layerfuse.preprocessing import Mode
+
+__all__ = ["main"]
+
+_LAYOUTS = """layouts:
+  layerfuse  ours, which this project's commands and transformers' Auto classes read (the default)
+  mmfuser    yuecao0119/MMFuser: LLaVA-1.5's with a fuser
+  llava      haotian-liu/LLaVA: LLaVA-1.5, no fuser
+  llava-hf   transformers' LlavaForConditionalGeneration, no fuser
+The source may have any of them; its files tell which.
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Convert a checkpoint."""
+    parser = argparse.ArgumentParser(
+        prog="python -m integrations.llava convert",
+        description="Convert checkpoints between layouts, one tensor at a time; numbers and types stay as they are.",
+        epilog=_LAYOUTS,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--from", dest="source", required=True, help="folder of a checkpoint, or an adapter file")
+    parser.add_argument("--to", dest="target", required=True, help="folder to be written; new or empty")
+    parser.add_argument("--layout", choices=LAYOUTS, default=LAYOUTS[0], help="of what is written")
+    parser.add_argument(
+        "--template", choices=sorted(TEMPLATES), help="prompt template the model was trained with (default: v1)"
+    )
+    parser.add_argument(
+        "--image-mode", choices=get_args(Mode), help="how images are prepared (default: as the checkpoint says)"
+    )
+    parser.add_argument(
+        "--vision-tower", metavar="FOLDER_OR_NAME", help="the vision model, where the checkpoint lacks it or its name"
+    )
+    parser.add_argument("--merge-lora", metavar="FOLDER", help="adapters to merge into the language model")
+    parser.add_argument("--adapter-only", action="store_true", help="convert fuser and projector alone")
+    arguments = parser.parse_args(argv)
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    if not sys.stderr.isatty():
+        transformers_logging.disable_progress_bar()
+    options = Options(template=arguments.template, image_mode=arguments.image_mode, vision_tower=arguments.vision_tower)
+    if arguments.adapter_only and (arguments.merge_lora or options != Options()):
+        parser.error("--adapter-only takes no other options than --from, --to and --layout")
+    try:
+        if arguments.adapter_only:
+            written = convert_adapter(arguments.source, arguments.target, arguments.layout)
+        else:
+            written = convert(
+                arguments.source, arguments.target, arguments.layout, options=options, lora=arguments.merge_lora
+            )
+    except UserError as error:
+        parser.error(str(error))
+    print(f"converted: {written}")
+    return 0

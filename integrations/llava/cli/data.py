@@ -1,0 +1,148 @@
+"""The command line of the data doctor: check a data file against its images, clean it, convert it."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+from transformers import AutoTokenizer
+
+from integrations.llava.data import SampleFile, read_samples
+from integrations.llava.data.doctor import (
+    TokenLimit,
+    clean_path,
+    findings_table,
+    lines_path,
+    report,
+    sources_table,
+    survey_samples,
+    verdict,
+    write_clean,
+    write_lines,
+)
+from integrations.llava.image_layout import FixedLayout
+from integrations.llava.prompts import TEMPLATES, TextEncoder, get_template
+from layerfuse.errors import ExistingFileError, FileAccessError, MissingFileError, UserError
+from layerfuse.files import atomic_file
+
+__all__ = ["main"]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a subcommand; return 0 if the data are sound, 1 if they have problems. Wrong usage exits with 2."""
+    parser = argparse.ArgumentParser(
+        prog="python -m integrations.llava data", description="Check, clean and convert data in LLaVA's format."
+    )
+    commands = parser.add_subparsers(dest="command", required=True, metavar="command")
+    check = commands.add_parser("check", help="look for faults in a data file and its images")
+    _add_check_arguments(check)
+    convert = commands.add_parser("convert", help="write a json file as jsonl, one sample a line")
+    convert.add_argument("--data", type=Path, required=True, help="json file in LLaVA's format")
+    convert.add_argument("--output", type=Path, help="the new file (default: beside the old one, ending in .jsonl)")
+    arguments = parser.parse_args(argv)
+    command = check if arguments.command == "check" else convert
+    try:
+        return _check(arguments) if arguments.command == "check" else _convert(arguments)
+    except FileAccessError as error:
+        command.error(str(error))
+    except UserError as error:
+        print(f"{command.prog}: {error}", file=sys.stderr)
+        return 1
+
+
+def _add_check_arguments(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("--data", type=Path, required=True, help="json or jsonl file in LLaVA's format")
+    add("--image-folder", type=Path, required=True, help="what the image names are relative to")
+    add("--template", choices=TEMPLATES, default="v1", help="prompt template of the training stage (default: v1)")
+    add(
+        "--images", choices=("decode", "size", "none"), default="decode", help="how to look at images (default: decode)"
+    )
+    add("--max-pixels", type=int, help="larger images are a problem (default: what Pillow opens)")
+    add("--tokenizer", help="folder or hub name; checks lengths in tokens too")
+    add("--max-length", type=int, default=2048, help="tokens, images included (default: 2048)")
+    add("--image-tokens", type=int, default=576, help="positions that an image takes up (default: 576)")
+    add("--workers", type=int, help="processes (default: one per CPU)")
+    add("--report", type=Path, help="write everything that was found to this JSON file")
+    add("--strict", action="store_true", help="exit with 1 also if there are warnings only")
+    add("--fix", action="store_true", help="write the usable samples to X.clean.jsonl beside X, which stays as it is")
+
+
+def _check(arguments: argparse.Namespace) -> int:
+    if not arguments.image_folder.is_dir():
+        raise MissingFileError(f"image folder {arguments.image_folder} does not exist; give an existing folder.")
+    target = clean_path(arguments.data)
+    if arguments.fix and target.exists():
+        raise ExistingFileError(f"{target} exists and is left alone; move it away or remove it, or leave out --fix.")
+    for written in ([arguments.report] if arguments.report is not None else []) + ([target] if arguments.fix else []):
+        _refuse_unwritable(written)
+    samples = read_samples(arguments.data)
+    found = survey_samples(
+        samples,
+        image_folder=arguments.image_folder,
+        template=get_template(arguments.template),
+        check_images=arguments.images,
+        max_pixels=arguments.max_pixels,
+        tokens=_token_limit(arguments),
+        workers=arguments.workers,
+    )
+    print(f"{arguments.data}, images in {arguments.image_folder} ({_DEPTH[arguments.images]})\n")
+    print(sources_table(found))
+    if found.findings:
+        print(f"\n{findings_table(found)}")
+    print(f"\n{verdict(found)}")
+    if arguments.report is not None:
+        settings = {name: str(value) if isinstance(value, Path) else value for name, value in vars(arguments).items()}
+        with atomic_file(arguments.report) as file:
+            file.write(json.dumps(report(found, settings), indent=1).encode())
+        print(f"report: {arguments.report}")
+    if found.problems and not arguments.fix:
+        print(f"--fix writes the samples that can be used to {target}")
+    elif found.problems:
+        cleaned = write_clean(samples, found)
+        print(
+            f"clean file: {cleaned.path} with {cleaned.num_samples:,} samples, {cleaned.num_repaired:,} repaired, "
+            f"{cleaned.num_dropped:,} left out; {arguments.data} is as it was"
+        )
+    return 1 if found.problems or (arguments.strict and found.findings) else 0
+
+
+def _refuse_unwritable(path: Path) -> None:
+    """Try the place of a file that is written at the end, before millions of samples are read."""
+    try:
+        with tempfile.TemporaryFile(dir=path.parent):
+            pass
+    except OSError as error:
+        raise FileAccessError(f"{path} cannot be written ({error.strerror}); give another file.") from error
+
+
+_DEPTH = {"decode": "decoded", "size": "headers only", "none": "not looked at"}
+
+
+def _token_limit(arguments: argparse.Namespace) -> TokenLimit | None:
+    if arguments.tokenizer is None:
+        return None
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(arguments.tokenizer)
+    except (OSError, ValueError) as error:
+        raise MissingFileError(
+            f"tokenizer {arguments.tokenizer} cannot be loaded ({error}); give its folder or hub name."
+        ) from error
+    # The tokenizer need not know images; no token of its own has this id.
+    layout = FixedLayout(-1, arguments.image_tokens)
+    return TokenLimit(TextEncoder(tokenizer), layout=layout, max_length=arguments.max_length)
+
+
+def _convert(arguments: argparse.Namespace) -> int:
+    samples: SampleFile = read_samples(arguments.data)
+    if samples.has_lines:
+        raise ExistingFileError(f"{arguments.data} already has one sample a line; there is nothing to convert.")
+    target = arguments.output or lines_path(arguments.data)
+    _refuse_unwritable(target)
+    write_lines(samples, target)
+    print(f"{len(samples):,} samples: {target}")
+    return 0

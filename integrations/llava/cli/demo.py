@@ -1,0 +1,112 @@
+"""The command line of the demo."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import shlex
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from integrations.llava.study import DemoResults, DemoSettings, check_settings, conclude, estimate
+from layerfuse.errors import UserError
+
+__all__ = ["main"]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the demo, print its table, and say where the report is."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    parser = _parser()
+    given = vars(parser.parse_args(arguments))
+    settings = DemoSettings(**{**given, "fusers": tuple(given["fusers"]), "seeds": tuple(given["seeds"])})
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    try:
+        check_settings(settings)
+    except UserError as error:
+        parser.error(str(error))
+    # Imported only now: a wrong argument is answered at once, without loading transformers.
+    from transformers.utils import logging as transformers_logging
+
+    from integrations.llava.study import run_demo
+    from integrations.llava.training import RunInterrupted
+
+    if not sys.stderr.isatty():
+        transformers_logging.disable_progress_bar()
+    command = shlex.join(["python", "-m", "integrations.llava", "demo", *arguments])
+    try:
+        results, report = run_demo(settings, command=command)
+    except UserError as error:
+        parser.error(str(error))
+    except RunInterrupted as stop:
+        print(stop, file=sys.stderr)
+        return stop.exit_code
+    except KeyboardInterrupt:
+        print("stopped; the same command goes on from the last finished part", file=sys.stderr)
+        return 130
+    print(f"\n{table(results)}\n")
+    print("\n".join(conclude(results)))
+    if results.photo is not None:
+        print(f"\n{results.photo.prompt}")
+        print("\n".join(f"  {name}: {answer or '(nothing)'}" for name, answer in results.photo.answers.items()))
+    print(f"\nreport: {report}")
+    return 0
+
+
+def table(results: DemoResults) -> str:
+    """Write the table fuser × kind as text: per cent of right answers, ± standard deviation over seeds."""
+    kinds = results.kinds
+    questions = results.runs[0].kinds
+    several = len(results.seeds) > 1
+    width = 14 if several else 10
+    name = max(len("without looking"), *map(len, results.fusers)) + 2
+    lines = ["fuser".ljust(name) + "".join(kind.rjust(width) for kind in (*kinds, "mean"))]
+    lines.append("questions".ljust(name) + "".join(str(questions[kind].num_questions).rjust(width) for kind in kinds))
+    for fuser in results.fusers:
+        runs = results.of(fuser)
+        columns = [[run.kinds[kind].accuracy for run in runs] for kind in kinds] + [[run.average for run in runs]]
+        lines.append(fuser.ljust(name) + "".join(_cell(column).rjust(width) for column in columns))
+    levels = [results.chance[kind] for kind in kinds]
+    levels.append(sum(levels) / len(levels))
+    return "\n".join(
+        [*lines, "without looking".ljust(name) + "".join(f"{100 * level:.1f}".rjust(width) for level in levels)]
+    )
+
+
+def _cell(values: Sequence[float]) -> str:
+    own = estimate(values)
+    spread = "" if own.spread is None else f" ±{100 * own.spread:.1f}"
+    return f"{100 * own.mean:.1f}{spread}"
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m integrations.llava demo",
+        description="Make data, train a small LLaVA in both stages with each fuser, compare them, write report.html. "
+        "Parts that were finished with the same settings are used again.",
+        allow_abbrev=False,
+    )
+    given = DemoSettings()
+    fusers, seeds = " ".join(given.fusers), " ".join(map(str, given.seeds))
+
+    def number(flag: str, what: str, default: int | None = None) -> None:
+        note = "the recipe's" if default is None else default
+        parser.add_argument(flag, type=int, default=default, metavar="N", help=f"{what} (default: {note})")
+
+    add = parser.add_argument
+    add("--fusers", nargs="+", default=given.fusers, metavar="NAME", help=f"fusers to compare (default: {fusers})")
+    add("--seeds", nargs="+", type=int, default=given.seeds, metavar="N", help=f"of the runs (default: {seeds})")
+    add("--output", type=Path, default=given.output, metavar="FOLDER", help=f"of everything (default: {given.output})")
+    add("--image", type=Path, metavar="FILE", help="a photograph of yours; needs --prompt")
+    add("--prompt", metavar="TEXT", help="a question about the photograph")
+    add("--recipe", default=given.recipe, help=f"name or file of what all runs share (default: {given.recipe})")
+    number("--pretrain-steps", "optimizer steps of the first stage")
+    number("--finetune-steps", "optimizer steps of the second stage")
+    number("--batch-size", "samples a step in both stages")
+    number("--num-train", "training images", given.num_train)
+    number("--num-test", "test images, with a question of each kind", given.num_test)
+    number("--data-seed", "seed of images and questions", given.data_seed)
+    number("--num-examples", "test images shown in the report", given.num_examples)
+    number("--num-probe-images", "training images that the probes learn on", given.num_probe_images)
+    return parser

@@ -1,0 +1,102 @@
+"""The command line of evaluation: a run folder, questions, a table."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+
+from integrations.llava.evaluation import (
+    TASKS,
+    Evaluation,
+    evaluate,
+    read_predictions,
+    read_questions,
+    score_predictions,
+    write_evaluation,
+)
+from integrations.llava.inference import find_shard
+from layerfuse.errors import UserError
+
+__all__ = ["main"]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Evaluate from the command line."""
+    parser = _parser()
+    arguments = parser.parse_args(argv)
+    if (arguments.model is None) == (arguments.predictions is None):
+        parser.error("give either --model FOLDER or --predictions FILE")
+    if arguments.task is not None and arguments.image_folder is None:
+        parser.error("--task reads its questions and images from a folder; give it as --image-folder FOLDER")
+    try:
+        evaluation = _evaluate(arguments)
+    except UserError as error:
+        parser.error(str(error))
+    print("other processes have questions left; the last one scores" if evaluation is None else _table(evaluation))
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m integrations.llava evaluate",
+        description="Ask a trained model every question of a file or a task, and score its answers by kind.",
+    )
+    parser.add_argument("--model", help="folder of a finished run")
+    asked = parser.add_mutually_exclusive_group(required=True)
+    asked.add_argument("--questions", help="question file: JSON lines of question_id, image, text, kind, answer")
+    asked.add_argument("--task", help=f"a task that loads its questions from --image-folder: {', '.join(TASKS)}")
+    parser.add_argument(
+        "--image-folder",
+        "--images",
+        help="what names of images are relative to (default: 'images' beside the question file)",
+    )
+    parser.add_argument("--predictions", help="score this predictions.jsonl in place of a model")
+    parser.add_argument(
+        "--output",
+        help="folder for answers, predictions, metrics; continued (default: MODEL/evaluation, for a task /TASK in it)",
+    )
+    parser.add_argument("--overwrite", action="store_true", help="replace other answers and predictions in --output")
+    parser.add_argument(
+        "--shard", metavar="INDEX/COUNT", help="answer a share (default: torchrun's RANK/WORLD_SIZE); the last scores"
+    )
+    parser.add_argument("--batch-size", type=int, default=32)
+    parser.add_argument("--max-new-tokens", type=int, default=32)
+    parser.add_argument("--device", help="torch device (default: CUDA if there is one, else the CPU)")
+    return parser
+
+
+def _evaluate(arguments: argparse.Namespace) -> Evaluation | None:
+    task = None if arguments.task is None else TASKS.get(arguments.task)()
+    if arguments.predictions is not None:
+        asked = read_questions(arguments.questions) if task is None else task.load(arguments.image_folder)
+        evaluation = score_predictions(asked, read_predictions(arguments.predictions), task=task)
+        if arguments.output is not None:
+            write_evaluation(evaluation, arguments.output, overwrite=arguments.overwrite)
+        return evaluation
+    # Imported here so that scoring predictions needs no model library.
+    from .options import find_device
+
+    return evaluate(
+        arguments.model,
+        task or arguments.questions,
+        arguments.image_folder or Path(arguments.questions).parent / "images",
+        output=arguments.output or Path(arguments.model) / "evaluation" / (arguments.task or ""),
+        batch_size=arguments.batch_size,
+        max_new_tokens=arguments.max_new_tokens,
+        device=str(find_device(arguments)),
+        overwrite=arguments.overwrite,
+        shard=find_shard(arguments.shard),
+    )
+
+
+def _table(evaluation: Evaluation) -> str:
+    lines = [f"{'kind':<12}{'questions':>10}  accuracy"]
+    for kind, own in evaluation.kinds.items():
+        accuracy = f"{100 * own.accuracy:6.1f} %" if "accuracy" in own.scores else " " * 8
+        extra = ", ".join(f"{name} {value:.3f}" for name, value in own.scores.items() if name != "accuracy")
+        lines.append(f"{kind:<12}{own.num_questions:>10}  {accuracy}  {extra}".rstrip())
+    mean = evaluation.metrics().get("mean_accuracy")
+    if mean is not None:
+        lines.append(f"{'mean':<12}{len(evaluation.answers):>10}  {100 * mean:6.1f} %")
+    return "\n".join(lines)

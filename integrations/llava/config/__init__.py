@@ -1,0 +1,19 @@
+"""Recipes: everything that a training run is made of, as typed data, read from YAML and written back."""
+
+from __future__ import annotations
+
+from .schema import PARTS, STAGES, LoraConfig, ModelConfig, Recipe, StageConfig
+from .yaml_io import dump_recipe, load_recipe, parse_overrides, recipe_names
+
+__all__ = [
+    "PARTS",
+    "STAGES",
+    "LoraConfig",
+    "ModelConfig",
+    "Recipe",
+    "StageConfig",
+    "dump_recipe",
+    "load_recipe",
+    "parse_overrides",
+    "recipe_names",
+]

@@ -1,0 +1,120 @@
+"""What training does about samples that it cannot use: fail, or leave them out and say so."""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+
+from integrations.llava._text import bulleted
+from integrations.llava.prompts import Template
+from layerfuse.errors import InputError
+
+from ..files import select_samples
+from ..samples import Sample
+from .findings import KINDS, Finding
+from .images import CheckImages
+from .survey import survey_samples
+
+__all__ = ["BadSamples", "check_samples", "describe_problems", "usable_indices", "usable_samples"]
+
+BadSamples = Literal["fail", "skip"]
+"""Stop at a sample that cannot be used, or leave it out."""
+
+_log = logging.getLogger(__name__)
+
+
+def check_samples(
+    samples: Sequence[Sample],
+    *,
+    image_folder: str | Path,
+    template: Template,
+    check_images: CheckImages = "size",
+) -> None:
+    """Check everything that would otherwise stop a run half way.
+
+    Args:
+        samples: in LLaVA's format.
+        image_folder: what image names are relative to.
+        template: the prompt template they will be written with.
+        check_images: decode every image, read only its header, or look at no file at all ("none").
+
+    Raises:
+        ValueError: listing the samples and image files at fault, and what is wrong with each.
+    """
+    usable_indices(samples, image_folder=image_folder, template=template, check_images=check_images, bad_samples="fail")
+
+
+def usable_indices(
+    samples: Sequence[Sample],
+    *,
+    image_folder: str | Path,
+    template: Template,
+    check_images: CheckImages = "size",
+    bad_samples: BadSamples = "fail",
+) -> tuple[np.ndarray, list[Finding]]:
+    """Check a stage's samples before it starts.
+
+    One process of a run is enough; the indices are all that the others need.
+
+    Args:
+        samples: in LLaVA's format.
+        image_folder: what image names are relative to.
+        template: the prompt template they will be written with.
+        check_images: decode every image, read only its header, or look at no file at all ("none").
+        bad_samples: "fail" raises at problems; "skip" leaves the samples out and logs how many.
+
+    Returns:
+        Indices of the samples that can be used, int64, in order; and the problems of the others.
+
+    Raises:
+        ValueError: listing the problems, if they shall not be skipped or no sample is left.
+    """
+    checked = survey_samples(
+        samples,
+        image_folder=image_folder,
+        template=template,
+        check_images=check_images,
+        warnings=False,
+        texts_first=bad_samples == "fail",
+    )
+    usable, problems = checked.usable, checked.problems
+    if problems and (bad_samples == "fail" or not len(usable)):
+        raise InputError(describe_problems(problems, image_folder))
+    if problems:
+        left_out = f"{len(samples) - len(usable):,} of {len(samples):,} samples are left out"
+        _log.warning("%s: %s; first: %s", left_out, _count_kinds(problems), problems[0])
+    return usable, problems
+
+
+def usable_samples(
+    samples: Sequence[Sample],
+    *,
+    image_folder: str | Path,
+    template: Template,
+    check_images: CheckImages = "size",
+    bad_samples: BadSamples = "fail",
+) -> tuple[Sequence[Sample], list[Finding]]:
+    """As `usable_indices`, but return the samples: all of them, or a `Selection`."""
+    usable, problems = usable_indices(
+        samples, image_folder=image_folder, template=template, check_images=check_images, bad_samples=bad_samples
+    )
+    return select_samples(samples, usable), problems
+
+
+def describe_problems(problems: Sequence[Finding], image_folder: str | Path) -> str:
+    """Word the error of a run that cannot start; a long list is shortened."""
+    return (
+        f"{len(problems)} problems in the data ({_count_kinds(problems)}), images in {image_folder}; correct or remove "
+        f"these samples (`python -m integrations.llava data check` lists all, --fix writes a clean file), or set "
+        f"data.bad_samples=skip to leave them out:{bulleted(problems)}"
+    )
+
+
+def _count_kinds(problems: Sequence[Finding]) -> str:
+    counts = Counter(problem.kind for problem in problems)
+    return ", ".join(f"{count:,} {KINDS[kind].title}" for kind, count in counts.most_common())

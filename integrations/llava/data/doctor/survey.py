@@ -1,0 +1,225 @@
+"""The check of a whole data set, in parallel: what the data doctor shows, and what training asks before it starts."""
+
+from __future__ import annotations
+
+from array import array
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from integrations.llava.prompts import Template
+
+from ..files import SampleFile
+from ..samples import Sample, image_names, sample_id, source_name
+from .findings import Fault, Finding
+from .images import CheckImages, image_faults
+from .parallel import in_parallel
+from .turns import TokenLimit, conversation_faults, sample_warnings
+
+__all__ = ["Source", "Survey", "survey_samples"]
+
+_TEXTS_PER_TASK = 500
+_IMAGES_PER_TASK = 50
+# Source of what does not say which images belong to it.
+_UNCLEAR = "(unclear)"
+_UNNAMED = {"not_an_object", "no_conversation", "bad_image_entry", "outside_folder", "linked_image"}
+
+
+@dataclass(frozen=True)
+class Source:
+    """How much comes from one data set.
+
+    Attributes:
+        num_samples: samples.
+        num_images: different images.
+    """
+
+    num_samples: int
+    num_images: int
+
+
+@dataclass(frozen=True)
+class Survey:
+    """What the check of a data set found.
+
+    Attributes:
+        num_samples: samples, or what stands in their place.
+        sources: name -> how much comes from there, the largest first.
+        findings: every fault, in the order of the samples.
+    """
+
+    num_samples: int
+    sources: Mapping[str, Source]
+    findings: Sequence[Finding]
+
+    @property
+    def problems(self) -> list[Finding]:
+        """Faults that training does not cope with."""
+        return [finding for finding in self.findings if finding.is_problem]
+
+    @property
+    def warnings(self) -> list[Finding]:
+        """Faults that training copes with."""
+        return [finding for finding in self.findings if not finding.is_problem]
+
+    @property
+    def usable(self) -> np.ndarray:
+        """Indices of the samples without problem, int64, in order."""
+        return np.setdiff1d(np.arange(self.num_samples), [finding.index for finding in self.problems])
+
+
+def survey_samples(
+    samples: Sequence[Sample],
+    *,
+    image_folder: str | Path,
+    template: Template,
+    check_images: CheckImages = "size",
+    max_pixels: int | None = None,
+    tokens: TokenLimit | None = None,
+    workers: int | None = None,
+    warnings: bool = True,
+    texts_first: bool = False,
+) -> Survey:
+    """Check every sample, and every image once.
+
+    Args:
+        samples: in LLaVA's format, or what should be.
+        image_folder: what image names are relative to.
+        template: the prompt template they will be written with.
+        check_images: decode every image, read only its header, or do not look at it.
+        max_pixels: larger images are a problem; None allows what Pillow opens.
+        tokens: check lengths in tokens too.
+        workers: processes; None takes one per CPU, 1 checks in this process.
+        warnings: also look for what is harmless.
+        texts_first: leave the images alone if a text has a problem.
+
+    Returns:
+        What was found.
+    """
+    folder = Path(image_folder)
+    check = _TextCheck(samples, folder, template, tokens, warnings)
+    texts = in_parallel(
+        check, range(len(samples)), size=_TEXTS_PER_TASK, workers=workers, what="checking texts", unit="sample"
+    )
+    book = _Book(samples)
+    for index, checked in enumerate(texts):
+        book.add_text(index, checked, warn_of_duplicates=warnings)
+    stop = check_images == "none" or (texts_first and any(finding.is_problem for finding in book.findings))
+    if not stop:
+        look = partial(_look_at_images, folder=folder, how=check_images, max_pixels=max_pixels, warnings=warnings)
+        found = in_parallel(
+            look, list(book.images), size=_IMAGES_PER_TASK, workers=workers, what="checking images", unit="image"
+        )
+        book.add_images(list(found))
+    return book.close()
+
+
+class _CheckedText(NamedTuple):
+    """What is known of a sample without looking at its images; `images` are names that can be looked at."""
+
+    sample_id: str
+    has_id: bool
+    source: str
+    images: Sequence[str]
+    faults: Sequence[Fault]
+
+
+@dataclass(frozen=True)
+class _TextCheck:
+    samples: Sequence[Sample]
+    image_folder: Path
+    template: Template
+    tokens: TokenLimit | None
+    warnings: bool
+
+    def __call__(self, indices: Sequence[int]) -> list[_CheckedText]:
+        return [self._check(index) for index in indices]
+
+    def _check(self, index: int) -> _CheckedText:
+        try:
+            sample = self.samples[index]
+        except ValueError as error:
+            fault = Fault("not_json", f"no valid JSON: {error.__cause__}")
+            return _CheckedText(str(index), False, _UNCLEAR, (), (fault,))
+        faults = list(conversation_faults(sample, self.template, self.image_folder))
+        kinds = {fault.kind for fault in faults}
+        # No image of these is looked at.
+        sound = kinds.isdisjoint(
+            {"not_an_object", "no_conversation", "bad_image_entry", "outside_folder", "linked_image"}
+        )
+        images = image_names(sample) if sound else ()
+        if not faults:
+            faults += self._more_faults(sample)
+        source = source_name(images[0] if images else None) if sound else _UNCLEAR
+        has_id = isinstance(sample, Mapping) and sample.get("id") is not None
+        return _CheckedText(sample_id(sample, index), has_id, source, images, tuple(faults))
+
+    def _more_faults(self, sample: Sample) -> Iterator[Fault]:
+        if self.tokens is not None:
+            yield from (
+                fault for fault in self.tokens.faults(sample, self.template) if self.warnings or fault.is_problem
+            )
+        if self.warnings:
+            yield from sample_warnings(sample)
+
+
+def _look_at_images(
+    names: Sequence[str], *, folder: Path, how: CheckImages, max_pixels: int | None, warnings: bool
+) -> list[list[Fault]]:
+    return [
+        [fault for fault in image_faults(folder, name, how=how, max_pixels=max_pixels) if warnings or fault.is_problem]
+        for name in names
+    ]
+
+
+class _Book:
+    """Collects what the checks say, and knows which samples an image belongs to."""
+
+    def __init__(self, samples: Sequence[Sample]) -> None:
+        self.samples = samples
+        self.findings: list[Finding] = []
+        self.images: dict[str, int] = {}
+        self._image_of, self._sample_of = array("q"), array("q")
+        self._num_samples: Counter[str] = Counter()
+        self._first_use: dict[str, int] = {}
+
+    def add_text(self, index: int, checked: _CheckedText, *, warn_of_duplicates: bool) -> None:
+        self._num_samples[checked.source] += 1
+        for fault in checked.faults:
+            self._add(index, checked.sample_id, checked.source, fault)
+        for name in dict.fromkeys(checked.images):
+            self._image_of.append(self.images.setdefault(name, len(self.images)))
+            self._sample_of.append(index)
+        if warn_of_duplicates and checked.has_id:
+            first = self._first_use.setdefault(checked.sample_id, index)
+            if first != index:
+                fault = Fault("duplicate_id", f"has the id of {self._place(first)}")
+                self._add(index, checked.sample_id, checked.source, fault)
+
+    def add_images(self, faults: Sequence[Sequence[Fault]]) -> None:
+        """Take the faults of every image, in the order of `images`."""
+        for image, index in zip(self._image_of, self._sample_of, strict=True):
+            for fault in faults[image]:
+                sample = self.samples[index]
+                self._add(index, sample_id(sample, index), source_name(image_names(sample)[0]), fault)
+
+    def close(self) -> Survey:
+        num_images = Counter(source_name(name) for name in self.images)
+        return Survey(
+            len(self.samples),
+            {name: Source(count, num_images[name]) for name, count in self._num_samples.most_common()},
+            sorted(self.findings, key=lambda finding: finding.index),
+        )
+
+    def _add(self, index: int, own_id: str, source: str, fault: Fault) -> None:
+        self.findings.append(
+            Finding(index=index, place=self._place(index), sample_id=own_id, source=source, **asdict(fault))
+        )
+
+    def _place(self, index: int) -> str:
+        return self.samples.place(index) if isinstance(self.samples, SampleFile) else f"entry {index + 1}"

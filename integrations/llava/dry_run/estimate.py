@@ -1,0 +1,219 @@
+"""Everything that can be known about a run before it starts: sizes, steps, operations, hours, memory, data."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from transformers import PreTrainedConfig
+
+from integrations.llava.config import STAGES, Recipe, StageConfig
+from integrations.llava.data import read_samples
+from integrations.llava.data.doctor import Survey, survey_samples
+from integrations.llava.modeling import FusedLlavaForConditionalGeneration
+from integrations.llava.prompts import get_template
+from layerfuse.errors import InputError
+
+from .facts import ModelFacts, build_on_meta, model_facts
+from .flops import PartFlops, sample_flops
+from .gpus import Gpu, get_gpu
+from .memory import Memory, engines_for, estimate_memory
+from .steps import optimizer_steps, samples_seen
+from .workload import Workload, assumed_workload, measured_workload
+
+__all__ = ["NUM_GPUS", "UTILIZATION", "ModelSummary", "Report", "StageReport", "dry_run"]
+
+NUM_GPUS = (1, 2, 4, 8)
+"""Numbers of GPUs that are looked at."""
+
+UTILIZATION = 0.4
+"""Share of a GPU's peak that hours are computed with, between what LLaVA-1.5's published hours mean by our count (32
+and 41 %) and the 45 % that LLaVA-OneVision-1.5 states, all on A100s."""
+
+
+@dataclass(frozen=True)
+class ModelSummary:
+    """The model in a few words.
+
+    Attributes:
+        layers: that are tapped, counted from the embeddings.
+        num_blocks: of the whole backbone.
+        image_size: (height, width) in pixels.
+        grid: (H, W) in patches.
+        widths: of backbone, fused tokens and language model.
+        tokens_per_image: positions an image takes up.
+        llm_origin: where the language model's config was found.
+    """
+
+    layers: tuple[int, ...]
+    num_blocks: int
+    image_size: tuple[int, int]
+    grid: tuple[int, int]
+    widths: tuple[int, int, int]
+    tokens_per_image: int
+    llm_origin: str
+
+
+@dataclass(frozen=True)
+class StageReport:
+    """One stage.
+
+    Attributes:
+        name: of the stage.
+        config: of the stage.
+        facts: of the model as this stage trains it.
+        workload: its samples.
+        steps: optimizer steps.
+        flops: part -> operations of an average sample.
+        run_flops: of all samples.
+        memory: for every number of GPUs and every engine.
+        largest_micro_batch: number of GPUs -> the largest micro batch that fits with the stage's engine; 0 if none.
+        survey: what is wrong with the data; None if none were given.
+    """
+
+    name: str
+    config: StageConfig
+    facts: ModelFacts
+    workload: Workload
+    steps: int
+    flops: Mapping[str, PartFlops]
+    run_flops: float
+    memory: Sequence[Memory]
+    largest_micro_batch: Mapping[int, int]
+    survey: Survey | None
+
+
+@dataclass(frozen=True)
+class Report:
+    """A dry run.
+
+    Attributes:
+        recipe: what was looked at.
+        gpu: on which hardware.
+        utilization: share of its peak that hours are computed with.
+        model: what is built.
+        stages: in order.
+    """
+
+    recipe: Recipe
+    gpu: Gpu
+    utilization: float
+    model: ModelSummary
+    stages: Sequence[StageReport]
+
+
+def dry_run(
+    recipe: Recipe,
+    *,
+    gpu: str = "h100",
+    stages: Sequence[str] = STAGES,
+    num_gpus: Sequence[int] = NUM_GPUS,
+    utilization: float = UTILIZATION,
+) -> Report:
+    """Estimate a run, and check its data, without starting it.
+
+    The model is built on the meta device: seconds, and no memory to speak of. Data are read if the recipe names them.
+
+    Args:
+        recipe: from `load_recipe`.
+        gpu: name from `GPUS`.
+        stages: which stages to look at.
+        num_gpus: numbers of GPUs to look at.
+        utilization: share of the GPU's peak speed that training reaches, for the hours.
+
+    Returns:
+        The report; `render` writes it out.
+
+    Raises:
+        ValueError: if a name is unknown, a layer or option is not possible, or nothing describes the language model.
+        FileNotFoundError: if a data file does not exist.
+    """
+    if not 0 < utilization <= 1:
+        raise InputError(f"utilization={utilization} is no share of the peak; give a number above 0 and up to 1.")
+    hardware = get_gpu(gpu)
+    models = {name: build_on_meta(recipe.model, recipe.stage(name)) for name in stages}
+    if not models:
+        raise InputError(f"no stage was asked for; give {' or '.join(STAGES)}.")
+    reports = [_stage_report(name, recipe.stage(name), models[name][0], hardware, num_gpus) for name in models]
+    return Report(recipe, hardware, utilization, _summary(*models[stages[0]]), reports)
+
+
+def _stage_report(
+    name: str, config: StageConfig, model: FusedLlavaForConditionalGeneration, gpu: Gpu, num_gpus: Sequence[int]
+) -> StageReport:
+    facts = model_facts(model)
+    workload, survey = _look_at_data(name, config, facts.tokens_per_image)
+    flops = sample_flops(
+        model,
+        facts,
+        images=workload.images,
+        tokens=workload.tokens(facts.tokens_per_image),
+        checkpointing=config.gradient_checkpointing,
+    )
+    longest = workload.longest
+    return StageReport(
+        name=name,
+        config=config,
+        facts=facts,
+        workload=workload,
+        steps=optimizer_steps(workload.samples, config),
+        flops=flops,
+        run_flops=samples_seen(workload.samples, config) * sum(part.total for part in flops.values()),
+        memory=[
+            estimate_memory(facts, config, engine=engine, num_gpus=number, longest=longest)
+            for number in num_gpus
+            if _is_divisible(config, number)
+            for engine in engines_for(config, number)
+        ],
+        largest_micro_batch={
+            number: _largest_micro_batch(facts, config, number, longest, gpu)
+            for number in num_gpus
+            if _is_divisible(config, number)
+        },
+        survey=survey,
+    )
+
+
+def _summary(model: FusedLlavaForConditionalGeneration, llm_origin: str) -> ModelSummary:
+    backbone, text = model.model.vision_tower.backbone, model.config.text_config
+    assert isinstance(text, PreTrainedConfig)
+    return ModelSummary(
+        layers=backbone.layers,
+        num_blocks=backbone.num_blocks,
+        image_size=backbone.image_size,
+        grid=backbone.grid(*backbone.image_size),
+        widths=(backbone.embed_dim, model.model.fuser.out_channels, text.hidden_size),
+        tokens_per_image=model.config.layout.num_tokens(),
+        llm_origin=llm_origin,
+    )
+
+
+def _look_at_data(name: str, config: StageConfig, tokens_per_image: int) -> tuple[Workload, Survey | None]:
+    if not config.data.path:
+        return assumed_workload(name, config, tokens_per_image), None
+    samples = read_samples(config.data.path)
+    survey = survey_samples(
+        samples,
+        image_folder=config.data.image_folder,
+        template=get_template(config.template),
+        check_images=config.data.check_images,
+    )
+    return measured_workload(samples, config, tokens_per_image), survey
+
+
+def _is_divisible(config: StageConfig, num_gpus: int) -> bool:
+    return config.batch_size % (num_gpus * (config.micro_batch_size or 1)) == 0
+
+
+def _largest_micro_batch(facts: ModelFacts, config: StageConfig, num_gpus: int, longest: int, gpu: Gpu) -> int:
+    """Find the largest micro batch, up to the stage's own, that fits with the stage's engine; 0 if none does."""
+    own, accumulation = config.batches(num_gpus)
+    engine = config.engine if config.engine in engines_for(config, num_gpus) else "ddp"
+    for size in range(own, 0, -1):
+        if own * accumulation % size:
+            continue
+        smaller = replace(config, micro_batch_size=size)
+        memory = estimate_memory(facts, smaller, engine=engine, num_gpus=num_gpus, longest=longest)
+        if memory.fits(gpu.memory) == "yes":
+            return size
+    return 0

@@ -1,0 +1,212 @@
+"""A recipe's model built on the meta device, from the real classes, and the numbers that estimates are made of.
+
+Nothing is allocated and nothing downloaded: the language model's config comes from its folder, the hub's cache, or the
+recipe's `llm_architecture`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig
+
+from integrations.llava.config import PARTS, ModelConfig, StageConfig
+from integrations.llava.modeling import FusedLlavaForConditionalGeneration, add_image_token, described_llm
+from integrations.llava.modeling import build_on_meta as build_parts_on_meta
+from layerfuse.errors import InputError
+
+__all__ = ["Block", "ModelFacts", "build_on_meta", "linear_layers", "model_facts"]
+
+
+@dataclass(frozen=True)
+class Block:
+    """One block of the language model, with gated MLP and rotary attention as Llama's.
+
+    Attributes:
+        hidden: width D.
+        intermediate: width of the MLP.
+        queries: heads times their width.
+        keys: key-value heads times their width.
+        heads: number of heads.
+        trained: parameters that learn, LoRA adapters included.
+        frozen: parameters that do not.
+        adapters: (width read, rank) of each LoRA adapter in the block.
+    """
+
+    hidden: int
+    intermediate: int
+    queries: int
+    keys: int
+    heads: int
+    trained: int
+    frozen: int
+    adapters: tuple[tuple[int, int], ...]
+
+
+@dataclass(frozen=True)
+class ModelFacts:
+    """What the estimates have to know about a model as a stage trains it.
+
+    Attributes:
+        trained: part -> parameters that learn.
+        frozen: part -> parameters that do not.
+        tokens_per_image: positions an image takes up.
+        num_blocks: of the language model.
+        block: any of them; they are alike.
+        vocabulary: rows of the output layer.
+        tail: parameters of final norm and output layer.
+        matrices: trained parameters of linear layers, which autocast copies to the computing precision.
+        quantized: frozen parameters that quantisation can store in fewer bits: the blocks' linear layers.
+        connector_bytes: what autograd keeps of an image up to the language model, and the image's tokens.
+    """
+
+    trained: Mapping[str, int]
+    frozen: Mapping[str, int]
+    tokens_per_image: int
+    num_blocks: int
+    block: Block
+    vocabulary: int
+    tail: int
+    matrices: int
+    quantized: int
+    connector_bytes: int
+
+    @property
+    def num_trained(self) -> int:
+        """Parameters that learn."""
+        return sum(self.trained.values())
+
+    @property
+    def num_frozen(self) -> int:
+        """Parameters that do not."""
+        return sum(self.frozen.values())
+
+
+def build_on_meta(config: ModelConfig, stage: StageConfig) -> tuple[FusedLlavaForConditionalGeneration, str]:
+    """Build a recipe's model as a stage trains it, without allocating it.
+
+    Args:
+        config: names the parts.
+        stage: says which learn, and whether through adapters.
+
+    Returns:
+        The model on the meta device, all in the precision that the stage computes in, not quantised; and where the
+        language model's config was found.
+
+    Raises:
+        ValueError: if a name, layer or option is not possible, or nothing describes the language model.
+    """
+    architecture, origin = _architecture(config)
+    image_token_id = _image_token_id(config, architecture.vocab_size)
+    return build_parts_on_meta(config, stage, architecture, image_token_id=image_token_id), origin
+
+
+def _architecture(config: ModelConfig) -> tuple[PreTrainedConfig, str]:
+    if config.llm_pretrained:
+        with suppress(OSError):
+            return AutoConfig.from_pretrained(config.llm, local_files_only=True), "its own config"
+    return described_llm(config), "config: the recipe's llm_architecture"
+
+
+def _image_token_id(config: ModelConfig, vocab_size: int) -> int:
+    """Read it from the tokenizer if that is at hand; else the token comes behind the vocabulary, as with Vicuna."""
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(config.tokenizer or config.llm, local_files_only=True)
+    except (OSError, ValueError):  # not there, or a folder without the tokenizer's files
+        return vocab_size
+    return add_image_token(tokenizer)
+
+
+def model_facts(model: FusedLlavaForConditionalGeneration) -> ModelFacts:
+    """Read the facts from a model.
+
+    Args:
+        model: as `build_on_meta` gives it.
+
+    Returns:
+        The facts.
+
+    Raises:
+        ValueError: if the language model's blocks are not like Llama's.
+    """
+    trained, frozen = dict.fromkeys(PARTS, 0), dict.fromkeys(PARTS, 0)
+    for name, parameter in model.named_parameters():
+        part = next(part for part, prefixes in PARTS.items() if name.startswith(prefixes))
+        counts = trained if parameter.requires_grad else frozen
+        counts[part] += parameter.numel()
+    blocks, text = _blocks(model), model.config.text_config
+    norm = getattr(model.model.language_model, "norm", None)
+    tail = [*model.lm_head.parameters(), *(norm.parameters() if isinstance(norm, nn.Module) else ())]
+    return ModelFacts(
+        trained=trained,
+        frozen=frozen,
+        tokens_per_image=model.config.layout.num_tokens(),
+        num_blocks=len(blocks),
+        block=_block(blocks[0], text),
+        vocabulary=model.lm_head.out_features,
+        tail=sum(parameter.numel() for parameter in tail),
+        matrices=sum(layer.weight.numel() for _, layer in linear_layers(model) if layer.weight.requires_grad),
+        quantized=sum(
+            layer.weight.numel()
+            for block in blocks
+            for name, layer in linear_layers(block)
+            if "lora_" not in name and not layer.weight.requires_grad
+        ),
+        connector_bytes=_connector_bytes(model),
+    )
+
+
+def linear_layers(module: nn.Module) -> Iterator[tuple[str, nn.Linear]]:
+    """Iterate over the linear layers inside a module, with their names."""
+    return ((name, layer) for name, layer in module.named_modules() if isinstance(layer, nn.Linear))
+
+
+def _blocks(model: FusedLlavaForConditionalGeneration) -> nn.ModuleList:
+    blocks = getattr(model.model.language_model, "layers", None)
+    text: Any = model.config.text_config
+    if not isinstance(blocks, nn.ModuleList) or not hasattr(text, "intermediate_size"):
+        raise InputError(
+            f"a dry run knows language models of blocks like Llama's (Vicuna, Mistral, Qwen2, …), but {text.model_type}"
+            " has no list 'layers' or no 'intermediate_size'; train without it, or measure a few steps (max_steps)."
+        )
+    return blocks
+
+
+def _block(block: nn.Module, text: Any) -> Block:
+    head_width = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    keys = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
+    down = [layer for name, layer in linear_layers(block) if "lora_A" in name]
+    return Block(
+        hidden=text.hidden_size,
+        intermediate=text.intermediate_size,
+        queries=text.num_attention_heads * head_width,
+        keys=keys * head_width,
+        heads=text.num_attention_heads,
+        trained=sum(p.numel() for p in block.parameters() if p.requires_grad),
+        frozen=sum(p.numel() for p in block.parameters() if not p.requires_grad),
+        adapters=tuple((layer.in_features, layer.out_features) for layer in down),
+    )
+
+
+def _connector_bytes(model: FusedLlavaForConditionalGeneration) -> int:
+    """Run one image through the meta device, up to the language model, and add up what autograd keeps."""
+    kept: dict[int, torch.UntypedStorage] = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        kept[storage._cdata] = storage
+        return tensor
+
+    pixels = torch.empty(1, 3, *model.model.vision_tower.backbone.image_size, device="meta")
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        tokens = model.model.get_image_features(pixels).pooler_output
+    for tensor in tokens or ():
+        keep(tensor)
+    for parameter in model.parameters():
+        kept.pop(parameter.untyped_storage()._cdata, None)
+    return sum(storage.nbytes() for storage in kept.values())

@@ -1,0 +1,135 @@
+"""Floating point operations of one sample, by part.
+
+A linear layer of w weights costs 2 w per token forward; backward 2 w more for the gradient of its input, and 2 w for
+that of its weights if they learn. Attention costs 4 T^2 Q per block forward (T tokens, Q width of all heads; causal
+masking saves nothing here) and twice that backward. Norms, softmax and element-wise work are left out. So
+
+- the backbone, frozen, runs forward only, on its patches and prefix tokens, up to the deepest layer that is tapped;
+- fuser and projector run forward and, if they learn, backward at twice the cost;
+- a language model that learns costs 1 + 2; a frozen one behind a projector that learns 1 + 1: gradients pass through
+  it; with checkpointing its blocks run forward once more, but for the last linear layer of each.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from torch import nn
+
+from integrations.llava.modeling import FusedLlavaForConditionalGeneration, learns
+from layerfuse.backbones import Backbone
+
+from .facts import ModelFacts, linear_layers
+from .gpus import Gpu
+
+__all__ = ["PartFlops", "hours", "sample_flops"]
+
+
+@dataclass(frozen=True)
+class PartFlops:
+    """Floating point operations of a part.
+
+    Attributes:
+        forward: of the forward pass.
+        recompute: of forward passes repeated by checkpointing.
+        backward: of the backward pass.
+    """
+
+    forward: float = 0.0
+    recompute: float = 0.0
+    backward: float = 0.0
+
+    @property
+    def total(self) -> float:
+        """All of them."""
+        return self.forward + self.recompute + self.backward
+
+
+def sample_flops(
+    model: FusedLlavaForConditionalGeneration,
+    facts: ModelFacts,
+    *,
+    images: float,
+    tokens: float,
+    checkpointing: bool,
+) -> dict[str, PartFlops]:
+    """Count the operations of one sample in training.
+
+    Args:
+        model: also on the meta device; each parameter trained or frozen, as in that stage.
+        facts: of the same model.
+        images: per sample.
+        tokens: T of the sample, images included.
+        checkpointing: whether the language model's blocks are computed again in the backward pass.
+
+    Returns:
+        Part -> operations.
+    """
+    inner = model.model
+    backbone, fuser, projector = inner.vision_tower.backbone, inner.fuser, inner.multi_modal_projector
+    fused = fuser.cost(backbone.grids())
+    tower = _backbone_forward(backbone)
+    first, second = (
+        2.0 * fused.num_tokens * layer.weight.numel() for layer in (projector.linear_1, projector.linear_2)
+    )
+    # Gradients go as far back as something learns.
+    past_backbone = learns(backbone)
+    past_fuser = past_backbone or learns(fuser)
+    past_projector = past_fuser or learns(projector)
+    projector_backward = (first + second) * learns(projector) + second * past_projector + first * past_fuser
+    return {
+        "backbone": PartFlops(images * tower, backward=images * 2 * tower * past_backbone),
+        "fuser": PartFlops(images * fused.flops, backward=images * 2 * fused.flops * past_fuser),
+        "projector": PartFlops(images * (first + second), backward=images * projector_backward),
+        "llm": _language_model(model, facts, tokens, past_projector, checkpointing),
+    }
+
+
+def hours(flops: float, gpu: Gpu, *, num_gpus: int, utilization: float) -> float:
+    """Tell how long operations take.
+
+    Args:
+        flops: number of operations.
+        gpu: that does them.
+        num_gpus: how many of it.
+        utilization: share of its peak speed that is reached.
+
+    Returns:
+        Hours.
+    """
+    return flops / (gpu.tflops * 1e12 * num_gpus * utilization) / 3600
+
+
+def _backbone_forward(backbone: Backbone) -> float:
+    rows, columns = backbone.grid(*backbone.image_size)
+    patches = rows * columns
+    tokens = patches + backbone.num_prefix_tokens
+    linear = sum(layer.weight.numel() for _, layer in linear_layers(backbone))
+    embedding = sum(layer.weight.numel() for layer in backbone.modules() if isinstance(layer, nn.Conv2d))
+    blocks = max(backbone.layers)
+    return 2.0 * tokens * linear + 2.0 * patches * embedding + 4.0 * tokens**2 * backbone.embed_dim * blocks
+
+
+def _language_model(
+    model: FusedLlavaForConditionalGeneration, facts: ModelFacts, tokens: float, gradient: bool, checkpointing: bool
+) -> PartFlops:
+    blocks, head = _count(model.model.language_model), _count(model.lm_head)
+    attention = 4.0 * tokens**2 * facts.block.queries * facts.num_blocks
+    forward = 2.0 * tokens * (blocks["all"] + head["all"]) + attention
+    if not gradient and not blocks["trained"]:
+        return PartFlops(forward)
+    again = 2.0 * tokens * (blocks["all"] - _last_layers(model)) + attention if checkpointing else 0.0
+    backward = 2.0 * tokens * sum([*blocks.values(), *head.values()]) + 2 * attention
+    return PartFlops(forward, again, backward)
+
+
+def _last_layers(model: FusedLlavaForConditionalGeneration) -> int:
+    """Count the weights of every block's last linear layer: torch stops repeating when it has what backward needs."""
+    last = [list(linear_layers(block))[-1][1] for block in model.model.language_model.layers]
+    return sum(layer.weight.numel() for layer in last)
+
+
+def _count(module: nn.Module) -> Mapping[str, int]:
+    sizes = [(layer.weight.numel(), layer.weight.requires_grad) for _, layer in linear_layers(module)]
+    return {"all": sum(size for size, _ in sizes), "trained": sum(size for size, trained in sizes if trained)}

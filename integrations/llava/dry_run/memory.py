@@ -1,0 +1,188 @@
+"""Memory of one GPU, by what it holds and at the moment that needs most.
+
+What stays for the whole stage (t trained, f frozen parameters, n GPUs; bf16, bytes):
+
+    engine   weights                 gradients          AdamW        besides
+    ddp      4 t + 2 f               4 t, twice if n>1  8 t          autocast's bf16 copies of trained matrices
+    zero2    2 t + 2 f               2 t / n            12 t / n     gradients of one block before they are shared out
+    zero3    (2 t + 2 f) / n         2 t / n            12 t / n     up to 10^9 gathered parameters
+    fsdp2    (4 t + 2 f) / n         4 t / n            8 t / n      two gathered blocks and their gradients, and what
+                                                                     is outside the blocks, all in bf16
+
+DDP keeps gradients a second time in its buckets. DeepSpeed's AdamW holds a float32 copy of the weights. One process
+needs no engine: it is ddp without buckets. In fp32, 2 becomes 4 and nothing is copied. 4-bit weights take half a byte
+and 1/64 of it for their scales (float32 per 64 weights, themselves quantised), 8-bit ones a byte.
+
+On top come, in turn, (1) the end of the forward pass: what the backward pass will need, all copies, three versions of
+the logits; (2) the backward pass of the loss: four bytes of logits three times; (3) the backward pass of a block. The
+largest counts. Activations are those of a micro batch of the longest samples.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from integrations.llava.config import StageConfig
+
+from .activations import Weights, block_bytes, residual_bytes
+from .facts import ModelFacts
+
+__all__ = ["GIB", "RESERVE", "SLACK", "Memory", "engines_for", "estimate_memory"]
+
+GIB = 2**30
+RESERVE = 1.0
+"""GiB for the CUDA context, libraries and communication."""
+SLACK = 0.05
+"""Share that the allocator loses between tensors."""
+
+_LIVE_PARAMETERS = 10**9  # DeepSpeed's stage3_max_live_parameters
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes on one GPU.
+
+    Attributes:
+        engine: how the GPUs share the run.
+        num_gpus: how many.
+        micro_batch: samples at a time.
+        accumulation: micro batches a step.
+        weights: parameters as they are stored.
+        gradients: of trained parameters, buckets included.
+        optimizer: AdamW's states.
+        activations: what the backward pass needs of fuser, projector and language model.
+        logits: of the language model, and what the loss makes of them.
+        copies: weights in the computing precision, gathered or cast, and gradients on their way.
+        peak: the largest moment; less than the sum, as not everything is there at once.
+    """
+
+    engine: str
+    num_gpus: int
+    micro_batch: int
+    accumulation: int
+    weights: float
+    gradients: float
+    optimizer: float
+    activations: float
+    logits: float
+    copies: float
+    peak: float
+
+    def fits(self, memory: float) -> str:
+        """Compare with a GPU.
+
+        Args:
+            memory: of the GPU, in GiB.
+
+        Returns:
+            "yes"; "tight" if only without the slack for the allocator; "no".
+        """
+        need = self.peak / GIB + RESERVE
+        if need > memory:
+            return "no"
+        return "yes" if need + SLACK * self.peak / GIB <= memory else "tight"
+
+
+@dataclass(frozen=True)
+class _Held:
+    weights: float
+    gradients: float
+    optimizer: float
+    copies: float
+    first_gradients: float
+    """Gradients that exist before the backward pass of a step's first micro batch."""
+
+
+def engines_for(config: StageConfig, num_gpus: int) -> tuple[str, ...]:
+    """Name the engines that can run a stage on so many GPUs; quantised weights cannot be taken apart."""
+    if num_gpus == 1:
+        return ("ddp",)
+    return ("ddp", "zero2") if config.lora.quantize != "none" else ("ddp", "zero2", "zero3", "fsdp2")
+
+
+def estimate_memory(facts: ModelFacts, config: StageConfig, *, engine: str, num_gpus: int, longest: int) -> Memory:
+    """Estimate the memory of one GPU while a stage runs.
+
+    Args:
+        facts: of the model.
+        config: of the stage; its own engine is not looked at.
+        engine: name from `ENGINES`.
+        num_gpus: how many share the run.
+        longest: tokens of the longest sample, images included.
+
+    Returns:
+        The estimate.
+
+    Raises:
+        ValueError: if `batch_size` cannot be divided among so many GPUs.
+    """
+    micro_batch, accumulation = config.batches(num_gpus)
+    weights: Weights = "fp32" if config.precision == "fp32" else "autocast" if engine == "ddp" else "bf16"
+    held = _held(facts, config, engine, num_gpus)
+    tokens = micro_batch * longest
+    logits = tokens * facts.vocabulary
+    size = 4 if weights == "fp32" else 2
+    residual = tokens * residual_bytes(facts.block, weights)
+    # Behind the blocks: what the final norm read and made, and the output layer's copy of it.
+    connector = micro_batch * facts.connector_bytes + 2 * residual + tokens * size * facts.block.hidden
+    one_block = tokens * block_bytes(facts.block, weights, dropout=config.lora.dropout > 0)
+    if config.gradient_checkpointing:
+        kept, again = connector + facts.num_blocks * residual, one_block
+    else:
+        kept, again = connector + facts.num_blocks * one_block, 0
+    earlier = held.gradients if accumulation > 1 else held.first_gradients
+    always = held.weights + held.optimizer
+    at_loss = (size + 8) * logits
+    # An engine's copies stay. With checkpointing, only two of autocast's do: the output layer's, the block's at work.
+    fleeting = engine == "ddp" and config.gradient_checkpointing
+    tail = min(held.copies, size * facts.tail) if fleeting else held.copies
+    at_work = min(held.copies, size * facts.block.trained) if fleeting else held.copies
+    moments = (
+        always + earlier + kept + held.copies + at_loss,
+        always + earlier + kept + tail + 12 * logits,
+        always + earlier + kept + again + at_work,
+        always + held.gradients + connector + again + at_work,
+        always + held.gradients + (4 * facts.num_trained / num_gpus if engine == "zero2" else 0),
+    )
+    return Memory(
+        engine=engine,
+        num_gpus=num_gpus,
+        micro_batch=micro_batch,
+        accumulation=accumulation,
+        weights=held.weights,
+        gradients=held.gradients,
+        optimizer=held.optimizer,
+        activations=kept + again,
+        logits=max(at_loss, 12 * logits),
+        copies=held.copies,
+        peak=max(moments),
+    )
+
+
+def _held(facts: ModelFacts, config: StageConfig, engine: str, num_gpus: int) -> _Held:
+    """Tell what an engine holds from the second step on."""
+    trained, full = facts.num_trained, config.precision == "fp32"
+    size = 4 if full else 2
+    frozen = _frozen_bytes(facts, config)
+    outside = trained + facts.num_frozen - facts.num_blocks * (facts.block.trained + facts.block.frozen)
+    one_block = facts.block.trained + facts.block.frozen
+    if engine == "ddp":
+        buckets = 4 * trained if num_gpus > 1 else 0
+        copies = 0 if full else 2 * facts.matrices
+        return _Held(4 * trained + frozen, 4 * trained + buckets, 8 * trained, copies, buckets)
+    master = 12 * trained if not full else 8 * trained
+    if engine == "zero2":
+        return _Held(
+            size * trained + frozen, size * trained / num_gpus, master / num_gpus, size * facts.block.trained, 0
+        )
+    if engine == "zero3":
+        gathered = size * min(_LIVE_PARAMETERS, trained + facts.num_frozen)
+        return _Held((size * trained + frozen) / num_gpus, size * trained / num_gpus, master / num_gpus, gathered, 0)
+    gathered = size * outside + 2 * size * (one_block + facts.block.trained)
+    return _Held((4 * trained + frozen) / num_gpus, 4 * trained / num_gpus, 8 * trained / num_gpus, gathered, 0)
+
+
+def _frozen_bytes(facts: ModelFacts, config: StageConfig) -> float:
+    plain = 4 if config.precision == "fp32" else 2
+    per_weight = {"none": float(plain), "int8": 1.0, "nf4": 0.5 * (1 + 1 / 32 + 1 / 2048)}[config.lora.quantize]
+    return plain * (facts.num_frozen - facts.quantized) + per_weight * facts.quantized

@@ -1,9 +1,0 @@
-"""The dry run: what a recipe would take, computed from its model on the meta device and from its data."""
-
-from __future__ import annotations
-
-from .dry_run import Report, StageReport, dry_run
-from .gpus import GPUS, Gpu
-from .report import render
-
-__all__ = ["GPUS", "Gpu", "Report", "StageReport", "dry_run", "render"]

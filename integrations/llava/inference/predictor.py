@@ -1,0 +1,271 @@
+"""Answer questions about images with a trained model, one at a time or in batches, always with the same answers."""
+
+from __future__ import annotations
+
+import dataclasses
+import threading
+from collections.abc import Generator, Iterator, Mapping, Sequence
+from pathlib import Path
+
+import torch
+from transformers import LlavaProcessor, LogitsProcessorList, StoppingCriteriaList
+
+from integrations.llava.checkpoints import load_config, load_model, load_processor
+from integrations.llava.data import Collator
+from integrations.llava.modeling import FusedLlavaForConditionalGeneration, Quantization
+from layerfuse.errors import InputError, InvalidTypeError
+
+from .batching import answer_batches, form_batches
+from .prompt_builder import Images, Preparer, Prompt, as_list
+from .sampling import Decoding, SeededSampling, generate_settings
+from .streaming import StopWhenSet, WholeTextStreamer, stream_text
+
+__all__ = ["Answerer", "default_dtype", "load_answerer", "usable_device"]
+
+
+class Answerer:
+    """A model that takes images and prompts and gives answers.
+
+    Prompts are written with the template stored in the checkpoint, exactly as in training.
+
+    Args:
+        model: with its prompt template in its config.
+        processor: the one saved beside it.
+        compile: keep keys and values in a cache of fixed size, with which transformers compiles decoding on CUDA. The
+            first batches are slow; it pays off for many.
+
+    Raises:
+        ValueError: if the checkpoint holds no prompt template, or a processor of another kind.
+    """
+
+    def __init__(
+        self, model: FusedLlavaForConditionalGeneration, processor: LlavaProcessor, *, compile: bool = False
+    ) -> None:
+        self.prepare = Preparer(model.config, processor)
+        self.model = model.eval()
+        self.processor = processor
+        self.compile = compile
+        # Threads take turns: what transformers keeps for a compiled model, and for stop strings, is one for all.
+        self._turn = threading.Lock()
+        self.collate = Collator(processor.tokenizer.pad_token_id, side="left")
+
+    def __call__(
+        self,
+        images: Sequence[Images],
+        prompts: Sequence[Prompt],
+        *,
+        max_new_tokens: int | None = None,
+        batch_size: int = 8,
+        decoding: Decoding | None = None,
+    ) -> list[str]:
+        """Answer prompts.
+
+        Args:
+            images: per prompt an image, several, or None; an image may be the path of its file. Images stand in front
+                of the prompt, unless the prompt has as many `<image>` tags as there are images.
+            prompts: questions, or conversations that end with one.
+            max_new_tokens: an answer's longest length; goes before that of `decoding`.
+            batch_size: prompts at a time; it changes the speed, not the answers.
+            decoding: greedy if None.
+
+        Returns:
+            The answers, without control tokens and surrounding blanks.
+
+        Raises:
+            ValueError: if numbers of images and prompts differ, the batch size is below 1, an image file cannot be
+                read, or a prompt cannot be written, see `Preparer.encode`.
+            TypeError: if images or prompts are no list, or an entry is of another kind.
+            FileNotFoundError: if there is no such image file.
+        """
+        for name, given in (("images", images), ("prompts", prompts)):
+            if isinstance(given, str | bytes) or not isinstance(given, Sequence):
+                raise InvalidTypeError(f"{name} is a {type(given).__name__}; give a list with one entry per prompt.")
+        if len(images) != len(prompts):
+            raise InputError(
+                f"got {len(images)} images for {len(prompts)} prompts; give one entry of images per prompt."
+            )
+        decoding = _decoding(decoding, max_new_tokens)
+        pictures = [as_list(entry) for entry in images]
+        longest = decoding.max_new_tokens
+        sizes = [self.prepare.sizes(own) for own in pictures]
+        ids = [
+            self.prepare.encode(prompt, own, max_new_tokens=longest) for prompt, own in zip(prompts, sizes, strict=True)
+        ]
+        answers: dict[int, str] = {}
+
+        def ask(batches: Sequence[Sequence[int]]) -> Iterator[list[str]]:
+            for batch in batches:
+                samples = [{"input_ids": ids[own], **self.prepare.pixels(pictures[own], sizes[own])} for own in batch]
+                yield self.answer_batch(self.collate(samples), [str(own) for own in batch], decoding)
+
+        answer_batches(ask, form_batches([len(own) for own in ids], batch_size), answers.update, show_bar=False)
+        return [answers[index] for index in range(len(ids))]
+
+    def stream(
+        self,
+        images: Images,
+        prompt: Prompt,
+        *,
+        max_new_tokens: int | None = None,
+        decoding: Decoding | None = None,
+    ) -> Generator[str, None, None]:
+        """Answer one prompt, piece by piece.
+
+        Args:
+            images: as in a call.
+            prompt: as in a call.
+            max_new_tokens: as in a call.
+            decoding: without beams; greedy if None.
+
+        Returns:
+            Pieces of text; joined they are the answer of a call. Closing the iterator stops the generation.
+
+        Raises:
+            ValueError: if the prompt cannot be written, or the decoding has beams.
+        """
+        decoding = _decoding(decoding, max_new_tokens)
+        if decoding.num_beams > 1:
+            raise InputError(f"num_beams={decoding.num_beams}: beams cannot be streamed; set num_beams to 1.")
+        batch = self.collate([self.prepare(images, prompt, max_new_tokens=decoding.max_new_tokens)])
+
+        def generate(streamer: WholeTextStreamer, stop: StopWhenSet) -> None:
+            self.answer_batch(batch, ["0"], decoding, streamer=streamer, stop=stop)
+
+        return stream_text(generate, WholeTextStreamer(self.processor.tokenizer, self._text))
+
+    @torch.inference_mode()
+    def answer_batch(
+        self,
+        batch: Mapping[str, torch.Tensor],
+        keys: Sequence[str],
+        decoding: Decoding,
+        *,
+        streamer: WholeTextStreamer | None = None,
+        stop: StopWhenSet | None = None,
+    ) -> list[str]:
+        """Answer a batch that is prepared.
+
+        Args:
+            batch: prepared samples, collated.
+            keys: per sample a name of its own; sampled answers depend on it and the seed.
+            decoding: how.
+            streamer: is told the tokens as they come.
+            stop: ends generation early.
+
+        Returns:
+            The answers.
+        """
+        device = self.model.device
+        batch = {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}
+        tokenizer, template = self.processor.tokenizer, self.prepare.template
+        sampling = [SeededSampling(decoding, keys, device)] if decoding.temperature else []
+        ends_with_text = template.answer_end and not template.end_token
+        length = batch["input_ids"].shape[1]
+        settings = generate_settings(
+            decoding,
+            prompt_length=length,
+            end=self.prepare.encoder.end,
+            padding=tokenizer.pad_token_id,
+            forbidden=[self.prepare.image_token_id],
+        )
+        settings["stop_strings"] = [template.answer_end] if ends_with_text else None
+        settings["cache_implementation"] = "static" if self.compile else None
+        with self._turn:
+            ids = self.model.generate(
+                **batch,
+                **settings,
+                tokenizer=tokenizer if ends_with_text else None,
+                logits_processor=LogitsProcessorList(sampling),
+                stopping_criteria=StoppingCriteriaList([stop] if stop else []),
+                streamer=streamer,
+            )
+        return [self._text(row) for row in ids[:, length:].tolist()]
+
+    def _text(self, ids: Sequence[int]) -> str:
+        text: str = self.processor.tokenizer.decode(ids, skip_special_tokens=True)
+        template = self.prepare.template
+        if template.answer_end and template.end_token:
+            text = text.rstrip().removesuffix(template.answer_end)
+        elif template.answer_end:
+            text = text.partition(template.answer_end)[0]
+        return text.strip()
+
+
+def load_answerer(
+    folder: str | Path,
+    *,
+    device: str | torch.device | None = None,
+    dtype: torch.dtype | None = None,
+    quantize: Quantization = "none",
+    compile: bool = False,
+) -> Answerer:
+    """Load a run's folder for answering.
+
+    Args:
+        folder: as `train` wrote it.
+        device: where to compute; CUDA if there is one, else the CPU.
+        dtype: to compute in; `default_dtype` if None.
+        quantize: "int8" or "nf4" stores the language model's linear layers in 8 or 4 bits.
+        compile: see `Answerer`.
+
+    Returns:
+        The answerer.
+
+    Raises:
+        FileNotFoundError: if the folder holds no model.
+        ValueError: if its weights do not cover the model, or it has no prompt template.
+        ImportError: if bitsandbytes is needed and not installed.
+    """
+    device = usable_device(device)
+    config, processor = load_config(folder), load_processor(folder)
+    Preparer(config, processor)  # says what is missing before the weights are read
+    dtype = dtype or default_dtype(folder, device, quantize)
+    return Answerer(load_model(folder, device=device, dtype=dtype, quantize=quantize), processor, compile=compile)
+
+
+def usable_device(device: str | torch.device | None) -> torch.device:
+    """Find the device that was asked for, and try it.
+
+    Args:
+        device: None takes CUDA if there is one, else the CPU.
+
+    Raises:
+        ValueError: if torch knows no such device, or cannot use it here.
+    """
+    try:
+        found = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        torch.empty(0, device=found)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = str(error).partition("\n")[0]
+        raise InputError(
+            f"device {str(device)!r} cannot be used ({reason}); give cpu, or cuda where there is one."
+        ) from error
+    return found
+
+
+def default_dtype(folder: str | Path, device: torch.device, quantize: Quantization = "none") -> torch.dtype:
+    """What to compute in, if nobody says.
+
+    Args:
+        folder: of the model.
+        device: where to compute.
+        quantize: how the language model is stored.
+
+    Returns:
+        The checkpoint's dtype, but on CUDA bfloat16 for a float32 checkpoint; float16 for int8 weights, which
+        bitsandbytes computes in.
+
+    Raises:
+        FileNotFoundError: if the folder holds no model.
+        ValueError: if it holds another kind of model.
+    """
+    if quantize == "int8":
+        return torch.float16
+    stored = load_config(folder).dtype or torch.float32
+    assert isinstance(stored, torch.dtype)
+    return torch.bfloat16 if device.type == "cuda" and stored == torch.float32 else stored
+
+
+def _decoding(decoding: Decoding | None, max_new_tokens: int | None) -> Decoding:
+    decoding = decoding or Decoding()
+    return decoding if max_new_tokens is None else dataclasses.replace(decoding, max_new_tokens=max_new_tokens)

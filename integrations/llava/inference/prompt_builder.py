@@ -1,0 +1,299 @@
+"""From images and a prompt to what the model reads: all that can be done, and can go wrong, before it is loaded."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from transformers import LlavaProcessor, PreTrainedConfig
+
+from integrations.llava._files import is_writable_text
+from integrations.llava.checkpoints import load_config, load_processor
+from integrations.llava.data import open_image, read_image
+from integrations.llava.image_layout import ImageSize
+from integrations.llava.modeling import FusedLlavaConfig, LayerfuseImageProcessor
+from integrations.llava.prompts import IMAGE_TAG, Message, Template, TextEncoder, render
+from layerfuse.errors import InputError, InvalidTypeError, MissingFileError, UserError
+from layerfuse.preprocessing import Preprocessing
+from layerfuse.preprocessing.pixels import image_size
+
+__all__ = ["Images", "Picture", "Preparer", "Prompt", "as_list", "as_turns", "load_preparer"]
+
+Picture = Image.Image | str | Path
+"""An image, or the path of its file."""
+Images = Picture | Sequence[Picture] | None
+"""What belongs to a prompt: an image, several, or none."""
+Prompt = str | Sequence[Message]
+"""A question; or a conversation whose last turn is the human's, with the model's earlier answers in it."""
+
+# A text with more characters a position than this is looked at before it is tokenised whole.
+_CHARACTERS = 32
+
+
+class Preparer:
+    """Writes prompts with the template stored in the checkpoint, exactly as in training, and prepares images.
+
+    Args:
+        config: the model's; holds its prompt template.
+        processor: the one saved beside the model.
+
+    Attributes:
+        fingerprint: 12 hexadecimal digits of a hash over template, tokenizer and preprocessing: what the model reads
+            of a prompt and its images, and how its answer is spelled, follows from these.
+
+    Raises:
+        ValueError: if the checkpoint holds no prompt template, a processor of another kind, or one whose images take
+            another number of tokens.
+    """
+
+    def __init__(self, config: FusedLlavaConfig, processor: LlavaProcessor) -> None:
+        if config.prompt_template is None:
+            raise InputError(
+                "the checkpoint's config has no prompt_template, and no other name or file says which one the model "
+                'was trained with. Save it there: model.config.prompt_template = get_template("v1").to_dict(), then '
+                "save_model; templates are in integrations.llava.prompts."
+            )
+        if not isinstance(processor.image_processor, LayerfuseImageProcessor):
+            raise InputError(
+                f"the processor prepares images with {type(processor.image_processor).__name__}; expected "
+                "LayerfuseImageProcessor, as build_processor makes it."
+            )
+        said = processor.image_processor.image_layout
+        if said not in (None, config.layout.config):
+            raise InputError(
+                f"the processor prepares images for a model whose image_layout is {said}, and this model's is "
+                f"{config.layout.config}; take the processor that was saved with the model."
+            )
+        assert isinstance(config.text_config, PreTrainedConfig)
+        try:
+            self.template = Template(**config.prompt_template)
+        except TypeError as error:
+            raise InputError(
+                f"the checkpoint's prompt_template is {config.prompt_template!r:.200}, which is none ({error}); store "
+                "what get_template(name).to_dict() gives."
+            ) from error
+        self.encoder = TextEncoder(processor.tokenizer)
+        self.preprocessing = Preprocessing.from_dict({"upright": True} | processor.image_processor.preprocessing)
+        self.layout = config.layout
+        self.image_token_id: int = config.image_token_index
+        self.max_positions: int | None = getattr(config.text_config, "max_position_embeddings", None)
+        self.fingerprint = self._fingerprint(processor)
+
+    def _fingerprint(self, processor: LlavaProcessor) -> str:
+        tokenizer = processor.tokenizer
+        # Truncation and padding are states of a tokenizer that was used; no prompt is written with them.
+        spelling = json.loads(tokenizer.backend_tokenizer.to_str()) | {"truncation": None, "padding": None}
+        numbers = [self.image_token_id, self.layout.num_tokens(), self.encoder.begin, self.encoder.end]
+        read = [self.template.to_dict(), self.preprocessing.to_dict(), numbers, sorted(tokenizer.all_special_ids)]
+        return hashlib.sha256(json.dumps([read, spelling], sort_keys=True).encode()).hexdigest()[:12]
+
+    def __call__(self, images: Images, prompt: Prompt, *, max_new_tokens: int = 1) -> dict[str, torch.Tensor]:
+        """Write a prompt out and prepare its images.
+
+        Returns:
+            `input_ids` (T,) with images expanded, `pixel_values` (images, 3, height, width), `image_sizes` (images, 2).
+
+        Raises:
+            ValueError: as `encode`, or if an image file cannot be read.
+            TypeError: if an image is neither an image nor a path, or a prompt neither text nor turns.
+            FileNotFoundError: if there is no such image file.
+        """
+        pictures = as_list(images)
+        sizes = self.sizes(pictures)
+        ids = self.encode(prompt, sizes, max_new_tokens=max_new_tokens)
+        return {"input_ids": ids, **self.pixels(pictures, sizes)}
+
+    def sizes(self, images: Sequence[Picture]) -> list[ImageSize | None]:
+        """Look up (height, width) of a prompt's images in pixels, for `encode`; files are not read but for their head.
+
+        Returns:
+            Sizes; None for a file that is no picture, which `pixels` refuses.
+        """
+        return [self._size(own) for own in images]
+
+    def _size(self, image: Picture) -> ImageSize | None:
+        if isinstance(image, Image.Image):
+            return image_size(image, upright=self.preprocessing.upright)
+        try:
+            with open_image(image) as opened:
+                return image_size(opened, upright=self.preprocessing.upright)
+        except UserError:
+            return None
+
+    def pixels(self, images: Sequence[Picture], image_sizes: Sequence[ImageSize | None]) -> dict[str, torch.Tensor]:
+        """Prepare a prompt's images.
+
+        Args:
+            images: all of them.
+            image_sizes: their `sizes`, with which the prompt was written.
+
+        Returns:
+            `pixel_values` (images, 3, height, width), `image_sizes` (images, 2).
+
+        Raises:
+            ValueError: if an image file cannot be read.
+            FileNotFoundError: if there is no such image file.
+        """
+        opened = [own if isinstance(own, Image.Image) else read_image(own) for own in images]
+        pixels = self.preprocessing.batch(opened) if opened else torch.empty(0, 3, *self.preprocessing.size)
+        return {"pixel_values": pixels, "image_sizes": torch.tensor(image_sizes, dtype=torch.int64).view(-1, 2)}
+
+    def room(self, prompt: Prompt, image_sizes: Sequence[ImageSize | None]) -> int | None:
+        """Count the positions that a prompt leaves to its answer.
+
+        Args:
+            prompt: as for `encode`.
+            image_sizes: as for `encode`.
+
+        Returns:
+            Tokens, 0 or fewer if there is no room; None where the language model names no limit.
+
+        Raises:
+            ValueError: as `encode`, but for the length.
+        """
+        return None if self.max_positions is None else self.max_positions - len(self._written(prompt, image_sizes))
+
+    def encode(
+        self, prompt: Prompt, image_sizes: Sequence[ImageSize | None], *, max_new_tokens: int = 1
+    ) -> torch.Tensor:
+        """Write a prompt out, up to where the answer begins.
+
+        Args:
+            prompt: where it has no `<image>` tag, its images stand in front of its first turn.
+            image_sizes: of the images that belong to it, see `sizes`; if there are none, `<image>` is text.
+            max_new_tokens: an answer's longest length, for which there has to be room behind the prompt: what a model
+                writes beyond its last position means nothing.
+
+        Returns:
+            T token ids, images expanded.
+
+        Raises:
+            ValueError: if tags and images differ in number, turns do not alternate or end with the human's, the
+                template cannot write the conversation, or it is longer, answer included, than the model can read.
+            TypeError: if the prompt is neither text nor turns.
+        """
+        ids = self._written(prompt, image_sizes)
+        if self.max_positions is not None and len(ids) + max_new_tokens > self.max_positions:
+            left = self.max_positions - len(ids)
+            images = int((ids == self.image_token_id).sum())
+            shorter = f", or ask for answers of at most {left} tokens (max_new_tokens)" if left > 0 else ""
+            raise InputError(
+                f"the prompt takes up {len(ids)} positions ({images} of them its images) and its answer up to "
+                f"{max_new_tokens}, and the model reads {self.max_positions}; shorten it, or leave out images{shorter}."
+            )
+        return ids
+
+    def _written(self, prompt: Prompt, image_sizes: Sequence[ImageSize | None]) -> torch.Tensor:
+        messages = _placed(as_turns(prompt), len(image_sizes))
+        for message in messages:
+            self._refuse_endless(message["value"])
+        rendered = render(
+            messages,
+            template=self.template,
+            encoder=self.encoder,
+            image_token_id=self.image_token_id,
+            num_images=len(image_sizes),
+            answer_next=True,
+        )
+        return torch.tensor(self.layout.expand(rendered.input_ids, image_sizes))
+
+    def _refuse_endless(self, text: str) -> None:
+        """Refuse a text whose beginning is too long already; tokenised whole, 10 MB would take gigabytes."""
+        if self.max_positions is None or len(text) <= _CHARACTERS * self.max_positions:
+            return
+        if len(self.encoder(text[: _CHARACTERS * self.max_positions])) > self.max_positions:
+            raise InputError(
+                f"a text of {len(text):,} characters takes up more positions than the {self.max_positions} that the "
+                "model reads; shorten it."
+            )
+
+
+def as_list(images: Images) -> list[Picture]:
+    """One image, several or none, as a list.
+
+    Raises:
+        TypeError: if one is neither an image nor a path.
+        FileNotFoundError: if there is no file of that path.
+    """
+    single = images is None or isinstance(images, Image.Image | str | Path)
+    pictures: Any = [] if images is None else [images] if single else images
+    if not isinstance(pictures, Sequence):
+        pictures = [pictures]
+    for picture in pictures:
+        if not isinstance(picture, Image.Image | str | Path):
+            raise InvalidTypeError(
+                f"an image is a {type(picture).__name__}; give a PIL image (Image.fromarray makes one of an array), "
+                "the path of a file, several of these in a list, or None."
+            )
+        if not isinstance(picture, Image.Image) and not Path(picture).is_file():
+            raise MissingFileError(f"image {picture} does not exist; give the path of a picture, or a PIL image.")
+    return list(pictures)
+
+
+def as_turns(prompt: Prompt) -> list[Message]:
+    """A question, or a conversation, as turns in LLaVA's form.
+
+    Raises:
+        ValueError: if a turn is of another form, or its text is no whole Unicode.
+        TypeError: if it is neither text nor a list of turns.
+    """
+    if isinstance(prompt, bytes) or not isinstance(prompt, Sequence):
+        raise InvalidTypeError(
+            f"a prompt is a {type(prompt).__name__}; give a text, or a list of turns {{'from': 'human' | 'gpt', "
+            f"'value': text}}.{_other_form(prompt)}"
+        )
+    turns: list[Message] = [{"from": "human", "value": prompt}] if isinstance(prompt, str) else [*prompt]
+    for turn in turns:
+        well_formed = isinstance(turn, Mapping) and isinstance(turn.get("value"), str)
+        if not well_formed or turn.get("from") not in ("human", "gpt"):
+            raise InputError(
+                f"a turn is {turn!r:.80}; write {{'from': 'human' | 'gpt', 'value': text}}.{_other_form(turn)}"
+            )
+        if not is_writable_text(turn["value"]):
+            raise InputError(
+                f"the text {turn['value'][:40]!r} holds half of a character (\\ud800 to \\udfff alone); write it whole."
+            )
+    return turns
+
+
+def _other_form(value: object) -> str:
+    if not isinstance(value, Mapping) or "role" not in value:
+        return ""
+    return (
+        " Role and content are what chat APIs take: here 'user' is from 'human', 'assistant' is from 'gpt', the "
+        "content's text is the value, and images are given beside the prompt."
+    )
+
+
+def _placed(messages: list[Message], num_images: int) -> list[Message]:
+    """Put tags in front of a conversation that has none."""
+    if not messages or messages[-1]["from"] != "human":
+        raise InputError("a conversation has to end with the human's turn, which the model then answers.")
+    human = [index for index, message in enumerate(messages) if message["from"] == "human"]
+    tags = [messages[index]["value"].count(IMAGE_TAG) for index in human]
+    # With one image, several tags in one message count as one: they are moved to its front.
+    found = sum(map(bool, tags)) if num_images == 1 else sum(tags)
+    if num_images and not found:
+        first = messages[human[0]]
+        messages[human[0]] = {**first, "value": f"{IMAGE_TAG}\n" * num_images + first["value"]}
+    elif num_images and found != num_images:
+        raise InputError(
+            f"the prompt has {found} {IMAGE_TAG} tags for {num_images} images; write one tag per image, or none at "
+            "all: then the images stand in front."
+        )
+    return messages
+
+
+def load_preparer(folder: str | Path) -> Preparer:
+    """Read from a run's folder what preparing needs: not the weights.
+
+    Raises:
+        FileNotFoundError: if the folder holds no model.
+        ValueError: if it holds another kind of model, or none that can be asked.
+    """
+    return Preparer(load_config(folder), load_processor(folder))

@@ -1,0 +1,84 @@
+"""What transformers' `generate` has to be told about images; mixed into the model."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from transformers import GenerationConfig, PreTrainedTokenizerBase
+
+from integrations.llava.prompts import Template, TextEncoder
+
+__all__ = ["GeneratesFromImages", "end_answers", "forbid_token"]
+
+
+def forbid_token(config: GenerationConfig, token: int) -> None:
+    """Add a token to those that a generation config never lets be chosen.
+
+    Args:
+        config: changed in place.
+        token: its id.
+    """
+    config.suppress_tokens = sorted({*(config.suppress_tokens or ()), token})
+
+
+def end_answers(config: GenerationConfig, tokenizer: PreTrainedTokenizerBase, template: Template) -> None:
+    """Let answers end where training taught them to, and where they ended before.
+
+    A text that ends answers is known here only if it is one token; `generate(stop_strings=...)` knows all.
+
+    Args:
+        config: changed in place.
+        tokenizer: the one that training used.
+        template: what training wrote its answers with.
+    """
+    taught = [tokenizer.eos_token_id]
+    if not template.end_token:
+        ids = TextEncoder(tokenizer)(template.answer_end)
+        taught = ids if len(ids) == 1 else []
+    known = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
+    ends = list(dict.fromkeys(token for token in (*taught, *known) if token is not None))
+    config.eos_token_id = ends[0] if len(ends) == 1 else ends or None
+    if tokenizer.pad_token_id is not None:
+        config.pad_token_id = tokenizer.pad_token_id
+
+
+class GeneratesFromImages:
+    """`generate` for prompts with any number of images, none included.
+
+    Stands in front of a class of transformers that generates, and whose config has the `layout` of its images.
+    """
+
+    config: Any
+
+    def generate(self, *args: Any, pixel_values: torch.Tensor | None = None, **kwargs: Any) -> Any:
+        """As in transformers, but `pixel_values=None` means no images; transformers 5.23 would encode None."""
+        images = {} if pixel_values is None else {"pixel_values": pixel_values}
+        parent: Any = super()
+        return parent.generate(*args, **images, **kwargs)
+
+    def _expand_inputs_for_generation(
+        self,
+        expand_size: int = 1,
+        is_encoder_decoder: bool = False,
+        input_ids: Any = None,
+        **model_kwargs: Any,
+    ) -> Any:
+        """Repeat prompts and images for beam search, each prompt's images together.
+
+        transformers 5.17 repeats image by image, which is right only if every prompt of the batch has one image. Later
+        ones repeat encoded images and leave no pixels to us.
+        """
+        parent: Any = super()
+        names = () if expand_size == 1 or model_kwargs.get("pixel_values") is None else ("pixel_values", "image_sizes")
+        images = {name: model_kwargs.pop(name, None) for name in names}
+        ids, rest = parent._expand_inputs_for_generation(expand_size, is_encoder_decoder, input_ids, **model_kwargs)
+        if not images:
+            return ids, rest
+        layout, sizes = self.config.layout, images["image_sizes"]
+        known = [None] * len(images["pixel_values"]) if sizes is None else [tuple(size) for size in sizes.tolist()]
+        counts = layout.images_per_text((input_ids == layout.image_token_id).sum(1).tolist(), known)
+        for name, of_all in images.items():
+            if of_all is not None:
+                rest[name] = torch.cat([own for of_text in of_all.split(counts) for own in [of_text] * expand_size])
+        return ids, rest

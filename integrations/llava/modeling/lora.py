@@ -1,0 +1,164 @@
+"""LoRA (arXiv:2106.09685) and QLoRA (arXiv:2305.14314) of the language model, through peft.
+
+Adapters are put into the model in place, so that its class, its names and everything that is built on them stay.
+"""
+
+from __future__ import annotations
+
+import re
+from types import ModuleType
+from typing import Any
+
+from torch import nn
+
+from integrations.llava.config import LoraConfig
+from layerfuse.errors import InputError, MissingPackageError
+
+__all__ = ["ADAPTER", "add_lora", "import_peft", "inject_lora", "lora_config", "lora_weights", "merge_lora"]
+
+_LANGUAGE_MODEL = "model.language_model."
+ADAPTER = "default"
+"""Name of the one set of adapters, as PEFT writes it into parameter names."""
+
+
+def add_lora(model: nn.Module, config: LoraConfig) -> None:
+    """Put new adapters into the language model; they start as zero, so the model computes what it did before.
+
+    The language model's own weights are frozen and the adapters learn, in float32; other parts stay as they are.
+
+    Args:
+        model: the whole model, changed in place.
+        config: rank, scale, dropout and names of the linear layers.
+
+    Raises:
+        ValueError: if the rank is below 1, the model has adapters already, no layer has one of the names, or 4-bit
+            weights were already used to answer on a CPU.
+        ImportError: if peft is not installed.
+    """
+    if config.rank < 1:
+        raise InputError(f"lora.rank={config.rank} is too small for adapters; give at least 1, such as 128.")
+    _refuse_adapted(model)
+    linear = {name.rpartition(".")[2] for name, module in _language_model(model) if isinstance(module, nn.Linear)}
+    absent = sorted(set(config.target_modules) - linear)
+    if absent or not config.target_modules:
+        raise InputError(
+            f"lora.target_modules: the language model has no linear layers called {', '.join(absent) or '(none given)'}"
+            f"; it has {', '.join(sorted(linear))}."
+        )
+    _refuse_repacked(model)
+    names = "|".join(map(re.escape, config.target_modules))
+    inject_lora(
+        model,
+        import_peft().LoraConfig(
+            r=config.rank,
+            lora_alpha=config.alpha,
+            lora_dropout=config.dropout,
+            # Anchored, since a vision model's layers may have the same names.
+            target_modules=rf"{re.escape(_LANGUAGE_MODEL)}.*\.(?:{names})",
+        ),
+    )
+
+
+def merge_lora(model: nn.Module) -> None:
+    """Add the adapters to the weights they belong to, and take them out: a plain model is left.
+
+    Args:
+        model: with adapters, changed in place.
+
+    Raises:
+        ValueError: if the model has no adapters, or its weights are quantised: adding to 4 or 8 bits would round twice.
+    """
+    lora_config(model)
+    layers = [(name, module) for name, module in model.named_modules() if _is_adapted(module)]
+    quantized = [name for name, layer in layers if not layer.get_base_layer().weight.is_floating_point()]
+    if quantized:
+        raise InputError(
+            f"{len(quantized)} layers with adapters are quantised ({quantized[0]}, …), and merging into them would "
+            "round again. Save the adapters, load the model unquantised, load the adapters, and merge there."
+        )
+    for name, layer in layers:
+        layer.merge()
+        parent, _, child = name.rpartition(".")
+        setattr(model.get_submodule(parent), child, layer.get_base_layer())
+    del model.peft_config
+
+
+def import_peft() -> ModuleType:
+    """The module `peft`.
+
+    Raises:
+        ImportError: if it is not installed.
+    """
+    try:
+        import peft
+    except ImportError as error:
+        raise MissingPackageError(
+            "LoRA needs the package peft; install it with `pip install 'layerfuse[lora]'`."
+        ) from error
+    module: ModuleType = peft
+    return module
+
+
+def inject_lora(model: nn.Module, config: Any) -> None:
+    """Put adapters that a config of peft describes into the model, which is changed in place, in float32.
+
+    Args:
+        model: the whole model.
+        config: a `peft.LoraConfig`.
+
+    Raises:
+        ValueError: if the model has adapters already.
+        ImportError: if peft is not installed.
+    """
+    _refuse_adapted(model)
+    # peft freezes everything but the adapters; of other parts that is not its decision.
+    learning = [
+        parameter
+        for name, parameter in model.named_parameters()
+        if parameter.requires_grad and not name.startswith((_LANGUAGE_MODEL, "lm_head."))
+    ]
+    import_peft().inject_adapter_in_model(config, model, adapter_name=ADAPTER)
+    for parameter in learning:
+        parameter.requires_grad_(True)
+    for parameter in lora_weights(model).values():
+        parameter.data = parameter.data.float()
+
+
+def _refuse_adapted(model: nn.Module) -> None:
+    if getattr(model, "peft_config", None):
+        raise InputError("the model has adapters already; merge them (merge_lora) or load the model anew.")
+
+
+def _refuse_repacked(model: nn.Module) -> None:
+    """Bitsandbytes reorders 4-bit weights on the CPU when they first answer, and gradients through them are wrong."""
+    for name, parameter in model.named_parameters():
+        if getattr(getattr(parameter, "quant_state", None), "packing_format_for_cpu", False):
+            raise InputError(
+                f"{name} was repacked for inference when the model first answered on this CPU, and bitsandbytes "
+                "computes wrong gradients through it; load the quantised model anew and train it before it answers."
+            )
+
+
+def _language_model(model: nn.Module) -> list[tuple[str, nn.Module]]:
+    return [(name, module) for name, module in model.named_modules() if name.startswith(_LANGUAGE_MODEL)]
+
+
+def _is_adapted(module: nn.Module) -> bool:
+    return hasattr(module, "lora_A") and hasattr(module, "get_base_layer")
+
+
+def lora_weights(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Parameters of the adapters, by their names in the model."""
+    return {name: parameter for name, parameter in model.named_parameters() if ".lora_" in name}
+
+
+def lora_config(model: nn.Module) -> Any:
+    """The `peft.LoraConfig` of a model's adapters.
+
+    Raises:
+        ValueError: if it has none.
+    """
+    configs: Any = getattr(model, "peft_config", None)
+    if not configs:
+        raise InputError("the model has no adapters; add some (add_lora) or load them (load_lora) first.")
+    return configs[ADAPTER]

@@ -1,0 +1,372 @@
+"""LLaVA on transformers with a layerfuse backbone and fuser inside.
+
+    pixel_values ── vision_tower (backbone, taps) ── fuser ── multi_modal_projector ──► spliced into the text ── LLM
+
+Everything transformers offers for LLaVA (`generate`, `pipeline`, PEFT, quantisation, FSDP2) holds for these classes:
+they subclass transformers' own and replace only how image features come about.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from copy import deepcopy
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import (
+    AutoModel,
+    AutoModelForImageTextToText,
+    AutoModelForMultimodalLM,
+    AutoModelForPreTraining,
+    LlavaForConditionalGeneration,
+    LlavaModel,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
+from transformers.modeling_outputs import BaseModelOutputWithPooling
+from transformers.utils.generic import can_return_tuple
+
+from integrations.llava.image_layout import FixedLayout, ImageLayout
+from layerfuse.backbones import Backbone, backbone_from_config
+from layerfuse.encoder import check_fuser_fits
+from layerfuse.errors import InputError
+from layerfuse.features import FeatureMaps
+from layerfuse.fusers import Fuser, fuser_from_config
+
+from .built_modules import (
+    Projector,
+    draw,
+    forbid_uncapped_attention,
+    keep_as_built,
+    loses_cap,
+    real_tensors,
+    restore_buffers,
+    set_attention,
+)
+from .configuration import FusedLlavaConfig, LayerfuseVisionConfig
+from .generation import GeneratesFromImages, forbid_token
+from .language_head import build_head, decoder_of, head_settings, text_loss
+
+__all__ = [
+    "FusedLlavaConfig",
+    "FusedLlavaForConditionalGeneration",
+    "FusedLlavaModel",
+    "LayerfuseVisionConfig",
+    "LayerfuseVisionModel",
+    "Projector",
+    "build_model",
+    "learns",
+]
+
+
+class _LoadsWhole(PreTrainedModel):
+    """Loading that is complete or fails: weights cover the model, and buffers no checkpoint holds are right."""
+
+    @classmethod
+    def from_pretrained(cls, *args: Any, output_loading_info: bool = False, **kwargs: Any) -> Any:
+        """As in transformers, but weights that do not cover the model are an error, not a warning.
+
+        Raises:
+            ValueError: listing every missing, unexpected and misshapen key; with `ignore_mismatched_sizes=True` the
+                misshapen are drawn anew.
+        """
+        kinds = ["missing", "unexpected"] + ([] if kwargs.pop("ignore_mismatched_sizes", False) else ["mismatched"])
+        # Else transformers would only say that something did not fit.
+        loaded: Any = super().from_pretrained(*args, output_loading_info=True, ignore_mismatched_sizes=True, **kwargs)
+        model, info = loaded
+        faults = {kind: sorted(map(str, info.get(f"{kind}_keys") or ())) for kind in kinds}
+        if any(faults.values()):
+            listing = "; ".join(f"{kind}: {', '.join(keys)}" for kind, keys in faults.items() if keys)
+            raise InputError(
+                f"the weights in {args[0] if args else 'the checkpoint'} do not fit the model its config describes: "
+                f"{listing}. Check that config and weights come from the same run."
+            )
+        if misshapen := info.get("mismatched_keys"):
+            draw(model, {key if isinstance(key, str) else key[0] for key in misshapen})
+        restore_buffers(model)
+        return (model, info) if output_loading_info else model
+
+    def init_weights(self) -> None:
+        """As in transformers, and buffers that no checkpoint holds get their values, also after `to_empty`."""
+        super().init_weights()
+        restore_buffers(self)
+
+
+class LayerfuseVisionModel(_LoadsWhole):
+    """A layerfuse backbone where transformers expects a vision tower.
+
+    Args:
+        config: describes the backbone.
+        backbone: a ready one; built from the config, with random weights, if None.
+    """
+
+    config: LayerfuseVisionConfig
+    config_class = LayerfuseVisionConfig
+    main_input_name = "pixel_values"
+    base_model_prefix = "vision_tower"
+    # A backbone's library chooses its attention; a choice for the whole model is the language model's alone.
+    _supports_sdpa = _supports_flash_attn = _supports_flex_attn = _supports_attention_backend = True
+
+    def __init__(self, config: LayerfuseVisionConfig, backbone: Backbone | None = None) -> None:
+        super().__init__(config)
+        if backbone is None:
+            if config.backbone is None:
+                raise InputError("LayerfuseVisionConfig describes no backbone; set backbone=Backbone.config.")
+            with real_tensors() as dtype:
+                backbone = backbone_from_config(config.backbone).to(dtype)
+            set_attention(backbone, config._attn_implementation)
+        else:
+            # Weights that are handed over compute as they did.
+            own = next((part.config for part in backbone.modules() if isinstance(part, PreTrainedModel)), config)
+            config._attn_implementation_internal = own._attn_implementation
+        self.backbone = backbone
+        keep_as_built(self.backbone)
+        # Device maps must not cut within a block.
+        lists = [module for module in backbone.modules() if isinstance(module, (nn.ModuleList, nn.Sequential))]
+        blocks = max(lists, key=lambda blocks: sum(part.numel() for part in blocks.parameters()), default=())
+        self._no_split_modules = sorted({type(block).__name__ for block in blocks})
+        self.post_init()
+
+    def forward(self, pixel_values: torch.Tensor) -> FeatureMaps:
+        """Encode images.
+
+        Args:
+            pixel_values: (B, 3, height, width).
+
+        Returns:
+            L feature maps.
+        """
+        maps: FeatureMaps = self.backbone(pixel_values)
+        return maps
+
+    def train(self, mode: bool = True) -> LayerfuseVisionModel:
+        """Switch modes; a frozen backbone stays in evaluation mode, so that no dropout disturbs it."""
+        super().train(mode and learns(self))
+        return self
+
+
+@dataclass
+class _Parts:
+    """Ready modules, so that building a model from them allocates nothing twice."""
+
+    backbone: Backbone
+    fuser: Fuser
+    language_model: PreTrainedModel
+
+
+class FusedLlavaModel(_LoadsWhole, LlavaModel):
+    """Backbone, fuser, projector and language model without its head.
+
+    Args:
+        config: describes all of them.
+        parts: ready modules; built from the config if None.
+    """
+
+    config: FusedLlavaConfig
+    config_class = FusedLlavaConfig
+    # A whole model's folder holds the head, too.
+    _keys_to_ignore_on_load_unexpected = [r"^lm_head\."]  # noqa: RUF012  (transformers copies it)
+
+    def __init__(self, config: FusedLlavaConfig, parts: _Parts | None = None) -> None:
+        # LlavaModel's own constructor would build a projector for a tower without fuser.
+        PreTrainedModel.__init__(self, config)
+        if not isinstance(config.vision_config, LayerfuseVisionConfig) or config.fuser is None:
+            raise InputError(
+                "FusedLlavaConfig describes no backbone or no fuser; set vision_config=LayerfuseVisionConfig(...) and "
+                "fuser=Fuser.config, or let build_model make the model from ready parts."
+            )
+        assert isinstance(config.text_config, PreTrainedConfig)
+        self.vision_tower = LayerfuseVisionModel(config.vision_config, parts.backbone if parts else None)
+        with real_tensors() as dtype:
+            self.fuser = parts.fuser if parts else fuser_from_config(config.fuser).to(dtype)
+        forbid_uncapped_attention(config.text_config)
+        projector = Projector(self.fuser.out_channels, config.text_config.hidden_size)
+        self.multi_modal_projector = projector  # type: ignore[assignment]
+        self.language_model = parts.language_model if parts else AutoModel.from_config(config.text_config)
+        keep_as_built(self.fuser)
+        keep_as_built(self.multi_modal_projector)
+        if parts:
+            keep_as_built(self.language_model)
+        self._no_split_modules = [type(self.fuser).__name__]
+        self.post_init()
+
+    @can_return_tuple
+    def get_image_features(
+        self,
+        pixel_values: torch.Tensor,
+        vision_feature_layer: int | list[int] | None = None,
+        vision_feature_select_strategy: str | None = None,
+        image_sizes: torch.Tensor | None = None,
+        **_: Any,  # transformers passes what its own towers take
+    ) -> BaseModelOutputWithPooling:
+        """Encode, fuse and project images.
+
+        Args:
+            pixel_values: (B, 3, height, width).
+            vision_feature_layer: unused; the backbone taps what its config says.
+            vision_feature_select_strategy: unused, likewise.
+            image_sizes: (B, 2) height and width before the images were prepared; unused, since all images take the
+                same number of tokens here.
+
+        Returns:
+            `last_hidden_state`: (B, N, C_out) fused tokens; `pooler_output`: B tensors (N, D), projected. With
+            `return_dict=False` they come as a tuple.
+        """
+        tower = self.vision_tower
+        with torch.set_grad_enabled(torch.is_grad_enabled() and learns(tower)):
+            features = tower(pixel_values.to(next(tower.parameters()).dtype))
+        fused = self.fuser(features)
+        projected = self.multi_modal_projector(fused)
+        return BaseModelOutputWithPooling(last_hidden_state=fused, pooler_output=list(projected))  # type: ignore[arg-type]
+
+    @functools.wraps(LlavaModel.forward)
+    def forward(self, *args: Any, **kwargs: Any) -> Any:  # type: ignore[override]
+        """As LlavaModel, but in training a batch without images touches every trainable parameter, with weight zero.
+
+        Otherwise distributed engines wait forever for gradients of fuser and projector. The published code does the
+        same by giving each text-only sample a black image.
+        """
+        # Arguments have other names in other versions of transformers, so its own signature is read.
+        kwargs.update(zip(_ARGUMENTS, args, strict=False))
+        text_only = kwargs.get("input_ids") is not None and kwargs.get("pixel_values") is None
+        if text_only and self.training and torch.is_grad_enabled():
+            inputs_embeds = self.get_input_embeddings()(kwargs.pop("input_ids"))
+            assert isinstance(self.config.vision_config, LayerfuseVisionConfig)
+            black = inputs_embeds.new_zeros(1, 3, *(self.config.vision_config.image_size or ()))
+            unused: Any = self.get_image_features(black).pooler_output
+            kwargs["inputs_embeds"] = inputs_embeds + 0 * unused[0].sum()
+        return super().forward(**kwargs)
+
+
+_ARGUMENTS = tuple(inspect.signature(LlavaModel.forward).parameters)[1:]
+
+
+class FusedLlavaForConditionalGeneration(_LoadsWhole, GeneratesFromImages, LlavaForConditionalGeneration):
+    """The whole model: images and text in, text out.
+
+    Args:
+        config: describes all parts.
+        parts: ready modules; built from the config if None.
+    """
+
+    config: FusedLlavaConfig
+    config_class = FusedLlavaConfig
+
+    def __init__(self, config: FusedLlavaConfig, parts: _Parts | None = None) -> None:
+        PreTrainedModel.__init__(self, config)
+        text = config.text_config
+        assert isinstance(text, PreTrainedConfig)
+        self.model = FusedLlavaModel(config, parts)
+        bias = bool((config.head or {}).get("bias"))
+        self.set_output_embeddings(nn.Linear(text.hidden_size, text.vocab_size, bias=bias))
+        embedding = self.get_input_embeddings().weight
+        name = next(name for name, parameter in self.named_parameters() if parameter is embedding)
+        self._tied_weights_keys = {"lm_head.weight": name}
+        forbid_token(self.generation_config, config.image_token_index)
+        self.post_init()
+
+    @classmethod
+    def from_pretrained(cls, *args: Any, output_loading_info: bool = False, **kwargs: Any) -> Any:
+        """As in transformers, but weights that do not cover the model are an error; see `_LoadsWhole`."""
+        model, info = super().from_pretrained(*args, output_loading_info=True, **kwargs)
+        # Its generation config, which 0.1 wrote without it, has been read after the model was built.
+        forbid_token(model.generation_config, model.config.image_token_index)
+        return (model, info) if output_loading_info else model
+
+    def set_output_embeddings(self, new_embeddings: Any) -> None:
+        """Put another linear layer in the head's place; scale and cap of the language model's logits stay."""
+        self.lm_head = build_head(new_embeddings, self.config.head)
+
+    def loss_function(
+        self, logits: torch.Tensor, labels: torch.Tensor, vocab_size: int, **options: Any
+    ) -> torch.Tensor:  # type: ignore[override]
+        """Compute `text_loss`; transformers' models call it so."""
+        return text_loss(logits, labels, vocab_size, image_token_id=self.config.image_token_index, **options)
+
+
+def build_model(
+    backbone: Backbone,
+    fuser: Fuser,
+    llm: PreTrainedModel,
+    *,
+    image_token_id: int,
+    prompt_template: dict[str, Any] | None = None,
+    dtype: torch.dtype | None = None,
+    layout: ImageLayout | None = None,
+) -> FusedLlavaForConditionalGeneration:
+    """Assemble a model from ready parts; their modules are used, not copied.
+
+    Args:
+        backbone: taps as many layers as the fuser takes.
+        fuser: its tokens are projected by a new, randomly initialised projector.
+        llm: a causal language model of transformers; its embedding grows if it has no row for the image token.
+        image_token_id: the tokenizer's id of `<image>`.
+        prompt_template: stored with the checkpoint.
+        dtype: of backbone, fuser and projector; None for the language model's.
+        layout: how many tokens an image takes; if None, the fuser's for an image of the backbone's size, always.
+
+    Returns:
+        The model.
+
+    Raises:
+        ValueError: if the fuser does not fit the backbone, or the language model computes its logits in a way that is
+            not known here.
+    """
+    check_fuser_fits(backbone, fuser)
+    if loses_cap(llm.config, llm.config._attn_implementation):
+        raise InputError(
+            f"{type(llm).__name__} caps its attention scores, and attn_implementation='sdpa' leaves the cap out "
+            "without a word in this version of transformers; load it with attn_implementation='eager', or take "
+            "transformers>=5.21."
+        )
+    head = head_settings(llm)
+    embedding: Any = llm.get_input_embeddings()
+    if image_token_id >= embedding.num_embeddings:
+        llm.resize_token_embeddings(image_token_id + 1, mean_resizing=False)
+    attention = llm.config._attn_implementation
+    vision = LayerfuseVisionConfig(
+        backbone=backbone.config, hidden_size=backbone.embed_dim, image_size=list(backbone.image_size)
+    )
+    if layout is None:
+        layout = FixedLayout(image_token_id, fuser.num_tokens(backbone.grids()))
+    config = FusedLlavaConfig(
+        vision_config=vision,
+        text_config=llm.config,
+        image_token_index=image_token_id,
+        image_seq_length=layout.num_tokens(),
+        image_layout=layout.config,
+        vision_feature_layer=-1,
+        vision_feature_select_strategy="full",
+        fuser=fuser.config,
+        head=head.to_dict() if head.bias or head.finish else None,
+        prompt_template=prompt_template,
+        tie_word_embeddings=bool(llm.config.tie_word_embeddings),
+    )
+    decoder = decoder_of(llm)
+    assert decoder is not None  # head_settings has used it
+    with torch.device(llm.device):
+        model = FusedLlavaForConditionalGeneration(config, _Parts(backbone, fuser, decoder))
+    model.set_output_embeddings(llm.get_output_embeddings())
+    model.generation_config = deepcopy(llm.generation_config)
+    forbid_token(model.generation_config, image_token_id)
+    # The new config made every part forget its attention implementation; some, such as BLOOM, refuse to be told by
+    # `set_attn_implementation`, and would go on without a causal mask.
+    llm.config._attn_implementation = attention
+    # Not the language model: its rotary table has to stay float32.
+    for part in (model.model.vision_tower, model.model.fuser, model.model.multi_modal_projector):
+        part.to(dtype or llm.dtype)
+    return model
+
+
+def learns(module: nn.Module) -> bool:
+    """Tell whether any parameter of a module is trained."""
+    return any(parameter.requires_grad for parameter in module.parameters())
+
+
+AutoModel.register(LayerfuseVisionConfig, LayerfuseVisionModel, exist_ok=True)
+AutoModel.register(FusedLlavaConfig, FusedLlavaModel, exist_ok=True)
+for _auto in (AutoModelForImageTextToText, AutoModelForMultimodalLM, AutoModelForPreTraining):
+    _auto.register(FusedLlavaConfig, FusedLlavaForConditionalGeneration, exist_ok=True)

@@ -1,0 +1,18 @@
+"""Studies: several runs trained, evaluated and compared. The demo is one."""
+
+from __future__ import annotations
+
+from .demo import run_demo
+from .results import DemoResults, FuserRun
+from .settings import DemoSettings, check_settings
+from .statistics import conclude, estimate
+
+__all__ = [
+    "DemoResults",
+    "DemoSettings",
+    "FuserRun",
+    "check_settings",
+    "conclude",
+    "estimate",
+    "run_demo",
+]

@@ -1,0 +1,145 @@
+"""What a linear classifier reads off the backbone's layers and the fusers' outputs, on the embedded scenes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from integrations.llava.config import ModelConfig
+from integrations.llava.modeling import FusedLlavaForConditionalGeneration
+from integrations.llava.synthetic import CHARACTERS, COLORS, GRID, SHAPES, Scene, render, scene_at
+from layerfuse.analysis import probe_layers
+from layerfuse.backbones import Backbone, create_backbone
+from layerfuse.features import FeatureMaps
+
+from .results import Probe
+
+__all__ = ["CellLabels", "all_layers_backbone", "cell_labels", "probe_text"]
+
+_NOTHING = -1
+_BATCH = 64
+
+
+@dataclass(frozen=True)
+class CellLabels:
+    """What the cells of images show; -1 where nothing of the kind.
+
+    Attributes:
+        title: what is read.
+        classes: names of the classes.
+        labels: (B, N) class numbers, row-major over the grid.
+    """
+
+    title: str
+    classes: tuple[str, ...]
+    labels: torch.Tensor
+
+    @property
+    def chance(self) -> float:
+        """Share of the commonest class among the labelled cells."""
+        own = self.labels[self.labels != _NOTHING]
+        return own.bincount().max().item() / own.numel()
+
+    @property
+    def num_cells(self) -> int:
+        """Number of labelled cells."""
+        return int((self.labels != _NOTHING).sum())
+
+
+def cell_labels(scenes: Sequence[Scene]) -> list[CellLabels]:
+    """Label every cell of some scenes by its character, and by its object's shape and colour.
+
+    Args:
+        scenes: B scenes.
+
+    Returns:
+        Characters first. Objects count in every cell that they cover.
+    """
+    characters, shapes, colors = (torch.full((len(scenes), GRID, GRID), _NOTHING) for _ in range(3))
+    for index, scene in enumerate(scenes):
+        for offset, character in enumerate(scene.text.string):
+            characters[index, scene.text.row, scene.text.column + offset] = CHARACTERS.index(character)
+        for item in scene.objects:
+            place = (index, slice(item.row, item.row + item.cells), slice(item.column, item.column + item.cells))
+            shapes[place] = SHAPES.index(item.shape)
+            colors[place] = COLORS.index(item.color)
+    return [
+        CellLabels("Character in the cell", tuple(CHARACTERS), characters.flatten(1)),
+        CellLabels("Shape in the cell", SHAPES, shapes.flatten(1)),
+        CellLabels("Colour in the cell", COLORS, colors.flatten(1)),
+    ]
+
+
+def all_layers_backbone(config: ModelConfig) -> Backbone:
+    """Build a recipe's backbone with every layer tapped, 0 = embeddings to the last block."""
+
+    def build(layers: Sequence[int]) -> Backbone:
+        return create_backbone(
+            f"{config.family}:{config.backbone}",
+            layers=layers,
+            pretrained=config.backbone_pretrained,
+            image_size=config.image_size,
+            options=config.backbone_options,
+        )
+
+    depth = build([0]).num_blocks
+    return build(range(depth + 1)).eval()
+
+
+def probe_text(
+    backbone: Backbone,
+    models: Mapping[str, FusedLlavaForConditionalGeneration],
+    *,
+    seed: int,
+    num_train: int,
+    num_test: int,
+) -> list[Probe]:
+    """Measure what every layer and every trained fuser's output still shows of a cell.
+
+    Args:
+        backbone: taps all layers.
+        models: fuser -> trained model with the same backbone.
+        seed: of the data set; its own training and test scenes are used.
+        num_train: images to fit on.
+        num_test: images to score on.
+
+    Returns:
+        One probe each for characters, shapes and colours.
+    """
+    scenes = {
+        split: [scene_at(seed, split, index) for index in range(count)]
+        for split, count in (("train", num_train), ("test", num_test))
+    }
+    maps: dict[str, list[FeatureMaps]] = {}
+    for split, own in scenes.items():
+        images = backbone.preprocessing.batch([render(scene) for scene in own])
+        fused = [_fused(model, images) for model in models.values()]
+        maps[split] = [_features(backbone, images), *fused]
+    probes = []
+    for train, test in zip(cell_labels(scenes["train"]), cell_labels(scenes["test"]), strict=True):
+        accuracies = [
+            probe_layers(fit, train.labels, held, test.labels, num_classes=len(train.classes))
+            for fit, held in zip(maps["train"], maps["test"], strict=True)
+        ]
+        outputs = {name: own[0] for name, own in zip(models, accuracies[1:], strict=True)}
+        probes.append(Probe(train.title, test.num_cells, test.chance, layers=accuracies[0], fusers=outputs))
+    return probes
+
+
+@torch.inference_mode()
+def _features(backbone: Backbone, images: torch.Tensor) -> FeatureMaps:
+    batches = [backbone(batch) for batch in images.split(_BATCH)]
+    maps = tuple(torch.cat(own) for own in zip(*(batch.maps for batch in batches), strict=True))
+    return FeatureMaps(maps=maps, layers=batches[0].layers, grids=batches[0].grids)
+
+
+@torch.inference_mode()
+def _fused(model: FusedLlavaForConditionalGeneration, images: torch.Tensor) -> FeatureMaps:
+    """Fuser output as if it were a layer of its own."""
+    tower, fuser = model.model.vision_tower, model.model.fuser
+    tokens = torch.cat([fuser(tower(batch)) for batch in images.split(_BATCH)])
+    grid = fuser.out_grid(tower.backbone.grids())
+    assert grid is not None  # as of all the demo's fusers
+    return FeatureMaps(maps=(tokens,), layers=(0,), grids=(grid,))

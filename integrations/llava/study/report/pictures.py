@@ -1,0 +1,91 @@
+"""Pictures for the report: feature maps as in Figure 5 of the paper, and the first test images."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import torch
+from PIL import Image
+
+from integrations.llava.evaluation import read_image
+from integrations.llava.modeling import FusedLlavaForConditionalGeneration
+from layerfuse.analysis import colorize, fusion_maps, png_bytes, reduce_map
+
+from ..results import Example, Figure, FuserRun
+
+__all__ = ["draw_examples", "draw_feature_maps", "thumbnail"]
+
+_MAP_SIZE = 128
+
+
+def thumbnail(image: Image.Image, *, size: int = 384) -> bytes:
+    """Encode an image as PNG, not larger than a size in pixels; small ones stay as they are."""
+    small = image.copy()
+    small.thumbnail((size, size))
+    buffer = io.BytesIO()
+    small.save(buffer, format="PNG", optimize=True)
+    return buffer.getvalue()
+
+
+def draw_examples(runs: Sequence[FuserRun], image_folder: Path, *, count: int) -> list[Example]:
+    """Collect the first test images with all that was answered about them.
+
+    Args:
+        runs: one per fuser, with the same questions.
+        image_folder: where the images are.
+        count: how many images.
+
+    Returns:
+        The first images, in the order of the question file: none is picked.
+    """
+    names = list(dict.fromkeys(answer.question.images[0] for answer in runs[0].answers))[:count]
+    return [
+        Example(
+            name=name,
+            image=thumbnail(read_image(image_folder / name)),
+            answers={
+                run.fuser: [answer for answer in run.answers if answer.question.images == (name,)] for run in runs
+            },
+        )
+        for name in names
+    ]
+
+
+@torch.inference_mode()
+def draw_feature_maps(
+    models: Mapping[str, FusedLlavaForConditionalGeneration], names: Sequence[str], image_folder: Path
+) -> list[Figure]:
+    """Draw what goes into the fusers and what comes out.
+
+    The key/value layers and the query are those of the model that taps most layers; its last map is the query.
+
+    Args:
+        models: fuser -> trained model.
+        names: of the images.
+        image_folder: where they are.
+
+    Returns:
+        One figure per image; all maps of an image share one colour scale.
+    """
+    widest = max(models.values(), key=lambda model: len(model.model.vision_tower.backbone.layers))
+    figures = []
+    for name in names:
+        image = read_image(image_folder / name)
+        pixels = widest.model.vision_tower.backbone.preprocessing.batch([image])
+        features = widest.model.vision_tower(pixels)
+        grid = features.grids[-1]
+        inputs = fusion_maps(features, features.maps[-1])
+        maps = {key: value[0] for key, value in inputs.items() if key != "output"}
+        for fuser, model in models.items():
+            output = model.model.fuser(model.model.vision_tower(pixels))
+            maps[f"output of {fuser}"] = _same_sign(reduce_map(output, grid)[0], maps["query"])
+        pictures = dict(zip(maps, map(png_bytes, colorize(maps, size=_MAP_SIZE)), strict=True))
+        figures.append(Figure(name=name, image=thumbnail(image), maps=pictures))
+    return figures
+
+
+def _same_sign(values: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:
+    """Turn a component round if it runs against the query's, since its sign means nothing."""
+    return -values if (values * reference).sum() < 0 else values

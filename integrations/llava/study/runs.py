@@ -1,0 +1,142 @@
+"""Training and evaluating one fuser with one seed, unless that has been done already in just this way."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from integrations.llava._files import json_lines
+from integrations.llava.checkpoints import load_model
+from integrations.llava.config import STAGES, Recipe, dump_recipe
+from integrations.llava.evaluation import evaluate, read_predictions, read_questions, score_answers, summarise
+from integrations.llava.modeling import FusedLlavaForConditionalGeneration
+from integrations.llava.synthetic import KINDS
+from integrations.llava.training import RunFolder, train
+
+from .fingerprint import begin, code_digest, digest, file_digest, finished, folder_digest, mark_finished
+from .results import FuserRun
+
+__all__ = ["finish_run", "fuser_cost", "run_folder"]
+
+_LOG = logging.getLogger(__name__)
+# Parts that are noted: training has begun to write, training is finished, all questions are answered.
+_BEGUN, _TRAINING, _EVALUATION = "begun", "training", "evaluation"
+
+
+def run_folder(output: Path, fuser: str, seed: int) -> Path:
+    """Where a run lies inside the demo's folder."""
+    return output / "runs" / f"{fuser}-seed{seed}"
+
+
+def finish_run(recipe: Recipe, folder: Path, data: Path) -> FuserRun:
+    """Train and evaluate, each only if the folder does not hold the same part already.
+
+    Args:
+        recipe: complete, with its data.
+        folder: of the run.
+        data: folder of the data set.
+
+    Returns:
+        What was measured.
+    """
+    training = _train(recipe, folder, data)
+    seconds = dict(finished(folder, _TRAINING, training) or {})
+    questions_file = data / "test.jsonl"
+    evaluation = digest(
+        {"training": training, "code": code_digest("evaluation"), "questions": file_digest(questions_file)}
+    )
+    noted = finished(folder, _EVALUATION, evaluation)
+    if noted is None:
+        started = time.perf_counter()
+        evaluate(folder, questions_file, data / "images", output=folder / _EVALUATION, overwrite=True)
+        noted = {"evaluation": time.perf_counter() - started}
+        mark_finished(folder, _EVALUATION, evaluation, noted)
+    else:
+        _LOG.info("%s: answers are there already", folder.name)
+    predictions = read_predictions(folder / _EVALUATION / "predictions.jsonl")
+    answers = score_answers(read_questions(questions_file), predictions)
+    kinds = summarise(answers)
+    model = load_model(folder)
+    return FuserRun(
+        fuser=recipe.model.fuser,
+        seed=recipe.finetune.seed,
+        folder=str(folder),
+        layers=tuple(model.model.vision_tower.backbone.layers),
+        kinds={kind: kinds[kind] for kind in sorted(kinds, key=_place)},
+        answers=answers,
+        losses=_losses(folder / "metrics.jsonl"),
+        seconds={**seconds, **noted},
+        cost=fuser_cost(model),
+    )
+
+
+def _place(kind: str) -> int:
+    """Kinds stand in the data set's own order, whatever the first image asks."""
+    return KINDS.index(kind) if kind in KINDS else len(KINDS)
+
+
+def fuser_cost(model: FusedLlavaForConditionalGeneration) -> dict[str, int]:
+    """Parameters, output channels, tokens and FLOPs per image of a model's fuser."""
+    return asdict(model.model.fuser.cost(model.model.vision_tower.backbone.grids()))
+
+
+def _train(recipe: Recipe, folder: Path, data: Path) -> str:
+    fingerprint = digest(
+        {
+            "recipe": dump_recipe(recipe),
+            "data": {name: file_digest(data / name) for name in ("settings.json", "pretrain.json", "train.json")},
+            "weights": {name: folder_digest(name) for name in (recipe.model.backbone, recipe.model.llm)},
+            "code": code_digest("training"),
+        }
+    )
+    if finished(folder, _TRAINING, fingerprint) is not None:
+        _LOG.info("%s: trained already with these settings", folder.name)
+        return fingerprint
+    seconds = {}
+    if finished(folder, _BEGUN, fingerprint) is None:
+        if (folder / "recipe.yaml").exists():
+            _LOG.info("%s: settings, data or code have changed: training anew", folder.name)
+        begin(folder)
+        watch = _Stopwatch(lambda: mark_finished(folder, _BEGUN, fingerprint, {}))
+        _LOG.info("%s: training", folder.name)
+        train(recipe, folder, overwrite=True, callbacks=[watch])
+        seconds = dict(zip(STAGES, watch.seconds, strict=True))
+    elif set(RunFolder(folder).finished) < set(STAGES):
+        # What the broken-off part took is not known, so no seconds are noted.
+        _LOG.info("%s: training was broken off: going on", folder.name)
+        train(recipe, folder)
+    mark_finished(folder, _TRAINING, fingerprint, seconds)
+    return fingerprint
+
+
+class _Stopwatch(TrainerCallback):
+    """Notes how long each stage trains, in seconds, without loading and saving.
+
+    Args:
+        begun: called when a stage's first step is about to be made.
+    """
+
+    def __init__(self, begun: Callable[[], None]) -> None:
+        self.seconds: list[float] = []
+        self._begun = begun
+        self._started = 0.0
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        self._begun()
+        self._started = time.perf_counter()
+
+    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        self.seconds.append(time.perf_counter() - self._started)
+
+
+def _losses(path: Path) -> Mapping[str, list[tuple[int, float]]]:
+    losses: dict[str, list[tuple[int, float]]] = {}
+    for _, row in json_lines(path):
+        losses.setdefault(row["stage"], []).append((row["step"], row["loss"]))
+    return losses

@@ -1,0 +1,145 @@
+"""What a demo is run with, and the checks that are made before anything takes time."""
+
+from __future__ import annotations
+
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+from integrations.llava.config import Recipe, load_recipe
+from integrations.llava.evaluation import read_image
+from layerfuse.errors import FileAccessError, InputError
+from layerfuse.fusers import FUSERS
+
+from .fingerprint import refuse_foreign
+
+__all__ = ["REPORT_FILE", "RESULTS_FILE", "DemoSettings", "check_settings", "run_recipe"]
+
+REPORT_FILE, RESULTS_FILE = "report.html", "results.jsonl"
+"""What a demo leaves at the top of its folder."""
+
+
+@dataclass(frozen=True)
+class DemoSettings:
+    """Settings of a demo.
+
+    Attributes:
+        fusers: names, in the order of the table.
+        seeds: one run per fuser and seed.
+        output: folder for data, runs and report.
+        recipe: name or file of the recipe that all runs share but for fuser, seed and data.
+        pretrain_steps: optimizer steps of the first stage; the recipe's own if None.
+        finetune_steps: of the second stage.
+        batch_size: samples a step in both stages; the recipe's own if None.
+        num_train: training images.
+        num_test: test images, each with one question of every kind.
+        data_seed: of the images and questions.
+        num_examples: test images that the report shows.
+        num_probe_images: images that the probes are fitted on; a third as many test images score them.
+        image: the user's own photograph.
+        prompt: a question about it.
+    """
+
+    fusers: tuple[str, ...] = ("select", "mmfuser")
+    seeds: tuple[int, ...] = (0,)
+    output: Path = Path("runs/demo")
+    recipe: str = "tiny"
+    pretrain_steps: int | None = None
+    finetune_steps: int | None = None
+    batch_size: int | None = None
+    num_train: int = 2000
+    num_test: int = 100
+    data_seed: int = 0
+    num_examples: int = 6
+    num_probe_images: int = 1500
+    image: Path | None = None
+    prompt: str | None = None
+
+
+def check_settings(settings: DemoSettings) -> None:
+    """Find every mistake that would otherwise end a demo after minutes of training.
+
+    Raises:
+        ValueError: if a fuser or the recipe is unknown, a fuser or seed is given twice, a number is too small, an image
+            comes without a prompt or a prompt without an image, or the image cannot be read.
+        FileNotFoundError: if the image does not exist.
+        FileAccessError: if the output folder cannot be written to, is a file, or holds files of other origin under the
+            names of the demo's.
+    """
+    if not settings.fusers or not settings.seeds:
+        raise InputError(f"a demo needs a fuser and a seed; got fusers {settings.fusers} and seeds {settings.seeds}.")
+    for name in settings.fusers:
+        FUSERS.get(name)
+    for what, given in (("fuser", settings.fusers), ("seed", settings.seeds)):
+        twice = [str(entry) for entry in dict.fromkeys(given) if list(given).count(entry) > 1]
+        if twice:
+            raise InputError(f"{what} {', '.join(twice)} is given more than once; name each {what} once.")
+    if min(settings.seeds) < 0:
+        raise InputError(f"seed {min(settings.seeds)} is negative; seeds are 0 or above.")
+    for what in ("pretrain_steps", "finetune_steps", "batch_size", "num_train", "num_test", "num_probe_images"):
+        number = getattr(settings, what)
+        if number is not None and number < 1:
+            raise InputError(f"{what} is {number}; it has to be at least 1.")
+    load_recipe(settings.recipe)
+    _check_photo(settings)
+    _check_output(settings.output)
+
+
+def _check_photo(settings: DemoSettings) -> None:
+    if settings.image is None:
+        if settings.prompt:
+            raise InputError(
+                "a prompt came without an image; also name a picture: --image photo.jpg (IMAGE=photo.jpg)."
+            )
+        return
+    if not (settings.prompt or "").strip():
+        raise InputError(
+            f"image {settings.image} came without a prompt; also ask something: --prompt 'How many …?' (PROMPT='…')."
+        )
+    read_image(settings.image)
+
+
+def _check_output(folder: Path) -> None:
+    refuse_foreign(folder, (REPORT_FILE, RESULTS_FILE))
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except (FileExistsError, NotADirectoryError) as error:
+        raise FileAccessError(
+            f"output {folder} is a file, or lies inside one; give a folder: --output runs/demo."
+        ) from error
+    except OSError as error:
+        raise FileAccessError(
+            f"output folder {folder} cannot be written to ({error.strerror}); choose another: --output FOLDER."
+        ) from error
+
+
+def run_recipe(settings: DemoSettings, fuser: str, seed: int, data: Path) -> Recipe:
+    """Fill in what differs between runs, and nothing else.
+
+    Args:
+        settings: of the demo.
+        fuser: its name; ``select`` taps the last of the recipe's layers alone, as LLaVA-1.5 does.
+        seed: of both stages.
+        data: folder that `make_dataset` wrote.
+
+    Returns:
+        The recipe.
+    """
+    overrides: dict[str, object] = {
+        "pretrain.seed": seed,
+        "finetune.seed": seed,
+        "pretrain.data.path": str(data / "pretrain.json"),
+        "finetune.data.path": str(data / "train.json"),
+        "pretrain.data.image_folder": str(data / "images"),
+        "finetune.data.image_folder": str(data / "images"),
+    }
+    steps = {"pretrain": settings.pretrain_steps, "finetune": settings.finetune_steps}
+    overrides |= {f"{stage}.max_steps": number for stage, number in steps.items() if number is not None}
+    if settings.batch_size is not None:
+        overrides |= {f"{stage}.batch_size": settings.batch_size for stage in steps}
+    layers = load_recipe(settings.recipe).model.layers
+    # Another fuser than the recipe's takes its own default options.
+    overrides |= {"model.fuser": fuser, "model.layers": layers[-1:] if fuser == "select" else layers}
+    return load_recipe(settings.recipe, overrides)

@@ -1,0 +1,163 @@
+"""What the numbers say, in words that follow from the numbers alone: whichever fuser is ahead."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from integrations.llava.evaluation import TASKS
+
+from .results import DemoResults
+
+__all__ = ["AVERAGE", "Difference", "Estimate", "baseline", "conclude", "differences", "estimate"]
+
+AVERAGE = "average"
+"""Stands for the mean over all kinds where a kind is asked for."""
+
+_CLEAR = 2.0
+"""Standard errors from zero at which a difference is called one."""
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A mean over seeds.
+
+    Attributes:
+        mean: between 0 and 1.
+        spread: standard deviation over the seeds; None with one seed.
+    """
+
+    mean: float
+    spread: float | None
+
+
+@dataclass(frozen=True)
+class Difference:
+    """How far a fuser is ahead of the baseline on one kind of question.
+
+    Attributes:
+        fuser: the fuser.
+        kind: the kind, or `AVERAGE`.
+        points: accuracy minus the baseline's, in percentage points, averaged over seeds.
+        error: standard error of ``points``: from the questions, and from the seeds if there are several.
+        by_seed: ``points`` of each seed.
+    """
+
+    fuser: str
+    kind: str
+    points: float
+    error: float
+    by_seed: tuple[float, ...]
+
+    @property
+    def clear(self) -> bool:
+        """Whether it is more than two standard errors from zero."""
+        return abs(self.points) > _CLEAR * self.error and self.points != 0
+
+
+def estimate(values: Sequence[float]) -> Estimate:
+    """Average over seeds; the spread is the sample standard deviation."""
+    mean = sum(values) / len(values)
+    return Estimate(mean=mean, spread=_deviation(values) if len(values) > 1 else None)
+
+
+def _deviation(values: Sequence[float]) -> float:
+    mean = sum(values) / len(values)
+    return math.sqrt(sum((value - mean) ** 2 for value in values) / (len(values) - 1))
+
+
+def baseline(results: DemoResults) -> str:
+    """The fuser that others are compared with: ``select`` (LLaVA-1.5) if it took part, else the first."""
+    return "select" if "select" in results.fusers else results.fusers[0]
+
+
+def differences(results: DemoResults) -> list[Difference]:
+    """Compare every fuser with the baseline, question by question.
+
+    The same questions are asked of both, so the error is that of paired differences, which is smaller than that of two
+    separate accuracies.
+    """
+    reference = baseline(results)
+    return [
+        _difference(results, fuser, reference, kind)
+        for fuser in results.fusers
+        if fuser != reference
+        for kind in (*results.kinds, AVERAGE)
+    ]
+
+
+def _difference(results: DemoResults, fuser: str, reference: str, kind: str) -> Difference:
+    if kind == AVERAGE:
+        parts = [_difference(results, fuser, reference, one) for one in results.kinds]
+        by_seed = tuple(sum(column) / len(parts) for column in zip(*(part.by_seed for part in parts), strict=True))
+        error = math.sqrt(sum(part.error**2 for part in parts)) / len(parts)
+        return Difference(fuser, kind, sum(by_seed) / len(by_seed), error, by_seed)
+    per_seed: list[list[float]] = []
+    for run, other in zip(results.of(fuser), results.of(reference), strict=True):
+        pairs = zip(run.answers, other.answers, strict=True)
+        per_seed.append([100.0 * (a.right - b.right) for a, b in pairs if a.question.kind == kind])
+    by_question = [sum(column) / len(column) for column in zip(*per_seed, strict=True)]
+    by_seed = tuple(sum(values) / len(values) for values in per_seed)
+    question_error = _deviation(by_question) / math.sqrt(len(by_question)) if len(by_question) > 1 else math.inf
+    seed_error = _deviation(by_seed) / math.sqrt(len(by_seed)) if len(by_seed) > 1 else 0.0
+    return Difference(fuser, kind, sum(by_seed) / len(by_seed), math.hypot(question_error, seed_error), by_seed)
+
+
+def conclude(results: DemoResults) -> list[str]:
+    """Say what the table shows.
+
+    Returns:
+        Sentences: the order of the fusers, the clear differences from the baseline, and what limits them.
+    """
+    averages = {fuser: estimate([run.average for run in results.of(fuser)]).mean for fuser in results.fusers}
+    ranking = sorted(averages, key=lambda fuser: -averages[fuser])
+    listed = ", ".join(f"{fuser} {100 * averages[fuser]:.1f} %" for fuser in ranking)
+    kinds = len(results.kinds)
+    sentences = [f"Right answers, averaged over {kinds} kinds of questions: {listed}."]
+    found = differences(results)
+    reference = baseline(results)
+    for fuser in (name for name in results.fusers if name != reference):
+        own = [difference for difference in found if difference.fuser == fuser]
+        sentences.append(_sentence(own, reference))
+    sentences.append(_limits(results))
+    return sentences
+
+
+def _sentence(own: Sequence[Difference], reference: str) -> str:
+    total = next(difference for difference in own if difference.kind == AVERAGE)
+    kinds = [difference for difference in own if difference.kind != AVERAGE]
+    if not any(difference.points for difference in kinds):
+        return f"{total.fuser} and {reference} answer equally many questions of every kind right."
+    size = f"{abs(total.points):.1f} points (standard error {total.error:.1f})"
+    if total.clear:
+        head = f"{total.fuser} is {'ahead of' if total.points > 0 else 'behind'} {reference} by {size} on average"
+    elif abs(total.points) < 0.05:
+        head = f"{total.fuser} is level with {reference} on average (standard error {total.error:.1f} points)"
+    else:
+        where = "above" if total.points > 0 else "below"
+        head = f"{total.fuser} is {size} {where} {reference} on average, not clearly different from it"
+    better = [f"{_title(d.kind)} ({_signed(d.points)})" for d in kinds if d.clear and d.points > 0]
+    worse = [f"{_title(d.kind)} ({_signed(d.points)})" for d in kinds if d.clear and d.points < 0]
+    tail = [f"clearly {word} at {', '.join(names)}" for word, names in (("better", better), ("worse", worse)) if names]
+    if not tail:
+        return f"{head}; on no kind of question do they differ by more than two standard errors."
+    return f"{head}; {total.fuser} is {' and '.join(tail)}."
+
+
+def _signed(points: float) -> str:
+    return f"{points:+.1f}".replace("-", "\u2212")
+
+
+def _title(kind: str) -> str:
+    return TASKS.get(kind).title
+
+
+def _limits(results: DemoResults) -> str:
+    seeds = len(results.seeds)
+    if seeds == 1:
+        return (
+            "One seed was trained: the standard errors cover the choice of questions, not the luck of a training run. "
+            'Run SEEDS="0 1 2" for that.'
+        )
+    return f"Means over {seeds} seeds; the standard errors cover the choice of questions and of seeds."

@@ -1,0 +1,325 @@
+"""The folder of a run: what is in it, what is finished, whether a start begins anew, goes on, or is refused.
+
+recipe.yaml            every value resolved
+run.json               the stages that are finished, the samples each trains on, what each started from
+parameters.json        trainable and frozen parameters, by stage and part
+metrics.jsonl, logs/   loss of every step; TensorBoard
+<stage>/adapter.safetensors      fuser and projector after the stage
+<stage>/checkpoint-<step>/       while the stage runs
+config.json, model*.safetensors, processor files    the model, once the last stage asked for is finished
+.lock, .running.json   while a training works in it
+
+A stage has begun when there is something of it to lose: a checkpoint, a finished stage, or logged steps. Until then
+nothing binds the folder to a recipe.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import socket
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import yaml
+from filelock import FileLock, Timeout
+
+from integrations.llava._files import json_lines
+from integrations.llava.config import STAGES, Recipe, dump_recipe
+from layerfuse.errors import FileAccessError, InputError
+from layerfuse.files import write_text
+
+from .resume import checkpoints
+
+__all__ = ["RunFolder"]
+
+# What a run leaves of its model and of a stage, as far as it must not outlive them; nothing else is ever removed.
+_MODEL = ("config.json", "model*.safetensors*")
+_STAGE = ("adapter.safetensors", "lora", "non_finite_loss.json", ".saving")
+
+# Values that may differ between two starts of one run: they change its speed and its habits, not its result.
+_FREE = {
+    "image_folder",
+    "gradient_checkpointing",
+    "engine",
+    "save_every",
+    "keep_checkpoints",
+    "num_workers",
+    "log_every",
+    "cache_images",
+}
+
+
+class RunFolder:
+    """A run's folder.
+
+    Args:
+        path: need not exist.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Keep other trainings out of the folder while the block runs.
+
+        The operating system gives the lock back when the process ends, however it ends. Where nothing was written,
+        nothing is left behind.
+
+        Raises:
+            InputError: if a training works in the folder; its process and machine are named.
+            OSError: if the folder cannot be written to.
+        """
+        made = [folder for folder in (self.path, *self.path.parents) if not folder.exists()]
+        file, running = self.path / ".lock", self.path / ".running.json"
+        lock = FileLock(file)
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            lock.acquire(blocking=False)
+        except Timeout as error:
+            raise InputError(
+                f"a training is running in {self.path}: {_holder(running)}. Wait for it, end it, or give another "
+                "folder (--output)."
+            ) from error
+        except (OSError, NotImplementedError) as error:
+            raise FileAccessError(
+                f"the folder {self.path} cannot be written to, or its disk cannot lock files ({error}); give another "
+                "one (--output)."
+            ) from error
+        try:
+            holder = {"process": os.getpid(), "host": socket.gethostname(), "since": time.strftime("%F %T")}
+            write_text(running, json.dumps(holder) + "\n")
+            yield
+        finally:
+            running.unlink(missing_ok=True)
+            # Trainer makes a stage's before anything is written.
+            for folder in (self.path / stage for stage in STAGES):
+                _remove_if_empty(folder)
+            # The lock's file stays, for another training may hold it already; where there is nothing else, nobody does.
+            with suppress(OSError):  # Windows keeps a file that is open
+                if [path.name for path in self.path.iterdir()] == [file.name]:
+                    file.unlink()
+            lock.release()
+            for folder in made:
+                _remove_if_empty(folder)
+
+    def adapter(self, stage: str) -> Path:
+        """Name the file of fuser and projector after a stage."""
+        return self.path / stage / "adapter.safetensors"
+
+    def checkpoint(self, stage: str) -> Path | None:
+        """Find the newest checkpoint of a stage, or None."""
+        found = checkpoints(self.path / stage)
+        return found[-1] if found else None
+
+    @property
+    def finished(self) -> tuple[str, ...]:
+        """Stages that are finished, in order."""
+        return tuple(self._noted("run.json").get("finished", ()))
+
+    def logged_steps(self, stage: str) -> int:
+        """Number of the last step of a stage that the log has; 0 if none."""
+        return max((row.get("step", 0) for row in self._rows() if row.get("stage") == stage), default=0)
+
+    def begun(self, stage: str) -> bool:
+        """Tell whether there is something of a stage that could be lost."""
+        return stage in self.finished or self.checkpoint(stage) is not None or self.logged_steps(stage) > 0
+
+    def finish(self, stage: str) -> None:
+        """Note that a stage is finished, and remove its checkpoints."""
+        done = [name for name in STAGES if name in {*self.finished, stage}]
+        self._note("run.json", {"finished": done})
+        for checkpoint in checkpoints(self.path / stage):
+            shutil.rmtree(checkpoint)
+
+    def open(self, recipe: Recipe, stages: Sequence[str], *, overwrite: bool = False) -> tuple[str, ...]:
+        """Look what is left to do; nothing is changed.
+
+        Args:
+            recipe: what is to be trained.
+            stages: the stages asked for, in order.
+            overwrite: train them anew, whatever the folder holds of them.
+
+        Returns:
+            The stages asked for that are not finished.
+
+        Raises:
+            ValueError: if the folder holds stages of another recipe, if these stages are finished, or if a later one,
+                which was not asked for, stands on what would be replaced.
+        """
+        begun = [stage for stage in STAGES if self.begun(stage)]
+        left = tuple(stage for stage in stages if overwrite or stage not in self.finished)
+        kept = [stage for stage in begun if not (overwrite and stage in stages)]
+        differences = list(self._differences(recipe, kept))
+        if differences:
+            raise InputError(
+                f"{self.path} already holds a run of another recipe, which differs in {'; '.join(differences)}. Give "
+                f"another folder (--output), or the recipe that began it: {self.path / 'recipe.yaml'}."
+            )
+        if not left:
+            raise InputError(
+                f"{self.path} already holds a finished run of this recipe ({', '.join(self.finished)}). Give another "
+                "folder (--output)."
+            )
+        later = [stage for stage in kept if STAGES.index(stage) > STAGES.index(left[0]) and stage not in left]
+        if later:
+            raise InputError(
+                f"{self.path} holds {', '.join(later)}, which comes after {left[0]}: training {left[0]} there would "
+                "leave it behind without what it belongs to. Give another folder (--output)."
+            )
+        return left
+
+    def _differences(self, recipe: Recipe, kept: Sequence[str]) -> Iterator[str]:
+        """Compare the recipe with the one in the folder, as far as what is kept depends on it."""
+        file = self.path / "recipe.yaml"
+        if not kept or not file.is_file():
+            return
+        try:
+            earlier = yaml.safe_load(file.read_text(encoding="utf-8"))
+        except yaml.YAMLError as error:
+            raise InputError(f"{file} is damaged ({error}); give another folder (--output).") from error
+        now, default = (yaml.safe_load(dump_recipe(each)) for each in (recipe, Recipe()))
+        for section in ("name", "model", *kept):
+            yield from _differences(earlier.get(section), now.get(section), default.get(section), section)
+
+    def claim(
+        self,
+        recipe: Recipe,
+        stage: str,
+        *,
+        samples: tuple[int, str],
+        origin: str,
+        parameters: Mapping[str, Mapping[str, int]],
+        replaces: Sequence[str] = (),
+    ) -> None:
+        """Make the folder this recipe's; called when a stage has made its first step, nothing is written before.
+
+        Args:
+            recipe: written out.
+            stage: that has made a step.
+            samples: how many it trains on, and the digest of them.
+            origin: what its fuser and projector started from.
+            parameters: per part, its number of trainable and of frozen parameters.
+            replaces: stages whose earlier results are removed.
+        """
+        self._clear(replaces)
+        write_text(self.path / "recipe.yaml", dump_recipe(recipe))
+        noted = self._noted("run.json")
+        number, digest = samples
+        self._note(
+            "run.json",
+            {
+                "samples": noted.get("samples", {}) | {stage: number},
+                "digests": noted.get("digests", {}) | {stage: digest},
+                "origins": noted.get("origins", {}) | {stage: origin},
+            },
+        )
+        self._note("parameters.json", {stage: parameters})
+
+    def origin(self, stage: str) -> str | None:
+        """What a stage's fuser and projector started from, as `claim` noted it; None if it did not."""
+        origin: str | None = self._noted("run.json").get("origins", {}).get(stage)
+        return origin
+
+    def check_samples(self, stage: str, number: int, digest: str) -> None:
+        """Make sure that a stage that has begun goes on with the same samples.
+
+        Raises:
+            ValueError: if there were more or fewer of them, or others.
+        """
+        if not self.begun(stage):
+            return
+        noted = self._noted("run.json")
+        advice = "Bring them back, or give another folder (--output)."
+        earlier = noted.get("samples", {}).get(stage, number)
+        if earlier != number:
+            raise InputError(
+                f"stage {stage} of {self.path} began with {earlier:,} usable samples, now there are {number:,}: the "
+                f"data have changed, or images cannot be reached. {advice}"
+            )
+        if noted.get("digests", {}).get(stage, digest) != digest:
+            raise InputError(
+                f"stage {stage} of {self.path} began with other samples: there are {number:,} as before, but their "
+                f"text, images' names or order have changed. {advice}"
+            )
+
+    def bytes_replaced(self, stages: Sequence[str]) -> int:
+        """Bytes that `claim` frees when it replaces stages."""
+        files = [file for path in self._written(stages) for file in (path, *path.rglob("*")) if file.is_file()]
+        return sum(file.stat().st_size for file in files)
+
+    def _written(self, stages: Sequence[str]) -> Iterator[Path]:
+        """Iterate over what belongs to stages, the model that came of them first of all."""
+        for pattern in _MODEL if stages else ():
+            yield from self.path.glob(pattern)
+        for stage in stages:
+            yield from (self.path / stage / name for name in _STAGE if (self.path / stage / name).exists())
+            yield from checkpoints(self.path / stage)
+            if (self.path / "logs" / stage).is_dir():
+                yield self.path / "logs" / stage
+
+    def _clear(self, stages: Sequence[str]) -> None:
+        for path in list(self._written(stages)):
+            if path.is_dir():
+                shutil.rmtree(path)
+            else:
+                path.unlink()
+        for stage in stages:
+            _remove_if_empty(self.path / stage)  # it may hold something of the user's
+        if stages and (self.path / "run.json").is_file():
+            noted = self._noted("run.json")
+            left = {
+                key: {stage: value for stage, value in noted.get(key, {}).items() if stage not in stages}
+                for key in ("samples", "digests", "origins")
+            }
+            self._note("run.json", {"finished": [name for name in self.finished if name not in stages], **left})
+        rows = list(self._rows())
+        if any(row.get("stage") in stages for row in rows):
+            kept = (json.dumps(row) + "\n" for row in rows if row.get("stage") not in stages)
+            write_text(self.path / "metrics.jsonl", "".join(kept))
+
+    def _rows(self) -> Iterator[dict[str, Any]]:
+        """Read the log; a line that a kill cut off is passed over."""
+        file = self.path / "metrics.jsonl"
+        return (row for _, row in json_lines(file, growing=True)) if file.is_file() else iter(())
+
+    def _noted(self, name: str) -> dict[str, Any]:
+        file = self.path / name
+        if not file.is_file():
+            return {}
+        try:
+            noted: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise InputError(f"{file} is damaged ({error}); give another folder (--output).") from error
+        return noted
+
+    def _note(self, name: str, values: Mapping[str, Any]) -> None:
+        write_text(self.path / name, json.dumps(self._noted(name) | dict(values), indent=2) + "\n")
+
+
+def _remove_if_empty(folder: Path) -> None:
+    with suppress(OSError):
+        folder.rmdir()
+
+
+def _holder(file: Path) -> str:
+    with suppress(OSError, ValueError, KeyError):
+        holder = json.loads(file.read_text(encoding="utf-8"))
+        return f"process {holder['process']} on {holder['host']}, since {holder['since']}"
+    return "another process, which has not said which"
+
+
+def _differences(earlier: Any, now: Any, default: Any, key: str) -> Iterator[str]:
+    """Compare; a key that the earlier recipe does not have, since it is older than the key, had the default."""
+    if isinstance(earlier, dict) and isinstance(now, dict):
+        default = default if isinstance(default, dict) else {}
+        for name in sorted({*earlier, *now} - _FREE):
+            then = earlier.get(name, default.get(name))
+            yield from _differences(then, now.get(name), default.get(name), f"{key}.{name}")
+    elif earlier != now:
+        yield f"{key} ({earlier!r} then, {now!r} now)"

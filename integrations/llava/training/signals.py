@@ -1,0 +1,173 @@
+"""Runs that are told to stop: a signal becomes a checkpoint and an exit code that tells who asked.
+
+SIGTERM, SIGUSR1 (schedulers) and the first Ctrl-C finish the step in progress and write a checkpoint; before the first
+step and between stages there is nothing to save, and the run ends at once. A second Ctrl-C kills the process.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import FrameType
+from typing import Any
+
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from .distributed import any_process
+
+__all__ = [
+    "EXIT_INTERRUPTED",
+    "EXIT_REQUEUE",
+    "DeafWorker",
+    "RunInterrupted",
+    "StopOnSignal",
+    "StopRequest",
+    "stop_requests",
+]
+
+EXIT_REQUEUE = 75
+"""Exit code of a run that a scheduler stopped and that can go on: EX_TEMPFAIL of sysexits.h."""
+
+EXIT_INTERRUPTED = 130
+"""Exit code of a run that was stopped by Ctrl-C and can go on: what shells say of SIGINT; nobody requeues it."""
+
+_SIGNALS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, name))
+
+# torchrun passes on the SIGINT that the terminal has sent to everyone already.
+_SAME = 2.0
+
+
+class RunInterrupted(Exception):  # noqa: N818 (no error: the run did what it was told)
+    """Raised when a run has stopped on request, its checkpoint written.
+
+    Args:
+        message: where it stopped, and how to go on.
+        exit_code: for the command line.
+    """
+
+    def __init__(self, message: str, exit_code: int = EXIT_REQUEUE) -> None:
+        super().__init__(message, exit_code)
+        self.exit_code = exit_code
+
+    def __str__(self) -> str:
+        """Show the message alone."""
+        return str(self.args[0])
+
+
+class StopRequest:
+    """Whether a signal has asked this process to stop."""
+
+    def __init__(self) -> None:
+        self.received = False
+        self.exit_code = EXIT_REQUEUE
+        self._at = 0.0
+        self._nothing_to_save = False
+
+    def __call__(self, number: int, frame: FrameType | None) -> None:
+        """Handle the signal: remember it, for the step in progress is finished first; or stop where there is none."""
+        if number == signal.SIGINT:
+            launched = "TORCHELASTIC_RUN_ID" in os.environ
+            if self.received and not (launched and time.monotonic() - self._at < _SAME):
+                signal.signal(signal.SIGINT, signal.SIG_DFL)
+                signal.raise_signal(signal.SIGINT)
+            if not launched:
+                # Also where Python's own handlers do not get a turn, deep inside a computation.
+                signal.signal(signal.SIGINT, signal.SIG_DFL)
+        if not self.received:
+            self.received, self._at = True, time.monotonic()
+            self.exit_code = EXIT_INTERRUPTED if number == signal.SIGINT else EXIT_REQUEUE
+        self._stop_if_nothing_to_save()
+
+    @contextmanager
+    def at_once(self) -> Iterator[None]:
+        """While the block runs there is nothing to save: a request ends it.
+
+        Raises:
+            RunInterrupted: when a request arrives, or has arrived before.
+        """
+        self._nothing_to_save = True
+        try:
+            self._stop_if_nothing_to_save()
+            yield
+        finally:
+            self._nothing_to_save = False
+
+    def _stop_if_nothing_to_save(self) -> None:
+        if self.received and self._nothing_to_save:
+            self._nothing_to_save = False
+            raise RunInterrupted(
+                "stopped on request before the next step was made, so nothing had to be saved; start the same command "
+                "again to go on.",
+                self.exit_code,
+            )
+
+
+@contextmanager
+def stop_requests() -> Iterator[StopRequest]:
+    """Turn SIGTERM, SIGUSR1 and Ctrl-C into a request while the block runs; elsewhere than in the main thread, nothing.
+
+    Signals that the system does not know (Windows has no SIGUSR1) are left out.
+
+    Yields:
+        The request, not yet received.
+    """
+    request = StopRequest()
+    if threading.current_thread() is not threading.main_thread():
+        yield request
+        return
+    # A shell that starts a job in the background has it ignore Ctrl-C, and means it.
+    heard = [n for n in _SIGNALS if not (n == signal.SIGINT and signal.getsignal(n) == signal.SIG_IGN)]
+    previous = {number: signal.signal(number, request) for number in heard}
+    try:
+        yield request
+    finally:
+        for number, handler in previous.items():
+            # None: set by somebody else than Python, and not to be set from here.
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)
+
+
+class DeafWorker:
+    """Prepares a process that loads data: it leaves requests to stop to the process that trains.
+
+    A scheduler's signal reaches them all, as Ctrl-C does, and a run whose loaders died could not finish its step.
+
+    Args:
+        prepare: the loader's own `worker_init_fn`, which is called too.
+    """
+
+    def __init__(self, prepare: Callable[[int], None] | None) -> None:
+        self.prepare = prepare
+
+    def __call__(self, worker: int) -> None:
+        """Prepare a worker process."""
+        for number in _SIGNALS:
+            signal.signal(number, signal.SIG_IGN)
+        if self.prepare is not None:
+            self.prepare(worker)
+
+
+class StopOnSignal(TrainerCallback):
+    """Ends training after the step in which any process was asked to stop, with a log entry and a checkpoint.
+
+    Args:
+        request: of this process.
+    """
+
+    def __init__(self, request: StopRequest) -> None:
+        self.request = request
+        self.stopped = False
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> TrainerControl:
+        """Agree with the other processes whether to stop."""
+        stop = any_process(self.request.received)
+        # A stage at its last step ends by itself.
+        if stop and state.global_step < state.max_steps:
+            self.stopped = True
+            control.should_log = control.should_save = control.should_training_stop = True
+        return control

@@ -1,0 +1,305 @@
+"""transformers' Trainer with LLaVA's samplers, learning rates by part, a choice of loss average, and a guard.
+
+What is averaged over what decides what a supervised token weighs. The published code takes the mean of each micro
+batch, then of all micro batches and processes; LLaVA-1.5's numbers come from that. Trainer's own way weighs all
+supervised tokens of an optimizer step alike.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import logging
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from accelerate.utils import gather_object
+from torch import nn
+from torch.distributed.tensor import DTensor
+from torch.utils.data import DataLoader, Sampler
+from transformers import TrainingArguments
+
+from integrations.llava.config import PARTS
+from integrations.llava.data import ModalityLengthSampler, ShuffleSampler, modality_length_indices
+from integrations.llava.prompts import IGNORE_INDEX
+from layerfuse.files import write_text
+
+from .distributed import any_process
+from .loss_guard import BrokenBatch, Later, NonFiniteLossError, OptimizerStep
+from .resume import CheckpointingTrainer
+from .signals import DeafWorker
+
+__all__ = [
+    "LlavaTrainer",
+    "ModalityLengthSampler",
+    "NonFiniteLossError",
+    "modality_length_indices",
+    "parameter_groups",
+]
+
+_log = logging.getLogger(__name__)
+
+
+def parameter_groups(
+    model: nn.Module, *, learning_rate: float, learning_rates: Mapping[str, float] | None = None, weight_decay: float
+) -> list[dict[str, Any]]:
+    """Sort trainable parameters into groups: by part, where it has its own learning rate, with or without decay.
+
+    Biases and everything inside norms are never decayed.
+
+    Args:
+        model: the whole model.
+        learning_rate: peak learning rate.
+        learning_rates: part -> its own peak learning rate.
+        weight_decay: of the parameters that are decayed.
+
+    Returns:
+        Non-empty groups for a torch optimizer; `names` lists the parameters of each.
+    """
+    norms = {
+        f"{path}.{name}"
+        for path, module in model.named_modules()
+        if "Norm" in type(module).__name__
+        for name, _ in module.named_parameters(recurse=False)
+    }
+    rates = {"": learning_rate, **(learning_rates or {})}
+    groups: dict[tuple[str, bool], dict[str, Any]] = {
+        (part, decayed): {"params": [], "names": [], "weight_decay": weight_decay if decayed else 0.0, "lr": rate}
+        for part, rate in rates.items()
+        for decayed in (True, False)
+    }
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        part = next((part for part in rates if part and any(prefix in name for prefix in PARTS[part])), "")
+        group = groups[part, name not in norms and "bias" not in name]
+        group["params"].append(parameter)
+        group["names"].append(name)
+    return [group for group in groups.values() if group["params"]]
+
+
+class LlavaTrainer(CheckpointingTrainer):
+    """Trainer with LLaVA's samplers, learning rates by part, and a loss that is averaged as asked.
+
+    A batch may carry `sample_ids` and `skipped` (why samples were left out), lists of text; they never reach the model.
+
+    Args:
+        args: as for Trainer.
+        learning_rates: part -> its own peak learning rate.
+        loss_average: "micro_batch": micro batches and processes weigh alike, whatever they supervise; "token": every
+            supervised token of an optimizer step weighs alike.
+        group_by_modality: use `ModalityLengthSampler`.
+        lengths: of the samples, which that sampler needs; None: the data set's own `lengths`.
+        **kwargs: Trainer's.
+    """
+
+    def __init__(
+        self,
+        *,
+        args: TrainingArguments,
+        learning_rates: Mapping[str, float] | None = None,
+        loss_average: Literal["micro_batch", "token"] = "micro_batch",
+        group_by_modality: bool = False,
+        lengths: Sequence[int] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        if args.n_gpu > 1:
+            _log.warning(
+                "%d GPUs are visible, but one process trains on one: use torchrun --nproc_per_node %d to train on all.",
+                args.n_gpu,
+                args.n_gpu,
+            )
+            # Else Trainer would wrap the model in DataParallel, which tears images from their texts.
+            args._n_gpu = 1
+        super().__init__(args=args, **kwargs)
+        self.learning_rates = learning_rates
+        self.loss_average = loss_average
+        self.group_by_modality = group_by_modality
+        self.lengths = lengths
+        self._step = OptimizerStep(0, 0.0, [])
+        self._made: list[OptimizerStep] = []
+        self._unchecked: tuple[OptimizerStep, Later] | None = None
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        """Build AdamW over `parameter_groups`."""
+        if self.optimizer is None:
+            whole = model if model is not None else self.model
+            assert whole is not None
+            groups = parameter_groups(
+                whole,
+                learning_rate=self.args.learning_rate,
+                learning_rates=self.learning_rates,
+                weight_decay=self.args.weight_decay,
+            )
+            cls, options = self.get_optimizer_cls_and_kwargs(self.args)
+            self.optimizer = cls([{k: v for k, v in group.items() if k != "names"} for group in groups], **options)
+        return self.optimizer
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int] | None:
+        dataset: Any = train_dataset if train_dataset is not None else self.train_dataset
+        if not self.group_by_modality:
+            return ShuffleSampler(len(dataset), seed=self.args.seed)
+        return ModalityLengthSampler(
+            dataset.lengths if self.lengths is None else self.lengths,
+            batch_size=self.args.train_batch_size,
+            # Published: micro batches of one step count as processes, so one step stays within one modality.
+            world_size=self.args.world_size * self.args.gradient_accumulation_steps,
+            seed=self.args.seed,
+        )
+
+    def get_train_dataloader(self) -> DataLoader[Any]:
+        """As Trainer, with worker processes that no signal to stop ends before the step is finished."""
+        loader: Any = super().get_train_dataloader()
+        # accelerate keeps the loader that starts the workers inside its own.
+        inner = getattr(loader, "base_dataloader", loader)
+        inner.worker_init_fn = DeafWorker(inner.worker_init_fn)
+        return loader  # type: ignore[no-any-return]
+
+    def get_batch_samples(
+        self, epoch_iterator: Iterator[dict[str, Any]], num_batches: int, device: torch.device
+    ) -> tuple[list[dict[str, Any]], torch.Tensor | None]:
+        """Fetch the micro batches of an optimizer step, and take out what is not for the model.
+
+        Returns:
+            The micro batches, and what their losses are divided by: the number of supervised tokens over all of them
+            and all processes, or None where each has its own mean.
+        """
+        if self.state.global_step >= self.state.max_steps:
+            # A run that goes on behind its last step has nothing more to do; Trainer would make one step.
+            return [], None
+        batches = list(itertools.islice(epoch_iterator, num_batches))
+        assert self.optimizer is not None
+        self._step = OptimizerStep(
+            number=self.state.global_step + 1,
+            learning_rate=float(self.optimizer.param_groups[0]["lr"]),
+            sample_ids=[batch.pop("sample_ids", []) for batch in batches],
+        )
+        for why in [why for batch in batches for why in batch.pop("skipped", [])]:
+            self._step.num_skipped += 1
+            _log.warning("step %d: skipped %s", self._step.number, why)
+        if self.loss_average == "micro_batch":
+            return batches, None
+        supervised = sum((_num_supervised(batch["labels"]) for batch in batches), torch.tensor(0))
+        total = self.accelerator.reduce(supervised.to(device), reduction="sum")
+        return batches, total.clamp(min=1)
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: torch.Tensor | int | None = None,
+    ) -> Any:
+        """Compute the loss of a micro batch; a step in which any is NaN or infinite is not made.
+
+        Args:
+            model: the whole model, as the engine has wrapped it.
+            inputs: the micro batch.
+            return_outputs: return the model's outputs, too.
+            num_items_in_batch: what the sum of the tokens' losses is divided by; None: their own number. A micro batch
+                in which nothing is supervised has loss 0.
+        """
+        own = _num_supervised(inputs["labels"]).clamp(min=1)
+        outputs = model(**inputs, num_items_in_batch=own if num_items_in_batch is None else num_items_in_batch)
+        loss = outputs["loss"]
+        if num_items_in_batch is not None:
+            # Every engine takes the mean over processes.
+            loss = loss * self.accelerator.num_processes
+        if model.training:
+            self._step.losses.append(loss.detach())
+            if self.accelerator.sync_gradients:
+                self._step.finite = Later(torch.stack(self._step.losses).isfinite())
+                if self.is_deepspeed_enabled:  # makes the step together with the backward pass
+                    self._stop_if_loss_broke(self._step)
+        return (loss, outputs) if return_outputs else loss
+
+    def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
+        """Take the norm, and look whether the step may be made: Trainer asks just before it is."""
+        norm = super()._get_grad_norm(model, grad_norm=grad_norm)
+        # Of the step before: its norm came behind its backward pass, and is read where that costs nothing.
+        self.stop_if_gradients_broke()
+        if not self.is_deepspeed_enabled:
+            self._stop_if_loss_broke(self._step)
+        self._step.grad_norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
+        self._made.append(self._step)
+        self._unchecked = self._step, Later(torch.as_tensor(self._step.grad_norm))
+        return norm
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """As Trainer, and look at the last step's gradients."""
+        output = super().train(*args, **kwargs)
+        self.stop_if_gradients_broke()
+        return output
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        self.stop_if_gradients_broke()
+        super()._save_checkpoint(model, trial)
+
+    def take_rows(self) -> list[dict[str, float]]:
+        """Hand over the optimizer steps since the last call; every process has to call this.
+
+        Returns:
+            For each step `step`, `loss` (the step's over all processes), `learning_rate`, `grad_norm` where it is
+            known, and `skipped` where samples were left out.
+        """
+        steps, self._made = self._made, []
+        if not steps:
+            return []
+        own = torch.stack([torch.stack([self._loss_of(step), self._tensor(step.num_skipped)]) for step in steps])
+        totals = self.accelerator.reduce(own, reduction="sum").tolist()
+        rows = []
+        for step, (loss, skipped) in zip(steps, totals, strict=True):
+            row: dict[str, float] = {"step": step.number, "loss": loss / self.accelerator.num_processes}
+            row["learning_rate"] = step.learning_rate
+            if step.grad_norm is not None:
+                row["grad_norm"] = float(step.grad_norm)
+            rows.append(row | ({"skipped": int(skipped)} if skipped else {}))
+        return rows
+
+    def stop_if_gradients_broke(self) -> None:
+        """Stop if the last step's gradients were NaN or infinite; all before it have been looked at.
+
+        Raises:
+            NonFiniteLossError: in every process, since all know the norm.
+        """
+        unchecked, self._unchecked = self._unchecked, None
+        if unchecked is not None:
+            step, norm = unchecked
+            if not math.isfinite(float(norm.read())):
+                self._stop(step, range(len(step.losses)), grad_norm=float(norm.read()))
+
+    def _stop_if_loss_broke(self, step: OptimizerStep) -> None:
+        """Read what was known when the last forward pass ended, while the device is busy with the backward pass."""
+        assert step.finite is not None
+        finite = step.finite.read()
+        if any_process(not finite.all()):
+            self._stop(step, (~finite).nonzero().flatten().tolist())
+
+    def _stop(self, step: OptimizerStep, indices: Any, *, grad_norm: float | None = None) -> None:
+        # Steps that were made but not yet written are written now.
+        self.callback_handler.on_log(self.args, self.state, self.control, {})
+        own = [
+            BrokenBatch(self.args.process_index, float(step.losses[index]), tuple(step.sample_ids[index]))
+            for index in indices
+        ]
+        error = NonFiniteLossError(step.number, gather_object(own), grad_norm=grad_norm)
+        if self.is_world_process_zero():
+            file = Path(self.args.output_dir or ".") / "non_finite_loss.json"
+            file.parent.mkdir(parents=True, exist_ok=True)
+            write_text(file, json.dumps(error.to_dict(), indent=2) + "\n")
+        raise error
+
+    def _loss_of(self, step: OptimizerStep) -> torch.Tensor:
+        losses = torch.stack(step.losses).float()
+        return losses.mean() if self.loss_average == "micro_batch" else losses.sum()
+
+    def _tensor(self, value: float) -> torch.Tensor:
+        return torch.tensor(value, dtype=torch.float32, device=self.args.device)
+
+
+def _num_supervised(labels: torch.Tensor) -> torch.Tensor:
+    """Count the tokens with a label; the first has none before it that could predict it."""
+    return (labels[..., 1:] != IGNORE_INDEX).sum()

@@ -1,0 +1,109 @@
+"""Multi-scale deformable attention: one function, several implementations that tests hold against each other.
+
+Deformable DETR (arXiv:2010.04159), equation 3: every head reads K points per level by bilinear interpolation and sums
+them with its own weights. Points outside a map count as zero, coordinates are those of
+``torch.nn.functional.grid_sample(..., align_corners=False)``. Shapes follow the legend in ``layerfuse.features``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+
+from layerfuse.errors import InputError
+from layerfuse.ops.deformable.gather import gather
+from layerfuse.ops.deformable.reference import reference
+
+__all__ = ["IMPLEMENTATIONS", "check_implementation", "deformable_attention"]
+
+_Path = Callable[[torch.Tensor, Sequence[tuple[int, int]], torch.Tensor, torch.Tensor], torch.Tensor]
+
+_PATHS: dict[str, _Path] = {"gather": gather, "reference": reference}
+
+IMPLEMENTATIONS: tuple[str, ...] = ("auto", *sorted(_PATHS))
+
+# Elsewhere (xpu, …) grid_sample is the better supported of the two; on mps it has no gradient.
+_GATHER_DEVICES = frozenset({"cpu", "cuda", "meta", "mps"})
+
+
+def deformable_attention(
+    value: torch.Tensor,
+    grids: Sequence[tuple[int, int]],
+    locations: torch.Tensor,
+    weights: torch.Tensor,
+    *,
+    implementation: str = "auto",
+) -> torch.Tensor:
+    """Read every head's sampling points from the value maps and sum them with their weights.
+
+    Half-precision inputs are computed in float32 and float64 ones in float64, on every path. Differentiable once, with
+    gradients to ``value``, ``locations`` and ``weights``. Nothing is copied between host and device.
+
+    Args:
+        value: (B, S, M, C/M) values of all levels one after another, each row-major over its grid.
+        grids: one (H, W) per level, in patches; they may differ from one another.
+        locations: (B, Q, M, L, K, 2) sampling points as (x, y), where 0 and 1 are the outer edges of the map; points
+            beyond that read zeros.
+        weights: (B, Q, M, L, K) weight of each point; used as they are, so normalise them first.
+        implementation: ``"reference"`` (``grid_sample`` per level, the oracle), ``"gather"`` (one weighted
+            ``embedding_bag`` over all corners of all points, the fast one; on devices without it plain indexing) or
+            ``"auto"``: gather on CPU, CUDA and mps, reference on other devices.
+
+    Returns:
+        (B, Q, C) attended values in the dtype of ``value``.
+
+    Raises:
+        ValueError: if the implementation is unknown or the shapes do not fit one another.
+    """
+    check_implementation(implementation)
+    _check_shapes(value, grids, locations, weights)
+    if implementation == "auto":
+        implementation = "gather" if value.device.type in _GATHER_DEVICES else "reference"
+    precision = torch.float64 if value.dtype == torch.float64 else torch.float32
+    output = _PATHS[implementation](value.to(precision), grids, locations.to(precision), weights.to(precision))
+    return output.to(value.dtype)
+
+
+def check_implementation(implementation: str) -> None:
+    """Refuse what ``deformable_attention`` does not know.
+
+    Raises:
+        ValueError: if the implementation is unknown; the message lists the known ones.
+    """
+    if implementation not in IMPLEMENTATIONS:
+        raise InputError(
+            f"implementation {implementation!r} of deformable attention is unknown. "
+            f"Known: {', '.join(IMPLEMENTATIONS)}."
+        )
+
+
+def _check_shapes(
+    value: torch.Tensor, grids: Sequence[tuple[int, int]], locations: torch.Tensor, weights: torch.Tensor
+) -> None:
+    if value.ndim != 4:
+        raise InputError(
+            f"value has shape {tuple(value.shape)}; expected (B, S, M, C/M): split the channels into heads first."
+        )
+    batch_size, num_values, num_heads, _ = value.shape
+    expected = sum(height * width for height, width in grids)
+    if num_values != expected:
+        raise InputError(
+            f"value has {num_values} tokens, but the grids {tuple(grids)} have {expected} together; give one (H, W) "
+            "per level and concatenate the levels along the token dimension."
+        )
+    fits = (
+        locations.ndim == 6
+        and (locations.shape[0], locations.shape[2]) == (batch_size, num_heads)
+        and locations.shape[3] == len(grids)
+        and locations.shape[5] == 2
+    )
+    if not fits:
+        raise InputError(
+            f"locations has shape {tuple(locations.shape)}; expected (B={batch_size}, Q, M={num_heads}, "
+            f"L={len(grids)}, K, 2) to fit value and grids."
+        )
+    if weights.shape != locations.shape[:-1]:
+        raise InputError(
+            f"weights has shape {tuple(weights.shape)}; expected {tuple(locations.shape[:-1])}, one per location."
+        )

@@ -1,0 +1,164 @@
+"""The deformable attention layer: the projections around ``deformable_attention`` (arXiv:2010.04159, section 4.1)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import nn
+
+from layerfuse.errors import InputError
+from layerfuse.ops.deformable.attention import check_implementation, deformable_attention
+
+__all__ = ["MultiScaleDeformableAttention", "set_implementation"]
+
+
+class MultiScaleDeformableAttention(nn.Module):
+    """Attention in which each query reads a few learned points around its own cell, on every level.
+
+    Parameters are named as in Deformable DETR, so that published weights fit.
+
+    Args:
+        channels: C, width of queries, values and output.
+        num_heads: M; must divide ``channels``.
+        num_levels: L, number of value maps.
+        num_points: K, sampling points per head and level.
+        implementation: which path of ``deformable_attention`` to take.
+
+    Raises:
+        ValueError: if the heads do not divide the channels, a count is below 1, or the implementation is unknown.
+    """
+
+    def __init__(
+        self,
+        channels: int,
+        *,
+        num_heads: int = 16,
+        num_levels: int = 1,
+        num_points: int = 4,
+        implementation: str = "auto",
+    ) -> None:
+        super().__init__()
+        for name, count in (("num_heads", num_heads), ("num_levels", num_levels), ("num_points", num_points)):
+            if count < 1:
+                raise InputError(f"{name} is {count}; expected at least 1.")
+        if channels % num_heads:
+            allowed = [count for count in range(1, channels + 1) if channels % count == 0]
+            raise InputError(
+                f"{channels} channels cannot be split evenly over {num_heads} heads; num_heads must be one of "
+                f"{', '.join(map(str, allowed))}."
+            )
+        check_implementation(implementation)
+        self.channels = channels
+        self.num_heads = num_heads
+        self.num_levels = num_levels
+        self.num_points = num_points
+        self.implementation = implementation
+        self.sampling_offsets = nn.Linear(channels, num_heads * num_levels * num_points * 2)
+        self.attention_weights = nn.Linear(channels, num_heads * num_levels * num_points)
+        self.value_proj = nn.Linear(channels, channels)
+        self.output_proj = nn.Linear(channels, channels)
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Initialise as published: head m looks in direction 2*pi*m/M, its k-th point k cells away; equal weights."""
+        angles = torch.arange(self.num_heads, dtype=torch.float32) * (2 * math.pi / self.num_heads)
+        directions = torch.stack((angles.cos(), angles.sin()), dim=-1)
+        # The farther of the two axes moves exactly k cells, so the heads walk along a square, not a circle.
+        directions = directions / directions.abs().amax(dim=-1, keepdim=True)
+        steps = torch.arange(1, self.num_points + 1, dtype=torch.float32)
+        ring = directions[:, None, None, :] * steps[None, None, :, None]
+        ring = ring.expand(-1, self.num_levels, -1, -1)
+        nn.init.zeros_(self.sampling_offsets.weight)
+        self.sampling_offsets.bias.copy_(ring.reshape(-1))
+        nn.init.zeros_(self.attention_weights.weight)
+        nn.init.zeros_(self.attention_weights.bias)
+        for projection in (self.value_proj, self.output_proj):
+            nn.init.xavier_uniform_(projection.weight)
+            nn.init.zeros_(projection.bias)
+
+    def forward(
+        self,
+        query: torch.Tensor,
+        query_grid: tuple[int, int],
+        values: torch.Tensor,
+        value_grids: Sequence[tuple[int, int]],
+    ) -> torch.Tensor:
+        """Attend from every query cell to points around the same place on each level.
+
+        Args:
+            query: (B, Q, C), row-major over ``query_grid``.
+            query_grid: (H, W) of the queries, in patches.
+            values: (B, S, C), the levels one after another.
+            value_grids: one (H, W) per level, in patches.
+
+        Returns:
+            (B, Q, C).
+        """
+        value = self.value_proj(values).unflatten(-1, (self.num_heads, -1))
+        offsets = self.sampling_offsets(query)
+        # A location in bfloat16 is off by up to half a cell on a 128-wide grid, so places are float32 at least.
+        precision = torch.promote_types(offsets.dtype, torch.float32)
+        offsets = offsets.to(precision).unflatten(-1, (self.num_heads, self.num_levels, self.num_points, 2))
+        locations = _locations(query_grid, value_grids, offsets)
+        logits = self.attention_weights(query).unflatten(-1, (self.num_heads, -1))
+        weights = logits.softmax(-1, dtype=precision).unflatten(-1, (self.num_levels, self.num_points))
+        attended = deformable_attention(value, value_grids, locations, weights, implementation=self.implementation)
+        projected: torch.Tensor = self.output_proj(attended)
+        return projected
+
+    def matmul_flops(self, num_queries: int, num_values: int) -> int:
+        """Floating point operations of the four projections per image, as 2 * multiply-adds."""
+        per_query = self.sampling_offsets.out_features + self.attention_weights.out_features + self.channels
+        return 2 * self.channels * (num_queries * per_query + num_values * self.channels)
+
+    def sampling_flops(self, num_queries: int) -> int:
+        """Floating point operations of the weighted sum of four corners per point per image, as 2 * multiply-adds."""
+        return 2 * num_queries * self.num_levels * self.num_points * 4 * self.channels
+
+
+def set_implementation(model: nn.Module, implementation: str) -> None:
+    """Set the path that every deformable attention layer of a model takes.
+
+    Args:
+        model: changed in place; one without such a layer stays as it is.
+        implementation: ``"auto"``, ``"gather"`` or ``"reference"``, as in ``deformable_attention``.
+
+    Raises:
+        ValueError: if the implementation is unknown; nothing was changed.
+    """
+    check_implementation(implementation)
+    for module in model.modules():
+        if isinstance(module, MultiScaleDeformableAttention):
+            module.implementation = implementation
+
+
+def _locations(
+    query_grid: tuple[int, int], value_grids: Sequence[tuple[int, int]], offsets: torch.Tensor
+) -> torch.Tensor:
+    """Turn offsets in cells of each level into places in [0, 1]: the centre of the query's cell, plus the offset.
+
+    Args:
+        query_grid: (H, W) of the queries.
+        value_grids: one (H, W) per level.
+        offsets: (B, Q, M, L, K, 2) as (x, y), in cells of their level.
+
+    Returns:
+        (B, Q, M, L, K, 2) locations as (x, y).
+    """
+    height, width = query_grid
+    centre_x = _centres(width, offsets).expand(height, width).reshape(-1, 1, 1)
+    centre_y = _centres(height, offsets)[:, None].expand(height, width).reshape(-1, 1, 1)
+    levels = []
+    for level, (level_height, level_width) in enumerate(value_grids):
+        x = centre_x + offsets[:, :, :, level, :, 0] / level_width
+        y = centre_y + offsets[:, :, :, level, :, 1] / level_height
+        levels.append(torch.stack((x, y), dim=-1))
+    return torch.stack(levels, dim=3)
+
+
+def _centres(size: int, like: torch.Tensor) -> torch.Tensor:
+    """Centres of the cells along one axis, in [0, 1]: (size,)."""
+    return (torch.arange(size, device=like.device, dtype=like.dtype) + 0.5) / size

@@ -1,0 +1,31 @@
+"""From pictures of any kind to the tensors that backbones were pretrained on."""
+
+from __future__ import annotations
+
+from layerfuse.preprocessing.pixels import Images
+from layerfuse.preprocessing.preprocessing import (
+    CLIP_MEAN,
+    CLIP_STD,
+    HALF,
+    IMAGENET_MEAN,
+    IMAGENET_STD,
+    Geometry,
+    Interpolation,
+    Mode,
+    Preprocessing,
+    interpolation_name,
+)
+
+__all__ = [
+    "CLIP_MEAN",
+    "CLIP_STD",
+    "HALF",
+    "IMAGENET_MEAN",
+    "IMAGENET_STD",
+    "Geometry",
+    "Images",
+    "Interpolation",
+    "Mode",
+    "Preprocessing",
+    "interpolation_name",
+]

@@ -1,0 +1,1 @@
+"""How the tiny backbone and language model of the demo were trained: `make assets`."""
