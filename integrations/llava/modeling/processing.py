@@ -38,7 +38,7 @@ class LayerfuseImageProcessor(BaseImageProcessor):
             0.1 saved.
     """
 
-    model_input_names = ["pixel_values"]  # noqa: RUF012  (transformers reads and writes it like this)
+    model_input_names = ["pixel_values", "image_sizes"]  # noqa: RUF012  (transformers reads and writes it like this)
 
     def __init__(
         self, preprocessing: dict[str, Any] | None = None, image_layout: dict[str, Any] | None = None, **kwargs: Any

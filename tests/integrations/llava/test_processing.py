@@ -198,3 +198,9 @@ def test_the_chat_template_marks_what_the_assistant_says(run: Path) -> None:
     marked = [token for token, mask in zip(found["input_ids"], found["assistant_masks"], strict=True) if mask]
 
     assert tokenizer.decode(marked).replace(" ", "") == "Itisone.</s>anumber</s>"
+
+
+def test_the_names_of_the_models_inputs_are_those_that_the_processor_returns(run: Path) -> None:
+    processor = AutoProcessor.from_pretrained(run)
+    inputs = processor(text="USER: <image> ASSISTANT:", images=PICTURE, return_tensors="pt")
+    assert set(inputs) == set(processor.model_input_names)
