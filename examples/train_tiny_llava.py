@@ -15,7 +15,7 @@ from transformers import AutoModelForImageTextToText
 
 from integrations.llava.config.yaml_io import load_recipe
 from integrations.llava.evaluation import read_image, read_questions
-from integrations.llava.inference.predictor import load_answerer
+from integrations.llava.inference.predictor import load_predictor
 from integrations.llava.synthetic import make_dataset
 from integrations.llava.training.train import train
 
@@ -43,9 +43,9 @@ def main() -> None:
     model = AutoModelForImageTextToText.from_pretrained(run)
     print(f"reloaded {type(model).__name__} with fuser {model.config.fuser['name']}")
 
-    answerer = load_answerer(run)
+    predictor = load_predictor(run)
     for question in read_questions(data / "test.jsonl")[:5]:
-        answer = answerer([read_image(data / "images" / question.image)], [question.text])[0]
+        answer = predictor([read_image(data / "images" / question.image)], [question.text])[0]
         print(f"{question.text}  right: {question.answer}  answered: {answer!r}")
 
 

@@ -56,6 +56,42 @@ def test_help_names_the_commands_and_loads_neither_torch_nor_a_model_library() -
     assert loaded.isdisjoint({"torch", *HEAVY})
 
 
+REGISTERED = "print(transformers.AutoConfig.for_model('layerfuse_llava').model_type)"
+
+
+@pytest.mark.parametrize(
+    "program",
+    [
+        # Somebody asks whether transformers is there, which is no import of it.
+        "import integrations.llava, importlib.util as u; u.find_spec('transformers'); import transformers",
+        "import transformers, integrations.llava",
+        "import integrations.llava.prompts, integrations.llava.config, integrations.llava.image_layout, transformers",
+    ],
+)
+def test_the_models_are_registered_whoever_is_imported_first(program: str) -> None:
+    command = [sys.executable, "-c", f"{program}; {REGISTERED}"]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True, timeout=600)
+    assert result.stdout.split() == ["layerfuse_llava"]
+
+
+def test_packages_below_the_models_do_not_import_transformers() -> None:
+    """They are half imported when it would bring the models in."""
+    names = ", ".join(f"integrations.llava.{name}" for name in ("config", "prompts", "image_layout", "synthetic"))
+    program = f"import sys, {names}; print('transformers' in sys.modules)"
+    result = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert result.stdout.split() == ["False"]
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [("Answerer", "Predictor"), ("Decoding", "SamplingParams"), ("load_answerer", "load_predictor")],
+)
+def test_names_of_0_1_warn_and_are_the_new_ones(old: str, new: str) -> None:
+    llava = importlib.import_module("integrations.llava")
+    with pytest.warns(DeprecationWarning, match=f"{old} is now called {new}"):
+        assert getattr(llava, old) is getattr(llava, new)
+
+
 def test_a_program_run_by_its_name_finds_the_models_registered(tmp_path: Path) -> None:
     """`python -m program` runs the package's own file first, while `sys.argv` begins with "-m"."""
     (tmp_path / "program").mkdir()

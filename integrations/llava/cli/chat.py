@@ -13,11 +13,11 @@ from pathlib import Path
 from PIL import Image
 
 from integrations.llava.data import read_image
-from integrations.llava.inference import Answerer, Decoding
+from integrations.llava.inference import Predictor, SamplingParams
 from integrations.llava.prompts import IMAGE_TAG, Message
 from layerfuse.errors import InputError, UserError
 
-from .options import add_decoding_options, add_model_options, load_from_options, print_anything, read_decoding
+from .options import add_model_options, add_sampling_options, load_from_options, print_anything, read_sampling
 
 __all__ = ["Conversation", "main"]
 
@@ -31,8 +31,8 @@ class Conversation:
     """What was said and shown so far.
 
     Args:
-        answerer: the model.
-        decoding: how it answers; a turn that is sampled draws anew.
+        predictor: the model.
+        sampling: how it answers; a turn that is sampled draws anew.
 
     Attributes:
         messages: turns in LLaVA's format.
@@ -40,9 +40,9 @@ class Conversation:
         shown: images that go with the next message.
     """
 
-    def __init__(self, answerer: Answerer, decoding: Decoding) -> None:
-        self.answerer = answerer
-        self.decoding = decoding
+    def __init__(self, predictor: Predictor, sampling: SamplingParams) -> None:
+        self.predictor = predictor
+        self.sampling = sampling
         self.messages: list[Message] = []
         self.images: list[Image.Image] = []
         self.shown: list[Image.Image] = []
@@ -74,13 +74,13 @@ class Conversation:
         value = text if placed else f"{IMAGE_TAG}\n" * len(self.shown) + text
         messages = [*self.messages, {"from": "human", "value": value}]
         images = [*self.images, *self.shown]
-        decoding = dataclasses.replace(self.decoding, seed=self.decoding.seed + len(self.messages))
-        room = self.answerer.prepare.room(messages, self.answerer.prepare.sizes(images))
-        if room is not None and 0 < room < decoding.max_new_tokens:
+        sampling = dataclasses.replace(self.sampling, seed=self.sampling.seed + len(self.messages))
+        room = self.predictor.prepare.room(messages, self.predictor.prepare.sizes(images))
+        if room is not None and 0 < room < sampling.max_new_tokens:
             print(f"(room for {room} more tokens is left; /clear forgets what was said)", file=sys.stderr, flush=True)
-            decoding = dataclasses.replace(decoding, max_new_tokens=room)
+            sampling = dataclasses.replace(sampling, max_new_tokens=room)
         answer, stopped = "", True
-        with suppress(KeyboardInterrupt), closing(self.answerer.stream(images, messages, decoding=decoding)) as pieces:
+        with suppress(KeyboardInterrupt), closing(self.predictor.stream(images, messages, sampling=sampling)) as pieces:
             for piece in pieces:
                 print(piece, end="", flush=True)
                 answer += piece
@@ -101,15 +101,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--image", nargs="+", default=[], help="images that go with the first message")
     add_model_options(parser)
-    add_decoding_options(parser)
+    add_sampling_options(parser)
     parser.set_defaults(max_new_tokens=512)
     arguments = parser.parse_args(argv)
     try:
-        decoding = read_decoding(arguments)
-        if decoding.num_beams > 1:
-            raise InputError(f"--num-beams {decoding.num_beams}: beams cannot be streamed; leave it out.")
+        sampling = read_sampling(arguments)
+        if sampling.num_beams > 1:
+            raise InputError(f"--num-beams {sampling.num_beams}: beams cannot be streamed; leave it out.")
         opened = [read_image(path) for path in arguments.image]
-        conversation = Conversation(load_from_options(arguments), decoding)
+        conversation = Conversation(load_from_options(arguments), sampling)
     except UserError as error:
         parser.error(str(error))
     conversation.shown = opened
@@ -126,7 +126,7 @@ def _talk(conversation: Conversation) -> None:
     if terminal:
         with suppress(ImportError):
             import readline  # noqa: F401  (gives `input` a history and line editing)
-        print(f"template {conversation.answerer.prepare.template.name!r}; /help lists the commands")
+        print(f"template {conversation.predictor.prepare.template.name!r}; /help lists the commands")
     while True:
         try:
             line = input("> " if terminal else "").strip()

@@ -11,7 +11,7 @@ from pathlib import Path
 from integrations.llava.data import read_image
 from integrations.llava.inference import (
     AnswerFile,
-    Decoding,
+    SamplingParams,
     Shard,
     answer_into,
     find_shard,
@@ -22,12 +22,12 @@ from integrations.llava.inference import (
 from layerfuse.errors import InputError, UserError
 
 from .options import (
-    add_decoding_options,
     add_model_options,
+    add_sampling_options,
     find_dtype,
     load_from_options,
     print_anything,
-    read_decoding,
+    read_sampling,
 )
 
 __all__ = ["main"]
@@ -54,8 +54,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if arguments.batch_size < 1:
         parser.error(f"--batch-size {arguments.batch_size} is too small; answer at least 1 prompt at a time")
     try:
-        decoding = read_decoding(arguments)
-        return _answer_prompts(arguments, decoding) if arguments.input is None else _answer_file(arguments, decoding)
+        sampling = read_sampling(arguments)
+        return _answer_prompts(arguments, sampling) if arguments.input is None else _answer_file(arguments, sampling)
     except UserError as error:
         parser.error(str(error))
 
@@ -83,11 +83,11 @@ def _parser() -> argparse.ArgumentParser:
     files.add_argument("--num-workers", type=int, help="processes that prepare images (default: 4 with CUDA, else 0)")
     parser.add_argument("--batch-size", type=int, default=8, help="prompts at a time")
     add_model_options(parser)
-    add_decoding_options(parser)
+    add_sampling_options(parser)
     return parser
 
 
-def _answer_prompts(arguments: argparse.Namespace, decoding: Decoding) -> int:
+def _answer_prompts(arguments: argparse.Namespace, sampling: SamplingParams) -> int:
     count = max(len(arguments.image), len(arguments.prompt))
     if len(arguments.prompt) not in (1, count) or len(arguments.image) not in (0, 1, count):
         raise InputError(
@@ -99,15 +99,15 @@ def _answer_prompts(arguments: argparse.Namespace, decoding: Decoding) -> int:
     prompts = arguments.prompt if len(arguments.prompt) == count else arguments.prompt * count
     preparer = load_preparer(arguments.model)
     for own, prompt in zip(images, prompts, strict=True):
-        preparer.encode(prompt, preparer.sizes(own), max_new_tokens=decoding.max_new_tokens)
-    answerer = load_from_options(arguments)
+        preparer.encode(prompt, preparer.sizes(own), max_new_tokens=sampling.max_new_tokens)
+    predictor = load_from_options(arguments)
     print_anything()
-    for answer in answerer(images, prompts, batch_size=arguments.batch_size, decoding=decoding):
+    for answer in predictor(images, prompts, batch_size=arguments.batch_size, sampling=sampling):
         print(answer)
     return 0
 
 
-def _answer_file(arguments: argparse.Namespace, decoding: Decoding) -> int:
+def _answer_file(arguments: argparse.Namespace, sampling: SamplingParams) -> int:
     shard = find_shard(arguments.shard)
     folder = arguments.image_folder or Path(arguments.input).parent
     requests = read_requests(arguments.input)
@@ -116,7 +116,7 @@ def _answer_file(arguments: argparse.Namespace, decoding: Decoding) -> int:
         requests,
         arguments.model,
         image_folder=folder,
-        decoding=decoding,
+        sampling=sampling,
         dtype=find_dtype(arguments),
         quantize=arguments.quantize,
         batch_size=arguments.batch_size,
@@ -128,7 +128,7 @@ def _answer_file(arguments: argparse.Namespace, decoding: Decoding) -> int:
         lambda: load_from_options(arguments),
         batches,
         image_folder=folder,
-        decoding=decoding,
+        sampling=sampling,
         num_workers=arguments.num_workers,
         # Processes that torchrun started share a terminal: one bar is enough.
         show_bar=False if int(os.environ.get("LOCAL_RANK", 0)) else None,

@@ -10,17 +10,17 @@ import sys
 import torch
 from transformers.utils import logging as transformers_logging
 
-from integrations.llava.inference import Answerer, Decoding, default_dtype, load_answerer, usable_device
+from integrations.llava.inference import Predictor, SamplingParams, default_dtype, load_predictor, usable_device
 from integrations.llava.modeling import QUANTIZATIONS
 
 __all__ = [
-    "add_decoding_options",
     "add_model_options",
+    "add_sampling_options",
     "find_device",
     "find_dtype",
     "load_from_options",
     "print_anything",
-    "read_decoding",
+    "read_sampling",
 ]
 
 _DTYPES = {"auto": None, "bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -42,9 +42,9 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def add_decoding_options(parser: argparse.ArgumentParser) -> None:
+def add_sampling_options(parser: argparse.ArgumentParser) -> None:
     """Add the options that say how answers are decoded."""
-    default = Decoding()
+    default = SamplingParams()
     group = parser.add_argument_group("decoding")
     group.add_argument("--max-new-tokens", type=int, default=default.max_new_tokens, help="longest answer")
     group.add_argument("--temperature", type=float, default=default.temperature, help="0 is greedy (default)")
@@ -53,14 +53,14 @@ def add_decoding_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--seed", type=int, default=default.seed, help="of sampling")
 
 
-def read_decoding(arguments: argparse.Namespace) -> Decoding:
-    """Read the options of `add_decoding_options`.
+def read_sampling(arguments: argparse.Namespace) -> SamplingParams:
+    """Read the options of `add_sampling_options`.
 
     Raises:
         ValueError: if a value is not possible.
     """
-    names = Decoding().to_dict()
-    return Decoding(**{name: getattr(arguments, name) for name in names})
+    names = SamplingParams().to_dict()
+    return SamplingParams(**{name: getattr(arguments, name) for name in names})
 
 
 def print_anything() -> None:
@@ -90,17 +90,17 @@ def find_dtype(arguments: argparse.Namespace) -> torch.dtype:
     return _DTYPES[arguments.dtype] or default_dtype(arguments.model, find_device(arguments), arguments.quantize)
 
 
-def load_from_options(arguments: argparse.Namespace) -> Answerer:
+def load_from_options(arguments: argparse.Namespace) -> Predictor:
     """Load the model; progress is only shown on a terminal.
 
     Raises:
-        FileNotFoundError: as `load_answerer`.
-        ValueError: as `load_answerer`.
-        ImportError: as `load_answerer`.
+        FileNotFoundError: as `load_predictor`.
+        ValueError: as `load_predictor`.
+        ImportError: as `load_predictor`.
     """
     if not sys.stderr.isatty():
         transformers_logging.disable_progress_bar()
-    return load_answerer(
+    return load_predictor(
         arguments.model,
         device=find_device(arguments),
         dtype=find_dtype(arguments),

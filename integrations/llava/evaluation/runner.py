@@ -112,11 +112,11 @@ def evaluate(
     """
     # Imported here so that scoring predictions needs no model library.
     from integrations.llava.inference import (
-        Decoding,
         Request,
+        SamplingParams,
         answer_into,
         default_dtype,
-        load_answerer,
+        load_predictor,
         open_answers,
         usable_device,
     )
@@ -129,7 +129,7 @@ def evaluate(
     check_images(asked, image_folder)
     tasks = tasks_of(asked, task)
     requests = [Request(own.question_id, own.images, tasks[own.kind].prompt(own)) for own in asked]
-    decoding, where = Decoding(max_new_tokens), usable_device(device)
+    sampling, where = SamplingParams(max_new_tokens), usable_device(device)
     dtype = default_dtype(model_folder, where)
     with ExitStack() as stack:
         folder = Path(stack.enter_context(TemporaryDirectory()) if output is None else output)
@@ -138,7 +138,7 @@ def evaluate(
             requests,
             model_folder,
             image_folder=image_folder,
-            decoding=decoding,
+            sampling=sampling,
             dtype=dtype,
             batch_size=batch_size,
             shard=shard,
@@ -146,8 +146,8 @@ def evaluate(
         )
         if not overwrite:
             _refuse_others(folder, answers.answers)
-        load = partial(load_answerer, model_folder, device=where, dtype=dtype)
-        answer_into(answers, load, batches, image_folder=image_folder, decoding=decoding)
+        load = partial(load_predictor, model_folder, device=where, dtype=dtype)
+        answer_into(answers, load, batches, image_folder=image_folder, sampling=sampling)
         if answers.merge():
             return None
         given = [{"question_id": own_id, "prediction": text} for own_id, text in answers.answers.items()]

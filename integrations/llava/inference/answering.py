@@ -13,11 +13,11 @@ from integrations.llava.data import read_image
 from layerfuse.errors import InputError
 
 from .batching import Shard, answer_batches, form_batches
-from .predictor import Answerer
+from .predictor import Predictor
 from .prompt_builder import Preparer, load_preparer
 from .requests import Request, prompt_lengths, question_fingerprints, refuse_broken_images
 from .results import AnswerFile, answer_settings
-from .sampling import Decoding
+from .sampling import SamplingParams
 
 __all__ = ["answer_into", "answer_requests", "open_answers"]
 
@@ -28,7 +28,7 @@ def open_answers(
     model_folder: str | Path,
     *,
     image_folder: str | Path,
-    decoding: Decoding,
+    sampling: SamplingParams,
     dtype: torch.dtype,
     quantize: str = "none",
     batch_size: int = 8,
@@ -42,7 +42,7 @@ def open_answers(
         requests: the questions.
         model_folder: of the model.
         image_folder: what names of images are relative to.
-        decoding: how answers are decoded.
+        sampling: how answers are decoded.
         dtype: that is computed in.
         quantize: how the language model is stored.
         batch_size: questions at a time.
@@ -59,14 +59,14 @@ def open_answers(
     """
     shard = shard or Shard()
     preparer = load_preparer(model_folder)
-    lengths = prompt_lengths(requests, preparer, image_folder=image_folder, max_new_tokens=decoding.max_new_tokens)
+    lengths = prompt_lengths(requests, preparer, image_folder=image_folder, max_new_tokens=sampling.max_new_tokens)
     batches = form_batches(lengths, batch_size, shard)
     answers = AnswerFile(
         path,
         requests,
         fingerprints=question_fingerprints(requests, image_folder),
         model_id=Path(model_folder).resolve().name,
-        metadata=answer_settings(model_folder, preparer, dtype=dtype, quantize=quantize, decoding=decoding),
+        metadata=answer_settings(model_folder, preparer, dtype=dtype, quantize=quantize, sampling=sampling),
         shard=shard,
         overwrite=overwrite,
     )
@@ -75,11 +75,11 @@ def open_answers(
 
 def answer_into(
     output: AnswerFile,
-    load: Callable[[], Answerer],
+    load: Callable[[], Predictor],
     batches: Sequence[Sequence[int]],
     *,
     image_folder: str | Path,
-    decoding: Decoding,
+    sampling: SamplingParams,
     num_workers: int | None = None,
     show_bar: bool | None = None,
 ) -> int:
@@ -90,7 +90,7 @@ def answer_into(
         load: loads the model; called when all images are known to be whole, and not at all if nothing waits.
         batches: indices of the questions of this process.
         image_folder: what names of images are relative to.
-        decoding: how.
+        sampling: how.
         num_workers: as for `answer_requests`.
         show_bar: of progress; None shows it on a terminal.
 
@@ -113,7 +113,7 @@ def answer_into(
             load(),
             requests,
             image_folder=image_folder,
-            decoding=decoding,
+            sampling=sampling,
             num_workers=num_workers,
         )
         answer_batches(
@@ -127,22 +127,22 @@ def answer_into(
 
 
 def answer_requests(
-    answerer: Answerer,
+    predictor: Predictor,
     requests: Sequence[Request],
     batches: Sequence[Sequence[int]],
     *,
     image_folder: str | Path,
-    decoding: Decoding,
+    sampling: SamplingParams,
     num_workers: int | None = None,
 ) -> Iterator[list[str]]:
     """Answer questions batch by batch.
 
     Args:
-        answerer: the model.
+        predictor: the model.
         requests: all questions.
         batches: indices of those to be answered.
         image_folder: what names of images are relative to.
-        decoding: how.
+        sampling: how.
         num_workers: processes that prepare prompts and images; 0 prepares them in this one, and None starts 4 where a
             GPU computes.
 
@@ -153,23 +153,23 @@ def answer_requests(
         ValueError: if an image cannot be read.
         FileNotFoundError: if an image is missing.
     """
-    on_gpu = answerer.model.device.type == "cuda"
+    on_gpu = predictor.model.device.type == "cuda"
     if num_workers is None:
         num_workers = 4 if on_gpu else 0
     size = max(map(len, batches), default=0)
     # Compiled code is for one batch size: a smaller batch is filled up with copies, whose answers are dropped.
-    filled = [[*batch, *[batch[-1]] * (size - len(batch))] if answerer.compile else [*batch] for batch in batches]
+    filled = [[*batch, *[batch[-1]] * (size - len(batch))] if predictor.compile else [*batch] for batch in batches]
     loader = DataLoader(
-        _Requests(requests, answerer.prepare, Path(image_folder)),
+        _Requests(requests, predictor.prepare, Path(image_folder)),
         batch_sampler=filled,
-        collate_fn=answerer.collate,
+        collate_fn=predictor.collate,
         num_workers=num_workers,
         pin_memory=on_gpu,
         generator=torch.Generator(),
     )
     for batch, full, tensors in zip(batches, filled, loader, strict=True):
         keys = [str(requests[index].id) for index in full]
-        yield answerer.answer_batch(tensors, keys, decoding)[: len(batch)]
+        yield predictor.answer_batch(tensors, keys, sampling)[: len(batch)]
 
 
 class _Requests(Dataset[dict[str, torch.Tensor]]):

@@ -1,6 +1,6 @@
 """The generation loop: which questions share a batch, which process answers them, what happens to each batch's answers.
 
-Everything that answers many prompts comes here: `Answerer`, files of questions, evaluation, models of other kinds.
+Everything that answers many prompts comes here: `Predictor`, files of questions, evaluation, models of other kinds.
 """
 
 from __future__ import annotations

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import threading
+import warnings
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from pathlib import Path
 
@@ -17,13 +18,13 @@ from layerfuse.errors import InputError, InvalidTypeError
 
 from .batching import answer_batches, form_batches
 from .prompt_builder import Images, Preparer, Prompt, as_list
-from .sampling import Decoding, SeededSampling, generate_settings
+from .sampling import SamplingParams, SeededSampling, generate_settings
 from .streaming import StopWhenSet, WholeTextStreamer, stream_text
 
-__all__ = ["Answerer", "default_dtype", "load_answerer", "usable_device"]
+__all__ = ["Predictor", "default_dtype", "load_predictor", "usable_device"]
 
 
-class Answerer:
+class Predictor:
     """A model that takes images and prompts and gives answers.
 
     Prompts are written with the template stored in the checkpoint, exactly as in training.
@@ -56,7 +57,8 @@ class Answerer:
         *,
         max_new_tokens: int | None = None,
         batch_size: int = 8,
-        decoding: Decoding | None = None,
+        sampling: SamplingParams | None = None,
+        decoding: SamplingParams | None = None,
     ) -> list[str]:
         """Answer prompts.
 
@@ -64,9 +66,10 @@ class Answerer:
             images: per prompt an image, several, or None; an image may be the path of its file. Images stand in front
                 of the prompt, unless the prompt has as many `<image>` tags as there are images.
             prompts: questions, or conversations that end with one.
-            max_new_tokens: an answer's longest length; goes before that of `decoding`.
+            max_new_tokens: an answer's longest length; goes before that of `sampling`.
             batch_size: prompts at a time; it changes the speed, not the answers.
-            decoding: greedy if None.
+            sampling: how answers are decoded; greedily if None.
+            decoding: deprecated name of `sampling`.
 
         Returns:
             The answers, without control tokens and surrounding blanks.
@@ -84,9 +87,9 @@ class Answerer:
             raise InputError(
                 f"got {len(images)} images for {len(prompts)} prompts; give one entry of images per prompt."
             )
-        decoding = _decoding(decoding, max_new_tokens)
+        sampling = _sampling(sampling, decoding, max_new_tokens)
         pictures = [as_list(entry) for entry in images]
-        longest = decoding.max_new_tokens
+        longest = sampling.max_new_tokens
         sizes = [self.prepare.sizes(own) for own in pictures]
         ids = [
             self.prepare.encode(prompt, own, max_new_tokens=longest) for prompt, own in zip(prompts, sizes, strict=True)
@@ -96,7 +99,7 @@ class Answerer:
         def ask(batches: Sequence[Sequence[int]]) -> Iterator[list[str]]:
             for batch in batches:
                 samples = [{"input_ids": ids[own], **self.prepare.pixels(pictures[own], sizes[own])} for own in batch]
-                yield self.answer_batch(self.collate(samples), [str(own) for own in batch], decoding)
+                yield self.answer_batch(self.collate(samples), [str(own) for own in batch], sampling)
 
         answer_batches(ask, form_batches([len(own) for own in ids], batch_size), answers.update, show_bar=False)
         return [answers[index] for index in range(len(ids))]
@@ -107,7 +110,8 @@ class Answerer:
         prompt: Prompt,
         *,
         max_new_tokens: int | None = None,
-        decoding: Decoding | None = None,
+        sampling: SamplingParams | None = None,
+        decoding: SamplingParams | None = None,
     ) -> Generator[str, None, None]:
         """Answer one prompt, piece by piece.
 
@@ -115,21 +119,22 @@ class Answerer:
             images: as in a call.
             prompt: as in a call.
             max_new_tokens: as in a call.
-            decoding: without beams; greedy if None.
+            sampling: as in a call, without beams.
+            decoding: deprecated name of `sampling`.
 
         Returns:
             Pieces of text; joined they are the answer of a call. Closing the iterator stops the generation.
 
         Raises:
-            ValueError: if the prompt cannot be written, or the decoding has beams.
+            ValueError: if the prompt cannot be written, or `sampling` has beams.
         """
-        decoding = _decoding(decoding, max_new_tokens)
-        if decoding.num_beams > 1:
-            raise InputError(f"num_beams={decoding.num_beams}: beams cannot be streamed; set num_beams to 1.")
-        batch = self.collate([self.prepare(images, prompt, max_new_tokens=decoding.max_new_tokens)])
+        sampling = _sampling(sampling, decoding, max_new_tokens)
+        if sampling.num_beams > 1:
+            raise InputError(f"num_beams={sampling.num_beams}: beams cannot be streamed; set num_beams to 1.")
+        batch = self.collate([self.prepare(images, prompt, max_new_tokens=sampling.max_new_tokens)])
 
         def generate(streamer: WholeTextStreamer, stop: StopWhenSet) -> None:
-            self.answer_batch(batch, ["0"], decoding, streamer=streamer, stop=stop)
+            self.answer_batch(batch, ["0"], sampling, streamer=streamer, stop=stop)
 
         return stream_text(generate, WholeTextStreamer(self.processor.tokenizer, self._text))
 
@@ -138,7 +143,7 @@ class Answerer:
         self,
         batch: Mapping[str, torch.Tensor],
         keys: Sequence[str],
-        decoding: Decoding,
+        sampling: SamplingParams,
         *,
         streamer: WholeTextStreamer | None = None,
         stop: StopWhenSet | None = None,
@@ -148,7 +153,7 @@ class Answerer:
         Args:
             batch: prepared samples, collated.
             keys: per sample a name of its own; sampled answers depend on it and the seed.
-            decoding: how.
+            sampling: how.
             streamer: is told the tokens as they come.
             stop: ends generation early.
 
@@ -158,11 +163,11 @@ class Answerer:
         device = self.model.device
         batch = {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}
         tokenizer, template = self.processor.tokenizer, self.prepare.template
-        sampling = [SeededSampling(decoding, keys, device)] if decoding.temperature else []
+        draw = [SeededSampling(sampling, keys, device)] if sampling.temperature else []
         ends_with_text = template.answer_end and not template.end_token
         length = batch["input_ids"].shape[1]
         settings = generate_settings(
-            decoding,
+            sampling,
             prompt_length=length,
             end=self.prepare.encoder.end,
             padding=tokenizer.pad_token_id,
@@ -175,7 +180,7 @@ class Answerer:
                 **batch,
                 **settings,
                 tokenizer=tokenizer if ends_with_text else None,
-                logits_processor=LogitsProcessorList(sampling),
+                logits_processor=LogitsProcessorList(draw),
                 stopping_criteria=StoppingCriteriaList([stop] if stop else []),
                 streamer=streamer,
             )
@@ -191,14 +196,14 @@ class Answerer:
         return text.strip()
 
 
-def load_answerer(
+def load_predictor(
     folder: str | Path,
     *,
     device: str | torch.device | None = None,
     dtype: torch.dtype | None = None,
     quantize: Quantization = "none",
     compile: bool = False,
-) -> Answerer:
+) -> Predictor:
     """Load a run's folder for answering.
 
     Args:
@@ -206,10 +211,10 @@ def load_answerer(
         device: where to compute; CUDA if there is one, else the CPU.
         dtype: to compute in; `default_dtype` if None.
         quantize: "int8" or "nf4" stores the language model's linear layers in 8 or 4 bits.
-        compile: see `Answerer`.
+        compile: see `Predictor`.
 
     Returns:
-        The answerer.
+        The predictor, in evaluation mode.
 
     Raises:
         FileNotFoundError: if the folder holds no model.
@@ -220,7 +225,7 @@ def load_answerer(
     config, processor = load_config(folder), load_processor(folder)
     Preparer(config, processor)  # says what is missing before the weights are read
     dtype = dtype or default_dtype(folder, device, quantize)
-    return Answerer(load_model(folder, device=device, dtype=dtype, quantize=quantize), processor, compile=compile)
+    return Predictor(load_model(folder, device=device, dtype=dtype, quantize=quantize), processor, compile=compile)
 
 
 def usable_device(device: str | torch.device | None) -> torch.device:
@@ -266,6 +271,10 @@ def default_dtype(folder: str | Path, device: torch.device, quantize: Quantizati
     return torch.bfloat16 if device.type == "cuda" and stored == torch.float32 else stored
 
 
-def _decoding(decoding: Decoding | None, max_new_tokens: int | None) -> Decoding:
-    decoding = decoding or Decoding()
-    return decoding if max_new_tokens is None else dataclasses.replace(decoding, max_new_tokens=max_new_tokens)
+def _sampling(
+    sampling: SamplingParams | None, decoding: SamplingParams | None, max_new_tokens: int | None
+) -> SamplingParams:
+    if decoding is not None:
+        warnings.warn("decoding is now called sampling", DeprecationWarning, stacklevel=3)
+    sampling = sampling or decoding or SamplingParams()
+    return sampling if max_new_tokens is None else dataclasses.replace(sampling, max_new_tokens=max_new_tokens)

@@ -29,7 +29,7 @@ from layerfuse.files import atomic_file, file_digest
 from .batching import Shard
 from .prompt_builder import Preparer
 from .requests import Request
-from .sampling import Decoding
+from .sampling import SamplingParams
 
 __all__ = ["AnswerFile", "answer_settings", "weights_fingerprint"]
 
@@ -240,7 +240,7 @@ def _reason(error: OSError) -> str:
 
 
 def answer_settings(
-    folder: str | Path, preparer: Preparer, *, dtype: torch.dtype, quantize: str, decoding: Decoding
+    folder: str | Path, preparer: Preparer, *, dtype: torch.dtype, quantize: str, sampling: SamplingParams
 ) -> dict[str, Any]:
     """List all that an answer depends on beside its question, so that JSON can hold it.
 
@@ -249,14 +249,14 @@ def answer_settings(
         preparer: of the model.
         dtype: that is computed in.
         quantize: how the language model is stored.
-        decoding: how answers are decoded.
+        sampling: how answers are decoded.
     """
     return {
         "weights": weights_fingerprint(folder),
         "processor": preparer.fingerprint,
         "dtype": str(dtype).removeprefix("torch."),
         "quantize": quantize,
-        **decoding.to_dict(),
+        **sampling.to_dict(),
     }
 
 

@@ -12,7 +12,7 @@ from transformers import GenerationConfig, LogitsProcessor, TemperatureLogitsWar
 
 from layerfuse.errors import InputError
 
-__all__ = ["Decoding", "SeededSampling", "generate_settings"]
+__all__ = ["SamplingParams", "SeededSampling", "generate_settings"]
 
 
 # Settings of `generate` that mean nothing else than "as the model says" and cannot be None.
@@ -30,7 +30,7 @@ _NEUTRAL = {
 
 
 @dataclass(frozen=True)
-class Decoding:
+class SamplingParams:
     """Settings of decoding; the defaults are greedy.
 
     Attributes:
@@ -70,7 +70,7 @@ class Decoding:
 
 
 def generate_settings(
-    decoding: Decoding, *, prompt_length: int, end: int, padding: int, forbidden: Sequence[int]
+    sampling: SamplingParams, *, prompt_length: int, end: int, padding: int, forbidden: Sequence[int]
 ) -> dict[str, Any]:
     """Write out every setting of transformers' `generate`, so that none of a language model's own config acts.
 
@@ -78,7 +78,7 @@ def generate_settings(
     (Qwen2.5's has a repetition penalty); only arguments, None included, go before it.
 
     Args:
-        decoding: how answers are decoded; sampling is done by `SeededSampling`.
+        sampling: how answers are decoded; sampling is done by `SeededSampling`.
         prompt_length: positions of the prompts, padding included.
         end: token that ends an answer.
         padding: token that fills up the shorter answers of a batch.
@@ -92,12 +92,12 @@ def generate_settings(
         **settings,
         **_NEUTRAL,
         # Not `max_new_tokens`: with the default `max_length`, transformers would warn in every batch.
-        "max_length": prompt_length + decoding.max_new_tokens,
-        "num_beams": decoding.num_beams,
+        "max_length": prompt_length + sampling.max_new_tokens,
+        "num_beams": sampling.num_beams,
         "eos_token_id": end,
         "pad_token_id": padding,
         "suppress_tokens": list(forbidden) or None,
-        "renormalize_logits": decoding.num_beams > 1,
+        "renormalize_logits": sampling.num_beams > 1,
     }
 
 
@@ -108,16 +108,16 @@ class SeededSampling(LogitsProcessor):
     it was decoded in, nor on other rows, nor on what was decoded before, as it would with one generator for all.
 
     Args:
-        decoding: temperature, top_p and seed.
+        sampling: temperature, top_p and seed.
         keys: one per row of the batch.
         device: where the scores are; other devices give other random numbers.
     """
 
-    def __init__(self, decoding: Decoding, keys: Sequence[str], device: torch.device) -> None:
-        self._warpers: list[LogitsProcessor] = [TemperatureLogitsWarper(decoding.temperature)]
-        if decoding.top_p < 1:
-            self._warpers.append(TopPLogitsWarper(decoding.top_p))
-        self._generators = [torch.Generator(device).manual_seed(_seed(decoding.seed, key)) for key in keys]
+    def __init__(self, sampling: SamplingParams, keys: Sequence[str], device: torch.device) -> None:
+        self._warpers: list[LogitsProcessor] = [TemperatureLogitsWarper(sampling.temperature)]
+        if sampling.top_p < 1:
+            self._warpers.append(TopPLogitsWarper(sampling.top_p))
+        self._generators = [torch.Generator(device).manual_seed(_seed(sampling.seed, key)) for key in keys]
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         """Perturb (B, vocabulary) scores of the next token."""

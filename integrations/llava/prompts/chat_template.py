@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
-
-from transformers import PreTrainedTokenizerBase
+from typing import TYPE_CHECKING
 
 from .encoder import TextEncoder
 from .templates import IMAGE_TAG, Template
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 __all__ = ["chat_template"]
 

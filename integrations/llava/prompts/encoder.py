@@ -5,12 +5,14 @@ from __future__ import annotations
 import functools
 import json
 import re
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import tokenizers
-from transformers import PreTrainedTokenizerBase
 
 from layerfuse.errors import InputError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 __all__ = ["LONG_TEXT", "TextEncoder"]
 

@@ -19,7 +19,7 @@ from integrations.llava.checkpoints import load_model
 from integrations.llava.config import Recipe
 from integrations.llava.data import read_samples
 from integrations.llava.evaluation import blind_answers, read_image, read_questions, score_answers, summarise
-from integrations.llava.inference import load_answerer
+from integrations.llava.inference import load_predictor
 from integrations.llava.synthetic import make_dataset
 from layerfuse import __version__
 from layerfuse.files import write_text
@@ -139,7 +139,7 @@ def _answer_photo(settings: DemoSettings, runs: list[FuserRun]) -> PhotoAnswer |
         return None
     image = read_image(settings.image)
     answers = {
-        f"{run.fuser}, seed {run.seed}": load_answerer(run.folder)([image], [settings.prompt])[0] for run in runs
+        f"{run.fuser}, seed {run.seed}": load_predictor(run.folder)([image], [settings.prompt])[0] for run in runs
     }
     return PhotoAnswer(name=settings.image.name, image=thumbnail(image), prompt=settings.prompt, answers=answers)
 

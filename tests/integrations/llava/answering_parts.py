@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 
 from integrations.llava.checkpoints.model_io import save_model
-from integrations.llava.inference.sampling import Decoding
+from integrations.llava.inference.sampling import SamplingParams
 from integrations.llava.modeling.model import build_model
 from integrations.llava.modeling.processing import add_image_token, build_processor
 from integrations.llava.prompts import get_template
@@ -27,7 +27,7 @@ PROMPTS = [
     "</s>",
     "It is number one on a wall. " * 20,
 ]
-SAMPLED = Decoding(max_new_tokens=12, temperature=0.8, top_p=0.95, seed=3)
+SAMPLED = SamplingParams(max_new_tokens=12, temperature=0.8, top_p=0.95, seed=3)
 
 
 def save_run(

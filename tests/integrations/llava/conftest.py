@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerBase
 from integrations.llava.config.schema import Recipe
 from integrations.llava.config.yaml_io import load_recipe
 from integrations.llava.data.images import read_image
-from integrations.llava.inference.predictor import Answerer, load_answerer
+from integrations.llava.inference.predictor import Predictor, load_predictor
 from tests.integrations.llava.answering_parts import save_run
 from tests.integrations.llava.process_pairs import Nursery
 from tests.integrations.llava.tiny_parts import (
@@ -100,9 +100,9 @@ def run(backbone_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
 
 
 @pytest.fixture(scope="session")
-def answerer(run: Path) -> Answerer:
+def predictor(run: Path) -> Predictor:
     """The model of `run`, loaded; who changes one loads their own."""
-    return load_answerer(run)
+    return load_predictor(run)
 
 
 @pytest.fixture(scope="session")

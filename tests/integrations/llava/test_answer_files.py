@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 
 from integrations.llava.cli.generate import main
 from integrations.llava.inference.batching import Shard, find_shard, form_batches
-from integrations.llava.inference.predictor import Answerer
+from integrations.llava.inference.predictor import Predictor
 from integrations.llava.inference.prompt_builder import load_preparer
 from integrations.llava.inference.requests import Request, prompt_lengths, read_requests, refuse_broken_images
 from integrations.llava.inference.results import AnswerFile, weights_fingerprint
@@ -149,7 +149,7 @@ def test_missing_and_broken_images_are_listed_before_the_start(data_folder: Path
 
 
 def test_answers_come_in_the_order_of_the_questions(
-    ask: Callable[..., int], answerer: Answerer, run: Path, questions: Path, data_folder: Path, tmp_path: Path
+    ask: Callable[..., int], predictor: Predictor, run: Path, questions: Path, data_folder: Path, tmp_path: Path
 ) -> None:
     assert ask(tmp_path / "a.jsonl") == 0
     rows = read(tmp_path / "a.jsonl")
@@ -158,7 +158,7 @@ def test_answers_come_in_the_order_of_the_questions(
 
     assert [row["id"] for row in rows] == [request.id for request in requests]
     assert [row["prompt"] for row in rows] == [request.question for request in requests]
-    assert [row["answer"] for row in rows] == answerer(
+    assert [row["answer"] for row in rows] == predictor(
         images, [request.prompt for request in requests], max_new_tokens=6
     )
     assert {row["model_id"] for row in rows} == {"tiny"}
@@ -185,15 +185,15 @@ class KilledError(Exception):
 def dies_after_two_batches(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Lets the model answer two batches; returns the sizes of all that it was given."""
     sizes: list[int] = []
-    whole = Answerer.answer_batch
+    whole = Predictor.answer_batch
 
-    def answer_batch(self: Answerer, batch: Any, keys: Any, decoding: Any) -> list[str]:
+    def answer_batch(self: Predictor, batch: Any, keys: Any, sampling: Any) -> list[str]:
         if len(sizes) == 2:
             raise KilledError
         sizes.append(len(keys))
-        return whole(self, batch, keys, decoding)
+        return whole(self, batch, keys, sampling)
 
-    monkeypatch.setattr(Answerer, "answer_batch", answer_batch)
+    monkeypatch.setattr(Predictor, "answer_batch", answer_batch)
     return sizes
 
 

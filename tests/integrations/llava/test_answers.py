@@ -12,8 +12,8 @@ import torch
 from PIL import Image
 from transformers import PreTrainedModel
 
-from integrations.llava.inference.predictor import Answerer, load_answerer
-from integrations.llava.inference.sampling import Decoding, SeededSampling
+from integrations.llava.inference.predictor import Predictor, load_predictor
+from integrations.llava.inference.sampling import SamplingParams, SeededSampling
 from integrations.llava.prompts import get_template, render
 from tests.integrations.llava.answering_parts import PROMPTS, SAMPLED, save_run
 from tests.integrations.llava.tiny_parts import human_and_gpt
@@ -21,10 +21,10 @@ from tests.integrations.llava.tiny_parts import human_and_gpt
 # Sampling
 
 
-def test_sampling_follows_the_seed(answerer: Answerer, pictures: list[Image.Image]) -> None:
+def test_sampling_follows_the_seed(predictor: Predictor, pictures: list[Image.Image]) -> None:
     def ask(seed: int, *, prompts: int = 4) -> list[str]:
-        decoding = dataclasses.replace(SAMPLED, seed=seed)
-        return answerer(pictures[:prompts], ["What?"] * prompts, decoding=decoding)
+        sampling = dataclasses.replace(SAMPLED, seed=seed)
+        return predictor(pictures[:prompts], ["What?"] * prompts, sampling=sampling)
 
     assert ask(1) == ask(1)
     assert ask(1) != ask(2)
@@ -32,17 +32,17 @@ def test_sampling_follows_the_seed(answerer: Answerer, pictures: list[Image.Imag
 
 
 @pytest.mark.parametrize(
-    ("decoding", "expected"),
+    ("sampling", "expected"),
     [
-        (Decoding(temperature=1.0), [0.5, 0.3, 0.2]),
-        (Decoding(temperature=0.5), [25 / 38, 9 / 38, 4 / 38]),
-        (Decoding(temperature=1.0, top_p=0.6), [5 / 8, 3 / 8, 0.0]),
+        (SamplingParams(temperature=1.0), [0.5, 0.3, 0.2]),
+        (SamplingParams(temperature=0.5), [25 / 38, 9 / 38, 4 / 38]),
+        (SamplingParams(temperature=1.0, top_p=0.6), [5 / 8, 3 / 8, 0.0]),
     ],
 )
-def test_sampling_draws_from_the_distribution(decoding: Decoding, expected: list[float]) -> None:
+def test_sampling_draws_from_the_distribution(sampling: SamplingParams, expected: list[float]) -> None:
     count = 4000
     scores = torch.tensor([0.5, 0.3, 0.2]).log().expand(count, 3)
-    sampling = SeededSampling(decoding, [str(row) for row in range(count)], torch.device("cpu"))
+    sampling = SeededSampling(sampling, [str(row) for row in range(count)], torch.device("cpu"))
     drawn = sampling(torch.zeros(count, 1, dtype=torch.long), scores).argmax(1).bincount(minlength=3) / count
 
     # Four standard deviations.
@@ -63,14 +63,14 @@ def test_sampling_draws_from_the_distribution(decoding: Decoding, expected: list
 )
 def test_decoding_that_means_nothing_is_refused(values: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        Decoding(**values)
+        SamplingParams(**values)
 
 
 def test_a_language_models_own_settings_neither_apply_nor_warn(
-    run: Path, answerer: Answerer, pictures: list[Image.Image], caplog: pytest.LogCaptureFixture
+    run: Path, predictor: Predictor, pictures: list[Image.Image], caplog: pytest.LogCaptureFixture
 ) -> None:
-    expected = answerer(pictures[:1], ["What?"], max_new_tokens=8)
-    vicuna = load_answerer(run)
+    expected = predictor(pictures[:1], ["What?"], max_new_tokens=8)
+    vicuna = load_predictor(run)
     theirs = {"do_sample": True, "temperature": 0.9, "top_p": 0.6, "max_length": 40, "repetition_penalty": 1.7}
     theirs |= {"no_repeat_ngram_size": 1, "min_length": 300, "min_new_tokens": 8, "encoder_repetition_penalty": 3.0}
     theirs |= {"suppress_tokens": list(range(300, 350)), "begin_suppress_tokens": list(range(350, 400))}
@@ -90,27 +90,27 @@ def test_a_language_models_own_settings_neither_apply_nor_warn(
 # Conversations
 
 
-def test_a_conversation_is_read_as_training_writes_it(answerer: Answerer, pictures: list[Image.Image]) -> None:
+def test_a_conversation_is_read_as_training_writes_it(predictor: Predictor, pictures: list[Image.Image]) -> None:
     turns = human_and_gpt("<image>\nWhat number?", "It is one.", "Sure?", "Yes.", "<image>\nAnd this?")
-    prepared = answerer.prepare(pictures[:2], turns)
+    prepared = predictor.prepare(pictures[:2], turns)
     trained = render(
         [*turns, {"from": "gpt", "value": "Two."}],
-        template=answerer.prepare.template,
-        encoder=answerer.prepare.encoder,
-        image_token_id=answerer.prepare.image_token_id,
+        template=predictor.prepare.template,
+        encoder=predictor.prepare.encoder,
+        image_token_id=predictor.prepare.image_token_id,
         num_images=2,
     )
     ids = torch.tensor(trained.input_ids)
-    asked = ids[: trained.labels.index(ids[-1].item(), -1) - len(answerer.prepare.encoder(" Two."))]
-    expanded = asked.repeat_interleave(torch.where(asked == answerer.prepare.image_token_id, 16, 1))
+    asked = ids[: trained.labels.index(ids[-1].item(), -1) - len(predictor.prepare.encoder(" Two."))]
+    expanded = asked.repeat_interleave(torch.where(asked == predictor.prepare.image_token_id, 16, 1))
 
     assert torch.equal(prepared["input_ids"], expanded)
-    assert answerer([pictures[:2]], [turns], max_new_tokens=8)[0]
+    assert predictor([pictures[:2]], [turns], max_new_tokens=8)[0]
 
 
-def test_images_without_tags_stand_in_front(answerer: Answerer, pictures: list[Image.Image]) -> None:
-    plain = answerer.prepare(pictures[:2], human_and_gpt("What?", "One.", "Sure?"))
-    tagged = answerer.prepare(pictures[:2], human_and_gpt("<image>\n<image>\nWhat?", "One.", "Sure?"))
+def test_images_without_tags_stand_in_front(predictor: Predictor, pictures: list[Image.Image]) -> None:
+    plain = predictor.prepare(pictures[:2], human_and_gpt("What?", "One.", "Sure?"))
+    tagged = predictor.prepare(pictures[:2], human_and_gpt("<image>\n<image>\nWhat?", "One.", "Sure?"))
 
     assert torch.equal(plain["input_ids"], tagged["input_ids"])
 
@@ -127,65 +127,67 @@ def test_images_without_tags_stand_in_front(answerer: Answerer, pictures: list[I
     ],
 )
 def test_prompts_that_cannot_be_written_are_refused(
-    answerer: Answerer, num_images: int, prompt: Any, message: str
+    predictor: Predictor, num_images: int, prompt: Any, message: str
 ) -> None:
     with pytest.raises(ValueError, match=message):
-        answerer.prepare.encode(prompt, [None] * num_images)
+        predictor.prepare.encode(prompt, [None] * num_images)
 
 
 # The end of an answer
 
 
 def test_an_answer_ends_with_the_templates_end_token(run: Path, pictures: list[Image.Image]) -> None:
-    answerer = load_answerer(run)
+    predictor = load_predictor(run)
     tokens: list[int] = []
     # A model that is made to say: word, end of sequence, word, word, …
-    said = itertools.chain([300], [answerer.prepare.encoder.end], itertools.repeat(301))
+    said = itertools.chain([300], [predictor.prepare.encoder.end], itertools.repeat(301))
 
     def say(_: Any, __: Any, logits: torch.Tensor) -> torch.Tensor:
         tokens.append(next(said))
         return torch.nn.functional.one_hot(torch.tensor(tokens[-1]), logits.shape[-1]).float().expand(logits.shape)
 
-    answerer.model.lm_head.register_forward_hook(say)
-    word = answerer.processor.tokenizer.decode([300]).strip()
+    predictor.model.lm_head.register_forward_hook(say)
+    word = predictor.processor.tokenizer.decode([300]).strip()
 
-    assert answerer(pictures[:1], ["What?"], max_new_tokens=20) == [word]
+    assert predictor(pictures[:1], ["What?"], max_new_tokens=20) == [word]
     assert len(tokens) == 2
 
 
 def test_a_template_without_end_token_ends_at_its_text(
     backbone_folder: Path, pictures: list[Image.Image], tmp_path: Path
 ) -> None:
-    answerer = load_answerer(save_run(tmp_path / "run", backbone_folder, template="plain"))
-    break_id = answerer.processor.tokenizer.convert_tokens_to_ids("<0x0A>")
+    predictor = load_predictor(save_run(tmp_path / "run", backbone_folder, template="plain"))
+    break_id = predictor.processor.tokenizer.convert_tokens_to_ids("<0x0A>")
     said = itertools.chain([300, break_id], itertools.repeat(301))
-    answerer.model.lm_head.register_forward_hook(
+    predictor.model.lm_head.register_forward_hook(
         lambda _, __, logits: (
             torch.nn.functional.one_hot(torch.tensor(next(said)), logits.shape[-1]).float().expand(logits.shape)
         )
     )
 
-    assert answerer.prepare.template == get_template("plain")
-    assert answerer(pictures[:1], [""], max_new_tokens=20) == [answerer.processor.tokenizer.decode([300]).strip()]
+    assert predictor.prepare.template == get_template("plain")
+    assert predictor(pictures[:1], [""], max_new_tokens=20) == [predictor.processor.tokenizer.decode([300]).strip()]
     assert next(said) == 301
 
 
 # Streaming
 
 
-@pytest.mark.parametrize("decoding", [Decoding(max_new_tokens=20), SAMPLED], ids=["greedy", "sampled"])
-def test_streamed_pieces_joined_are_the_answer(answerer: Answerer, mixture: list[Any], decoding: Decoding) -> None:
+@pytest.mark.parametrize("sampling", [SamplingParams(max_new_tokens=20), SAMPLED], ids=["greedy", "sampled"])
+def test_streamed_pieces_joined_are_the_answer(
+    predictor: Predictor, mixture: list[Any], sampling: SamplingParams
+) -> None:
     for images, prompt in zip(mixture, PROMPTS, strict=True):
-        pieces = list(answerer.stream(images, prompt, decoding=decoding))
+        pieces = list(predictor.stream(images, prompt, sampling=sampling))
 
         assert len(pieces) > 1
-        assert "".join(pieces) == answerer([images], [prompt], decoding=decoding)[0]
+        assert "".join(pieces) == predictor([images], [prompt], sampling=sampling)[0]
 
 
-def test_closing_the_stream_stops_the_generation(answerer: Answerer) -> None:
+def test_closing_the_stream_stops_the_generation(predictor: Predictor) -> None:
     steps: list[int] = []
-    hook = answerer.model.lm_head.register_forward_hook(lambda *_: steps.append(1))
-    stream = answerer.stream(None, "What?", max_new_tokens=300)
+    hook = predictor.model.lm_head.register_forward_hook(lambda *_: steps.append(1))
+    stream = predictor.stream(None, "What?", max_new_tokens=300)
     next(stream)
     stream.close()  # type: ignore[attr-defined]
     hook.remove()
@@ -193,15 +195,22 @@ def test_closing_the_stream_stops_the_generation(answerer: Answerer) -> None:
     assert len(steps) < 300
 
 
-def test_an_error_while_streaming_is_raised(answerer: Answerer, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_error_while_streaming_is_raised(predictor: Predictor, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*_: Any, **__: Any) -> None:
         raise RuntimeError("out of memory")
 
     monkeypatch.setattr(PreTrainedModel, "device", property(fail))
     with pytest.raises(RuntimeError, match="out of memory"):
-        list(answerer.stream(None, "What?"))
+        list(predictor.stream(None, "What?"))
 
 
-def test_beams_are_not_streamed(answerer: Answerer) -> None:
+def test_the_old_name_of_sampling_warns(predictor: Predictor) -> None:
+    with pytest.warns(DeprecationWarning, match="decoding is now called sampling") as warned:
+        answers = predictor([None], ["What?"], decoding=SAMPLED)
+    assert warned[0].filename == __file__
+    assert answers == predictor([None], ["What?"], sampling=SAMPLED)
+
+
+def test_beams_are_not_streamed(predictor: Predictor) -> None:
     with pytest.raises(ValueError, match="num_beams=2: beams cannot be streamed"):
-        answerer.stream(None, "What?", decoding=Decoding(num_beams=2))
+        predictor.stream(None, "What?", sampling=SamplingParams(num_beams=2))

@@ -22,7 +22,7 @@ from integrations.llava.inference.batching import Shard
 from integrations.llava.inference.prompt_builder import load_preparer
 from integrations.llava.inference.requests import Request, question_fingerprints, refuse_broken_images
 from integrations.llava.inference.results import AnswerFile, answer_settings
-from integrations.llava.inference.sampling import Decoding
+from integrations.llava.inference.sampling import SamplingParams
 
 posix = pytest.mark.skipif(os.name == "nt", reason="needs fork and resource limits")
 
@@ -274,7 +274,7 @@ def settings(folder: Path) -> dict[str, Any]:
     import torch
 
     preparer = load_preparer(folder)
-    return answer_settings(folder, preparer, dtype=torch.float32, quantize="none", decoding=Decoding())
+    return answer_settings(folder, preparer, dtype=torch.float32, quantize="none", sampling=SamplingParams())
 
 
 def test_weights_that_differ_in_one_row_of_an_embedding_are_another_model(run: Path, tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""What an answerer is loaded from and asked: folders that are whole, prompts that fit, threads that share it."""
+"""What a predictor is loaded from and asked: folders that are whole, prompts that fit, threads that share it."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 
 from integrations.llava.checkpoints.model_io import load_processor
-from integrations.llava.inference.predictor import Answerer, load_answerer
+from integrations.llava.inference.predictor import Predictor, load_predictor
 from integrations.llava.prompts import TextEncoder
 from layerfuse.errors import UserError
 from tests.integrations.llava.answering_parts import PROMPTS
@@ -43,7 +43,7 @@ def test_a_folder_that_lacks_a_file_or_holds_half_of_it_is_told(
         (folder / file).write_bytes(content)
 
     with pytest.raises(UserError, match=message) as raised:
-        load_answerer(folder)
+        load_predictor(folder)
     assert isinstance(raised.value, error)
 
 
@@ -67,7 +67,7 @@ def test_a_config_that_describes_no_model_is_told(
     (folder / "config.json").write_text(json.dumps(config))
 
     with pytest.raises(UserError, match=rf"(?s){message}"):
-        load_answerer(folder)
+        load_predictor(folder)
 
 
 def test_a_folder_that_is_not_there_has_no_processor(tmp_path: Path) -> None:
@@ -78,18 +78,18 @@ def test_a_folder_that_is_not_there_has_no_processor(tmp_path: Path) -> None:
 @pytest.mark.parametrize("device", ["cuda:99", "gpu"])
 def test_a_device_that_cannot_be_used_is_refused(device: str, run: Path) -> None:
     with pytest.raises(UserError, match=f"device '{device}' cannot be used"):
-        load_answerer(run, device=device)
+        load_predictor(run, device=device)
 
 
 # What can be given
 
 
-def test_paths_are_read_as_the_images_they_name(answerer: Answerer, data_folder: Path, pictures: Any) -> None:
+def test_paths_are_read_as_the_images_they_name(predictor: Predictor, data_folder: Path, pictures: Any) -> None:
     first, second = data_folder / "0.png", str(data_folder / "1.png")
-    expected = answerer([pictures[0], pictures[:2]], ["What?", "Sure?"], max_new_tokens=6)
+    expected = predictor([pictures[0], pictures[:2]], ["What?", "Sure?"], max_new_tokens=6)
 
-    assert answerer([first, [first, second]], ["What?", "Sure?"], max_new_tokens=6) == expected
-    assert "".join(answerer.stream(first, "What?", max_new_tokens=6)) == expected[0]
+    assert predictor([first, [first, second]], ["What?", "Sure?"], max_new_tokens=6) == expected
+    assert "".join(predictor.stream(first, "What?", max_new_tokens=6)) == expected[0]
 
 
 CHAT = [{"role": "user", "content": [{"type": "text", "text": "What?"}]}]
@@ -113,19 +113,19 @@ CHAT = [{"role": "user", "content": [{"type": "text", "text": "What?"}]}]
     ],
 )
 def test_what_is_no_image_and_no_prompt_is_told_with_what_to_give(
-    images: Any, prompts: Any, error: type[Exception], message: str, answerer: Answerer
+    images: Any, prompts: Any, error: type[Exception], message: str, predictor: Predictor
 ) -> None:
     with pytest.raises(UserError, match=message) as raised:
-        answerer(images, prompts)
+        predictor(images, prompts)
     assert isinstance(raised.value, error)
 
 
-def test_an_answer_has_to_fit_behind_its_prompt(answerer: Answerer) -> None:
-    length = len(answerer.prepare.encode("What?", [(8, 8)]))
+def test_an_answer_has_to_fit_behind_its_prompt(predictor: Predictor) -> None:
+    length = len(predictor.prepare.encode("What?", [(8, 8)]))
 
-    assert answerer.prepare.room("What?", [(8, 8)]) == 512 - length
-    assert len(answerer.prepare.encode("What?", [(8, 8)], max_new_tokens=512 - length)) == length
-    for ask in (answerer, lambda images, prompts, **more: list(answerer.stream(images[0], prompts[0], **more))):
+    assert predictor.prepare.room("What?", [(8, 8)]) == 512 - length
+    assert len(predictor.prepare.encode("What?", [(8, 8)], max_new_tokens=512 - length)) == length
+    for ask in (predictor, lambda images, prompts, **more: list(predictor.stream(images[0], prompts[0], **more))):
         message = (
             rf"{length} positions \(16 of them its images\) .* up to {513 - length}, .* 512; .* most {512 - length} t"
         )
@@ -134,7 +134,7 @@ def test_an_answer_has_to_fit_behind_its_prompt(answerer: Answerer) -> None:
 
 
 def test_an_endless_text_is_refused_before_it_is_tokenised_whole(
-    answerer: Answerer, monkeypatch: pytest.MonkeyPatch
+    predictor: Predictor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     longest: list[int] = []
     whole = TextEncoder.__call__
@@ -145,7 +145,7 @@ def test_an_endless_text_is_refused_before_it_is_tokenised_whole(
 
     monkeypatch.setattr(TextEncoder, "__call__", encode)
     with pytest.raises(ValueError, match="a text of 10,000,000 characters takes up more positions than the 512"):
-        answerer([None], ["0123456789" * 1_000_000])
+        predictor([None], ["0123456789" * 1_000_000])
     assert max(longest) == 32 * 512
 
 
@@ -153,16 +153,16 @@ def test_an_endless_text_is_refused_before_it_is_tokenised_whole(
 
 
 @pytest.mark.parametrize("compile", [False, True])
-def test_threads_that_share_an_answerer_get_the_answers_of_one_caller(
+def test_threads_that_share_a_predictor_get_the_answers_of_one_caller(
     compile: bool, run: Path, pictures: list[Image.Image]
 ) -> None:
-    answerer = load_answerer(run, compile=compile)
+    predictor = load_predictor(run, compile=compile)
 
     def ask(number: int) -> list[str]:
         images, prompt = [pictures[number % 8], None], PROMPTS[number % 7]
         if number % 3:
-            return answerer(images, [prompt, "What?"], max_new_tokens=6)
-        return ["".join(answerer.stream(images[0], prompt, max_new_tokens=6))]
+            return predictor(images, [prompt, "What?"], max_new_tokens=6)
+        return ["".join(predictor.stream(images[0], prompt, max_new_tokens=6))]
 
     expected = [ask(number) for number in range(16)]
     with ThreadPoolExecutor(6) as pool:
@@ -170,10 +170,10 @@ def test_threads_that_share_an_answerer_get_the_answers_of_one_caller(
 
 
 def test_threads_take_turns_at_the_model(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    answerer = load_answerer(run)
+    predictor = load_predictor(run)
     inside: list[int] = []
     most: list[int] = []
-    whole = answerer.model.generate
+    whole = predictor.model.generate
 
     def generate(**given: Any) -> Any:
         inside.append(1)
@@ -183,7 +183,7 @@ def test_threads_take_turns_at_the_model(run: Path, monkeypatch: pytest.MonkeyPa
         inside.pop()
         return answer
 
-    monkeypatch.setattr(answerer.model, "generate", generate)
+    monkeypatch.setattr(predictor.model, "generate", generate)
     with ThreadPoolExecutor(4) as pool:
-        list(pool.map(lambda _: answerer([None], ["a"], max_new_tokens=1), range(4)))
+        list(pool.map(lambda _: predictor([None], ["a"], max_new_tokens=1), range(4)))
     assert most == [1, 1, 1, 1]

@@ -16,12 +16,12 @@ import pytest
 from PIL import Image
 
 from integrations.llava.cli.chat import Conversation, main
-from integrations.llava.inference.predictor import Answerer
-from integrations.llava.inference.sampling import Decoding
+from integrations.llava.inference.predictor import Predictor
+from integrations.llava.inference.sampling import SamplingParams
 from tests.integrations.llava.answering_parts import save_run
 from tests.integrations.llava.tiny_parts import human_and_gpt
 
-SHORT = Decoding(max_new_tokens=8)
+SHORT = SamplingParams(max_new_tokens=8)
 
 
 def chat(run: Path, lines: list[str], monkeypatch: pytest.MonkeyPatch, *arguments: str) -> None:
@@ -30,14 +30,14 @@ def chat(run: Path, lines: list[str], monkeypatch: pytest.MonkeyPatch, *argument
 
 
 def stub(stream: Any) -> Any:
-    """An answerer whose stream is given, and whose model reads any length."""
+    """An predictor whose stream is given, and whose model reads any length."""
     prepare = type("Preparer", (), {"room": staticmethod(lambda *_: None), "sizes": staticmethod(list)})
     return type("Stub", (), {"stream": staticmethod(stream), "prepare": prepare})
 
 
 def test_piped_questions_are_answered_with_what_was_said_before(
     run: Path,
-    answerer: Answerer,
+    predictor: Predictor,
     data_folder: Path,
     pictures: list[Image.Image],
     monkeypatch: pytest.MonkeyPatch,
@@ -49,7 +49,7 @@ def test_piped_questions_are_answered_with_what_was_said_before(
 
     turns = ["<image>\nWhat number?"]
     for num_images, following in ((1, "Sure?"), (1, "<image>\nAnd this?"), (2, None)):
-        turns += [answerer([pictures[:num_images]], [human_and_gpt(*turns)], max_new_tokens=8)[0], following or ""]
+        turns += [predictor([pictures[:num_images]], [human_and_gpt(*turns)], max_new_tokens=8)[0], following or ""]
     assert printed == [turns[1], turns[3], "images that go with the next message: 1", turns[5]]
 
 
@@ -95,18 +95,18 @@ def test_lines_that_are_no_text_are_told_and_the_conversation_goes_on(
 
 
 def test_an_answer_ends_where_the_models_positions_do_and_this_is_said(
-    answerer: Answerer, capsys: pytest.CaptureFixture[str]
+    predictor: Predictor, capsys: pytest.CaptureFixture[str]
 ) -> None:
     words = "word"
-    while (room := answerer.prepare.room(words, []) or 0) >= 50:
+    while (room := predictor.prepare.room(words, []) or 0) >= 50:
         words += " word"
     assert room > 0
-    conversation = Conversation(answerer, Decoding(max_new_tokens=100))
+    conversation = Conversation(predictor, SamplingParams(max_new_tokens=100))
     conversation.say(words)
     printed = capsys.readouterr()
 
     assert printed.err == f"(room for {room} more tokens is left; /clear forgets what was said)\n"
-    assert printed.out.strip() == answerer([None], [words], max_new_tokens=room)[0]
+    assert printed.out.strip() == predictor([None], [words], max_new_tokens=room)[0]
     # Then the conversation is full.
     with pytest.raises(ValueError, match="the model reads 512"):
         conversation.say(words)
@@ -129,20 +129,20 @@ def test_help_lists_the_commands(run: Path, monkeypatch: pytest.MonkeyPatch, cap
 
 
 def test_images_stand_where_the_message_says(
-    answerer: Answerer, data_folder: Path, pictures: list[Image.Image]
+    predictor: Predictor, data_folder: Path, pictures: list[Image.Image]
 ) -> None:
-    conversation = Conversation(answerer, SHORT)
+    conversation = Conversation(predictor, SHORT)
     conversation.show(data_folder / "0.png")
     conversation.show(data_folder / "1.png")
     conversation.say("<image> or <image>?")
 
     assert conversation.messages[0]["value"] == "<image> or <image>?"
-    assert conversation.messages[1]["value"] == answerer([pictures[:2]], ["<image> or <image>?"], max_new_tokens=8)[0]
+    assert conversation.messages[1]["value"] == predictor([pictures[:2]], ["<image> or <image>?"], max_new_tokens=8)[0]
     assert conversation.shown == []
 
 
-def test_a_message_that_fails_keeps_its_image_for_the_next(answerer: Answerer, data_folder: Path) -> None:
-    conversation = Conversation(answerer, SHORT)
+def test_a_message_that_fails_keeps_its_image_for_the_next(predictor: Predictor, data_folder: Path) -> None:
+    conversation = Conversation(predictor, SHORT)
     conversation.show(data_folder / "0.png")
     with pytest.raises(ValueError, match="the model reads 512"):
         conversation.say("word " * 600)
@@ -150,22 +150,22 @@ def test_a_message_that_fails_keeps_its_image_for_the_next(answerer: Answerer, d
     assert (conversation.messages, conversation.images, len(conversation.shown)) == ([], [], 1)
 
 
-def test_a_sampled_turn_draws_anew(answerer: Answerer) -> None:
-    conversation = Conversation(answerer, Decoding(max_new_tokens=8, temperature=2.0, seed=1))
+def test_a_sampled_turn_draws_anew(predictor: Predictor) -> None:
+    conversation = Conversation(predictor, SamplingParams(max_new_tokens=8, temperature=2.0, seed=1))
     seeds = []
 
-    def stream(*_: Any, decoding: Decoding) -> Any:
-        seeds.append(decoding.seed)
+    def stream(*_: Any, sampling: SamplingParams) -> Any:
+        seeds.append(sampling.seed)
         yield "x"
 
-    conversation.answerer = stub(stream)
+    conversation.predictor = stub(stream)
     conversation.say("a")
     conversation.say("b")
 
     assert seeds == [1, 3]
 
 
-def test_ctrl_c_keeps_what_was_said_by_then(answerer: Answerer, capsys: pytest.CaptureFixture[str]) -> None:
+def test_ctrl_c_keeps_what_was_said_by_then(predictor: Predictor, capsys: pytest.CaptureFixture[str]) -> None:
     closed = []
 
     def stream(*_: Any, **__: Any) -> Any:
@@ -183,7 +183,7 @@ def test_ctrl_c_keeps_what_was_said_by_then(answerer: Answerer, capsys: pytest.C
     assert capsys.readouterr().out == "one \n"
 
 
-def test_a_message_stopped_before_the_first_word_is_forgotten(answerer: Answerer, pictures: Any) -> None:
+def test_a_message_stopped_before_the_first_word_is_forgotten(predictor: Predictor, pictures: Any) -> None:
     def stream(*_: Any, **__: Any) -> Any:
         raise KeyboardInterrupt
         yield

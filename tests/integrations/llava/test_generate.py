@@ -14,9 +14,9 @@ import torch
 from PIL import Image
 from transformers import AutoModelForImageTextToText, CompileConfig
 
-from integrations.llava.inference.predictor import Answerer, default_dtype, load_answerer
+from integrations.llava.inference.predictor import Predictor, default_dtype, load_predictor
 from integrations.llava.inference.prompt_builder import Preparer, load_preparer
-from integrations.llava.inference.sampling import Decoding
+from integrations.llava.inference.sampling import SamplingParams
 from integrations.llava.prompts import get_template
 from tests.integrations.llava.answering_parts import PROMPTS, SAMPLED, save_run
 
@@ -24,32 +24,34 @@ from tests.integrations.llava.answering_parts import PROMPTS, SAMPLED, save_run
 
 
 @pytest.mark.parametrize(
-    "decoding",
-    [Decoding(max_new_tokens=16), Decoding(max_new_tokens=12, num_beams=3), SAMPLED],
+    "sampling",
+    [SamplingParams(max_new_tokens=16), SamplingParams(max_new_tokens=12, num_beams=3), SAMPLED],
     ids=["greedy", "beams", "sampled"],
 )
-def test_answers_do_not_depend_on_the_batch_size(answerer: Answerer, mixture: list[Any], decoding: Decoding) -> None:
-    one, three, eight = (answerer(mixture, PROMPTS, batch_size=size, decoding=decoding) for size in (1, 3, 8))
+def test_answers_do_not_depend_on_the_batch_size(
+    predictor: Predictor, mixture: list[Any], sampling: SamplingParams
+) -> None:
+    one, three, eight = (predictor(mixture, PROMPTS, batch_size=size, sampling=sampling) for size in (1, 3, 8))
 
     assert one == three == eight
     assert all(one)
     assert len({len(answer) for answer in one}) > 3  # they end at different places
 
 
-def test_answers_depend_on_image_and_prompt(answerer: Answerer, pictures: list[Image.Image]) -> None:
-    answers = answerer(pictures[:4] * 2, ["What?"] * 4 + ["Sure?"] * 4, max_new_tokens=12)
+def test_answers_depend_on_image_and_prompt(predictor: Predictor, pictures: list[Image.Image]) -> None:
+    answers = predictor(pictures[:4] * 2, ["What?"] * 4 + ["Sure?"] * 4, max_new_tokens=12)
 
     assert len(set(answers)) == 8
 
 
-def test_left_padding_moves_positions_with_the_text(answerer: Answerer, mixture: list[Any]) -> None:
-    samples = [answerer.prepare(images, prompt) for images, prompt in zip(mixture, PROMPTS, strict=True)]
-    batch = answerer.collate(samples)
+def test_left_padding_moves_positions_with_the_text(predictor: Predictor, mixture: list[Any]) -> None:
+    samples = [predictor.prepare(images, prompt) for images, prompt in zip(mixture, PROMPTS, strict=True)]
+    batch = predictor.collate(samples)
     seen: dict[str, Any] = {}
-    hook = answerer.model.model.language_model.register_forward_pre_hook(
+    hook = predictor.model.model.language_model.register_forward_pre_hook(
         lambda _, __, kwargs: seen.update(kwargs), with_kwargs=True
     )
-    answerer.answer_batch(batch, [""] * 8, Decoding(max_new_tokens=1))
+    predictor.answer_batch(batch, [""] * 8, SamplingParams(max_new_tokens=1))
     hook.remove()
 
     for row, sample in enumerate(samples):
@@ -61,26 +63,26 @@ def test_left_padding_moves_positions_with_the_text(answerer: Answerer, mixture:
 def test_padding_changes_logits_by_rounding_only(
     run: Path, mixture: list[Any], dtype: torch.dtype, tolerance: float
 ) -> None:
-    answerer = load_answerer(run, dtype=dtype)
-    samples = [answerer.prepare(images, prompt) for images, prompt in zip(mixture, PROMPTS, strict=True)]
-    batch = answerer.collate(samples)
+    predictor = load_predictor(run, dtype=dtype)
+    samples = [predictor.prepare(images, prompt) for images, prompt in zip(mixture, PROMPTS, strict=True)]
+    batch = predictor.collate(samples)
     positions = (batch["attention_mask"].cumsum(1) - 1).clamp_min(0)
     with torch.inference_mode():
-        padded = answerer.model(**batch, position_ids=positions).logits[:, -1, :-1]
-        alone = torch.cat([answerer.model(**answerer.collate([own])).logits[:, -1, :-1] for own in samples])
+        padded = predictor.model(**batch, position_ids=positions).logits[:, -1, :-1]
+        alone = torch.cat([predictor.model(**predictor.collate([own])).logits[:, -1, :-1] for own in samples])
 
     assert alone.float().std() > 0.5
     torch.testing.assert_close(padded, alone, atol=tolerance, rtol=0)
 
 
-def test_beams_see_their_own_prompts_images(answerer: Answerer, mixture: list[Any]) -> None:
-    batch = answerer.collate([answerer.prepare(images, "What?") for images in mixture])
+def test_beams_see_their_own_prompts_images(predictor: Predictor, mixture: list[Any]) -> None:
+    batch = predictor.collate([predictor.prepare(images, "What?") for images in mixture])
     seen: list[torch.Tensor] = []
-    hook = answerer.model.model.language_model.register_forward_pre_hook(
+    hook = predictor.model.model.language_model.register_forward_pre_hook(
         lambda _, __, kwargs: seen.append(kwargs["inputs_embeds"]), with_kwargs=True
     )
-    answerer.answer_batch(batch, [""] * 8, Decoding(max_new_tokens=1))
-    answerer.answer_batch(batch, [""] * 8, Decoding(max_new_tokens=1, num_beams=2))
+    predictor.answer_batch(batch, [""] * 8, SamplingParams(max_new_tokens=1))
+    predictor.answer_batch(batch, [""] * 8, SamplingParams(max_new_tokens=1, num_beams=2))
     hook.remove()
 
     torch.testing.assert_close(seen[1], seen[0].repeat_interleave(2, 0), atol=1e-4, rtol=0)
@@ -89,14 +91,14 @@ def test_beams_see_their_own_prompts_images(answerer: Answerer, mixture: list[An
 # Other ways to compute the same
 
 
-def test_a_static_cache_gives_the_same_answers(run: Path, answerer: Answerer, mixture: list[Any]) -> None:
-    compiled = load_answerer(run, compile=True)
+def test_a_static_cache_gives_the_same_answers(run: Path, predictor: Predictor, mixture: list[Any]) -> None:
+    compiled = load_predictor(run, compile=True)
 
-    assert compiled(mixture, PROMPTS, max_new_tokens=12) == answerer(mixture, PROMPTS, max_new_tokens=12)
+    assert compiled(mixture, PROMPTS, max_new_tokens=12) == predictor(mixture, PROMPTS, max_new_tokens=12)
 
 
 def test_decoding_is_one_graph_for_torch_compile(run: Path, mixture: list[Any]) -> None:
-    model = load_answerer(run).model
+    model = load_predictor(run).model
     prepare = load_preparer(run)
     sample = prepare(mixture[0], PROMPTS[0])
     inputs = {"input_ids": sample["input_ids"][None], "pixel_values": sample["pixel_values"], "max_new_tokens": 6}
@@ -111,20 +113,20 @@ def test_decoding_is_one_graph_for_torch_compile(run: Path, mixture: list[Any]) 
 
 @pytest.mark.parametrize("implementation", ["eager", "sdpa"])
 def test_attention_can_be_chosen(
-    run: Path, answerer: Answerer, pictures: list[Image.Image], implementation: str
+    run: Path, predictor: Predictor, pictures: list[Image.Image], implementation: str
 ) -> None:
     model = AutoModelForImageTextToText.from_pretrained(run, attn_implementation=implementation)
 
     assert model.model.language_model.config._attn_implementation == implementation
-    assert Answerer(model, answerer.processor)(pictures[:1], ["What?"]) == answerer(pictures[:1], ["What?"])
+    assert Predictor(model, predictor.processor)(pictures[:1], ["What?"]) == predictor(pictures[:1], ["What?"])
 
 
-def test_generate_takes_no_images_for_none(answerer: Answerer) -> None:
-    ids = answerer.prepare(None, "What?")["input_ids"][None]
+def test_generate_takes_no_images_for_none(predictor: Predictor) -> None:
+    ids = predictor.prepare(None, "What?")["input_ids"][None]
     ends = {"max_new_tokens": 4, "do_sample": False}
 
-    with_none = answerer.model.generate(input_ids=ids, pixel_values=None, **ends)
-    assert torch.equal(with_none, answerer.model.generate(input_ids=ids, **ends))
+    with_none = predictor.model.generate(input_ids=ids, pixel_values=None, **ends)
+    assert torch.equal(with_none, predictor.model.generate(input_ids=ids, **ends))
 
 
 @pytest.mark.parametrize(("quantize", "kind"), [("nf4", "Linear4bit"), ("int8", "Linear8bitLt")])
@@ -132,9 +134,9 @@ def test_quantised_models_answer(
     quantize: Any, kind: str, backbone_folder: Path, mixture: list[Any], tmp_path: Path
 ) -> None:
     pytest.importorskip("bitsandbytes")
-    answerer = load_answerer(save_run(tmp_path / "run", backbone_folder, width=64), quantize=quantize)
+    predictor = load_predictor(save_run(tmp_path / "run", backbone_folder, width=64), quantize=quantize)
     kinds: dict[str, set[str]] = {}
-    for name, module in answerer.model.named_modules():
+    for name, module in predictor.model.named_modules():
         if isinstance(module, torch.nn.Linear):
             kinds.setdefault(name.removeprefix("model.").partition(".")[0], set()).add(type(module).__name__)
 
@@ -145,19 +147,19 @@ def test_quantised_models_answer(
         "multi_modal_projector": {"Linear"},
         "lm_head": {"Linear"},
     }
-    assert all(answerer(mixture, PROMPTS, max_new_tokens=4))
+    assert all(predictor(mixture, PROMPTS, max_new_tokens=4))
 
 
 def test_without_bitsandbytes_the_way_to_get_it_is_named(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("integrations.llava.modeling.quantization.find_spec", lambda _: None)
 
     with pytest.raises(ImportError, match=r"pip install 'layerfuse\[quantize\]'"):
-        load_answerer(run, quantize="nf4")
+        load_predictor(run, quantize="nf4")
 
 
 def test_an_unknown_quantisation_is_refused(run: Path) -> None:
     with pytest.raises(ValueError, match="nf8.*known: int8, nf4, none|nf8.*Known"):
-        load_answerer(run, quantize="nf8")  # type: ignore[arg-type]
+        load_predictor(run, quantize="nf8")  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(
@@ -177,7 +179,7 @@ def test_the_dtype_is_the_checkpoints_unless_that_is_slow(
     (tmp_path / "config.json").write_text(json.dumps(config))
 
     assert default_dtype(tmp_path, torch.device(device), quantize) == expected
-    assert load_answerer(run).model.dtype == torch.float32
+    assert load_predictor(run).model.dtype == torch.float32
 
 
 @pytest.mark.gpu
@@ -186,22 +188,22 @@ def test_on_cuda_every_way_of_loading_answers(
     quantize: Any, backbone_folder: Path, mixture: list[Any], tmp_path: Path
 ) -> None:
     pytest.importorskip("bitsandbytes")
-    answerer = load_answerer(save_run(tmp_path / "run", backbone_folder, width=64), quantize=quantize)
+    predictor = load_predictor(save_run(tmp_path / "run", backbone_folder, width=64), quantize=quantize)
 
-    assert answerer.model.dtype == (torch.float16 if quantize == "int8" else torch.bfloat16)
-    assert {parameter.device.type for parameter in answerer.model.parameters()} == {"cuda"}
-    assert {buffer.device.type for buffer in answerer.model.buffers()} == {"cuda"}
-    assert all(answerer(mixture, PROMPTS, max_new_tokens=4))
-    assert answerer(mixture, PROMPTS, decoding=SAMPLED) == answerer(mixture, PROMPTS, decoding=SAMPLED)
+    assert predictor.model.dtype == (torch.float16 if quantize == "int8" else torch.bfloat16)
+    assert {parameter.device.type for parameter in predictor.model.parameters()} == {"cuda"}
+    assert {buffer.device.type for buffer in predictor.model.buffers()} == {"cuda"}
+    assert all(predictor(mixture, PROMPTS, max_new_tokens=4))
+    assert predictor(mixture, PROMPTS, sampling=SAMPLED) == predictor(mixture, PROMPTS, sampling=SAMPLED)
 
 
 @pytest.mark.gpu
 def test_on_cuda_batches_and_compiled_decoding_give_the_same_answers(run: Path, mixture: list[Any]) -> None:
-    answerer = load_answerer(run, dtype=torch.float32)
-    answers = answerer(mixture, PROMPTS, max_new_tokens=12)
-    compiled = load_answerer(run, dtype=torch.float32, compile=True)
+    predictor = load_predictor(run, dtype=torch.float32)
+    answers = predictor(mixture, PROMPTS, max_new_tokens=12)
+    compiled = load_predictor(run, dtype=torch.float32, compile=True)
 
-    assert answerer(mixture, PROMPTS, max_new_tokens=12, batch_size=1) == answers
+    assert predictor(mixture, PROMPTS, max_new_tokens=12, batch_size=1) == answers
     assert compiled(mixture, PROMPTS, max_new_tokens=12) == answers
 
 
@@ -209,14 +211,14 @@ def test_on_cuda_batches_and_compiled_decoding_give_the_same_answers(run: Path, 
 
 
 def test_the_template_is_the_checkpoints_whatever_its_folder_is_called(
-    run: Path, answerer: Answerer, pictures: list[Image.Image], tmp_path: Path
+    run: Path, predictor: Predictor, pictures: list[Image.Image], tmp_path: Path
 ) -> None:
     for name in ("llava-v1.5-qwen-plain-llama3", "brief"):
         shutil.copytree(run, tmp_path / name)
-        renamed = load_answerer(tmp_path / name)
+        renamed = load_predictor(tmp_path / name)
 
         assert renamed.prepare.template == get_template("v1")
-        assert renamed(pictures[:2], PROMPTS[:2], max_new_tokens=8) == answerer(
+        assert renamed(pictures[:2], PROMPTS[:2], max_new_tokens=8) == predictor(
             pictures[:2], PROMPTS[:2], max_new_tokens=8
         )
 
@@ -228,16 +230,16 @@ def test_a_checkpoint_without_template_is_refused_with_the_way_out(run: Path, tm
     (folder / "model.safetensors").unlink()  # it is refused before weights are read
 
     with pytest.raises(ValueError, match=r'no prompt_template.*get_template\("v1"\).to_dict\(\)'):
-        load_answerer(folder)
+        load_predictor(folder)
 
 
-def test_a_processor_of_another_kind_is_refused(answerer: Answerer) -> None:
+def test_a_processor_of_another_kind_is_refused(predictor: Predictor) -> None:
     @dataclasses.dataclass
     class Other:
         image_processor: object = None
 
     with pytest.raises(ValueError, match="expected LayerfuseImageProcessor"):
-        Answerer(answerer.model, Other())  # type: ignore[arg-type]
+        Predictor(predictor.model, Other())  # type: ignore[arg-type]
 
 
 def test_preparing_can_be_sent_to_worker_processes(run: Path, pictures: list[Image.Image]) -> None:
@@ -247,11 +249,11 @@ def test_preparing_can_be_sent_to_worker_processes(run: Path, pictures: list[Ima
     assert torch.equal(sent(pictures[0], "What?")["input_ids"], preparer(pictures[0], "What?")["input_ids"])
 
 
-def test_numbers_of_images_and_prompts_have_to_agree(answerer: Answerer) -> None:
+def test_numbers_of_images_and_prompts_have_to_agree(predictor: Predictor) -> None:
     with pytest.raises(ValueError, match="got 2 images for 1 prompts"):
-        answerer([None, None], ["a"])
+        predictor([None, None], ["a"])
 
 
-def test_an_empty_batch_size_is_refused(answerer: Answerer) -> None:
+def test_an_empty_batch_size_is_refused(predictor: Predictor) -> None:
     with pytest.raises(ValueError, match="batch_size=0 is too small"):
-        answerer([None], ["a"], batch_size=0)
+        predictor([None], ["a"], batch_size=0)

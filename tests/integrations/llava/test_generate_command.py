@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from integrations.llava.cli.generate import main
-from integrations.llava.inference.predictor import Answerer
+from integrations.llava.inference.predictor import Predictor
 
 
 def ask(run: Path, *arguments: object, capsys: pytest.CaptureFixture[str]) -> list[str]:
@@ -20,31 +20,31 @@ def ask(run: Path, *arguments: object, capsys: pytest.CaptureFixture[str]) -> li
 
 
 def test_an_image_each_or_several_images_for_one_question(
-    run: Path, answerer: Answerer, data_folder: Path, pictures: list[Image.Image], capsys: pytest.CaptureFixture[str]
+    run: Path, predictor: Predictor, data_folder: Path, pictures: list[Image.Image], capsys: pytest.CaptureFixture[str]
 ) -> None:
     first, second = data_folder / "0.png", data_folder / "1.png"
 
     each = ask(run, "--image", first, "--image", second, "--prompt", "What?", capsys=capsys)
-    assert each == answerer(pictures[:2], ["What?"] * 2, max_new_tokens=8)
+    assert each == predictor(pictures[:2], ["What?"] * 2, max_new_tokens=8)
 
     together = ask(run, "--image", first, second, "--prompt", "What?", capsys=capsys)
-    assert together == answerer([pictures[:2]], ["What?"], max_new_tokens=8)
+    assert together == predictor([pictures[:2]], ["What?"], max_new_tokens=8)
 
     pairs = ["--image", first, second, "--image", second, "--prompt", "<image> or <image>?", "--prompt", "Sure?"]
-    assert ask(run, *pairs, capsys=capsys) == answerer(
+    assert ask(run, *pairs, capsys=capsys) == predictor(
         [pictures[:2], pictures[1]], ["<image> or <image>?", "Sure?"], max_new_tokens=8
     )
 
 
 def test_one_image_for_several_questions_or_none(
-    run: Path, answerer: Answerer, data_folder: Path, pictures: list[Image.Image], capsys: pytest.CaptureFixture[str]
+    run: Path, predictor: Predictor, data_folder: Path, pictures: list[Image.Image], capsys: pytest.CaptureFixture[str]
 ) -> None:
     prompts = ["--prompt", "What?", "--prompt", "Sure?"]
 
-    assert ask(run, "--image", data_folder / "0.png", *prompts, capsys=capsys) == answerer(
+    assert ask(run, "--image", data_folder / "0.png", *prompts, capsys=capsys) == predictor(
         [pictures[0]] * 2, ["What?", "Sure?"], max_new_tokens=8
     )
-    assert ask(run, *prompts, capsys=capsys) == answerer([None, None], ["What?", "Sure?"], max_new_tokens=8)
+    assert ask(run, *prompts, capsys=capsys) == predictor([None, None], ["What?", "Sure?"], max_new_tokens=8)
 
 
 def test_decoding_and_loading_are_options(run: Path, data_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -150,7 +150,7 @@ def test_a_file_of_questions_that_cannot_be_answered_is_told(
 def test_answers_are_printed_whatever_the_terminal_can_show(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     written = io.BytesIO()
     monkeypatch.setattr("sys.stdout", io.TextIOWrapper(written, encoding="ascii"))
-    monkeypatch.setattr(Answerer, "__call__", lambda *_, **__: ["caf\xe9", "\u2028"])
+    monkeypatch.setattr(Predictor, "__call__", lambda *_, **__: ["caf\xe9", "\u2028"])
     assert main(["--model", str(run), "--prompt", "a", "--prompt", "b"]) == 0
     sys.stdout.flush()
 

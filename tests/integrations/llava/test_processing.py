@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 from transformers import AutoImageProcessor, AutoProcessor, LlavaProcessor
 
-from integrations.llava.inference.predictor import load_answerer
+from integrations.llava.inference.predictor import load_predictor
 from integrations.llava.modeling.processing import LayerfuseImageProcessor, add_image_token
 from layerfuse.preprocessing import CLIP_MEAN, CLIP_STD, Preprocessing
 from tests.integrations.llava.tiny_parts import make_tokenizer
@@ -83,15 +83,15 @@ def test_the_padding_token_falls_back_on_the_unknown_token() -> None:
 def test_the_processor_of_a_run_prepares_what_training_saw(run_folder: Path, data_folder: Path) -> None:
     processor = AutoProcessor.from_pretrained(run_folder)
     assert isinstance(processor, LlavaProcessor)
-    answerer = load_answerer(run_folder)
+    predictor = load_predictor(run_folder)
     image = Image.open(data_folder / "0.png")
     chat = [
         {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What number is it?"}]},
     ]
     text = processor.apply_chat_template(chat, add_generation_prompt=True)
     inputs = processor(images=[image], text=text, return_tensors="pt")
-    prepared = answerer.prepare(image, "What number is it?")
-    assert answerer.prepare.preprocessing.upright
+    prepared = predictor.prepare(image, "What number is it?")
+    assert predictor.prepare.preprocessing.upright
 
     assert torch.equal(inputs["input_ids"][0], prepared["input_ids"])
     assert torch.equal(inputs["pixel_values"], prepared["pixel_values"])

@@ -66,14 +66,14 @@ def test_run_folder_reloads_with_transformers_and_answers_the_same(output: Path)
 
     import integrations.llava  # noqa: F401  (registers the model)
     from integrations.llava.checkpoints.model_io import load_processor
-    from integrations.llava.inference.predictor import Answerer
+    from integrations.llava.inference.predictor import Predictor
 
     folder = output / "runs" / "mmfuser-seed0"
     rows = [json.loads(line) for line in (folder / "evaluation" / "predictions.jsonl").read_text().splitlines()]
-    answerer = Answerer(AutoModelForImageTextToText.from_pretrained(folder), load_processor(folder))
+    predictor = Predictor(AutoModelForImageTextToText.from_pretrained(folder), load_processor(folder))
     images = [Image.open(output / "data" / "images" / row["image"]).convert("RGB") for row in rows]
     with torch.inference_mode():
-        answers = answerer(images, [row["text"] for row in rows], max_new_tokens=32)
+        answers = predictor(images, [row["text"] for row in rows], max_new_tokens=32)
     assert answers == [row["prediction"] for row in rows]
 
 

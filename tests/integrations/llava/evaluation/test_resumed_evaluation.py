@@ -12,7 +12,7 @@ from PIL import Image
 
 from integrations.llava.cli.evaluate import main
 from integrations.llava.evaluation import Evaluation, evaluate, read_predictions
-from integrations.llava.inference.predictor import Answerer
+from integrations.llava.inference.predictor import Predictor
 
 COUNT = 6
 
@@ -41,15 +41,15 @@ class Counter:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.asked, self.last = 0, COUNT
-        whole = Answerer.answer_batch
+        whole = Predictor.answer_batch
 
-        def answer_batch(own: Answerer, batch: Mapping[str, Any], keys: Any, decoding: Any) -> list[str]:
+        def answer_batch(own: Predictor, batch: Mapping[str, Any], keys: Any, sampling: Any) -> list[str]:
             if self.asked >= self.last:
                 raise KilledError
             self.asked += len(keys)
-            return whole(own, batch, keys, decoding)
+            return whole(own, batch, keys, sampling)
 
-        monkeypatch.setattr(Answerer, "answer_batch", answer_batch)
+        monkeypatch.setattr(Predictor, "answer_batch", answer_batch)
 
 
 @pytest.fixture

@@ -32,7 +32,7 @@ from integrations.llava.evaluation import (
     score_predictions,
 )
 from integrations.llava.inference.batching import Shard
-from integrations.llava.inference.predictor import Answerer
+from integrations.llava.inference.predictor import Predictor
 
 
 class MmeLike(Task):
@@ -113,14 +113,14 @@ class Stub:
         self.asked: list[str] = []
         self.dies = False
 
-        def answer_batch(_: Answerer, batch: Mapping[str, Any], keys: Sequence[str], decoding: Any) -> list[str]:
+        def answer_batch(_: Predictor, batch: Mapping[str, Any], keys: Sequence[str], sampling: Any) -> list[str]:
             if self.dies and self.asked:
                 raise KilledError
             assert len(batch["input_ids"]) == len(keys)
             self.asked.extend(keys)
             return [self.says[key] for key in keys]
 
-        monkeypatch.setattr(Answerer, "answer_batch", answer_batch)
+        monkeypatch.setattr(Predictor, "answer_batch", answer_batch)
 
     def say(self, *answers: str) -> None:
         self.says = {str(number): answer for number, answer in enumerate(answers)}

@@ -29,10 +29,10 @@ from integrations.llava.dry_run.facts import model_facts
 from integrations.llava.image_layout import ImageLayout, ImageSize
 from integrations.llava.inference.answering import answer_requests
 from integrations.llava.inference.batching import form_batches
-from integrations.llava.inference.predictor import Answerer
+from integrations.llava.inference.predictor import Predictor
 from integrations.llava.inference.prompt_builder import load_preparer
 from integrations.llava.inference.requests import Request, prompt_lengths
-from integrations.llava.inference.sampling import Decoding
+from integrations.llava.inference.sampling import SamplingParams
 from integrations.llava.modeling.build import Assembled
 from integrations.llava.modeling.model import FusedLlavaForConditionalGeneration
 from integrations.llava.modeling.processing import FusedLlavaProcessor, build_processor
@@ -85,14 +85,14 @@ def cell_run(run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def cells(cell_run: Path) -> Answerer:
+def cells(cell_run: Path) -> Predictor:
     model = load_model(cell_run)
     assert model.config.layout == CellLayout(model.config.image_token_index, [32, 32])
     see_by_cells(model)
-    return Answerer(model, load_processor(cell_run))
+    return Predictor(model, load_processor(cell_run))
 
 
-def dataset(cells: Answerer, samples: Any, folder: Path, **options: Any) -> ConversationDataset:
+def dataset(cells: Predictor, samples: Any, folder: Path, **options: Any) -> ConversationDataset:
     return ConversationDataset(
         samples,
         image_folder=folder,
@@ -107,7 +107,7 @@ def dataset(cells: Answerer, samples: Any, folder: Path, **options: Any) -> Conv
 # Training
 
 
-def test_samples_have_the_tokens_of_their_own_images_and_no_label_on_them(cells: Answerer, data_folder: Path) -> None:
+def test_samples_have_the_tokens_of_their_own_images_and_no_label_on_them(cells: Predictor, data_folder: Path) -> None:
     turns = human_and_gpt("<image> or\n<image>?", "The second.")
     samples = [*read_samples(data_folder / "train.json"), {"image": ["0.png", "5.png"], "conversations": turns}]
     items = list(map(dataset(cells, samples, data_folder).__getitem__, range(len(samples))))
@@ -124,7 +124,7 @@ def test_samples_have_the_tokens_of_their_own_images_and_no_label_on_them(cells:
     assert items[-1]["input_ids"][start + 12] != cells.prepare.image_token_id
 
 
-def test_the_loss_of_a_batch_is_that_of_its_samples(cells: Answerer, data_folder: Path) -> None:
+def test_the_loss_of_a_batch_is_that_of_its_samples(cells: Predictor, data_folder: Path) -> None:
     samples = [read_samples(data_folder / "train.json")[index] for index in (0, 8, 5, 3)]
     items = [dataset(cells, samples, data_folder)[index] for index in range(4)]
     collate = Collator(0)
@@ -159,19 +159,19 @@ def test_a_stage_trains_on_images_of_any_number_of_tokens(
     assert not torch.equal(model.lm_head.weight, before)
 
 
-def test_images_that_do_not_fit_are_told_with_their_own_number(cells: Answerer, data_folder: Path) -> None:
+def test_images_that_do_not_fit_are_told_with_their_own_number(cells: Predictor, data_folder: Path) -> None:
     sample = read_samples(data_folder / "train.json")[5]
     with pytest.raises(BadSampleError, match=r"do not fit into max_length=40 \(they take 20 positions\)"):
         dataset(cells, [sample], data_folder, max_length=40)[0]
 
 
-def test_more_tags_than_images_are_told_with_the_sample(cells: Answerer, data_folder: Path) -> None:
+def test_more_tags_than_images_are_told_with_the_sample(cells: Predictor, data_folder: Path) -> None:
     sample = {"id": "a", "image": ["0.png", "1.png"], "conversations": human_and_gpt("<image>", "b", "<image><image>")}
     with pytest.raises(BadSampleError, match="sample a: the text has 3 image tokens, and there are 2 images"):
         dataset(cells, [sample], data_folder)[0]
 
 
-def test_the_doctor_counts_images_at_the_models_own_size(cells: Answerer, data_folder: Path) -> None:
+def test_the_doctor_counts_images_at_the_models_own_size(cells: Predictor, data_folder: Path) -> None:
     sample = {"image": "5.png", "conversations": human_and_gpt("<image>", "b")}
     whole = len(dataset(cells, [sample], data_folder)[0]["input_ids"]) - 20 + 16
 
@@ -200,7 +200,7 @@ def test_a_copy_by_convert_keeps_the_layout(cell_run: Path, tmp_path: Path) -> N
 # Answers
 
 
-def test_prompts_take_the_tokens_of_their_images(cells: Answerer, data_folder: Path) -> None:
+def test_prompts_take_the_tokens_of_their_images(cells: Predictor, data_folder: Path) -> None:
     """By path, picture and file of questions; pictures that Exif turns count as they are seen."""
     text = len(cells.prepare(None, "What?")["input_ids"])
     names, numbers = ["0.png", "4.png", "5.png"], [12, 16, 20]
@@ -226,22 +226,22 @@ def test_prompts_take_the_tokens_of_their_images(cells: Answerer, data_folder: P
 
 
 @pytest.mark.parametrize(
-    "decoding", [Decoding(max_new_tokens=8), SAMPLED, Decoding(max_new_tokens=8, num_beams=3)], ids=str
+    "sampling", [SamplingParams(max_new_tokens=8), SAMPLED, SamplingParams(max_new_tokens=8, num_beams=3)], ids=str
 )
-def test_answers_in_a_batch_are_those_alone(cells: Answerer, mixture: list[Any], decoding: Decoding) -> None:
-    together = cells(mixture, PROMPTS, decoding=decoding, batch_size=8)
+def test_answers_in_a_batch_are_those_alone(cells: Predictor, mixture: list[Any], sampling: SamplingParams) -> None:
+    together = cells(mixture, PROMPTS, sampling=sampling, batch_size=8)
     keyed = [
-        cells.answer_batch(cells.collate([cells.prepare(images, prompt)]), [str(index)], decoding)[0]
+        cells.answer_batch(cells.collate([cells.prepare(images, prompt)]), [str(index)], sampling)[0]
         for index, (images, prompt) in enumerate(zip(mixture, PROMPTS, strict=True))
     ]
 
     assert together == keyed
     assert len(set(together)) > 4
-    if decoding.num_beams == 1:
-        assert "".join(cells.stream(mixture[2], PROMPTS[2], decoding=decoding))
+    if sampling.num_beams == 1:
+        assert "".join(cells.stream(mixture[2], PROMPTS[2], sampling=sampling))
 
 
-def test_the_processor_writes_the_tokens_of_each_image(cell_run: Path, cells: Answerer, pictures: Any) -> None:
+def test_the_processor_writes_the_tokens_of_each_image(cell_run: Path, cells: Predictor, pictures: Any) -> None:
     processor = AutoProcessor.from_pretrained(cell_run)
     inputs = processor(images=[pictures[0], pictures[3]], text="<image> or\n<image>?", return_tensors="pt")
     counted = processor._get_num_multimodal_tokens([(24, 30), (34, 30)])
@@ -257,13 +257,13 @@ def test_the_processor_writes_the_tokens_of_each_image(cell_run: Path, cells: An
         assert answered.shape[1] > inputs["input_ids"].shape[1]
 
 
-def test_a_file_of_questions_is_answered_as_one_by_one(cells: Answerer, data_folder: Path) -> None:
+def test_a_file_of_questions_is_answered_as_one_by_one(cells: Predictor, data_folder: Path) -> None:
     names = [("0.png",), ("5.png", "1.png"), (), ("7.png",)]
     requests = [Request(str(index), own, "What number?") for index, own in enumerate(names)]
     lengths = prompt_lengths(requests, cells.prepare, image_folder=data_folder)
     batches = form_batches(lengths, 4)
     answered = answer_requests(
-        cells, requests, batches, image_folder=data_folder, decoding=Decoding(max_new_tokens=6), num_workers=0
+        cells, requests, batches, image_folder=data_folder, sampling=SamplingParams(max_new_tokens=6), num_workers=0
     )
     found = dict(zip(chain(*batches), chain(*answered), strict=True))
     images = [[data_folder / name for name in own] for own in names]
