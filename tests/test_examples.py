@@ -28,6 +28,7 @@ RUNS: dict[str, tuple[list[str], list[str]]] = {
         ["--output", "out", "--num-train", "16", "--steps", "1", "1"],
         ["reloaded FusedLlavaForConditionalGeneration with fuser mmfuser", "answered: "],
     ),
+    "use_in_your_project.py": ([], ["it fell: True", "same after loading: True"]),
     "write_a_backbone.py": (
         [],
         ["layers (3, 5) tokens 16 grid (4, 4)", "same after loading: True", "tapped (1, 2) of 4 blocks"],

@@ -42,6 +42,15 @@ def test_python_blocks_of_a_page_run_in_order(page: Path, tmp_path: Path) -> Non
     run_python("-c", code(page), folder=tmp_path)
 
 
+def test_the_page_on_own_projects_shows_the_code_of_its_example() -> None:
+    example = (ROOT / "examples" / "use_in_your_project.py").read_text(encoding="utf-8")
+    definitions = re.findall(
+        r"^(?:class|def) .*?(?=^\S|\Z)", code(ROOT / "docs" / "using_in_your_project.md"), re.S | re.M
+    )
+    assert len(definitions) == 3
+    assert [text for text in definitions if text.strip() not in example] == []
+
+
 @pytest.mark.parametrize("page", PAGES, ids=name)
 def test_links_of_a_page_lead_somewhere(page: Path) -> None:
     broken = []
