@@ -123,8 +123,8 @@ def own(source: Source, package: str = "layerfuse") -> Iterator[tuple[Import, st
         if entry.package != package:
             continue
         door = BY_MODULE.get(entry.module)
-        exported = (door.exported if door else None) or frozenset()
-        # A name that a package exports is meant before its file of that name.
+        exported = (door.exported if door and entry.module != source.module else None) or frozenset()
+        # A name that a package exports is meant before its file of that name, but inside the package.
         names = [name for name in entry.names if name not in exported]
         deeper = [f"{entry.module}.{name}" for name in names if f"{entry.module}.{name}" in BY_MODULE]
         for module in deeper or [entry.module]:

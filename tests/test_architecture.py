@@ -313,3 +313,35 @@ def test_the_image_layout_knows_neither_model_nor_data() -> None:
     files = sources("integrations/llava/image_layout")
     assert files
     assert_none(offenders(check, files), "image_layout imports the standard library and layerfuse:")
+
+
+# One of each
+
+
+# The photographs are files of scikit-image's wheel, not a user's; synthetic imports no data.
+OPENS_IMAGES = {"integrations.llava.data.images", "integrations.llava.synthetic.photographs"}
+READS_JSON_LINES = {"integrations.llava._files", "integrations.llava.data.files"}
+
+
+def test_images_are_opened_in_one_place() -> None:
+    def check(source: Source) -> Iterator[str]:
+        for node in ast.walk(source.tree):
+            called = ast.unparse(node.func) if isinstance(node, ast.Call) else ""
+            if called.endswith("Image.open") and source.module not in OPENS_IMAGES:
+                yield source.where(node.lineno, called)
+
+    assert_none(offenders(check, sources("integrations")), "open images with integrations.llava.data.read_image:")
+
+
+def test_json_lines_are_read_in_one_place() -> None:
+    """`_files.json_lines`, and for data sets, which are read by index, `data.SampleFile`."""
+
+    def check(source: Source) -> Iterator[str]:
+        loops = (ast.For, ast.While, ast.ListComp, ast.SetComp, ast.DictComp, ast.GeneratorExp)
+        for loop in ast.walk(source.tree):
+            for node in ast.walk(loop) if isinstance(loop, loops) else ():
+                called = ast.unparse(node.func) if isinstance(node, ast.Call) else ""
+                if called == "json.loads" and source.module not in READS_JSON_LINES:
+                    yield source.where(node.lineno, called)
+
+    assert_none(offenders(check, sources("integrations")), "read JSON lines with integrations.llava._files.json_lines:")

@@ -6,7 +6,7 @@ from .collate import Collator
 from .dataset import BadSampleError, ConversationDataset
 from .doctor import Finding, Survey, check_samples, survey_samples, usable_indices, usable_samples
 from .files import SampleFile, Selection, read_samples, sample_lengths, select_samples
-from .images import open_image, read_image
+from .images import read_image, read_image_size
 from .media_names import is_outside, linked_media, unread_media
 from .samplers import ModalityLengthSampler, ShuffleSampler, modality_length_indices
 from .samples import Sample, image_names
@@ -27,8 +27,8 @@ __all__ = [
     "is_outside",
     "linked_media",
     "modality_length_indices",
-    "open_image",
     "read_image",
+    "read_image_size",
     "read_samples",
     "sample_lengths",
     "select_samples",

@@ -15,17 +15,14 @@ from typing import Literal
 from PIL import Image
 
 from integrations.llava._text import printable
-from layerfuse.errors import InputError, MissingFileError
-from layerfuse.preprocessing.pixels import MAX_EDGE, check_picture, to_rgb
+from integrations.llava.image_layout import ImageSize
+from layerfuse.errors import InputError, MissingFileError, UserError
+from layerfuse.preprocessing.pixels import MAX_EDGE, check_picture, image_size, to_rgb
 
-__all__ = [
-    "IMAGE_ERRORS",
-    "UnreadableImageError",
-    "open_image",
-    "read_image",
-]
+__all__ = ["UnreadableImageError", "open_image", "read_image", "read_image_size"]
 
-IMAGE_ERRORS = (
+# What Pillow raises on a file that it cannot open or decode; MemoryError, too, where the picture is large.
+_IMAGE_ERRORS = (
     OSError,  # UnidentifiedImageError is one
     SyntaxError,
     ValueError,
@@ -39,7 +36,6 @@ IMAGE_ERRORS = (
     zlib.error,
     Image.DecompressionBombError,
 )
-"""What Pillow raises on a file that it cannot open or decode; MemoryError, too, where the picture is large."""
 
 # A process that has no room for a picture of fewer pixels is short of memory; that is no fault of the picture.
 _LARGE = 2**24
@@ -104,7 +100,7 @@ def open_image(path: str | Path) -> Iterator[Image.Image]:
         if num_pixels < _LARGE:
             raise
         raise UnreadableImageError(path, "large_image", f"no memory for its {num_pixels:,} pixels") from error
-    except IMAGE_ERRORS as error:
+    except _IMAGE_ERRORS as error:
         cut = "truncated" in str(error).lower() or _is_short_riff(path)
         what = str(error) or type(error).__name__
         raise UnreadableImageError(path, "truncated_image" if cut else "broken_image", what) from error
@@ -119,6 +115,20 @@ def read_image(path: str | Path) -> Image.Image:
     """
     with open_image(path) as image:
         return to_rgb(image)
+
+
+def read_image_size(path: str | Path, *, upright: bool) -> ImageSize | None:
+    """Height and width of an image in pixels, from the head of its file; None where that cannot be read.
+
+    Args:
+        path: of the file.
+        upright: whether the image will be turned as its Exif data say.
+    """
+    try:
+        with open_image(path) as image:
+            return image_size(image, upright=upright)
+    except UserError:
+        return None
 
 
 def _check(path: Path, image: Image.Image) -> None:

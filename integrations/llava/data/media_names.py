@@ -8,7 +8,9 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from .samples import Sample
+from integrations.llava.prompts import IMAGE_TAG
+
+from .samples import Sample, image_names
 
 __all__ = ["is_outside", "linked_media", "unread_media"]
 
@@ -54,20 +56,20 @@ def unread_media(sample: Sample) -> Iterator[tuple[str, str]]:
     Yields:
         The key, and what to write instead.
     """
-    image = sample.get("image")
-    num_images = 1 if isinstance(image, str) else len(image or ())
-    num_tags = sum(turn["value"].count("<image>") for turn in sample["conversations"] if turn["from"] == "human")
+    num_images = len(image_names(sample))
+    num_tags = sum(turn["value"].count(IMAGE_TAG) for turn in sample["conversations"] if turn["from"] == "human")
+    unseen = num_images == 0 or num_images < num_tags
     for key, value in sample.items():
         if key == "image" or not _names_media(value):
             continue
         word = _plain(key)
         if _OTHER_KEY.fullmatch(word):
             yield key, "images alone are read: give the frames as 'image': [name, …], or remove the sample"
-        elif _IMAGE_KEY.fullmatch(word) and (num_images == 0 or num_images < num_tags):
+        elif _IMAGE_KEY.fullmatch(word) and unseen:
             yield key, f"write 'image': {_example(value)}"
     for turn in sample["conversations"]:
         for key, value in turn.items():
-            word, unseen = _plain(key), num_images == 0 or num_images < num_tags
+            word = _plain(key)
             if unseen and _names_media(value) and (_IMAGE_KEY.fullmatch(word) or _OTHER_KEY.fullmatch(word)):
                 yield key, f"write 'image': {_example(value)} beside 'conversations'"
 

@@ -24,6 +24,7 @@ class FixedLayout(ImageLayout):
     """
 
     name: ClassVar[str] = "fixed"
+    depends_on_size: ClassVar[bool] = False
     tokens_per_image: int
 
     def __post_init__(self) -> None:

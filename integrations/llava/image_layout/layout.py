@@ -30,10 +30,12 @@ class ImageLayout(abc.ABC):
     Attributes:
         image_token_id: id that stands for an image, and for each of its positions.
         name: what a saved config calls the class.
+        depends_on_size: whether images of another size take another number of tokens; where not, nobody looks sizes up.
     """
 
     image_token_id: int
     name: ClassVar[str]
+    depends_on_size: ClassVar[bool] = True
 
     def __init_subclass__(cls) -> None:
         super().__init_subclass__()

@@ -14,11 +14,11 @@ from transformers import LlavaProcessor, PreTrainedConfig
 
 from integrations.llava._files import is_writable_text
 from integrations.llava.checkpoints import load_config, load_processor
-from integrations.llava.data import open_image, read_image
+from integrations.llava.data import read_image, read_image_size
 from integrations.llava.image_layout import ImageSize
 from integrations.llava.modeling import FusedLlavaConfig, LayerfuseImageProcessor
-from integrations.llava.prompts import IMAGE_TAG, Message, Template, TextEncoder, render
-from layerfuse.errors import InputError, InvalidTypeError, MissingFileError, UserError
+from integrations.llava.prompts import IMAGE_TAG, Message, Template, TextEncoder, render, turns
+from layerfuse.errors import InputError, InvalidTypeError, MissingFileError
 from layerfuse.preprocessing import Preprocessing
 from layerfuse.preprocessing.pixels import image_size
 
@@ -114,16 +114,11 @@ class Preparer:
         Returns:
             Sizes; None for a file that is no picture, which `pixels` refuses.
         """
-        return [self._size(own) for own in images]
-
-    def _size(self, image: Picture) -> ImageSize | None:
-        if isinstance(image, Image.Image):
-            return image_size(image, upright=self.preprocessing.upright)
-        try:
-            with open_image(image) as opened:
-                return image_size(opened, upright=self.preprocessing.upright)
-        except UserError:
-            return None
+        upright = self.preprocessing.upright
+        return [
+            image_size(own, upright=upright) if isinstance(own, Image.Image) else read_image_size(own, upright=upright)
+            for own in images
+        ]
 
     def pixels(self, images: Sequence[Picture], image_sizes: Sequence[ImageSize | None]) -> dict[str, torch.Tensor]:
         """Prepare a prompt's images.
@@ -244,21 +239,17 @@ def as_turns(prompt: Prompt) -> list[Message]:
     """
     if isinstance(prompt, bytes) or not isinstance(prompt, Sequence):
         raise InvalidTypeError(
-            f"a prompt is a {type(prompt).__name__}; give a text, or a list of turns {{'from': 'human' | 'gpt', "
-            f"'value': text}}.{_other_form(prompt)}"
+            f"a prompt is a {type(prompt).__name__}; give a text, or a list of turns {turns.FORM}.{_other_form(prompt)}"
         )
-    turns: list[Message] = [{"from": "human", "value": prompt}] if isinstance(prompt, str) else [*prompt]
-    for turn in turns:
-        well_formed = isinstance(turn, Mapping) and isinstance(turn.get("value"), str)
-        if not well_formed or turn.get("from") not in ("human", "gpt"):
-            raise InputError(
-                f"a turn is {turn!r:.80}; write {{'from': 'human' | 'gpt', 'value': text}}.{_other_form(turn)}"
-            )
+    messages: list[Message] = [{"from": "human", "value": prompt}] if isinstance(prompt, str) else [*prompt]
+    for turn in messages:
+        if not turns.is_turn(turn):
+            raise InputError(f"a turn is {turn!r:.80}; write {turns.FORM}.{_other_form(turn)}")
         if not is_writable_text(turn["value"]):
             raise InputError(
                 f"the text {turn['value'][:40]!r} holds half of a character (\\ud800 to \\udfff alone); write it whole."
             )
-    return turns
+    return messages
 
 
 def _other_form(value: object) -> str:
@@ -274,13 +265,11 @@ def _placed(messages: list[Message], num_images: int) -> list[Message]:
     """Put tags in front of a conversation that has none."""
     if not messages or messages[-1]["from"] != "human":
         raise InputError("a conversation has to end with the human's turn, which the model then answers.")
-    human = [index for index, message in enumerate(messages) if message["from"] == "human"]
-    tags = [messages[index]["value"].count(IMAGE_TAG) for index in human]
-    # With one image, several tags in one message count as one: they are moved to its front.
-    found = sum(map(bool, tags)) if num_images == 1 else sum(tags)
+    found = turns.count_image_tags(messages, num_images)
     if num_images and not found:
-        first = messages[human[0]]
-        messages[human[0]] = {**first, "value": f"{IMAGE_TAG}\n" * num_images + first["value"]}
+        first = next(index for index, message in enumerate(messages) if message["from"] == "human")
+        text = f"{IMAGE_TAG}\n" * num_images + messages[first]["value"]
+        messages[first] = {**messages[first], "value": text}
     elif num_images and found != num_images:
         raise InputError(
             f"the prompt has {found} {IMAGE_TAG} tags for {num_images} images; write one tag per image, or none at "

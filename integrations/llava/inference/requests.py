@@ -108,7 +108,7 @@ def prompt_lengths(
 
     @cache  # many questions are about one image
     def size_of(name: str) -> ImageSize | None:
-        return preparer.sizes([Path(image_folder) / name])[0]
+        return preparer.sizes([Path(image_folder) / name])[0] if preparer.layout.depends_on_size else None
 
     for request in requests:
         try:

@@ -1,7 +1,8 @@
-"""Prompts: templates as data, and conversations written out as text, ids and labels."""
+"""Prompts: templates as data, the rule about turns, and conversations written out as text, ids and labels."""
 
 from __future__ import annotations
 
+from . import turns
 from .chat_template import chat_template
 from .encoder import TextEncoder
 from .render import Rendered, render
@@ -18,4 +19,5 @@ __all__ = [
     "chat_template",
     "get_template",
     "render",
+    "turns",
 ]

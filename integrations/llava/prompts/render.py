@@ -16,6 +16,7 @@ from layerfuse.errors import InputError
 
 from .encoder import LONG_TEXT, TextEncoder
 from .templates import IGNORE_INDEX, IMAGE_TAG, Message, Template
+from .turns import in_order, split_at_images, without_greeting
 
 __all__ = ["Rendered", "render"]
 
@@ -51,28 +52,6 @@ class Rendered:
         return sum(label != IGNORE_INDEX for label in self.labels)
 
 
-def _place_images(messages: Sequence[Message], num_images: int) -> list[list[str]]:
-    """Split every message at its image tags.
-
-    With one image the published rule holds: the tag goes to the front of its message, on a line of its own, and the
-    message is stripped. With several images the place of a tag says which image is meant, so it stays.
-
-    Returns:
-        Per message, the texts around its image tags: k + 1 texts for k tags.
-    """
-    placed = []
-    for message in messages:
-        text = message["value"]
-        if num_images == 0 or message["from"] != "human" or IMAGE_TAG not in text:
-            placed.append([text])
-        elif num_images == 1:
-            rest = text.replace(IMAGE_TAG, "").strip()
-            placed.append(["", f"\n{rest}" if rest else ""])
-        else:
-            placed.append(text.split(IMAGE_TAG))
-    return placed
-
-
 def _text_and_images(parts: Sequence[str], before: str = "", after: str = "") -> list[_Piece]:
     texts = [*parts]
     texts[0] = before + texts[0]
@@ -90,8 +69,8 @@ def _answer(template: Template, encoder: TextEncoder, text: str) -> list[_Piece]
 
 def _chat(template: Template, encoder: TextEncoder, messages: Sequence[Message], num_images: int) -> list[_Piece]:
     pieces = [_Piece("text", f"{template.system} " if template.system else "")]
-    for index, (message, parts) in enumerate(zip(messages, _place_images(messages, num_images), strict=True)):
-        last = index == len(messages) - 1
+    for index, message in enumerate(messages):
+        parts = split_at_images(message, num_images)
         empty = parts == [""]
         if message["from"] == "human":
             # An empty message is written without blanks, as the published code does.
@@ -99,7 +78,7 @@ def _chat(template: Template, encoder: TextEncoder, messages: Sequence[Message],
             pieces += _text_and_images(parts, before, after)
             continue
         pieces.append(_Piece("text", f"{template.assistant}:"))
-        if not empty or last:
+        if not empty or index == len(messages) - 1:
             pieces += _answer(template, encoder, "" if empty else " " + parts[0])
     return pieces
 
@@ -158,13 +137,11 @@ def render(
     Raises:
         ValueError: if the turns do not alternate, or the template cannot write them.
     """
-    if messages and messages[0]["from"] == "gpt":
-        messages = messages[1:]
-    roles = [message["from"] for message in messages]
-    if not roles or roles != (["human", "gpt"] * len(roles))[: len(roles)]:
+    messages = without_greeting(messages)
+    if not in_order(messages):
         raise InputError(
-            f"the turns of a conversation are {roles}; they have to alternate between 'human' and 'gpt' and begin "
-            "with 'human'."
+            f"the turns of a conversation are {[message['from'] for message in messages]}; they have to alternate "
+            "between 'human' and 'gpt' and begin with 'human'."
         )
     write = _caption if template.caption_only else _chat
     pieces = write(template, encoder, messages, num_images)

@@ -8,7 +8,7 @@ from .images import find_broken_images
 from .policy import check_samples, usable_indices, usable_samples
 from .report import findings_table, report, sources_table, verdict
 from .survey import Survey, survey_samples
-from .turns import TokenLimit
+from .texts import TokenLimit
 
 __all__ = [
     "Finding",

@@ -19,13 +19,13 @@ from ..samples import Sample, image_names, sample_id, source_name
 from .findings import Fault, Finding
 from .images import CheckImages, image_faults
 from .parallel import in_parallel
-from .turns import TokenLimit, conversation_faults, sample_warnings
+from .texts import TokenLimit, conversation_faults, sample_warnings
 
 __all__ = ["Source", "Survey", "survey_samples"]
 
 _TEXTS_PER_TASK = 500
 _IMAGES_PER_TASK = 50
-# Source of what does not say which images belong to it.
+# Source of samples with a fault that leaves unsaid which images belong to them.
 _UNCLEAR = "(unclear)"
 _UNNAMED = {"not_an_object", "no_conversation", "bad_image_entry", "outside_folder", "linked_image"}
 
@@ -149,9 +149,7 @@ class _TextCheck:
         faults = list(conversation_faults(sample, self.template, self.image_folder))
         kinds = {fault.kind for fault in faults}
         # No image of these is looked at.
-        sound = kinds.isdisjoint(
-            {"not_an_object", "no_conversation", "bad_image_entry", "outside_folder", "linked_image"}
-        )
+        sound = kinds.isdisjoint(_UNNAMED)
         images = image_names(sample) if sound else ()
         if not faults:
             faults += self._more_faults(sample)
@@ -161,9 +159,9 @@ class _TextCheck:
 
     def _more_faults(self, sample: Sample) -> Iterator[Fault]:
         if self.tokens is not None:
-            yield from (
-                fault for fault in self.tokens.faults(sample, self.template) if self.warnings or fault.is_problem
-            )
+            for fault in self.tokens.faults(sample, self.template, self.image_folder):
+                if self.warnings or fault.is_problem:
+                    yield fault
         if self.warnings:
             yield from sample_warnings(sample)
 

@@ -20,7 +20,7 @@ from integrations.llava.data import (
     usable_samples,
 )
 from integrations.llava.data.doctor import survey as survey_module
-from integrations.llava.data.doctor.turns import TokenLimit
+from integrations.llava.data.doctor.texts import TokenLimit
 from integrations.llava.image_layout import FixedLayout
 from integrations.llava.prompts import IGNORE_INDEX, TEMPLATES, TextEncoder, render
 from tests.integrations.llava.tiny_parts import human_and_gpt, make_tokenizer

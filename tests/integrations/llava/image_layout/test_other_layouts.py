@@ -23,10 +23,10 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 from integrations.llava.checkpoints import convert
 from integrations.llava.checkpoints.model_io import load_config, load_model, load_processor, save_model
 from integrations.llava.config.schema import Recipe
-from integrations.llava.data import BadSampleError, Collator, ConversationDataset, read_samples
-from integrations.llava.data.doctor.turns import TokenLimit
+from integrations.llava.data import BadSampleError, Collator, ConversationDataset, read_samples, survey_samples
+from integrations.llava.data.doctor.texts import TokenLimit
 from integrations.llava.dry_run.facts import model_facts
-from integrations.llava.image_layout import ImageLayout, ImageSize
+from integrations.llava.image_layout import FixedLayout, ImageLayout, ImageSize
 from integrations.llava.inference.answering import answer_requests
 from integrations.llava.inference.batching import form_batches
 from integrations.llava.inference.predictor import Predictor
@@ -53,6 +53,16 @@ class CellLayout(ImageLayout):
     def num_tokens(self, image_size: ImageSize | None = None) -> int:
         height, width = image_size or self.image_size
         return math.ceil(height / 8) * math.ceil(width / 8)
+
+
+@dataclass(frozen=True)
+class HeightLayout(ImageLayout):
+    """One token a pixel row."""
+
+    name: ClassVar[str] = "pixel rows of a test"
+
+    def num_tokens(self, image_size: ImageSize | None = None) -> int:
+        return image_size[0] if image_size else 99
 
 
 def see_by_cells(model: FusedLlavaForConditionalGeneration) -> None:
@@ -171,16 +181,42 @@ def test_more_tags_than_images_are_told_with_the_sample(cells: Predictor, data_f
         dataset(cells, [sample], data_folder)[0]
 
 
-def test_the_doctor_counts_images_at_the_models_own_size(cells: Predictor, data_folder: Path) -> None:
+def test_the_doctor_counts_images_at_their_own_size(cells: Predictor, data_folder: Path, tmp_path: Path) -> None:
     sample = {"image": "5.png", "conversations": human_and_gpt("<image>", "b")}
-    whole = len(dataset(cells, [sample], data_folder)[0]["input_ids"]) - 20 + 16
+    whole = len(dataset(cells, [sample], data_folder)[0]["input_ids"])
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.new("RGB", (8, 20)).save(tmp_path / "5.png", exif=exif)
 
-    def kinds(max_length: int) -> list[str]:
-        limit = TokenLimit(cells.prepare.encoder, layout=cells.prepare.layout, max_length=max_length)
-        return [fault.kind for fault in limit.faults(sample, TEMPLATES["v1"])]
+    def kinds(max_length: int, folder: Path = data_folder, layout: ImageLayout = cells.prepare.layout) -> list[str]:
+        limit = TokenLimit(cells.prepare.encoder, layout=layout, max_length=max_length, upright=True)
+        found = survey_samples([sample], image_folder=folder, template=TEMPLATES["v1"], tokens=limit, workers=1)
+        return [finding.kind for finding in found.findings if finding.kind not in {"missing_image", "turned_image"}]
 
     assert kinds(whole) == []
     assert kinds(whole - 1) == ["too_long"]
+    # 20 × 8 pixels once it is turned: one row of three cells.
+    assert (kinds(whole - 17, tmp_path), kinds(whole - 18, tmp_path)) == ([], ["too_long"])
+    by_height = HeightLayout(cells.prepare.image_token_id)
+    assert (kinds(whole - 12, tmp_path, by_height), kinds(whole - 13, tmp_path, by_height)) == ([], ["too_long"])
+    # No such file: the model's own size, of 16 cells.
+    gone = tmp_path / "nowhere"
+    assert (kinds(whole - 4, gone), kinds(whole - 5, gone)) == ([], ["too_long"])
+
+
+def test_no_file_is_opened_for_a_layout_that_does_not_depend_on_the_size(
+    cells: Predictor, data_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: Any) -> None:
+        raise AssertionError
+
+    monkeypatch.setattr("PIL.Image.open", refuse)
+    sample = {"image": "5.png", "conversations": human_and_gpt("<image>", "b")}
+    fixed = FixedLayout(cells.prepare.image_token_id, 16)
+    limit = TokenLimit(cells.prepare.encoder, layout=fixed, max_length=512)
+    assert list(limit.faults(sample, TEMPLATES["v1"], data_folder)) == []
+    monkeypatch.setattr(cells.prepare, "layout", fixed)
+    assert len(prompt_lengths([Request(1, ("5.png",), "What?")], cells.prepare, image_folder=data_folder)) == 1
 
 
 def test_a_dry_run_counts_images_at_the_models_own_size(cell_run: Path) -> None:

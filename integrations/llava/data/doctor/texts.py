@@ -13,13 +13,14 @@ import numpy as np
 from integrations.llava._files import is_writable_text
 from integrations.llava._text import printable
 from integrations.llava.image_layout import ImageLayout
-from integrations.llava.prompts import IGNORE_INDEX, IMAGE_TAG, Rendered, Template, TextEncoder, render
+from integrations.llava.prompts import IGNORE_INDEX, IMAGE_TAG, Message, Template, TextEncoder, render, turns
 
+from ..images import read_image_size
 from ..media_names import is_outside, linked_media, unread_media
 from ..samples import Sample, image_names
 from .findings import Fault
 
-__all__ = ["TokenLimit", "conversation_faults", "is_outside", "sample_warnings"]
+__all__ = ["TokenLimit", "conversation_faults", "sample_warnings"]
 
 _CONTROL_TOKENS = re.compile(r"</?s>|<unk>|<pad>|<\|[a-z_]+\|>")
 
@@ -52,36 +53,29 @@ def conversation_faults(sample: Any, template: Template, image_folder: str | Pat
             yield Fault("linked_image", f"image {printable(name)[:120]}: {link}, no file name")
         elif is_outside(name, image_folder):
             yield Fault("outside_folder", f"image {printable(name)}: outside the image folder", name)
-    for turn in messages:
-        if not (
-            isinstance(turn, Mapping) and turn.get("from") in ("human", "gpt") and isinstance(turn.get("value"), str)
-        ):
-            yield Fault("bad_turn", f"has a turn that is not {{'from': 'human' | 'gpt', 'value': text}}: {turn!a:.80}")
+    for message in messages:
+        if not turns.is_turn(message):
+            yield Fault("bad_turn", f"has a turn that is not {turns.FORM}: {message!a:.80}")
             return
-        if not is_writable_text(turn["value"]):
-            yield Fault("half_character", f"has half of a character in its text: {turn['value']!a:.80}")
+        if not is_writable_text(message["value"]):
+            yield Fault("half_character", f"has half of a character in its text: {message['value']!a:.80}")
             return
-    found = list(unread_media(sample))
-    for key, advice in found:
+    unread = list(unread_media(sample))
+    for key, advice in unread:
         yield Fault("unread_media", f"has {printable(key)!r}, which is not read; {advice}")
-    if found:
-        return  # what is to be said about tags is said
-    yield from _turn_faults(messages, len(names), template)
+    if not unread:  # else what is to be said about tags is said
+        yield from _turn_faults(messages, len(names), template)
 
 
-def _turn_faults(messages: Sequence[Mapping[str, str]], num_images: int, template: Template) -> Iterator[Fault]:
-    turns = messages[1:] if messages[0]["from"] == "gpt" else messages
-    roles = [turn["from"] for turn in turns]
-    if len(roles) < 2 or roles != (["human", "gpt"] * len(roles))[: len(roles)]:
-        yield Fault(
-            "turn_order", f"turns are {', '.join(roles) or 'missing'}; they have to alternate human, gpt, human, gpt, …"
-        )
-    tags = [turn["value"].count(IMAGE_TAG) for turn in turns if turn["from"] == "human"]
-    # With one image, several tags in one message count as one: they are moved to its front.
-    found = sum(map(bool, tags)) if num_images == 1 else sum(tags)
-    if found != num_images:
-        yield Fault("image_tags", f"has {num_images} images but {found} {IMAGE_TAG} tags in the human's turns")
-    elif template.caption_only and (num_images == 0 or len(turns) != 2):
+def _turn_faults(messages: Sequence[Message], num_images: int, template: Template) -> Iterator[Fault]:
+    messages = turns.without_greeting(messages)
+    if len(messages) < 2 or not turns.in_order(messages):
+        roles = ", ".join(message["from"] for message in messages) or "missing"
+        yield Fault("turn_order", f"turns are {roles}; they have to alternate human, gpt, human, gpt, …")
+    num_tags = turns.count_image_tags(messages, num_images)
+    if num_tags != num_images:
+        yield Fault("image_tags", f"has {num_images} images but {num_tags} {IMAGE_TAG} tags in the human's turns")
+    elif template.caption_only and (num_images == 0 or len(messages) != 2):
         yield Fault("caption_form", f"template {template.name!r} takes one question and one answer about an image")
 
 
@@ -91,12 +85,12 @@ def sample_warnings(sample: Sample) -> Iterator[Fault]:
     Yields:
         Answers without text, control tokens that someone typed.
     """
-    turns = sample["conversations"]
-    typed = {token for turn in turns for token in _CONTROL_TOKENS.findall(turn["value"])}
-    typed |= {IMAGE_TAG for turn in turns if turn["from"] == "gpt" and IMAGE_TAG in turn["value"]}
+    answers = [message["value"] for message in sample["conversations"] if message["from"] == "gpt"]
+    typed = {token for message in sample["conversations"] for token in _CONTROL_TOKENS.findall(message["value"])}
+    typed |= {IMAGE_TAG for answer in answers if IMAGE_TAG in answer}
     if typed:
         yield Fault("control_token", f"has {', '.join(sorted(typed))} in its text")
-    if any(turn["from"] == "gpt" and not turn["value"].strip() for turn in turns):
+    if not all(map(str.strip, answers)):
         yield Fault("empty_answer", "has an answer without text")
 
 
@@ -106,30 +100,36 @@ class TokenLimit:
 
     Attributes:
         encoder: how texts are tokenised.
-        layout: how many tokens an image takes; images are counted with the model's own size.
+        layout: how many tokens an image takes; heads of image files are read if that depends on their size.
         max_length: positions of a sample, images included; what is longer is cut.
+        upright: whether images will be turned as their Exif data say.
     """
 
     encoder: TextEncoder
     layout: ImageLayout
     max_length: int
+    upright: bool = False
 
-    def faults(self, sample: Sample, template: Template) -> Iterator[Fault]:
-        """Check the length of a sample of good form.
+    def faults(self, sample: Sample, template: Template, image_folder: Path) -> Iterator[Fault]:
+        """Check the length of a sample of good form; an image that cannot be read counts as one of the model's size.
 
         Yields:
             At most one fault: images or all answers that would be cut off, or any end that is.
         """
-        num_images = len(image_names(sample))
-        rendered: Rendered = render(
+        names = image_names(sample)
+        rendered = render(
             sample["conversations"],
             template=template,
             encoder=self.encoder,
             image_token_id=self.layout.image_token_id,
-            num_images=num_images,
+            num_images=len(names),
             max_length=self.max_length + 1,
         )
-        repeats = self.layout.repeats(rendered.input_ids, [None] * num_images)
+        sizes = [
+            read_image_size(image_folder / name, upright=self.upright) if self.layout.depends_on_size else None
+            for name in names
+        ]
+        repeats = self.layout.repeats(rendered.input_ids, sizes)
         ids, labels = np.repeat([rendered.input_ids, rendered.labels], repeats, axis=1)
         limit, length = f"max_length is {self.max_length}", f"{'at least ' * rendered.is_cut}{len(ids)} tokens"
         if (ids[self.max_length :] == self.layout.image_token_id).any():
