@@ -74,9 +74,6 @@ def _evaluate(arguments: argparse.Namespace) -> Evaluation | None:
         if arguments.output is not None:
             write_evaluation(evaluation, arguments.output, overwrite=arguments.overwrite)
         return evaluation
-    # Imported here so that scoring predictions needs no model library.
-    from .options import find_device
-
     return evaluate(
         arguments.model,
         task or arguments.questions,
@@ -84,7 +81,7 @@ def _evaluate(arguments: argparse.Namespace) -> Evaluation | None:
         output=arguments.output or Path(arguments.model) / "evaluation" / (arguments.task or ""),
         batch_size=arguments.batch_size,
         max_new_tokens=arguments.max_new_tokens,
-        device=str(find_device(arguments)),
+        device=arguments.device,
         overwrite=arguments.overwrite,
         shard=find_shard(arguments.shard),
     )

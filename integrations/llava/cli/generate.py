@@ -10,25 +10,16 @@ from pathlib import Path
 
 from integrations.llava.data import read_image
 from integrations.llava.inference import (
-    AnswerFile,
     SamplingParams,
-    Shard,
-    answer_into,
+    answer_requests,
     find_shard,
+    load_predictor,
     load_preparer,
-    open_answers,
     read_requests,
 )
 from layerfuse.errors import InputError, UserError
 
-from .options import (
-    add_model_options,
-    add_sampling_options,
-    find_dtype,
-    load_from_options,
-    print_anything,
-    read_sampling,
-)
+from .options import add_model_options, add_sampling_options, loading_options, print_anything, quiet_bars, read_sampling
 
 __all__ = ["main"]
 
@@ -53,6 +44,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error("--image belongs to --prompt; images of a file of questions are named in it")
     if arguments.batch_size < 1:
         parser.error(f"--batch-size {arguments.batch_size} is too small; answer at least 1 prompt at a time")
+    quiet_bars()
     try:
         sampling = read_sampling(arguments)
         return _answer_prompts(arguments, sampling) if arguments.input is None else _answer_file(arguments, sampling)
@@ -100,7 +92,7 @@ def _answer_prompts(arguments: argparse.Namespace, sampling: SamplingParams) -> 
     preparer = load_preparer(arguments.model)
     for own, prompt in zip(images, prompts, strict=True):
         preparer.encode(prompt, preparer.sizes(own), max_new_tokens=sampling.max_new_tokens)
-    predictor = load_from_options(arguments)
+    predictor = load_predictor(arguments.model, **loading_options(arguments))
     print_anything()
     for answer in predictor(images, prompts, batch_size=arguments.batch_size, sampling=sampling):
         print(answer)
@@ -109,39 +101,26 @@ def _answer_prompts(arguments: argparse.Namespace, sampling: SamplingParams) -> 
 
 def _answer_file(arguments: argparse.Namespace, sampling: SamplingParams) -> int:
     shard = find_shard(arguments.shard)
-    folder = arguments.image_folder or Path(arguments.input).parent
     requests = read_requests(arguments.input)
-    output, batches = open_answers(
-        arguments.output,
+    output, answered = answer_requests(
         requests,
         arguments.model,
-        image_folder=folder,
+        arguments.output,
+        image_folder=arguments.image_folder or Path(arguments.input).parent,
         sampling=sampling,
-        dtype=find_dtype(arguments),
-        quantize=arguments.quantize,
         batch_size=arguments.batch_size,
         shard=shard,
         overwrite=arguments.overwrite,
-    )
-    answered = answer_into(
-        output,
-        lambda: load_from_options(arguments),
-        batches,
-        image_folder=folder,
-        sampling=sampling,
         num_workers=arguments.num_workers,
         # Processes that torchrun started share a terminal: one bar is enough.
         show_bar=False if int(os.environ.get("LOCAL_RANK", 0)) else None,
+        **loading_options(arguments),
     )
-    _report(output, shard, answered)
-    return 0
-
-
-def _report(output: AnswerFile, shard: Shard, answered: int) -> None:
     missing = output.merge()
     who = f"process {shard.index} of {shard.count}: " if shard.count > 1 else ""
     if missing:
         what = f"{missing} are left to other processes; the last one writes {output.path}"
     else:
-        what = f"all {len(output.requests)} are in {output.path}"
+        what = f"all {len(requests)} are in {output.path}"
     print(f"{who}{answered} questions answered; {what}", file=sys.stderr)
+    return 0

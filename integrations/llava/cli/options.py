@@ -4,22 +4,21 @@ from __future__ import annotations
 
 import argparse
 import io
-import os
 import sys
+from typing import Any
 
 import torch
 from transformers.utils import logging as transformers_logging
 
-from integrations.llava.inference import Predictor, SamplingParams, default_dtype, load_predictor, usable_device
+from integrations.llava.inference import SamplingParams
 from integrations.llava.modeling import QUANTIZATIONS
 
 __all__ = [
     "add_model_options",
     "add_sampling_options",
-    "find_device",
-    "find_dtype",
-    "load_from_options",
+    "loading_options",
     "print_anything",
+    "quiet_bars",
     "read_sampling",
 ]
 
@@ -69,41 +68,17 @@ def print_anything() -> None:
         sys.stdout.reconfigure(errors="backslashreplace")
 
 
-def find_device(arguments: argparse.Namespace) -> torch.device:
-    """The device that was asked for; else, if there is CUDA, this process's own under torchrun.
-
-    Raises:
-        ValueError: if it cannot be used.
-    """
-    if arguments.device is None and torch.cuda.is_available():
-        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
-    return usable_device(arguments.device)
-
-
-def find_dtype(arguments: argparse.Namespace) -> torch.dtype:
-    """The dtype that was asked for, or that the checkpoint and the device suggest.
-
-    Raises:
-        FileNotFoundError: if the folder holds no model.
-        ValueError: if it holds another kind of model.
-    """
-    return _DTYPES[arguments.dtype] or default_dtype(arguments.model, find_device(arguments), arguments.quantize)
+def loading_options(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Arguments of `load_predictor` and `answer_requests`, from the options of `add_model_options`."""
+    return {
+        "device": arguments.device,
+        "dtype": _DTYPES[arguments.dtype],
+        "quantize": arguments.quantize,
+        "compile": arguments.compile,
+    }
 
 
-def load_from_options(arguments: argparse.Namespace) -> Predictor:
-    """Load the model; progress is only shown on a terminal.
-
-    Raises:
-        FileNotFoundError: as `load_predictor`.
-        ValueError: as `load_predictor`.
-        ImportError: as `load_predictor`.
-    """
+def quiet_bars() -> None:
+    """Show transformers' bars of progress on a terminal only."""
     if not sys.stderr.isatty():
         transformers_logging.disable_progress_bar()
-    return load_predictor(
-        arguments.model,
-        device=find_device(arguments),
-        dtype=find_dtype(arguments),
-        quantize=arguments.quantize,
-        compile=arguments.compile,
-    )

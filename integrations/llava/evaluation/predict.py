@@ -6,8 +6,9 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from integrations.llava.data import read_image
-from integrations.llava.inference import answer_batches, form_batches
+from integrations.llava._text import listed
+from integrations.llava.data import is_outside, read_image
+from integrations.llava.inference import answer_all
 from layerfuse.errors import InputError, MissingFileError
 
 from .task import Question, Task, tasks_of
@@ -25,22 +26,19 @@ def check_images(questions: Sequence[Question], image_folder: str | Path) -> Non
         FileNotFoundError: naming the first missing files and their number.
         ValueError: naming those that are outside the folder, likewise.
     """
-    # Imported here so that whoever only scores answers needs no model library.
-    from integrations.llava.data import is_outside
-
     folder = Path(image_folder)
     names = dict.fromkeys(name for question in questions for name in question.images)
     outside = [name for name in names if is_outside(name, folder)]
     if outside:
         raise InputError(
-            f"{len(outside)} of {len(names)} images are outside the image folder {folder}: {', '.join(outside[:10])}"
-            f"{', …' if len(outside) > 10 else ''}. Give names inside it; for absolute names, / as the folder."
+            f"{len(outside)} of {len(names)} images are outside the image folder {folder}: {listed(outside, most=10)}. "
+            "Give names inside it; for absolute names, / as the folder."
         )
     missing = [name for name in names if not (folder / name).is_file()]
     if missing:
         raise MissingFileError(
-            f"{len(missing)} of {len(names)} images are missing in {folder}: {', '.join(missing[:10])}"
-            f"{', …' if len(missing) > 10 else ''}. Give the folder that the question file's names are relative to."
+            f"{len(missing)} of {len(names)} images are missing in {folder}: {listed(missing, most=10)}. "
+            "Give the folder that the question file's names are relative to."
         )
 
 
@@ -74,7 +72,6 @@ def predict(
     check_images(questions, image_folder)
     tasks = tasks_of(questions, task)
     prompts = [tasks[question.kind].prompt(question) for question in questions]
-    answers: dict[int, str] = {}
 
     def ask(batches: Sequence[Sequence[int]]) -> Iterator[Sequence[str]]:
         for batch in batches:
@@ -82,7 +79,5 @@ def predict(
             images = [own[0] if len(own) == 1 else own for own in opened]
             yield list(answer(images, [prompts[index] for index in batch]))
 
-    answer_batches(ask, form_batches([len(prompt) for prompt in prompts], batch_size), answers.update)
-    return [
-        {"question_id": question.question_id, "prediction": answers[index]} for index, question in enumerate(questions)
-    ]
+    answers = answer_all(ask, [len(prompt) for prompt in prompts], batch_size)
+    return [{"question_id": own.question_id, "prediction": text} for own, text in zip(questions, answers, strict=True)]

@@ -12,7 +12,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from integrations.llava._files import json_lines
-from integrations.llava.inference import Shard
+from integrations.llava.inference import Request, SamplingParams, Shard, answer_requests
 from layerfuse.errors import ExistingFileError, FileAccessError, InputError, MissingFileError
 from layerfuse.files import atomic_file, write_text
 
@@ -110,17 +110,6 @@ def evaluate(
             `output` holds answers of another model, to other questions or under other settings, or is None for several
             processes.
     """
-    # Imported here so that scoring predictions needs no model library.
-    from integrations.llava.inference import (
-        Request,
-        SamplingParams,
-        answer_into,
-        default_dtype,
-        load_predictor,
-        open_answers,
-        usable_device,
-    )
-
     if output is None and shard is not None and shard.count > 1:
         raise InputError(f"{shard.count} processes have no place to put their answers together; give an output.")
     task = questions if isinstance(questions, Task) else None
@@ -129,25 +118,20 @@ def evaluate(
     check_images(asked, image_folder)
     tasks = tasks_of(asked, task)
     requests = [Request(own.question_id, own.images, tasks[own.kind].prompt(own)) for own in asked]
-    sampling, where = SamplingParams(max_new_tokens), usable_device(device)
-    dtype = default_dtype(model_folder, where)
     with ExitStack() as stack:
         folder = Path(stack.enter_context(TemporaryDirectory()) if output is None else output)
-        answers, batches = open_answers(
-            folder / "answers.jsonl",
+        answers, _ = answer_requests(
             requests,
             model_folder,
+            folder / "answers.jsonl",
             image_folder=image_folder,
-            sampling=sampling,
-            dtype=dtype,
+            sampling=SamplingParams(max_new_tokens),
             batch_size=batch_size,
+            device=device,
             shard=shard,
             overwrite=overwrite,
+            check=None if overwrite else partial(_refuse_others, folder),
         )
-        if not overwrite:
-            _refuse_others(folder, answers.answers)
-        load = partial(load_predictor, model_folder, device=where, dtype=dtype)
-        answer_into(answers, load, batches, image_folder=image_folder, sampling=sampling)
         if answers.merge():
             return None
         given = [{"question_id": own_id, "prediction": text} for own_id, text in answers.answers.items()]

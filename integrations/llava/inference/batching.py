@@ -1,19 +1,19 @@
-"""The generation loop: which questions share a batch, which process answers them, what happens to each batch's answers.
+"""The generation loop: which prompts share a batch, which process answers them, which were answered before.
 
-Everything that answers many prompts comes here: `Predictor`, files of questions, evaluation, models of other kinds.
+Whatever answers many prompts comes here: `Predictor`, files of questions, evaluation, models of other kinds.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from tqdm.auto import tqdm
 
 from layerfuse.errors import InputError
 
-__all__ = ["Ask", "Shard", "answer_batches", "find_shard", "form_batches"]
+__all__ = ["Ask", "Shard", "answer_all", "answer_batches", "find_shard", "form_batches"]
 
 Ask = Callable[[Sequence[Sequence[int]]], Iterable[Sequence[str]]]
 """A model that is asked: batches of indices of prompts give, batch by batch, an answer to each."""
@@ -84,26 +84,54 @@ def answer_batches(
     batches: Sequence[Sequence[int]],
     write: Callable[[dict[int, str]], object],
     *,
-    answered: int = 0,
+    answered: Container[int] = (),
     show_bar: bool | None = None,
-) -> None:
+) -> int:
     """Answer batches one after the other, and hand each one's answers on as they come.
 
     Args:
-        ask: the model.
-        batches: indices of the prompts that wait.
+        ask: the model; not called if no prompt waits.
+        batches: indices of the prompts of this process.
         write: takes index -> answer of a batch; the next one begins when it returns.
-        answered: prompts of this process that were answered before; the bar begins there.
+        answered: prompts that were answered before, and are left out.
         show_bar: of progress; None shows it on a terminal.
+
+    Returns:
+        Number of prompts that were answered now.
 
     Raises:
         ValueError: if the model gives another number of answers than it was asked prompts.
     """
-    total = answered + sum(map(len, batches))
+    waiting = [rest for batch in batches if (rest := [index for index in batch if index not in answered])]
+    total, count = sum(map(len, batches)), sum(map(len, waiting))
+    if not count:
+        return 0
+    results = zip(waiting, ask(waiting), strict=True)
     disable = None if show_bar is None else not show_bar
-    with tqdm(total=total, initial=answered, desc="answers", unit="question", disable=disable) as bar:
-        for batch, answers in zip(batches, ask(batches), strict=True):
+    with tqdm(total=total, initial=total - count, desc="answers", unit="question", disable=disable) as bar:
+        for batch, answers in results:
             if len(answers) != len(batch):
                 raise InputError(f"the model gave {len(answers)} answers to {len(batch)} questions; expected one each.")
             write(dict(zip(batch, answers, strict=True)))
             bar.update(len(batch))
+    return count
+
+
+def answer_all(ask: Ask, lengths: Sequence[int], batch_size: int, *, show_bar: bool | None = None) -> list[str]:
+    """Answer prompts whose answers are wanted together.
+
+    Args:
+        ask: the model.
+        lengths: positions that each prompt takes up.
+        batch_size: prompts at a time.
+        show_bar: of progress; None shows it on a terminal.
+
+    Returns:
+        The answers, in the order of the prompts.
+
+    Raises:
+        ValueError: as `form_batches` and `answer_batches`.
+    """
+    answers: dict[int, str] = {}
+    answer_batches(ask, form_batches(lengths, batch_size), answers.update, show_bar=show_bar)
+    return [answers[index] for index in range(len(lengths))]

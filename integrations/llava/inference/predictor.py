@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import threading
 import warnings
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import torch
+from torch.utils.data import DataLoader, Dataset
 from transformers import LlavaProcessor, LogitsProcessorList, StoppingCriteriaList
 
 from integrations.llava.checkpoints import load_config, load_model, load_processor
@@ -16,8 +18,8 @@ from integrations.llava.data import Collator
 from integrations.llava.modeling import FusedLlavaForConditionalGeneration, Quantization
 from layerfuse.errors import InputError, InvalidTypeError
 
-from .batching import answer_batches, form_batches
-from .prompt_builder import Images, Preparer, Prompt, as_list
+from .batching import Ask, answer_all
+from .prompt_builder import Images, PreparedPrompts, Preparer, Prompt
 from .sampling import SamplingParams, SeededSampling, generate_settings
 from .streaming import StopWhenSet, WholeTextStreamer, stream_text
 
@@ -88,21 +90,50 @@ class Predictor:
                 f"got {len(images)} images for {len(prompts)} prompts; give one entry of images per prompt."
             )
         sampling = _sampling(sampling, decoding, max_new_tokens)
-        pictures = [as_list(entry) for entry in images]
-        longest = sampling.max_new_tokens
-        sizes = [self.prepare.sizes(own) for own in pictures]
-        ids = [
-            self.prepare.encode(prompt, own, max_new_tokens=longest) for prompt, own in zip(prompts, sizes, strict=True)
-        ]
-        answers: dict[int, str] = {}
+        prepared = PreparedPrompts(self.prepare, prompts, images, max_new_tokens=sampling.max_new_tokens)
+        ask = self.asker(prepared, [str(index) for index in range(len(prompts))], sampling)
+        return answer_all(ask, prepared.lengths(), batch_size, show_bar=False)
+
+    def asker(
+        self,
+        prepared: Dataset[dict[str, torch.Tensor]],
+        keys: Sequence[str],
+        sampling: SamplingParams,
+        *,
+        num_workers: int | None = 0,
+    ) -> Ask:
+        """Make the function that the generation loop asks: it pads a batch on the left and answers it.
+
+        Args:
+            prepared: prompts as `Preparer` writes them.
+            keys: per prompt a name; sampled answers depend on it and the seed.
+            sampling: how answers are decoded.
+            num_workers: processes that prepare prompts and images; 0 prepares them in this one, and None starts 4 where
+                a GPU computes.
+
+        Returns:
+            Batches of indices -> batches of answers.
+        """
+        on_gpu = self.model.device.type == "cuda"
+        if num_workers is None:
+            num_workers = 4 if on_gpu else 0
 
         def ask(batches: Sequence[Sequence[int]]) -> Iterator[list[str]]:
-            for batch in batches:
-                samples = [{"input_ids": ids[own], **self.prepare.pixels(pictures[own], sizes[own])} for own in batch]
-                yield self.answer_batch(self.collate(samples), [str(own) for own in batch], sampling)
+            size = max(map(len, batches), default=0)
+            # Compiled code is for one batch size: a smaller batch is filled up with copies, whose answers are dropped.
+            filled = [[*batch, *[batch[-1]] * (size - len(batch))] if self.compile else [*batch] for batch in batches]
+            loader = DataLoader(
+                prepared,
+                batch_sampler=filled,
+                collate_fn=self.collate,
+                num_workers=num_workers,
+                pin_memory=on_gpu,
+                generator=torch.Generator(),
+            )
+            for batch, full, tensors in zip(batches, filled, loader, strict=True):
+                yield self.answer_batch(tensors, [keys[index] for index in full], sampling)[: len(batch)]
 
-        answer_batches(ask, form_batches([len(own) for own in ids], batch_size), answers.update, show_bar=False)
-        return [answers[index] for index in range(len(ids))]
+        return ask
 
     def stream(
         self,
@@ -208,7 +239,7 @@ def load_predictor(
 
     Args:
         folder: as `train` wrote it.
-        device: where to compute; CUDA if there is one, else the CPU.
+        device: where to compute; see `usable_device`.
         dtype: to compute in; `default_dtype` if None.
         quantize: "int8" or "nf4" stores the language model's linear layers in 8 or 4 bits.
         compile: see `Predictor`.
@@ -229,16 +260,18 @@ def load_predictor(
 
 
 def usable_device(device: str | torch.device | None) -> torch.device:
-    """Find the device that was asked for, and try it.
+    """Return the device that was asked for, once a tensor was made there.
 
     Args:
-        device: None takes CUDA if there is one, else the CPU.
+        device: None takes CUDA if there is one (under torchrun the process's own), else the CPU.
 
     Raises:
         ValueError: if torch knows no such device, or cannot use it here.
     """
+    if device is None:
+        device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
     try:
-        found = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        found = torch.device(device)
         torch.empty(0, device=found)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         reason = str(error).partition("\n")[0]

@@ -5,11 +5,13 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from PIL import Image
+from torch.utils.data import Dataset
 from transformers import LlavaProcessor, PreTrainedConfig
 
 from integrations.llava._files import is_writable_text
@@ -22,7 +24,7 @@ from layerfuse.errors import InputError, InvalidTypeError, MissingFileError
 from layerfuse.preprocessing import Preprocessing
 from layerfuse.preprocessing.pixels import image_size
 
-__all__ = ["Images", "Picture", "Preparer", "Prompt", "as_list", "as_turns", "load_preparer"]
+__all__ = ["Images", "Picture", "PreparedPrompts", "Preparer", "Prompt", "as_list", "as_turns", "load_preparer"]
 
 Picture = Image.Image | str | Path
 """An image, or the path of its file."""
@@ -206,6 +208,40 @@ class Preparer:
                 f"a text of {len(text):,} characters takes up more positions than the {self.max_positions} that the "
                 "model reads; shorten it."
             )
+
+
+class PreparedPrompts(Dataset[dict[str, torch.Tensor]]):
+    """Prompts and their images, prepared when a batch asks for them.
+
+    Args:
+        prepare: of the model.
+        prompts: questions or conversations.
+        images: per prompt, as for `Preparer`.
+        max_new_tokens: longest answer, for which there has to be room.
+    """
+
+    def __init__(
+        self, prepare: Preparer, prompts: Sequence[Prompt], images: Sequence[Images], *, max_new_tokens: int
+    ) -> None:
+        self.prepare, self.prompts, self.images, self.max_new_tokens = prepare, prompts, images, max_new_tokens
+
+    def lengths(self) -> list[int]:
+        """Count the positions that each prompt takes up, images included.
+
+        Raises:
+            ValueError: as `Preparer.encode`.
+        """
+        sizes = [self.prepare.sizes(as_list(entry)) for entry in self.images]
+        encode = partial(self.prepare.encode, max_new_tokens=self.max_new_tokens)
+        return [len(ids) for ids in map(encode, self.prompts, sizes)]
+
+    def __len__(self) -> int:
+        """Number of prompts."""
+        return len(self.prompts)
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        """Prepare one prompt, as `Preparer` does."""
+        return self.prepare(self.images[index], self.prompts[index], max_new_tokens=self.max_new_tokens)
 
 
 def as_list(images: Images) -> list[Picture]:

@@ -15,7 +15,8 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from integrations.llava.cli.chat import Conversation, main
+from integrations.llava.cli.chat import main, print_answer
+from integrations.llava.inference import Conversation
 from integrations.llava.inference.predictor import Predictor
 from integrations.llava.inference.sampling import SamplingParams
 from tests.integrations.llava.answering_parts import save_run
@@ -30,7 +31,7 @@ def chat(run: Path, lines: list[str], monkeypatch: pytest.MonkeyPatch, *argument
 
 
 def stub(stream: Any) -> Any:
-    """An predictor whose stream is given, and whose model reads any length."""
+    """A predictor whose stream is given, and whose model reads any length."""
     prepare = type("Preparer", (), {"room": staticmethod(lambda *_: None), "sizes": staticmethod(list)})
     return type("Stub", (), {"stream": staticmethod(stream), "prepare": prepare})
 
@@ -102,14 +103,14 @@ def test_an_answer_ends_where_the_models_positions_do_and_this_is_said(
         words += " word"
     assert room > 0
     conversation = Conversation(predictor, SamplingParams(max_new_tokens=100))
-    conversation.say(words)
+    print_answer(conversation, words)
     printed = capsys.readouterr()
 
     assert printed.err == f"(room for {room} more tokens is left; /clear forgets what was said)\n"
     assert printed.out.strip() == predictor([None], [words], max_new_tokens=room)[0]
     # Then the conversation is full.
     with pytest.raises(ValueError, match="the model reads 512"):
-        conversation.say(words)
+        print_answer(conversation, words)
 
 
 def test_a_real_error_keeps_its_traceback(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -134,7 +135,7 @@ def test_images_stand_where_the_message_says(
     conversation = Conversation(predictor, SHORT)
     conversation.show(data_folder / "0.png")
     conversation.show(data_folder / "1.png")
-    conversation.say("<image> or <image>?")
+    list(conversation.say("<image> or <image>?"))
 
     assert conversation.messages[0]["value"] == "<image> or <image>?"
     assert conversation.messages[1]["value"] == predictor([pictures[:2]], ["<image> or <image>?"], max_new_tokens=8)[0]
@@ -145,7 +146,7 @@ def test_a_message_that_fails_keeps_its_image_for_the_next(predictor: Predictor,
     conversation = Conversation(predictor, SHORT)
     conversation.show(data_folder / "0.png")
     with pytest.raises(ValueError, match="the model reads 512"):
-        conversation.say("word " * 600)
+        list(conversation.say("word " * 600))
 
     assert (conversation.messages, conversation.images, len(conversation.shown)) == ([], [], 1)
 
@@ -159,8 +160,8 @@ def test_a_sampled_turn_draws_anew(predictor: Predictor) -> None:
         yield "x"
 
     conversation.predictor = stub(stream)
-    conversation.say("a")
-    conversation.say("b")
+    list(conversation.say("a"))
+    list(conversation.say("b"))
 
     assert seeds == [1, 3]
 
@@ -176,11 +177,35 @@ def test_ctrl_c_keeps_what_was_said_by_then(predictor: Predictor, capsys: pytest
             closed.append(True)
 
     conversation = Conversation(stub(stream), SHORT)
-    conversation.say("Count.")
+    print_answer(conversation, "Count.")
 
     assert conversation.messages == human_and_gpt("Count.", "one ")
     assert closed == [True]
     assert capsys.readouterr().out == "one \n"
+
+
+def test_pieces_joined_are_the_answer_and_an_iterator_closed_early_keeps_what_was_said(predictor: Predictor) -> None:
+    conversation = Conversation(predictor, SHORT)
+    whole = "".join(conversation.say("What number?"))
+    assert [whole] == predictor([None], ["What number?"], max_new_tokens=8)
+    assert conversation.messages == human_and_gpt("What number?", whole)
+
+    conversation.clear()
+    pieces = conversation.say("What number?")
+    first = next(pieces)
+    pieces.close()
+    assert conversation.messages == human_and_gpt("What number?", first)
+
+
+def test_an_error_in_an_answer_forgets_the_message(predictor: Predictor) -> None:
+    def stream(*_: Any, **__: Any) -> Any:
+        yield "one "
+        raise RuntimeError("of the device")
+
+    conversation = Conversation(stub(stream), SHORT)
+    with pytest.raises(RuntimeError, match="of the device"):
+        list(conversation.say("Count."))
+    assert conversation.messages == []
 
 
 def test_a_message_stopped_before_the_first_word_is_forgotten(predictor: Predictor, pictures: Any) -> None:
@@ -190,7 +215,7 @@ def test_a_message_stopped_before_the_first_word_is_forgotten(predictor: Predict
 
     conversation = Conversation(stub(stream), SHORT)
     conversation.shown = pictures[:1]
-    conversation.say("Count.")
+    list(conversation.say("Count."))
 
     assert (conversation.messages, conversation.images, conversation.shown) == ([], [], pictures[:1])
 

@@ -10,7 +10,6 @@ import io
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import chain
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -28,7 +27,6 @@ from integrations.llava.data.doctor.texts import TokenLimit
 from integrations.llava.dry_run.facts import model_facts
 from integrations.llava.image_layout import FixedLayout, ImageLayout, ImageSize
 from integrations.llava.inference.answering import answer_requests
-from integrations.llava.inference.batching import form_batches
 from integrations.llava.inference.predictor import Predictor
 from integrations.llava.inference.prompt_builder import load_preparer
 from integrations.llava.inference.requests import Request, prompt_lengths
@@ -293,16 +291,21 @@ def test_the_processor_writes_the_tokens_of_each_image(cell_run: Path, cells: Pr
         assert answered.shape[1] > inputs["input_ids"].shape[1]
 
 
-def test_a_file_of_questions_is_answered_as_one_by_one(cells: Predictor, data_folder: Path) -> None:
+def test_a_file_of_questions_is_answered_as_one_by_one(
+    cells: Predictor, cell_run: Path, data_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("integrations.llava.inference.answering.load_predictor", lambda *_, **__: cells)
     names = [("0.png",), ("5.png", "1.png"), (), ("7.png",)]
     requests = [Request(str(index), own, "What number?") for index, own in enumerate(names)]
-    lengths = prompt_lengths(requests, cells.prepare, image_folder=data_folder)
-    batches = form_batches(lengths, 4)
-    answered = answer_requests(
-        cells, requests, batches, image_folder=data_folder, sampling=SamplingParams(max_new_tokens=6), num_workers=0
+    output, answered = answer_requests(
+        requests,
+        cell_run,
+        tmp_path / "answers.jsonl",
+        image_folder=data_folder,
+        sampling=SamplingParams(max_new_tokens=6),
+        batch_size=4,
     )
-    found = dict(zip(chain(*batches), chain(*answered), strict=True))
     images = [[data_folder / name for name in own] for own in names]
 
-    assert batches[0][0] == 1
-    assert [found[index] for index in range(4)] == cells(images, ["What number?"] * 4, max_new_tokens=6)
+    assert answered == 4
+    assert [output.answers[str(index)] for index in range(4)] == cells(images, ["What number?"] * 4, max_new_tokens=6)
