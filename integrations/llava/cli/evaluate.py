@@ -10,6 +10,7 @@ from integrations.llava.evaluation import (
     TASKS,
     Evaluation,
     evaluate,
+    evaluation_table,
     read_predictions,
     read_questions,
     score_predictions,
@@ -33,7 +34,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         evaluation = _evaluate(arguments)
     except UserError as error:
         parser.error(str(error))
-    print("other processes have questions left; the last one scores" if evaluation is None else _table(evaluation))
+    print(
+        "other processes have questions left; the last one scores"
+        if evaluation is None
+        else evaluation_table(evaluation)
+    )
     return 0
 
 
@@ -85,15 +90,3 @@ def _evaluate(arguments: argparse.Namespace) -> Evaluation | None:
         overwrite=arguments.overwrite,
         shard=find_shard(arguments.shard),
     )
-
-
-def _table(evaluation: Evaluation) -> str:
-    lines = [f"{'kind':<12}{'questions':>10}  accuracy"]
-    for kind, own in evaluation.kinds.items():
-        accuracy = f"{100 * own.accuracy:6.1f} %" if "accuracy" in own.scores else " " * 8
-        extra = ", ".join(f"{name} {value:.3f}" for name, value in own.scores.items() if name != "accuracy")
-        lines.append(f"{kind:<12}{own.num_questions:>10}  {accuracy}  {extra}".rstrip())
-    mean = evaluation.metrics().get("mean_accuracy")
-    if mean is not None:
-        lines.append(f"{'mean':<12}{len(evaluation.answers):>10}  {100 * mean:6.1f} %")
-    return "\n".join(lines)

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from .predict import Answer, check_images, predict, read_image
-from .runner import Evaluation, evaluate, read_predictions, score_predictions, write_evaluation
-from .scores import KindScores, blind_answers, score_answers, summarise
+from .report import evaluation_table, read_predictions, write_evaluation
+from .runner import Answer, check_images, evaluate, predict, read_image
+from .scores import Evaluation, KindScores, blind_answers, score_answers, score_predictions, summarise
 from .task import TASKS, Question, ScoredAnswer, Task, read_questions
-from .tasks import ContainsTask, ExactMatchTask, MultipleChoiceTask, NumberTask, YesNoTask
 from .tasks.synthetic import BoxTask, ColorTask, CountingTask, OcrTask, ShapeTask
 
 __all__ = [
@@ -14,22 +13,18 @@ __all__ = [
     "Answer",
     "BoxTask",
     "ColorTask",
-    "ContainsTask",
     "CountingTask",
     "Evaluation",
-    "ExactMatchTask",
     "KindScores",
-    "MultipleChoiceTask",
-    "NumberTask",
     "OcrTask",
     "Question",
     "ScoredAnswer",
     "ShapeTask",
     "Task",
-    "YesNoTask",
     "blind_answers",
     "check_images",
     "evaluate",
+    "evaluation_table",
     "predict",
     "read_image",
     "read_predictions",

@@ -1,75 +1,27 @@
-"""Evaluate a trained model on a question file or a task: predictions, row by row, and a table of numbers."""
+"""Ask a model every question, ours or another, on the generation loop of all."""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from integrations.llava._files import json_lines
-from integrations.llava.inference import Request, SamplingParams, Shard, answer_requests
-from layerfuse.errors import ExistingFileError, FileAccessError, InputError, MissingFileError
-from layerfuse.files import atomic_file, write_text
+from integrations.llava._text import listed
+from integrations.llava.data import is_outside, read_image
+from integrations.llava.inference import Request, SamplingParams, Shard, answer_all, answer_requests
+from layerfuse.errors import InputError, MissingFileError
 
-from .predict import check_images
-from .scores import KindScores, score_answers, summarise
-from .task import Question, ScoredAnswer, Task, check_ids, read_questions, tasks_of
+from .report import refuse_others, write_evaluation
+from .scores import Evaluation, score_predictions
+from .task import Question, Task, check_ids, read_questions, tasks_of
 
-__all__ = ["Evaluation", "evaluate", "read_predictions", "score_predictions", "write_evaluation"]
+__all__ = ["Answer", "check_images", "evaluate", "predict", "read_image"]
 
-_PREDICTIONS = "predictions.jsonl"
-
-
-@dataclass(frozen=True)
-class Evaluation:
-    """Scores of a model, and the answers that they come from.
-
-    Attributes:
-        kinds: question kind -> scores.
-        answers: every scored answer, in the order of the questions.
-        submissions: question kind -> files that its server takes, name -> content; no entry where no server scores.
-    """
-
-    kinds: Mapping[str, KindScores]
-    answers: Sequence[ScoredAnswer]
-    submissions: Mapping[str, Mapping[str, bytes]] = field(default_factory=dict)
-
-    def metrics(self) -> dict[str, Any]:
-        """JSON-able numbers: per kind, and the mean accuracy over the kinds that have one."""
-        kinds = {kind: {"num_questions": own.num_questions, **own.scores} for kind, own in self.kinds.items()}
-        accuracies = [own.accuracy for own in self.kinds.values() if "accuracy" in own.scores]
-        mean = {"mean_accuracy": sum(accuracies) / len(accuracies)} if accuracies else {}
-        return {"kinds": kinds, **mean, "num_questions": len(self.answers)}
-
-
-def score_predictions(
-    questions: Sequence[Question], predictions: Iterable[Mapping[str, Any]], *, task: Task | None = None
-) -> Evaluation:
-    """Score predictions, and sum the scores up.
-
-    Args:
-        questions: as `read_questions` or a task's `load` returns them.
-        predictions: rows with ``question_id`` and ``prediction``, in any order.
-        task: of all questions; None takes the task of each question's kind.
-
-    Returns:
-        Scores and answers.
-
-    Raises:
-        ValueError: if an answer is missing, comes twice, or belongs to no question.
-    """
-    answers = score_answers(questions, predictions, task=task)
-    submissions = {}
-    for kind, own in tasks_of(questions, task).items():
-        files = own.submission([answer for answer in answers if answer.question.kind == kind])
-        if files is not None:
-            submissions[kind] = files
-    return Evaluation(summarise(answers, task=task), answers, submissions)
+Answer = Callable[[Sequence[Any], Sequence[str]], Sequence[str]]
+"""Answers a batch: per prompt its PIL image, or a list where a question has several or none; as many answers return."""
 
 
 def evaluate(
@@ -130,7 +82,7 @@ def evaluate(
             device=device,
             shard=shard,
             overwrite=overwrite,
-            check=None if overwrite else partial(_refuse_others, folder),
+            check=None if overwrite else partial(refuse_others, folder),
         )
         if answers.merge():
             return None
@@ -141,69 +93,63 @@ def evaluate(
     return evaluation
 
 
-def write_evaluation(evaluation: Evaluation, folder: str | Path, *, overwrite: bool = False) -> None:
-    """Write ``predictions.jsonl`` (a row a question), ``metrics.json`` and submissions, each whole or not at all.
-
-    What a server takes stands in ``submission/<kind>/``.
-
-    Args:
-        evaluation: what was found.
-        folder: made if need be.
-        overwrite: replace other predictions. The same ones are always replaced, with their new scores.
+def check_images(questions: Sequence[Question], image_folder: str | Path) -> None:
+    """Check that every image of the questions is there, before a model is loaded.
 
     Raises:
-        FileExistsError: if the folder holds other predictions.
-        OSError: if it cannot be written.
+        FileNotFoundError: naming the first missing files and their number.
+        ValueError: naming those that are outside the folder, likewise.
     """
-    folder = Path(folder)
-    if not overwrite:
-        _refuse_others(folder, {answer.question.question_id: answer.prediction for answer in evaluation.answers})
-    rows = (json.dumps(answer.row(), ensure_ascii=False) + "\n" for answer in evaluation.answers)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        write_text(folder / _PREDICTIONS, "".join(rows))
-        write_text(folder / "metrics.json", json.dumps(evaluation.metrics(), indent=1) + "\n")
-        for kind, files in evaluation.submissions.items():
-            for name, content in files.items():
-                path = folder / "submission" / kind / name
-                path.parent.mkdir(parents=True, exist_ok=True)
-                with atomic_file(path) as file:
-                    file.write(content)
-    except OSError as error:
-        raise FileAccessError(
-            f"{folder} cannot be written ({error.strerror or error}); give another output."
-        ) from error
-
-
-def _refuse_others(folder: Path, answers: Mapping[int | str, str]) -> None:
-    """Refuse to replace predictions that are not among these answers."""
-    path = folder / _PREDICTIONS
-    earlier = read_predictions(path) if path.exists() else []
-    if any(answers.get(row["question_id"]) != str(row["prediction"]) for row in earlier):
-        raise ExistingFileError(
-            f"{path} holds other predictions, and is left alone. Give another output, or overwrite it (--overwrite)."
+    folder = Path(image_folder)
+    names = dict.fromkeys(name for question in questions for name in question.images)
+    outside = [name for name in names if is_outside(name, folder)]
+    if outside:
+        raise InputError(
+            f"{len(outside)} of {len(names)} images are outside the image folder {folder}: {listed(outside, most=10)}. "
+            "Give names inside it; for absolute names, / as the folder."
+        )
+    missing = [name for name in names if not (folder / name).is_file()]
+    if missing:
+        raise MissingFileError(
+            f"{len(missing)} of {len(names)} images are missing in {folder}: {listed(missing, most=10)}. "
+            "Give the folder that the question file's names are relative to."
         )
 
 
-def read_predictions(path: str | Path) -> list[dict[str, Any]]:
-    """Read a predictions file: JSON lines with ``question_id`` and ``prediction``.
+def predict(
+    questions: Sequence[Question],
+    image_folder: str | Path,
+    answer: Answer,
+    *,
+    batch_size: int = 32,
+    task: Task | None = None,
+) -> list[dict[str, Any]]:
+    """Ask a model that is not ours every question, the longest prompts first.
+
+    Args:
+        questions: of any mixture of tasks.
+        image_folder: where their images are.
+        answer: the model.
+        batch_size: questions at a time.
+        task: of all questions; None takes the task of each question's kind.
+
+    Returns:
+        Rows ``{"question_id", "prediction"}``, in the order of the questions.
 
     Raises:
-        FileNotFoundError: if there is no such file.
-        ValueError: if a line is no prediction.
+        ValueError: if the batch size is below 1, an image cannot be read, or the model returns another number of
+            answers than it was asked questions.
+        FileNotFoundError: if an image is missing.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise MissingFileError(f"predictions file {path} does not exist; give the predictions.jsonl of an evaluation.")
-    rows: list[dict[str, Any]] = []
-    for number, row in json_lines(path):
-        if not {"question_id", "prediction"} <= row.keys():
-            raise InputError(f"{path}, line {number} lacks question_id or prediction; every row needs both.")
-        own_id, prediction = row["question_id"], row["prediction"]
-        if not isinstance(own_id, int | str) or not isinstance(prediction, str | int | float):
-            raise InputError(
-                f"{path}, line {number}: expected numbers or texts as question_id and prediction; got "
-                f"{json.dumps(own_id):.40} and {json.dumps(prediction):.40}."
-            )
-        rows.append(row)
-    return rows
+    check_images(questions, image_folder)
+    tasks = tasks_of(questions, task)
+    prompts = [tasks[question.kind].prompt(question) for question in questions]
+
+    def ask(batches: Sequence[Sequence[int]]) -> Iterator[Sequence[str]]:
+        for batch in batches:
+            opened = [[read_image(Path(image_folder) / name) for name in questions[index].images] for index in batch]
+            images = [own[0] if len(own) == 1 else own for own in opened]
+            yield list(answer(images, [prompts[index] for index in batch]))
+
+    answers = answer_all(ask, [len(prompt) for prompt in prompts], batch_size)
+    return [{"question_id": own.question_id, "prediction": text} for own, text in zip(questions, answers, strict=True)]

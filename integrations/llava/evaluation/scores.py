@@ -1,17 +1,18 @@
-"""From answers to numbers: one row a question, one table a model."""
+"""From predictions to numbers: each prediction scored, each kind of question summed up."""
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
+from integrations.llava._text import listed
 from layerfuse.errors import InputError
 
 from .task import Question, ScoredAnswer, Task, tasks_of
 
-__all__ = ["KindScores", "blind_answers", "score_answers", "summarise"]
+__all__ = ["Evaluation", "KindScores", "blind_answers", "score_answers", "score_predictions", "summarise"]
 
 
 @dataclass(frozen=True)
@@ -33,22 +34,41 @@ class KindScores:
 
     @property
     def standard_error(self) -> float:
-        """Of the accuracy, from the number of questions alone: sqrt(p (1 - p) / n)."""
+        """Standard error of the accuracy, from the number of questions alone: sqrt(p (1 - p) / n)."""
         return (self.accuracy * (1 - self.accuracy) / self.num_questions) ** 0.5
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Scores of a model, and the answers that they come from.
+
+    Attributes:
+        kinds: question kind -> scores.
+        answers: every scored answer, in the order of the questions.
+        submissions: question kind -> files that its server takes, name -> content; no entry where no server scores.
+    """
+
+    kinds: Mapping[str, KindScores]
+    answers: Sequence[ScoredAnswer]
+    submissions: Mapping[str, Mapping[str, bytes]] = field(default_factory=dict)
+
+    def metrics(self) -> dict[str, Any]:
+        """JSON-able numbers: per kind, and the mean accuracy over the kinds that have one."""
+        kinds = {kind: {"num_questions": own.num_questions, **own.scores} for kind, own in self.kinds.items()}
+        accuracies = [own.accuracy for own in self.kinds.values() if "accuracy" in own.scores]
+        mean = {"mean_accuracy": sum(accuracies) / len(accuracies)} if accuracies else {}
+        return {"kinds": kinds, **mean, "num_questions": len(self.answers)}
 
 
 def score_answers(
     questions: Sequence[Question], predictions: Iterable[Mapping[str, Any]], *, task: Task | None = None
 ) -> list[ScoredAnswer]:
-    """Pair answers with questions by id, and score them.
+    """Pair predictions with questions by id, and score them, in the order of the questions.
 
     Args:
-        questions: as `read_questions` returns them.
+        questions: as `read_questions` or a task's `load` returns them.
         predictions: rows with ``question_id`` and ``prediction``, in any order.
         task: of all questions; None takes the task of each question's kind.
-
-    Returns:
-        One scored answer per question, in the order of the questions.
 
     Raises:
         ValueError: if an answer is missing, comes twice, or belongs to no question.
@@ -61,7 +81,7 @@ def score_answers(
         "given more than once": [key for key, count in counts.items() if count > 1],
         "of no question": [key for key in counts if key not in known],
     }
-    found = [f"{what}: {_some(keys)}" for what, keys in faults.items() if keys]
+    found = [f"{what}: {listed([*map(repr, keys)], most=10)}" for what, keys in faults.items() if keys]
     if found:
         raise InputError(
             f"predictions do not fit the {len(questions)} questions; question ids {'; '.join(found)}. "
@@ -76,26 +96,26 @@ def score_answers(
     return scored
 
 
-def _some(keys: Sequence[object], limit: int = 10) -> str:
-    shown = ", ".join(repr(key) for key in keys[:limit])
-    return shown if len(keys) <= limit else f"{shown} and {len(keys) - limit} more"
-
-
 def summarise(answers: Sequence[ScoredAnswer], *, task: Task | None = None) -> dict[str, KindScores]:
-    """Aggregate the scores of each kind of question.
-
-    Args:
-        answers: scored answers of one model.
-        task: of all questions; None takes the task of each question's kind.
-
-    Returns:
-        Kind -> numbers, in the order in which the kinds first occur.
-    """
+    """Kind -> numbers of a model's scored answers, in the order in which the kinds first occur; see `score_answers`."""
     table = {}
     for kind, own_task in tasks_of([own.question for own in answers], task).items():
         own = [answer for answer in answers if answer.question.kind == kind]
         table[kind] = KindScores(num_questions=len(own), scores=own_task.aggregate(own))
     return table
+
+
+def score_predictions(
+    questions: Sequence[Question], predictions: Iterable[Mapping[str, Any]], *, task: Task | None = None
+) -> Evaluation:
+    """Score predictions, sum the scores up, and write what servers take; arguments and errors as `score_answers`."""
+    answers = score_answers(questions, predictions, task=task)
+    submissions = {}
+    for kind, own in tasks_of(questions, task).items():
+        files = own.submission([answer for answer in answers if answer.question.kind == kind])
+        if files is not None:
+            submissions[kind] = files
+    return Evaluation(summarise(answers, task=task), answers, submissions)
 
 
 def blind_answers(questions: Sequence[Question], train_turns: Iterable[tuple[str, str]]) -> list[dict[str, Any]]:

@@ -117,13 +117,7 @@ class Task(ABC):
         return question.text
 
     def read(self, question: Question) -> Question:
-        """Read the right answer of a question.
-
-        Args:
-            question: with the answer as its file has it.
-
-        Returns:
-            The question with the answer as `score` compares it.
+        """Return a question whose right answer is as `score` compares it, where it was as its file has it.
 
         Raises:
             ValueError: if the task cannot compare with it.
@@ -131,13 +125,7 @@ class Task(ABC):
         return replace(question, answer=self.read_answer(question.answer))
 
     def read_answer(self, value: Any) -> Any:
-        """Read a right answer that can be read without its question.
-
-        Args:
-            value: from JSON.
-
-        Returns:
-            What `score` compares with; here a text, or a number as text.
+        """Return what `score` compares with for an answer from JSON that can be read alone: a text, a number as text.
 
         Raises:
             ValueError: if the task cannot compare with it.
@@ -170,14 +158,7 @@ class Task(ABC):
         return {name: sum(own.scores[name] for own in scores) / len(scores) for name in scores[0].scores}
 
     def submission(self, predictions: Sequence[ScoredAnswer]) -> Mapping[str, bytes] | None:
-        """Write predictions as a server takes them.
-
-        Args:
-            predictions: for all questions, in their order.
-
-        Returns:
-            Name of a file -> its content; None where no server scores.
-        """
+        """Name of a file -> its content, for the predictions of all questions; None where no server scores."""
         return None
 
 
@@ -185,14 +166,7 @@ TASKS: Registry[Task] = Registry("question kind", group="layerfuse.tasks")
 
 
 def tasks_of(questions: Sequence[Question], task: Task | None = None) -> dict[str, Task]:
-    """Make the tasks of questions.
-
-    Args:
-        questions: of any mixture of kinds.
-        task: of all of them; None looks each kind up in `TASKS`.
-
-    Returns:
-        Kind -> task, in the order in which the kinds first occur.
+    """Kind -> task, in the order in which the kinds first occur; without a task of all, each is looked up in `TASKS`.
 
     Raises:
         ValueError: if a kind is unknown.
@@ -201,13 +175,7 @@ def tasks_of(questions: Sequence[Question], task: Task | None = None) -> dict[st
 
 
 def read_questions(path: str | Path) -> list[Question]:
-    """Read a question file.
-
-    Args:
-        path: JSON lines, one question a line.
-
-    Returns:
-        The questions, in the order of the file.
+    """Read a question file: JSON lines, one question a line.
 
     Raises:
         FileNotFoundError: if there is no such file.
@@ -223,11 +191,7 @@ def read_questions(path: str | Path) -> list[Question]:
 
 
 def check_ids(questions: Sequence[Question], place: str) -> None:
-    """Check that there are questions, and that their ids differ in spelling.
-
-    Raises:
-        ValueError: if there is none, or an id occurs twice.
-    """
+    """Refuse questions that are none, or of which two have ids of one spelling, by a ValueError."""
     if not questions:
         raise InputError(f"{place} holds no question; give one question a line.")
     twice = [key for key, count in Counter(str(own.question_id) for own in questions).items() if count > 1]

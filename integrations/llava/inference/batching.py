@@ -21,7 +21,7 @@ Ask = Callable[[Sequence[Sequence[int]]], Iterable[Sequence[str]]]
 
 @dataclass(frozen=True)
 class Shard:
-    """Which process this is.
+    """One of several processes that share the prompts.
 
     Attributes:
         index: from 0.
@@ -38,14 +38,7 @@ class Shard:
 
 
 def find_shard(text: str | None, environment: Mapping[str, str] = os.environ) -> Shard:
-    """Read which process this is.
-
-    Args:
-        text: "0/4" for the first of four; None asks the environment.
-        environment: RANK and WORLD_SIZE, as torchrun sets them; one process if they are not set.
-
-    Returns:
-        The shard.
+    """Make a shard of a text ("0/4" is the first of four processes); None takes torchrun's RANK and WORLD_SIZE.
 
     Raises:
         ValueError: if the text is of another form, or there is no such process.
@@ -64,10 +57,10 @@ def form_batches(lengths: Sequence[int], batch_size: int, shard: Shard | None = 
     Args:
         lengths: positions that each prompt takes up.
         batch_size: prompts at a time.
-        shard: the process whose share is wanted; None is the only one.
+        shard: the process whose share is returned; None is the only one.
 
     Returns:
-        Batches of indices. They depend on nothing but the arguments, so that a run that is continued forms the same.
+        Batches of indices, the same for the same arguments: a run that goes on forms those of before.
 
     Raises:
         ValueError: if the batch size is below 1.
@@ -118,20 +111,7 @@ def answer_batches(
 
 
 def answer_all(ask: Ask, lengths: Sequence[int], batch_size: int, *, show_bar: bool | None = None) -> list[str]:
-    """Answer prompts whose answers are wanted together.
-
-    Args:
-        ask: the model.
-        lengths: positions that each prompt takes up.
-        batch_size: prompts at a time.
-        show_bar: of progress; None shows it on a terminal.
-
-    Returns:
-        The answers, in the order of the prompts.
-
-    Raises:
-        ValueError: as `form_batches` and `answer_batches`.
-    """
+    """Answer all prompts, in their order; arguments and errors are those of `form_batches` and `answer_batches`."""
     answers: dict[int, str] = {}
     answer_batches(ask, form_batches(lengths, batch_size), answers.update, show_bar=show_bar)
     return [answers[index] for index in range(len(lengths))]

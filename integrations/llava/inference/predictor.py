@@ -102,17 +102,13 @@ class Predictor:
         *,
         num_workers: int | None = 0,
     ) -> Ask:
-        """Make the function that the generation loop asks: it pads a batch on the left and answers it.
+        """Make the function that the generation loop asks: it pads each batch on the left and answers it.
 
         Args:
             prepared: prompts as `Preparer` writes them.
             keys: per prompt a name; sampled answers depend on it and the seed.
             sampling: how answers are decoded.
-            num_workers: processes that prepare prompts and images; 0 prepares them in this one, and None starts 4 where
-                a GPU computes.
-
-        Returns:
-            Batches of indices -> batches of answers.
+            num_workers: processes that prepare prompts and images; None is 4 where a GPU computes, else 0: this one.
         """
         on_gpu = self.model.device.type == "cuda"
         if num_workers is None:
@@ -179,17 +175,14 @@ class Predictor:
         streamer: WholeTextStreamer | None = None,
         stop: StopWhenSet | None = None,
     ) -> list[str]:
-        """Answer a batch that is prepared.
+        """Answer a batch of prepared and collated prompts.
 
         Args:
-            batch: prepared samples, collated.
-            keys: per sample a name of its own; sampled answers depend on it and the seed.
-            sampling: how.
+            batch: as `collate` makes it.
+            keys: per prompt a name; sampled answers depend on it and the seed.
+            sampling: how answers are decoded.
             streamer: is told the tokens as they come.
             stop: ends generation early.
-
-        Returns:
-            The answers.
         """
         device = self.model.device
         batch = {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}
@@ -282,16 +275,7 @@ def usable_device(device: str | torch.device | None) -> torch.device:
 
 
 def default_dtype(folder: str | Path, device: torch.device, quantize: Quantization = "none") -> torch.dtype:
-    """What to compute in, if nobody says.
-
-    Args:
-        folder: of the model.
-        device: where to compute.
-        quantize: how the language model is stored.
-
-    Returns:
-        The checkpoint's dtype, but on CUDA bfloat16 for a float32 checkpoint; float16 for int8 weights, which
-        bitsandbytes computes in.
+    """The checkpoint's dtype, but bfloat16 for float32 on CUDA, and float16 for int8: bitsandbytes computes in that.
 
     Raises:
         FileNotFoundError: if the folder holds no model.

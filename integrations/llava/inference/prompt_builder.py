@@ -29,7 +29,7 @@ __all__ = ["Images", "Picture", "PreparedPrompts", "Preparer", "Prompt", "as_lis
 Picture = Image.Image | str | Path
 """An image, or the path of its file."""
 Images = Picture | Sequence[Picture] | None
-"""What belongs to a prompt: an image, several, or none."""
+"""Images of a prompt: one, several, or none."""
 Prompt = str | Sequence[Message]
 """A question; or a conversation whose last turn is the human's, with the model's earlier answers in it."""
 
@@ -111,11 +111,7 @@ class Preparer:
         return {"input_ids": ids, **self.pixels(pictures, sizes)}
 
     def sizes(self, images: Sequence[Picture]) -> list[ImageSize | None]:
-        """Look up (height, width) of a prompt's images in pixels, for `encode`; files are not read but for their head.
-
-        Returns:
-            Sizes; None for a file that is no picture, which `pixels` refuses.
-        """
+        """Read (height, width) of images in pixels, of files from their head; None for those that `pixels` refuses."""
         upright = self.preprocessing.upright
         return [
             image_size(own, upright=upright) if isinstance(own, Image.Image) else read_image_size(own, upright=upright)
@@ -123,11 +119,7 @@ class Preparer:
         ]
 
     def pixels(self, images: Sequence[Picture], image_sizes: Sequence[ImageSize | None]) -> dict[str, torch.Tensor]:
-        """Prepare a prompt's images.
-
-        Args:
-            images: all of them.
-            image_sizes: their `sizes`, with which the prompt was written.
+        """Prepare a prompt's images, given their `sizes`.
 
         Returns:
             `pixel_values` (images, 3, height, width), `image_sizes` (images, 2).
@@ -141,14 +133,7 @@ class Preparer:
         return {"pixel_values": pixels, "image_sizes": torch.tensor(image_sizes, dtype=torch.int64).view(-1, 2)}
 
     def room(self, prompt: Prompt, image_sizes: Sequence[ImageSize | None]) -> int | None:
-        """Count the positions that a prompt leaves to its answer.
-
-        Args:
-            prompt: as for `encode`.
-            image_sizes: as for `encode`.
-
-        Returns:
-            Tokens, 0 or fewer if there is no room; None where the language model names no limit.
+        """Count the positions that a prompt leaves to its answer; None where the language model names no limit.
 
         Raises:
             ValueError: as `encode`, but for the length.
@@ -211,14 +196,7 @@ class Preparer:
 
 
 class PreparedPrompts(Dataset[dict[str, torch.Tensor]]):
-    """Prompts and their images, prepared when a batch asks for them.
-
-    Args:
-        prepare: of the model.
-        prompts: questions or conversations.
-        images: per prompt, as for `Preparer`.
-        max_new_tokens: longest answer, for which there has to be room.
-    """
+    """Prompts and the images of each, prepared with `prepare` when a batch asks for them."""
 
     def __init__(
         self, prepare: Preparer, prompts: Sequence[Prompt], images: Sequence[Images], *, max_new_tokens: int
@@ -245,7 +223,7 @@ class PreparedPrompts(Dataset[dict[str, torch.Tensor]]):
 
 
 def as_list(images: Images) -> list[Picture]:
-    """One image, several or none, as a list.
+    """List the images of a prompt.
 
     Raises:
         TypeError: if one is neither an image nor a path.
@@ -315,7 +293,7 @@ def _placed(messages: list[Message], num_images: int) -> list[Message]:
 
 
 def load_preparer(folder: str | Path) -> Preparer:
-    """Read from a run's folder what preparing needs: not the weights.
+    """Make the preparer of the model in a folder, whose weights are not read.
 
     Raises:
         FileNotFoundError: if the folder holds no model.

@@ -53,13 +53,7 @@ class Request:
 
 
 def read_requests(path: str | Path) -> list[Request]:
-    """Read a file of questions.
-
-    Args:
-        path: jsonl or json, see above.
-
-    Returns:
-        The questions, in the order of the file.
+    """Read a file of questions, jsonl or json, see above.
 
     Raises:
         FileNotFoundError: if there is no such file.
@@ -88,17 +82,9 @@ def read_requests(path: str | Path) -> list[Request]:
 def prompt_lengths(
     requests: Sequence[Request], preparer: Preparer, *, image_folder: str | Path, max_new_tokens: int = 1
 ) -> list[int]:
-    """Write every prompt out.
+    """Count the positions that each prompt takes up, images included.
 
-    Args:
-        requests: the questions.
-        preparer: of the model that shall answer.
-        image_folder: what names of images are relative to; what is no picture there is counted as one of the model's
-            own size, see `refuse_broken_images`.
-        max_new_tokens: an answer's longest length.
-
-    Returns:
-        Positions that each takes up, images included.
+    A file that is no picture counts as one of the model's own size; `refuse_broken_images` tells of it.
 
     Raises:
         ValueError: listing the questions that the model cannot be asked.
@@ -138,15 +124,7 @@ def refuse_broken_images(requests: Iterable[Request], image_folder: str | Path) 
 
 
 def question_fingerprints(requests: Sequence[Request], image_folder: str | Path) -> dict[int | str, str]:
-    """Tell whether a question is still the one that was answered: its words, earlier turns and images.
-
-    Args:
-        requests: the questions.
-        image_folder: what names of images are relative to.
-
-    Returns:
-        Id -> 12 hexadecimal digits of a hash over prompt, names of images and their sizes in bytes.
-    """
+    """Id -> 12 hexadecimal digits of a hash over the question's prompt, names of images and their sizes in bytes."""
     sizes: dict[str, int | None] = {}
     for name in dict.fromkeys(name for own in requests for name in own.images):
         try:

@@ -116,7 +116,7 @@ class AnswerFile:
         """Write the output, if every question is answered by now, and remove the parts.
 
         Returns:
-            How many questions wait for their answer; with 0 the output is complete.
+            Number of questions that wait for their answer; with 0 the output is complete.
 
         Raises:
             OSError: if the output cannot be written; the parts stay.
@@ -242,15 +242,7 @@ def _reason(error: OSError) -> str:
 def answer_settings(
     folder: str | Path, preparer: Preparer, *, dtype: torch.dtype, quantize: str, sampling: SamplingParams
 ) -> dict[str, Any]:
-    """List all that an answer depends on beside its question, so that JSON can hold it.
-
-    Args:
-        folder: of the model.
-        preparer: of the model.
-        dtype: that is computed in.
-        quantize: how the language model is stored.
-        sampling: how answers are decoded.
-    """
+    """JSON-able values of all that the answers of the model in a folder depend on beside their questions."""
     return {
         "weights": weights_fingerprint(folder),
         "processor": preparer.fingerprint,
@@ -261,16 +253,9 @@ def answer_settings(
 
 
 def weights_fingerprint(folder: str | Path) -> str:
-    """Tell models apart, wherever their folders lie.
+    """12 hexadecimal digits of a hash over a model's config and all of its weights, wherever its folder lies.
 
-    All of the weights are read, as they are again when the model is loaded: two checkpoints may differ in few rows of
-    an embedding.
-
-    Args:
-        folder: of a model, in safetensors.
-
-    Returns:
-        12 hexadecimal digits of a hash over the config and all weights.
+    All are read, as they are again when the model is loaded: two checkpoints may differ in few rows of an embedding.
     """
     names = ("config.json", "*.safetensors", "pytorch_model*.bin")
     files = [path for name in names for path in sorted(Path(folder).glob(name))]

@@ -31,7 +31,7 @@ _NEUTRAL = {
 
 @dataclass(frozen=True)
 class SamplingParams:
-    """Settings of decoding; the defaults are greedy.
+    """How answers are decoded; by default greedily.
 
     Attributes:
         max_new_tokens: an answer's longest length.
@@ -65,7 +65,7 @@ class SamplingParams:
             )
 
     def to_dict(self) -> dict[str, Any]:
-        """Describe the settings so that JSON can hold them."""
+        """JSON-able values by name."""
         return asdict(self)
 
 
@@ -78,14 +78,11 @@ def generate_settings(
     (Qwen2.5's has a repetition penalty); only arguments, None included, go before it.
 
     Args:
-        sampling: how answers are decoded; sampling is done by `SeededSampling`.
+        sampling: how answers are decoded; draws are made by `SeededSampling`.
         prompt_length: positions of the prompts, padding included.
         end: token that ends an answer.
         padding: token that fills up the shorter answers of a batch.
-        forbidden: tokens that no answer may hold; what is likely among all others is not changed by them.
-
-    Returns:
-        Keyword arguments.
+        forbidden: tokens that no answer may hold; probabilities of the others keep their proportions.
     """
     settings: dict[str, Any] = dict.fromkeys(GenerationConfig().to_dict().keys() - {"transformers_version"})
     return {

@@ -50,11 +50,7 @@ class WholeTextStreamer(TextIteratorStreamer):
 
 
 class StopWhenSet(StoppingCriteria):
-    """Ends generation after the next token once an event is set.
-
-    Args:
-        event: set by another thread.
-    """
+    """Ends generation after the next token once another thread has set the event."""
 
     def __init__(self, event: threading.Event) -> None:
         self._event = event
@@ -67,16 +63,9 @@ class StopWhenSet(StoppingCriteria):
 def stream_text(
     generate: Callable[[WholeTextStreamer, StopWhenSet], Any], streamer: WholeTextStreamer
 ) -> Generator[str, None, None]:
-    """Run generation in a thread and give its text as it comes.
+    """Pieces of the text that `generate` writes in a thread, with the streamer and stopping criterion that it is given.
 
     Closing the iterator, or an exception at its place (such as Ctrl-C), stops the generation.
-
-    Args:
-        generate: runs `model.generate` with the streamer and the stopping criterion it is given.
-        streamer: collects the text.
-
-    Yields:
-        Pieces of text.
     """
     stop = threading.Event()
     with ThreadPoolExecutor(1) as pool:

@@ -1,36 +1,29 @@
-"""The demo as a table of contents: data, runs, chance level, probes, pictures, report."""
+"""The demo, a study on the embedded data: its table of contents."""
 
 from __future__ import annotations
 
 import contextlib
 import json
 import logging
-import os
-import platform
-import subprocess
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import torch
-
 from integrations.llava.checkpoints import load_model
-from integrations.llava.config import Recipe
-from integrations.llava.data import read_samples
-from integrations.llava.evaluation import blind_answers, read_image, read_questions, score_answers, summarise
+from integrations.llava.data import read_image, read_samples
+from integrations.llava.evaluation import blind_answers, read_questions, score_answers, summarise
 from integrations.llava.inference import load_predictor
 from integrations.llava.synthetic import make_dataset
-from layerfuse import __version__
 from layerfuse.files import write_text
 
 from .fingerprint import code_digest, finished, mark_finished
-from .probing import all_layers_backbone, probe_text
-from .report.document import write_report
-from .report.pictures import draw_examples, draw_feature_maps, thumbnail
+from .grid import REPORT_FILE, RESULTS_FILE, DemoSettings, check_settings, run_recipe
+from .origin import describe_origin, describe_sizes
+from .probes import all_layers_backbone, probe_text
+from .report import draw_examples, draw_feature_maps, render_report, thumbnail
 from .results import DemoResults, FuserRun, PhotoAnswer
 from .runs import finish_run, run_folder
-from .settings import REPORT_FILE, RESULTS_FILE, DemoSettings, check_settings, run_recipe
 
 __all__ = ["run_demo"]
 
@@ -39,7 +32,7 @@ _NUM_FIGURES = 4
 
 
 def run_demo(settings: DemoSettings, *, command: str | None = None) -> tuple[DemoResults, Path]:
-    """Train, compare and report.
+    """Train every fuser with every seed, evaluate and probe, and write the report.
 
     Args:
         settings: what to run.
@@ -49,8 +42,7 @@ def run_demo(settings: DemoSettings, *, command: str | None = None) -> tuple[Dem
         The results, and the path of ``report.html``.
 
     Raises:
-        UserError: for settings that cannot work, before
-            anything is trained; see `check_settings`.
+        UserError: as `check_settings`, before anything is trained.
     """
     check_settings(settings)
     clock = _Clock()
@@ -83,14 +75,16 @@ def run_demo(settings: DemoSettings, *, command: str | None = None) -> tuple[Dem
         probes=probes,
         figures=figures,
         examples=examples,
-        facts=_facts(settings, recipe, runs[0], models[settings.fusers[0]]),
-        origin=_origin(command or f"run_demo({settings})"),
+        facts=describe_sizes(settings, recipe, runs[0], models[settings.fusers[0]]),
+        origin=describe_origin(command or f"run_demo({settings})"),
         seconds={part: seconds for part, seconds in clock.seconds.items() if seconds >= 0.05},
         photo=_answer_photo(settings, runs),
     )
     rows = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in results.rows())
     write_text(settings.output / RESULTS_FILE, rows)
-    return results, write_report(results, settings.output / REPORT_FILE)
+    report = settings.output / REPORT_FILE
+    write_text(report, render_report(results))
+    return results, report
 
 
 def _make_data(settings: DemoSettings) -> Path:
@@ -142,54 +136,3 @@ def _answer_photo(settings: DemoSettings, runs: list[FuserRun]) -> PhotoAnswer |
         f"{run.fuser}, seed {run.seed}": load_predictor(run.folder)([image], [settings.prompt])[0] for run in runs
     }
     return PhotoAnswer(name=settings.image.name, image=thumbnail(image), prompt=settings.prompt, answers=answers)
-
-
-def _facts(settings: DemoSettings, recipe: Recipe, run: FuserRun, model: torch.nn.Module) -> dict[str, str]:
-    steps = [len(run.losses.get(stage, ())) for stage in ("pretrain", "finetune")]
-    backbone = model.model.vision_tower.backbone  # type: ignore[union-attr]
-    count = sum(parameter.numel() for parameter in model.parameters())
-    questions = sum(scores.num_questions for scores in run.kinds.values())
-    return {
-        "training images": f"{settings.num_train:,}",
-        "test images": f"{settings.num_test:,} ({questions:,} questions)",
-        "steps": f"{steps[0]:,} pretrain + {steps[1]:,} finetune",
-        "batch": f"{recipe.pretrain.batch_size} / {recipe.finetune.batch_size} images",
-        "backbone": f"{backbone.num_blocks} blocks, width {backbone.embed_dim}, frozen",  # type: ignore[union-attr]
-        "whole model": f"{count / 1e6:.1f} M parameters",
-        "seeds": ", ".join(map(str, settings.seeds)),
-    }
-
-
-def _origin(command: str) -> Mapping[str, str]:
-    return {
-        "command": command,
-        "commit": _commit(),
-        "hardware": _hardware(),
-        "versions": f"layerfuse {__version__}, torch {torch.__version__}, Python {platform.python_version()}",
-        "date": time.strftime("%Y-%m-%d"),
-    }
-
-
-def _commit() -> str:
-    """The commit that the code is at, marked if files differ from it."""
-    git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
-    try:
-        return subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return "none (not in a git checkout)"
-
-
-def _hardware() -> str:
-    if torch.cuda.is_available():
-        return torch.cuda.get_device_name()
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return f"{cores} CPU cores ({_processor()}), {torch.get_num_threads()} torch threads"
-
-
-def _processor() -> str:
-    info = Path("/proc/cpuinfo")
-    if info.is_file():
-        for line in info.read_text(encoding="utf-8").splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()

@@ -1,4 +1,4 @@
-"""Which settings and which code a finished part came from, so that it is used again only if nothing has changed."""
+"""Digests of the settings and code behind a finished part, which is used again only if they have not changed."""
 
 from __future__ import annotations
 
@@ -48,20 +48,16 @@ def folder_digest(path: str | Path) -> str:
 
 @cache
 def code_digest(part: str) -> str:
-    """Digest of the code and the embedded weights that a part's result depends on.
+    """Digest of the code that a part's result depends on, and of the versions of torch and transformers.
 
     Args:
-        part: ``"data"`` or ``"evaluation"`` for those folders' code, or ``"training"`` for all but evaluation, analysis
-            and the demo itself.
-
-    Returns:
-        It changes with any of these files, and with the versions of torch and transformers.
+        part: ``"data"``, ``"evaluation"``, or ``"training"``: all code and weights but evaluation, analysis and study.
     """
     folders = {"data": _PACKAGE / "synthetic", "evaluation": _PACKAGE / "evaluation"}
     if part in folders:
         files: Iterable[Path] = folders[part].rglob("*.py")
     else:
-        apart = (_PACKAGE / "evaluation", _PACKAGE / "demo", _LIBRARY / "analysis")
+        apart = (_PACKAGE / "evaluation", _PACKAGE / "study", _LIBRARY / "analysis")
         files = [
             path
             for folder in (_PACKAGE, _LIBRARY)
@@ -74,38 +70,19 @@ def code_digest(part: str) -> str:
 
 
 def finished(folder: Path, part: str, fingerprint: str) -> dict[str, Any] | None:
-    """Look a finished part up.
-
-    Args:
-        folder: of the run.
-        part: its name.
-        fingerprint: what the part has to have been made from.
-
-    Returns:
-        What was noted when it finished; None if it did not, or was made from something else.
-    """
-    entry = _read(folder).get(part)
+    """Return what was noted when a part of a run finished; None if it did not, or had another fingerprint."""
+    entry = (_marks(folder) or {}).get(part)
     return entry["notes"] if entry is not None and entry["fingerprint"] == fingerprint else None
 
 
 def mark_finished(folder: Path, part: str, fingerprint: str, notes: Mapping[str, Any]) -> None:
-    """Note that a part is finished.
-
-    Args:
-        folder: of the run.
-        part: its name.
-        fingerprint: what it was made from.
-        notes: JSON-able, such as the seconds it took.
-    """
-    marks = {**_read(folder), part: {"fingerprint": fingerprint, "notes": dict(notes)}}
+    """Note in a run's folder that a part is finished, the fingerprint of what it was made from, and JSON-able notes."""
+    marks = {**(_marks(folder) or {}), part: {"fingerprint": fingerprint, "notes": dict(notes)}}
     write_text(folder / _MARK, json.dumps(marks, indent=1))
 
 
 def begin(folder: Path) -> None:
-    """Mark a folder as the demo's, with nothing finished in it; done before it is written to.
-
-    Args:
-        folder: made if need be; what it notes of earlier parts is taken back, since they are about to be replaced.
+    """Mark a folder as the demo's, with nothing finished in it, before parts are written anew; it is made if need be.
 
     Raises:
         FileExistsError: if it holds something that no demo wrote.
@@ -116,14 +93,10 @@ def begin(folder: Path) -> None:
 
 
 def refuse_foreign(folder: Path, names: Iterable[str] = ()) -> None:
-    """Make sure that nothing is replaced which the demo cannot be shown to have written.
-
-    Args:
-        folder: that is to be written to.
-        names: files that will be written there; without any, the folder has to be the demo's as a whole.
+    """Refuse a folder without the demo's mark that holds anything, or, if names are given, one of these files.
 
     Raises:
-        FileExistsError: if it holds one of the files, or anything, and no mark of the demo's.
+        FileExistsError: if so.
     """
     if _marks(folder) is not None or not folder.is_dir():
         return
@@ -133,10 +106,6 @@ def refuse_foreign(folder: Path, names: Iterable[str] = ()) -> None:
             f"{folder} holds {', '.join(found[:3])}, which the demo cannot be shown to have written, so it is "
             "left alone; give another folder (--output FOLDER), or move that away."
         )
-
-
-def _read(folder: Path) -> dict[str, Any]:
-    return _marks(folder) or {}
 
 
 def _marks(folder: Path) -> dict[str, Any] | None:

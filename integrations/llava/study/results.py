@@ -1,4 +1,4 @@
-"""What the demo found out, as plain data: the report is drawn from this and from nothing else."""
+"""Results of a study, as plain data: the report is drawn from these and from nothing else."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ class FuserRun:
 
 @dataclass(frozen=True)
 class Probe:
-    """What a linear classifier reads off single patch tokens.
+    """Accuracy of a linear classifier on single patch tokens, by layer and by fuser.
 
     Attributes:
         title: what is read, such as ``"character in the cell"``.
@@ -64,13 +64,7 @@ class Probe:
 
 @dataclass(frozen=True)
 class Figure:
-    """Feature maps of one image.
-
-    Attributes:
-        name: of the image.
-        image: PNG of the image.
-        maps: caption -> PNG, all on one colour scale.
-    """
+    """PNGs of one image and of its feature maps, by caption and all on one colour scale."""
 
     name: str
     image: bytes
@@ -79,13 +73,7 @@ class Figure:
 
 @dataclass(frozen=True)
 class Example:
-    """One test image and what every fuser answered about it.
-
-    Attributes:
-        name: of the image.
-        image: PNG of the image.
-        answers: fuser -> scored answers, the same questions in the same order.
-    """
+    """PNG of a test image, and fuser -> scored answers about it: the same questions in the same order."""
 
     name: str
     image: bytes
@@ -94,14 +82,7 @@ class Example:
 
 @dataclass(frozen=True)
 class PhotoAnswer:
-    """An answer about the user's own photograph.
-
-    Attributes:
-        name: file name of the photograph.
-        image: PNG, made smaller.
-        prompt: the question.
-        answers: run name -> answer.
-    """
+    """The user's photograph, as a smaller PNG, a question about it, and name of a run -> answer."""
 
     name: str
     image: bytes
@@ -111,7 +92,7 @@ class PhotoAnswer:
 
 @dataclass(frozen=True)
 class DemoResults:
-    """Everything that a report shows.
+    """All that a report shows.
 
     Attributes:
         runs: all fusers and seeds, fusers in the order asked.

@@ -15,14 +15,13 @@ from integrations.llava._files import json_lines
 from integrations.llava.checkpoints import load_model
 from integrations.llava.config import STAGES, Recipe, dump_recipe
 from integrations.llava.evaluation import evaluate, read_predictions, read_questions, score_answers, summarise
-from integrations.llava.modeling import FusedLlavaForConditionalGeneration
 from integrations.llava.synthetic import KINDS
 from integrations.llava.training import RunFolder, train
 
 from .fingerprint import begin, code_digest, digest, file_digest, finished, folder_digest, mark_finished
 from .results import FuserRun
 
-__all__ = ["finish_run", "fuser_cost", "run_folder"]
+__all__ = ["finish_run", "run_folder"]
 
 _LOG = logging.getLogger(__name__)
 # Parts that are noted: training has begun to write, training is finished, all questions are answered.
@@ -30,20 +29,15 @@ _BEGUN, _TRAINING, _EVALUATION = "begun", "training", "evaluation"
 
 
 def run_folder(output: Path, fuser: str, seed: int) -> Path:
-    """Where a run lies inside the demo's folder."""
+    """Folder of a run inside the study's."""
     return output / "runs" / f"{fuser}-seed{seed}"
 
 
 def finish_run(recipe: Recipe, folder: Path, data: Path) -> FuserRun:
-    """Train and evaluate, each only if the folder does not hold the same part already.
+    """Train and evaluate, each only if the folder does not hold the same part already; `data` is the data set's folder.
 
-    Args:
-        recipe: complete, with its data.
-        folder: of the run.
-        data: folder of the data set.
-
-    Returns:
-        What was measured.
+    Raises:
+        FileExistsError: if the folder holds files that no demo wrote.
     """
     training = _train(recipe, folder, data)
     seconds = dict(finished(folder, _TRAINING, training) or {})
@@ -68,22 +62,13 @@ def finish_run(recipe: Recipe, folder: Path, data: Path) -> FuserRun:
         seed=recipe.finetune.seed,
         folder=str(folder),
         layers=tuple(model.model.vision_tower.backbone.layers),
-        kinds={kind: kinds[kind] for kind in sorted(kinds, key=_place)},
+        # In the data set's own order, whatever the first image asks.
+        kinds={kind: kinds[kind] for kind in sorted(kinds, key=KINDS.index)},
         answers=answers,
         losses=_losses(folder / "metrics.jsonl"),
         seconds={**seconds, **noted},
-        cost=fuser_cost(model),
+        cost=asdict(model.model.fuser.cost(model.model.vision_tower.backbone.grids())),
     )
-
-
-def _place(kind: str) -> int:
-    """Kinds stand in the data set's own order, whatever the first image asks."""
-    return KINDS.index(kind) if kind in KINDS else len(KINDS)
-
-
-def fuser_cost(model: FusedLlavaForConditionalGeneration) -> dict[str, int]:
-    """Parameters, output channels, tokens and FLOPs per image of a model's fuser."""
-    return asdict(model.model.fuser.cost(model.model.vision_tower.backbone.grids()))
 
 
 def _train(recipe: Recipe, folder: Path, data: Path) -> str:

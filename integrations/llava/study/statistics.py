@@ -1,10 +1,11 @@
-"""What the numbers say, in words that follow from the numbers alone: whichever fuser is ahead."""
+"""Means, differences and standard errors of a study, and sentences that follow from these numbers alone."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from statistics import fmean, stdev
 
 from integrations.llava.evaluation import TASKS
 
@@ -58,13 +59,7 @@ class Difference:
 
 def estimate(values: Sequence[float]) -> Estimate:
     """Average over seeds; the spread is the sample standard deviation."""
-    mean = sum(values) / len(values)
-    return Estimate(mean=mean, spread=_deviation(values) if len(values) > 1 else None)
-
-
-def _deviation(values: Sequence[float]) -> float:
-    mean = sum(values) / len(values)
-    return math.sqrt(sum((value - mean) ** 2 for value in values) / (len(values) - 1))
+    return Estimate(mean=fmean(values), spread=stdev(values) if len(values) > 1 else None)
 
 
 def baseline(results: DemoResults) -> str:
@@ -92,16 +87,16 @@ def _difference(results: DemoResults, fuser: str, reference: str, kind: str) -> 
         parts = [_difference(results, fuser, reference, one) for one in results.kinds]
         by_seed = tuple(sum(column) / len(parts) for column in zip(*(part.by_seed for part in parts), strict=True))
         error = math.sqrt(sum(part.error**2 for part in parts)) / len(parts)
-        return Difference(fuser, kind, sum(by_seed) / len(by_seed), error, by_seed)
+        return Difference(fuser, kind, fmean(by_seed), error, by_seed)
     per_seed: list[list[float]] = []
     for run, other in zip(results.of(fuser), results.of(reference), strict=True):
         pairs = zip(run.answers, other.answers, strict=True)
         per_seed.append([100.0 * (a.right - b.right) for a, b in pairs if a.question.kind == kind])
     by_question = [sum(column) / len(column) for column in zip(*per_seed, strict=True)]
     by_seed = tuple(sum(values) / len(values) for values in per_seed)
-    question_error = _deviation(by_question) / math.sqrt(len(by_question)) if len(by_question) > 1 else math.inf
-    seed_error = _deviation(by_seed) / math.sqrt(len(by_seed)) if len(by_seed) > 1 else 0.0
-    return Difference(fuser, kind, sum(by_seed) / len(by_seed), math.hypot(question_error, seed_error), by_seed)
+    question_error = stdev(by_question) / math.sqrt(len(by_question)) if len(by_question) > 1 else math.inf
+    seed_error = stdev(by_seed) / math.sqrt(len(by_seed)) if len(by_seed) > 1 else 0.0
+    return Difference(fuser, kind, fmean(by_seed), math.hypot(question_error, seed_error), by_seed)
 
 
 def conclude(results: DemoResults) -> list[str]:

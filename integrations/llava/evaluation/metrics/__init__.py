@@ -1,11 +1,7 @@
-"""What scorers compare: texts and boxes read out of answers."""
+"""Texts, numbers and boxes read out of answers, for scorers to compare."""
 
 from __future__ import annotations
 
-from .boxes import as_box, intersection_over_union, parse_box
+from .boxes import parse_box
 
-__all__ = [
-    "as_box",
-    "intersection_over_union",
-    "parse_box",
-]
+__all__ = ["parse_box"]

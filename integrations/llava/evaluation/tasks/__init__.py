@@ -8,10 +8,4 @@ from .multiple_choice import MultipleChoiceTask
 from .number import NumberTask
 from .yes_no import YesNoTask
 
-__all__ = [
-    "ContainsTask",
-    "ExactMatchTask",
-    "MultipleChoiceTask",
-    "NumberTask",
-    "YesNoTask",
-]
+__all__ = ["ContainsTask", "ExactMatchTask", "MultipleChoiceTask", "NumberTask", "YesNoTask"]

@@ -37,12 +37,7 @@ class Series:
 
 @dataclass(frozen=True)
 class Column:
-    """A single point on the x axis, with a name in place of a number.
-
-    Attributes:
-        name: written under the axis.
-        values: (y, slot) pairs.
-    """
+    """A point on the x axis with a name in place of a number, and (y, slot) pairs above it."""
 
     name: str
     values: Sequence[tuple[float, int]]
@@ -50,15 +45,7 @@ class Column:
 
 @dataclass(frozen=True)
 class Interval:
-    """A point with an error bar, in a row of its own.
-
-    Attributes:
-        row: name of the row; several intervals may share one.
-        name: for the tooltip.
-        value: where the point is.
-        error: half the length of the bar.
-        slot: number of its colour and marker.
-    """
+    """A point with an error bar, twice as long as its error, in the row of that name; `name` is its tooltip."""
 
     row: str
     name: str
@@ -91,7 +78,7 @@ def line_chart(
     columns: Sequence[Column] = (),
     width: int = 520,
 ) -> Markup:
-    """Draw lines over a common x axis.
+    """Draw lines over a common x axis, as an ``<svg>`` element.
 
     Args:
         series: at least one, each with at least one point.
@@ -102,10 +89,7 @@ def line_chart(
         integer_x: mark every whole x.
         level: name and y of a dashed horizontal line.
         columns: named points to the right of the lines.
-        width: of the drawing, in its own units; letters are 13 units high.
-
-    Returns:
-        An ``<svg>`` element.
+        width: of the drawing; letters are 13 high.
     """
     points = [point for entry in series for point in entry.points]
     x_low, x_high = min(x for x, _ in points), max(x for x, _ in points)
@@ -137,16 +121,7 @@ def line_chart(
 
 
 def interval_chart(intervals: Sequence[Interval], *, title: str, x_label: str) -> Markup:
-    """Draw points with error bars around zero, one row a name.
-
-    Args:
-        intervals: at least one.
-        title: for screen readers.
-        x_label: with unit.
-
-    Returns:
-        An ``<svg>`` element.
-    """
+    """Draw points with error bars around zero, a row a name, as an ``<svg>`` element; see `line_chart`."""
     rows = list(dict.fromkeys(interval.row for interval in intervals))
     lanes = max(sum(interval.row == row for interval in intervals) for row in rows)
     row_height = max(30, 15 * lanes + 8)
@@ -229,41 +204,19 @@ def _line(entry: Series, scale: _Scale) -> str:
 
 
 def marker(x: float, y: float, slot: int, tooltip: str) -> Markup:
-    """Draw one mark; its shape, like its colour, follows from the slot, so that colour is never the only sign.
-
-    Args:
-        x: centre, in units of the surrounding ``<svg>``.
-        y: centre.
-        slot: number of colour and shape.
-        tooltip: shown by browsers on hovering.
-
-    Returns:
-        An SVG element.
-    """
+    """Draw a mark around (x, y), in units of the ``<svg>``; the slot gives colour and shape, never colour alone."""
     shape = _SHAPES[slot % len(_SHAPES)]
     hint = f"<title>{escape(tooltip)}</title>"
     css = f'class="mark c{slot % 8}"'
     if shape == "circle":
         return Markup(f'<circle {css} cx="{x:.1f}" cy="{y:.1f}" r="4.5">{hint}</circle>')
     r = 5.0
+    across, down = (-2, 2, 2, r, r, 2, 2, -2, -2, -r, -r, -2), (-r, -r, -2, -2, 2, 2, r, r, 2, 2, -2, -2)
     outlines = {
         "square": [(-r, -r), (r, -r), (r, r), (-r, r)],
         "triangle": [(0, -r - 1), (r, r - 1), (-r, r - 1)],
         "diamond": [(0, -r - 1), (r + 1, 0), (0, r + 1), (-r - 1, 0)],
-        "cross": [
-            (-2, -r),
-            (2, -r),
-            (2, -2),
-            (r, -2),
-            (r, 2),
-            (2, 2),
-            (2, r),
-            (-2, r),
-            (-2, 2),
-            (-r, 2),
-            (-r, -2),
-            (-2, -2),
-        ],
+        "cross": list(zip(across, down, strict=True)),
     }
     corners = " ".join(f"{x + dx * 0.9:.1f},{y + dy * 0.9:.1f}" for dx, dy in outlines[shape])
     return Markup(f'<polygon {css} points="{corners}">{hint}</polygon>')

@@ -12,30 +12,14 @@ from markupsafe import Markup
 
 from integrations.llava.evaluation import TASKS, ScoredAnswer
 from integrations.llava.evaluation.metrics import parse_box
-from layerfuse.files import write_text
 
-from ..results import DemoResults, Example, Figure, Probe
+from ..results import DemoResults, Example, Probe
 from ..statistics import AVERAGE, baseline, conclude, differences, estimate
 from .charts import Column, Interval, Series, interval_chart, line_chart, marker
 
-__all__ = ["render_report", "write_report"]
+__all__ = ["render_report"]
 
 _PAGE = Path(__file__).parent / "page"
-
-
-def write_report(results: DemoResults, path: str | Path) -> Path:
-    """Write the report.
-
-    Args:
-        results: what to show.
-        path: of the HTML file.
-
-    Returns:
-        The path.
-    """
-    path = Path(path)
-    write_text(path, render_report(results))
-    return path
 
 
 def render_report(results: DemoResults) -> str:
@@ -43,6 +27,7 @@ def render_report(results: DemoResults) -> str:
     environment = Environment(
         loader=FileSystemLoader(_PAGE), autoescape=True, undefined=StrictUndefined, trim_blocks=False
     )
+    environment.filters["data_uri"] = _data_uri
     slots = {fuser: number for number, fuser in enumerate(results.fusers)}
     page = environment.get_template("report.html.j2").render(
         style=Markup((_PAGE / "report.css").read_text(encoding="utf-8")),
@@ -62,11 +47,11 @@ def render_report(results: DemoResults) -> str:
         others=[fuser for fuser in results.fusers if fuser != baseline(results)],
         difference_chart=_difference_chart(results, slots),
         examples=[_example(example, slots) for example in results.examples],
-        photo=_photo(results),
+        photo=results.photo,
         probe_charts=[_probe(probe, slots, wide=number == 0) for number, probe in enumerate(results.probes)],
         probe_sentence=_probe_sentence(results.probes),
         taps={fuser: results.of(fuser)[0].layers for fuser in results.fusers},
-        figures=[_figure(figure) for figure in results.figures],
+        figures=results.figures,
         loss_charts=_loss_charts(results, slots),
         time_parts=_time_parts(results),
         total_seconds=sum(sum(run.seconds.values()) for run in results.runs),
@@ -152,7 +137,7 @@ def _example(example: Example, slots: Mapping[str, int]) -> dict[str, Any]:
     questions = [answers[0].question for answers in by_question]
     return {
         "name": example.name,
-        "image": _data_uri(example.image),
+        "image": example.image,
         "questions": [question.text for question in questions],
         "expected": [_expected(question.answer) for question in questions],
         "rows": [
@@ -181,18 +166,6 @@ def _boxes(answers: Sequence[ScoredAnswer], slots: Mapping[str, int]) -> Markup:
         if box is not None
     ]
     return Markup("").join(rectangles)
-
-
-def _photo(results: DemoResults) -> dict[str, Any] | None:
-    photo = results.photo
-    if photo is None:
-        return None
-    return {"name": photo.name, "image": _data_uri(photo.image), "prompt": photo.prompt, "answers": photo.answers}
-
-
-def _figure(figure: Figure) -> dict[str, Any]:
-    maps = {name: _data_uri(png) for name, png in figure.maps.items()}
-    return {"name": figure.name, "image": _data_uri(figure.image), "maps": maps}
 
 
 def _probe(probe: Probe, slots: Mapping[str, int], *, wide: bool) -> dict[str, Any]:

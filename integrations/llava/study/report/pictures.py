@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from PIL import Image
 
-from integrations.llava.evaluation import read_image
+from integrations.llava.data import read_image
 from integrations.llava.modeling import FusedLlavaForConditionalGeneration
 from layerfuse.analysis import colorize, fusion_maps, png_bytes, reduce_map
 
@@ -30,15 +30,12 @@ def thumbnail(image: Image.Image, *, size: int = 384) -> bytes:
 
 
 def draw_examples(runs: Sequence[FuserRun], image_folder: Path, *, count: int) -> list[Example]:
-    """Collect the first test images with all that was answered about them.
+    """Collect the first test images, in the order of the question file: none is picked.
 
     Args:
         runs: one per fuser, with the same questions.
         image_folder: where the images are.
-        count: how many images.
-
-    Returns:
-        The first images, in the order of the question file: none is picked.
+        count: number of images.
     """
     names = list(dict.fromkeys(answer.question.images[0] for answer in runs[0].answers))[:count]
     return [
@@ -57,7 +54,7 @@ def draw_examples(runs: Sequence[FuserRun], image_folder: Path, *, count: int) -
 def draw_feature_maps(
     models: Mapping[str, FusedLlavaForConditionalGeneration], names: Sequence[str], image_folder: Path
 ) -> list[Figure]:
-    """Draw what goes into the fusers and what comes out.
+    """Draw what goes into the fusers and what comes out: a figure per image, with one colour scale.
 
     The key/value layers and the query are those of the model that taps most layers; its last map is the query.
 
@@ -65,9 +62,6 @@ def draw_feature_maps(
         models: fuser -> trained model.
         names: of the images.
         image_folder: where they are.
-
-    Returns:
-        One figure per image; all maps of an image share one colour scale.
     """
     widest = max(models.values(), key=lambda model: len(model.model.vision_tower.backbone.layers))
     figures = []

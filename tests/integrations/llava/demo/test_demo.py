@@ -11,7 +11,7 @@ from PIL import Image
 
 from integrations.llava.cli.demo import main
 from integrations.llava.config.schema import Recipe
-from integrations.llava.study.settings import DemoSettings
+from integrations.llava.study.grid import DemoSettings
 from integrations.llava.training.signals import RunInterrupted
 from integrations.llava.training.train import train
 from layerfuse.errors import ExistingFileError
@@ -144,8 +144,8 @@ def test_a_folder_of_another_project_is_left_as_it_is(
 
 
 def test_a_run_that_the_demo_did_not_train_is_not_replaced(tiny_recipe: Path, tmp_path: Path) -> None:
+    from integrations.llava.study.grid import run_recipe
     from integrations.llava.study.runs import finish_run
-    from integrations.llava.study.settings import run_recipe
     from integrations.llava.synthetic import make_dataset
 
     data = make_dataset(tmp_path / "data", num_train=1, num_val=1, num_test=1)
@@ -162,7 +162,7 @@ def test_training_that_was_killed_goes_on_in_the_next_demo(
     tiny_recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     from integrations.llava.study import runs
-    from integrations.llava.study.settings import run_recipe
+    from integrations.llava.study.grid import run_recipe
     from integrations.llava.synthetic import make_dataset
 
     data = make_dataset(tmp_path / "data", num_train=2, num_val=1, num_test=1)
@@ -216,7 +216,7 @@ def test_stopping_says_how_to_go_on(
 
 def bad(tmp_path: Path, **changes: object) -> str:
     """What the command says about settings that cannot work."""
-    from integrations.llava.study.settings import check_settings
+    from integrations.llava.study.grid import check_settings
 
     with pytest.raises((ValueError, OSError)) as error:
         check_settings(replace(DemoSettings(output=tmp_path / "run"), **changes))  # type: ignore[arg-type]
@@ -276,7 +276,7 @@ def test_output_that_cannot_be_written_is_refused(
         raise PermissionError(13, "Permission denied")
 
     # Tests may run as root, who may write anywhere.
-    monkeypatch.setattr("integrations.llava.study.settings.tempfile.TemporaryFile", refuse)
+    monkeypatch.setattr("integrations.llava.study.grid.tempfile.TemporaryFile", refuse)
     assert "cannot be written to (Permission denied)" in bad(tmp_path, recipe=str(tiny_recipe))
 
 

@@ -27,7 +27,7 @@ def test_part_is_finished_only_with_its_own_fingerprint(tmp_path: Path) -> None:
 
 def test_changed_code_changes_its_digest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     package, library = tmp_path / "integrations" / "llava", tmp_path / "layerfuse"
-    for folder in (package / "evaluation", package / "demo", library / "analysis"):
+    for folder in (package / "evaluation", package / "study", library / "analysis"):
         folder.mkdir(parents=True)
         (folder / "code.py").write_text("first")
     (package / "train.py").write_text("first")
@@ -39,7 +39,7 @@ def test_changed_code_changes_its_digest(tmp_path: Path, monkeypatch: pytest.Mon
         return code_digest("training"), code_digest("evaluation")
 
     training, evaluation = digests()
-    (package / "demo" / "code.py").write_text("second")
+    (package / "study" / "code.py").write_text("second")
     (library / "analysis" / "code.py").write_text("second")
     assert digests() == (training, evaluation)
     (package / "evaluation" / "code.py").write_text("second")

@@ -3,7 +3,7 @@ from __future__ import annotations
 import torch
 
 from integrations.llava.config.schema import ModelConfig
-from integrations.llava.study.probing import all_layers_backbone, cell_labels, probe_text
+from integrations.llava.study.probes import all_layers_backbone, cell_labels, probe_text
 from integrations.llava.synthetic.dataset import scene_at
 from integrations.llava.synthetic.scene import CHARACTERS, COLORS, GRID, SHAPES
 

@@ -9,7 +9,7 @@ import pytest
 
 from integrations.llava.cli.demo import table
 from integrations.llava.evaluation import score_answers, summarise
-from integrations.llava.study.report.document import render_report, write_report
+from integrations.llava.study.report import render_report
 from integrations.llava.study.results import DemoResults
 from integrations.llava.study.statistics import AVERAGE, baseline, conclude, differences, estimate
 from tests.integrations.llava.demo.made_up import KINDS, make_questions, make_results, make_run
@@ -59,7 +59,7 @@ def test_report_without_pictures_and_probes_leaves_those_sections_out() -> None:
 
 def test_report_shows_every_fuser_kind_and_number(tmp_path: Path) -> None:
     results = make_results({"select": 0.5, "average": 0.55, "concat": 0.7, "mmfuser": 0.45}, seeds=(0, 1, 2))
-    page = write_report(results, tmp_path / "report.html").read_text(encoding="utf-8")
+    page = render_report(results)
     for fuser in results.fusers:
         assert f"</svg>{fuser}</span>" in page
         for kind in KINDS:

@@ -9,7 +9,7 @@ from PIL import Image
 
 from integrations.llava.cli.evaluate import main
 from integrations.llava.evaluation import evaluate, read_predictions, read_questions, score_answers
-from integrations.llava.evaluation.runner import Evaluation, write_evaluation
+from integrations.llava.evaluation.report import Evaluation, write_evaluation
 from integrations.llava.evaluation.scores import summarise
 
 QUESTIONS = [

@@ -56,7 +56,7 @@ def test_prediction_without_question_is_an_error_that_names_it() -> None:
 
 def test_long_lists_of_ids_are_cut() -> None:
     many = [Question(number, "a.png", "?", "color", "red") for number in range(12)]
-    with pytest.raises(ValueError, match=r"missing: 0, 1, 2, 3, 4, 5, 6, 7, 8, 9 and 2 more"):
+    with pytest.raises(ValueError, match=r"missing: 0, 1, 2, 3, 4, 5, 6, 7, 8, 9, … and 2 more"):
         score_answers(many, [])
 
 

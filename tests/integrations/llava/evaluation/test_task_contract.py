@@ -24,13 +24,13 @@ from integrations.llava.evaluation import (
     Question,
     ScoredAnswer,
     Task,
-    YesNoTask,
     evaluate,
     predict,
     read_predictions,
     read_questions,
     score_predictions,
 )
+from integrations.llava.evaluation.tasks import YesNoTask
 from integrations.llava.inference.batching import Shard
 from integrations.llava.inference.predictor import Predictor
 

@@ -8,10 +8,4 @@ from .counting import CountingTask
 from .ocr import OcrTask
 from .shape import ShapeTask
 
-__all__ = [
-    "BoxTask",
-    "ColorTask",
-    "CountingTask",
-    "OcrTask",
-    "ShapeTask",
-]
+__all__ = ["BoxTask", "ColorTask", "CountingTask", "OcrTask", "ShapeTask"]

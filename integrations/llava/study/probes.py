@@ -1,4 +1,4 @@
-"""What a linear classifier reads off the backbone's layers and the fusers' outputs, on the embedded scenes."""
+"""Linear probes of the backbone's layers and the fusers' outputs, on the embedded scenes."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _BATCH = 64
 
 @dataclass(frozen=True)
 class CellLabels:
-    """What the cells of images show; -1 where nothing of the kind.
+    """Classes of the cells of images; -1 where a cell shows none of them.
 
     Attributes:
         title: what is read.
@@ -49,14 +49,7 @@ class CellLabels:
 
 
 def cell_labels(scenes: Sequence[Scene]) -> list[CellLabels]:
-    """Label every cell of some scenes by its character, and by its object's shape and colour.
-
-    Args:
-        scenes: B scenes.
-
-    Returns:
-        Characters first. Objects count in every cell that they cover.
-    """
+    """Label every cell of scenes by its character, its shape and its colour; an object counts in all of its cells."""
     characters, shapes, colors = (torch.full((len(scenes), GRID, GRID), _NOTHING) for _ in range(3))
     for index, scene in enumerate(scenes):
         for offset, character in enumerate(scene.text.string):
@@ -101,12 +94,12 @@ def probe_text(
     Args:
         backbone: taps all layers.
         models: fuser -> trained model with the same backbone.
-        seed: of the data set; its own training and test scenes are used.
+        seed: of the data set, whose training and test scenes are used.
         num_train: images to fit on.
         num_test: images to score on.
 
     Returns:
-        One probe each for characters, shapes and colours.
+        A probe for characters, one for shapes and one for colours.
     """
     scenes = {
         split: [scene_at(seed, split, index) for index in range(count)]

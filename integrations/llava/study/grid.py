@@ -1,4 +1,4 @@
-"""What a demo is run with, and the checks that are made before anything takes time."""
+"""The grid of a study: fusers and seeds, what all runs share, and the checks made before anything takes time."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from integrations.llava.config import Recipe, load_recipe
-from integrations.llava.evaluation import read_image
+from integrations.llava.data import read_image
 from layerfuse.errors import FileAccessError, InputError
 from layerfuse.fusers import FUSERS
 
@@ -16,12 +16,12 @@ from .fingerprint import refuse_foreign
 __all__ = ["REPORT_FILE", "RESULTS_FILE", "DemoSettings", "check_settings", "run_recipe"]
 
 REPORT_FILE, RESULTS_FILE = "report.html", "results.jsonl"
-"""What a demo leaves at the top of its folder."""
+"""Files at the top of a study's folder."""
 
 
 @dataclass(frozen=True)
 class DemoSettings:
-    """Settings of a demo.
+    """Settings of a study; the defaults are the demo's.
 
     Attributes:
         fusers: names, in the order of the table.
@@ -57,14 +57,10 @@ class DemoSettings:
 
 
 def check_settings(settings: DemoSettings) -> None:
-    """Find every mistake that would otherwise end a demo after minutes of training.
+    """Find every mistake that would otherwise end a study after minutes of training.
 
     Raises:
-        ValueError: if a fuser or the recipe is unknown, a fuser or seed is given twice, a number is too small, an image
-            comes without a prompt or a prompt without an image, or the image cannot be read.
-        FileNotFoundError: if the image does not exist.
-        FileAccessError: if the output folder cannot be written to, is a file, or holds files of other origin under the
-            names of the demo's.
+        UserError: naming what is unknown, given twice, too small, missing, unreadable or not to be written.
     """
     if not settings.fusers or not settings.seeds:
         raise InputError(f"a demo needs a fuser and a seed; got fusers {settings.fusers} and seeds {settings.seeds}.")
@@ -86,11 +82,9 @@ def check_settings(settings: DemoSettings) -> None:
 
 
 def _check_photo(settings: DemoSettings) -> None:
+    if settings.image is None and settings.prompt:
+        raise InputError("a prompt came without an image; also name a picture: --image photo.jpg (IMAGE=photo.jpg).")
     if settings.image is None:
-        if settings.prompt:
-            raise InputError(
-                "a prompt came without an image; also name a picture: --image photo.jpg (IMAGE=photo.jpg)."
-            )
         return
     if not (settings.prompt or "").strip():
         raise InputError(
@@ -116,16 +110,13 @@ def _check_output(folder: Path) -> None:
 
 
 def run_recipe(settings: DemoSettings, fuser: str, seed: int, data: Path) -> Recipe:
-    """Fill in what differs between runs, and nothing else.
+    """Make the recipe of a run: fuser, seed and data of its own, all else as in the study's recipe.
 
     Args:
-        settings: of the demo.
+        settings: of the study.
         fuser: its name; ``select`` taps the last of the recipe's layers alone, as LLaVA-1.5 does.
         seed: of both stages.
         data: folder that `make_dataset` wrote.
-
-    Returns:
-        The recipe.
     """
     overrides: dict[str, object] = {
         "pretrain.seed": seed,
