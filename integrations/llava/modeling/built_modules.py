@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Set
-from contextlib import contextmanager
-from typing import Any
+import threading
+from collections.abc import Callable, Set
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
+from torch.nn.modules.module import register_module_parameter_registration_hook
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_MAPPING, PreTrainedConfig, PreTrainedModel
 
 from layerfuse.backbones import Backbone, backbone_from_config
@@ -15,11 +16,11 @@ from layerfuse.fusers import Fuser, fuser_from_config
 
 __all__ = [
     "Projector",
+    "build_part",
     "draw",
     "forbid_uncapped_attention",
     "keep_as_built",
     "loses_cap",
-    "real_tensors",
     "restore_buffers",
     "set_attention",
 ]
@@ -27,6 +28,9 @@ __all__ = [
 # Their attention scores are capped (config.attn_logit_softcapping), which `sdpa` cannot do. transformers before 5.21
 # chose it for them all the same, and left the cap out without a word.
 _CAPPED = ("gemma2", "vaultgemma")
+# torch has one list of these hooks for all threads.
+_HOOK = threading.Lock()
+_Part = TypeVar("_Part", bound=nn.Module)
 
 
 class Projector(nn.Module):
@@ -49,20 +53,47 @@ class Projector(nn.Module):
         return projected
 
 
-@contextmanager
-def real_tensors() -> Iterator[torch.dtype]:
-    """Build on the CPU in float32 whatever `from_pretrained` set; yields the dtype to convert to.
+def build_part(build: Callable[[], _Part]) -> _Part:
+    """Build a backbone or fuser in float32 on torch's default device, and convert it to torch's default dtype.
 
-    It builds on the meta device. Libraries compute buffers that no checkpoint holds (rotary tables, position ids) in
-    their constructors; on the meta device these would be lost.
+    `from_pretrained` makes the meta device the default one. There nothing is drawn and no weight keeps memory, while
+    buffers that no checkpoint holds (rotary tables, position ids) are computed, for `restore_buffers`.
+
+    Args:
+        build: calls the constructor.
+
+    Returns:
+        The part, which transformers will not initialise anew.
     """
-    dtype = torch.get_default_dtype()
-    torch.set_default_dtype(torch.float32)
-    try:
-        with torch.device("cpu"):
-            yield dtype
-    finally:
-        torch.set_default_dtype(dtype)
+    dtype, device = torch.get_default_dtype(), torch.get_default_device()
+    # timm computes tables anew when their type changes, so that has to be on a device that has numbers, too.
+    with torch.device("cpu" if device.type == "meta" else device):
+        torch.set_default_dtype(torch.float32)
+        try:
+            part = _without_weights(build) if device.type == "meta" else build()
+        finally:
+            torch.set_default_dtype(dtype)
+        keep_as_built(part.to(dtype))
+    return part.to(device)
+
+
+def _without_weights(build: Callable[[], _Part]) -> _Part:
+    thread = threading.get_ident()
+
+    def to_meta(module: nn.Module, name: str, parameter: nn.Parameter) -> nn.Parameter | None:
+        if parameter.is_meta or threading.get_ident() != thread:
+            return None
+        return nn.Parameter(parameter.to("meta"), requires_grad=parameter.requires_grad)
+
+    with _HOOK:
+        hook = register_module_parameter_registration_hook(to_meta)
+        try:
+            return build()
+        except RuntimeError:  # a module of the user's own may need numbers while it is built
+            hook.remove()
+            return build()
+        finally:
+            hook.remove()
 
 
 def set_attention(backbone: Backbone, implementation: str | None) -> None:
@@ -117,7 +148,7 @@ def draw(model: nn.Module, keys: Set[str]) -> None:
     for path, part in model.named_modules():
         weights = dict(part.named_parameters(prefix=path)) if isinstance(part, Backbone | Fuser | Projector) else {}
         if missing := keys & weights.keys():
-            with real_tensors():
+            with torch.device("cpu"):
                 drawn = dict(_built_like(part).named_parameters(prefix=path))
             for key in missing:
                 weights[key].copy_(drawn[key])

@@ -38,11 +38,11 @@ from layerfuse.fusers import Fuser, fuser_from_config
 
 from .built_modules import (
     Projector,
+    build_part,
     draw,
     forbid_uncapped_attention,
     keep_as_built,
     loses_cap,
-    real_tensors,
     restore_buffers,
     set_attention,
 )
@@ -115,15 +115,15 @@ class LayerfuseVisionModel(_LoadsWhole):
         if backbone is None:
             if config.backbone is None:
                 raise InputError("LayerfuseVisionConfig describes no backbone; set backbone=Backbone.config.")
-            with real_tensors() as dtype:
-                backbone = backbone_from_config(config.backbone).to(dtype)
+            described = config.backbone
+            backbone = build_part(lambda: backbone_from_config(described))
             set_attention(backbone, config._attn_implementation)
         else:
             # Weights that are handed over compute as they did.
             own = next((part.config for part in backbone.modules() if isinstance(part, PreTrainedModel)), config)
             config._attn_implementation_internal = own._attn_implementation
+            keep_as_built(backbone)
         self.backbone = backbone
-        keep_as_built(self.backbone)
         # Device maps must not cut within a block.
         lists = [module for module in backbone.modules() if isinstance(module, (nn.ModuleList, nn.Sequential))]
         blocks = max(lists, key=lambda blocks: sum(part.numel() for part in blocks.parameters()), default=())
@@ -180,15 +180,15 @@ class FusedLlavaModel(_LoadsWhole, LlavaModel):
             )
         assert isinstance(config.text_config, PreTrainedConfig)
         self.vision_tower = LayerfuseVisionModel(config.vision_config, parts.backbone if parts else None)
-        with real_tensors() as dtype:
-            self.fuser = parts.fuser if parts else fuser_from_config(config.fuser).to(dtype)
+        described = config.fuser
+        self.fuser = parts.fuser if parts else build_part(lambda: fuser_from_config(described))
         forbid_uncapped_attention(config.text_config)
         projector = Projector(self.fuser.out_channels, config.text_config.hidden_size)
         self.multi_modal_projector = projector  # type: ignore[assignment]
         self.language_model = parts.language_model if parts else AutoModel.from_config(config.text_config)
-        keep_as_built(self.fuser)
         keep_as_built(self.multi_modal_projector)
         if parts:
+            keep_as_built(self.fuser)
             keep_as_built(self.language_model)
         self._no_split_modules = [type(self.fuser).__name__]
         self.post_init()
