@@ -12,7 +12,7 @@ from measure import Session
 from integrations.llava.config.schema import Recipe
 from integrations.llava.config.yaml_io import load_recipe
 from integrations.llava.dry_run import dry_run
-from integrations.llava.modeling.build import assemble_stage, checkpoint_activations
+from integrations.llava.modeling.build import assemble, checkpoint_activations
 from integrations.llava.synthetic import LLM_FOLDER
 from integrations.llava.training.trainer import parameter_groups
 
@@ -60,7 +60,7 @@ def bench_training_step(session: Session, *, recipe: str, gpu: str, runs: int) -
 
 def _steps(recipe: Recipe, micro: int, tokens: int, device: str, runs: int) -> tuple[list[float], float]:
     config = recipe.finetune
-    assembled = assemble_stage(recipe.model, config)
+    assembled = assemble(recipe.model, config)
     model = assembled.model.to(device).train()
     if config.gradient_checkpointing:
         checkpoint_activations(model)

@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from integrations.llava.config import PARTS
+from integrations.llava.modeling import part_of
 from layerfuse.errors import MissingFileError
 from layerfuse.files import atomic_folder
 
@@ -65,5 +65,4 @@ def load_adapter(model: nn.Module, parts: Sequence[str], path: str | Path) -> No
 
 
 def _state_of(model: nn.Module, parts: Sequence[str]) -> dict[str, torch.Tensor]:
-    prefixes = tuple(prefix for part in parts for prefix in PARTS[part])
-    return {name: tensor.contiguous() for name, tensor in model.state_dict().items() if name.startswith(prefixes)}
+    return {name: tensor.contiguous() for name, tensor in model.state_dict().items() if part_of(name) in parts}

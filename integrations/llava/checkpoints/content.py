@@ -168,21 +168,18 @@ def meta_model(
         layout: as for `build_model`.
     """
     text_config.vocab_size = max(text_config.vocab_size, image_token_id + 1)
-    with reading("the language model's config"), torch.device("meta"):
-        llm = AutoModelForCausalLM.from_config(text_config)
     with torch.device("meta"):
-        model = build_model(
+        with reading("the language model's config"):
+            llm = AutoModelForCausalLM.from_config(text_config)
+        return build_model(
             backbone,
             fuser,
             llm,
             image_token_id=image_token_id,
             prompt_template=template.to_dict(),
             layout=layout,
+            head=head or {},
         )
-        if model.config.head != head:
-            model.config.head = None if head is None else dict(head)
-            model = type(model)(model.config)
-    return model
 
 
 def check_weights(

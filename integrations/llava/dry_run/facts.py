@@ -7,17 +7,19 @@ recipe's `llm_architecture`.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig
 
-from integrations.llava.config import PARTS, ModelConfig, StageConfig
-from integrations.llava.modeling import FusedLlavaForConditionalGeneration, add_image_token, described_llm
-from integrations.llava.modeling import build_on_meta as build_parts_on_meta
+from integrations.llava.config import ModelConfig, StageConfig
+from integrations.llava.modeling import (
+    FusedLlavaForConditionalGeneration,
+    build_recipe_model,
+    count_parameters,
+    read_language_files,
+)
 from layerfuse.errors import InputError
 
 __all__ = ["Block", "ModelFacts", "build_on_meta", "linear_layers", "model_facts"]
@@ -101,25 +103,11 @@ def build_on_meta(config: ModelConfig, stage: StageConfig) -> tuple[FusedLlavaFo
     Raises:
         ValueError: if a name, layer or option is not possible, or nothing describes the language model.
     """
-    architecture, origin = _architecture(config)
-    image_token_id = _image_token_id(config, architecture.vocab_size)
-    return build_parts_on_meta(config, stage, architecture, image_token_id=image_token_id), origin
-
-
-def _architecture(config: ModelConfig) -> tuple[PreTrainedConfig, str]:
-    if config.llm_pretrained:
-        with suppress(OSError):
-            return AutoConfig.from_pretrained(config.llm, local_files_only=True), "its own config"
-    return described_llm(config), "config: the recipe's llm_architecture"
-
-
-def _image_token_id(config: ModelConfig, vocab_size: int) -> int:
-    """Read it from the tokenizer if that is at hand; else the token comes behind the vocabulary, as with Vicuna."""
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(config.tokenizer or config.llm, local_files_only=True)
-    except (OSError, ValueError):  # not there, or a folder without the tokenizer's files
-        return vocab_size
-    return add_image_token(tokenizer)
+    files = read_language_files(config, offline=True)
+    model = build_recipe_model(config, files, stage, device="meta")
+    if stage.precision == "bf16":
+        model.bfloat16()
+    return model, "config: the recipe's llm_architecture" if files.described else "its own config"
 
 
 def model_facts(model: FusedLlavaForConditionalGeneration) -> ModelFacts:
@@ -134,17 +122,13 @@ def model_facts(model: FusedLlavaForConditionalGeneration) -> ModelFacts:
     Raises:
         ValueError: if the language model's blocks are not like Llama's.
     """
-    trained, frozen = dict.fromkeys(PARTS, 0), dict.fromkeys(PARTS, 0)
-    for name, parameter in model.named_parameters():
-        part = next(part for part, prefixes in PARTS.items() if name.startswith(prefixes))
-        counts = trained if parameter.requires_grad else frozen
-        counts[part] += parameter.numel()
+    counts = count_parameters(model)
     blocks, text = _blocks(model), model.config.text_config
     norm = getattr(model.model.language_model, "norm", None)
     tail = [*model.lm_head.parameters(), *(norm.parameters() if isinstance(norm, nn.Module) else ())]
     return ModelFacts(
-        trained=trained,
-        frozen=frozen,
+        trained={part: count["trainable"] for part, count in counts.items()},
+        frozen={part: count["frozen"] for part, count in counts.items()},
         tokens_per_image=model.config.layout.num_tokens(),
         num_blocks=len(blocks),
         block=_block(blocks[0], text),

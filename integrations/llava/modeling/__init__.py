@@ -5,14 +5,10 @@ from __future__ import annotations
 from .build import (
     Assembled,
     assemble,
-    assemble_stage,
-    build_on_meta,
-    check_vocabulary,
+    build_model,
+    build_recipe_model,
     checkpoint_activations,
-    described_llm,
-    llm_config,
-    load_tokenizer,
-    set_trainable,
+    read_language_files,
 )
 from .generation import end_answers
 from .language_head import describe_head
@@ -22,9 +18,8 @@ from .model import (
     FusedLlavaForConditionalGeneration,
     FusedLlavaModel,
     LayerfuseVisionConfig,
-    build_model,
-    learns,
 )
+from .parts import count_parameters, learns, part_of, set_trainable
 from .processing import LayerfuseImageProcessor, add_image_token, build_processor
 from .quantization import QUANTIZATIONS, Quantization, keep_unpackable, quantization_config
 
@@ -40,24 +35,22 @@ __all__ = [
     "Quantization",
     "add_image_token",
     "assemble",
-    "assemble_stage",
     "build_model",
-    "build_on_meta",
     "build_processor",
-    "check_vocabulary",
+    "build_recipe_model",
     "checkpoint_activations",
+    "count_parameters",
     "describe_head",
-    "described_llm",
     "end_answers",
     "import_peft",
     "inject_lora",
     "keep_unpackable",
     "learns",
-    "llm_config",
-    "load_tokenizer",
     "lora_config",
     "lora_weights",
     "merge_lora",
+    "part_of",
     "quantization_config",
+    "read_language_files",
     "set_trainable",
 ]

@@ -1,14 +1,14 @@
-"""The model of a recipe: built from its parts, each part trained or frozen, in the precision it is used in."""
+"""The one place where a model is put together: of ready parts, or as a recipe describes it, on any device."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext, suppress
+from copy import deepcopy
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -19,30 +19,49 @@ from transformers import (
     set_seed,
 )
 
-from integrations.llava.config import PARTS, LoraConfig, ModelConfig, StageConfig
+from integrations.llava.config import ModelConfig, StageConfig
+from integrations.llava.image_layout import FixedLayout, ImageLayout
 from layerfuse.backbones import Backbone, create_backbone
+from layerfuse.encoder import check_fuser_fits
 from layerfuse.errors import InputError, UserError
 from layerfuse.fusers import Fuser, create_fuser
 
-from .built_modules import forbid_uncapped_attention
-from .model import FusedLlavaForConditionalGeneration, build_model
+from .built_modules import forbid_uncapped_attention, loses_cap
+from .configuration import FusedLlavaConfig, LayerfuseVisionConfig
+from .generation import forbid_token
+from .language_head import HeadSettings, decoder_of, head_settings
+from .lora import add_lora
+from .model import FusedLlavaForConditionalGeneration, ReadyParts
+from .parts import count_parameters, set_trainable
 from .processing import add_image_token
-from .quantization import keep_unpackable, quantization_config
+from .quantization import Quantization, keep_unpackable, quantization_config
 
 __all__ = [
     "Assembled",
+    "LanguageFiles",
     "assemble",
-    "assemble_stage",
-    "build_on_meta",
-    "check_vocabulary",
+    "build_model",
+    "build_recipe_model",
     "checkpoint_activations",
-    "create_vision",
-    "described_llm",
-    "llm_config",
-    "llm_from_config",
-    "load_tokenizer",
-    "set_trainable",
+    "read_language_files",
 ]
+
+
+@dataclass(frozen=True)
+class LanguageFiles:
+    """What is read of a recipe's language model before its weights are.
+
+    Attributes:
+        config: the language model's.
+        image_token_id: id of `<image>`.
+        tokenizer: with `<image>`; None where there is none at hand.
+        described: whether the config is the recipe's `llm_architecture` rather than a file of the language model.
+    """
+
+    config: PreTrainedConfig
+    image_token_id: int
+    tokenizer: PreTrainedTokenizerBase | None
+    described: bool
 
 
 @dataclass(frozen=True)
@@ -53,134 +72,202 @@ class Assembled:
         model: the model.
         tokenizer: with `<image>`.
         image_token_id: its id.
-        counts: per part, its number of trainable and of frozen parameters; empty before a stage has said what learns.
     """
 
     model: FusedLlavaForConditionalGeneration
     tokenizer: PreTrainedTokenizerBase
     image_token_id: int
-    counts: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
+
+    @property
+    def counts(self) -> Mapping[str, Mapping[str, int]]:
+        """Per part, its number of trainable and of frozen parameters."""
+        return count_parameters(self.model)
 
 
 def assemble(
-    config: ModelConfig, *, llm_dtype: torch.dtype = torch.float32, lora: LoraConfig | None = None
+    config: ModelConfig, stage: StageConfig | None = None, *, quantized: bool = True, seed: int | None = None
 ) -> Assembled:
-    """Build the model that a recipe describes.
+    """Read what a recipe names, and build its model; arguments and errors are those of `build_recipe_model`."""
+    files = read_language_files(config)
+    assert files.tokenizer is not None
+    model = build_recipe_model(config, files, stage, quantized=quantized, seed=seed)
+    return Assembled(model, files.tokenizer, files.image_token_id)
+
+
+def read_language_files(config: ModelConfig, *, offline: bool = False) -> LanguageFiles:
+    """Read config and tokenizer of a recipe's language model, once for all its stages.
+
+    Args:
+        config: names the language model, or describes it.
+        offline: download nothing; where there is no config the recipe's description does, and without a tokenizer the
+            image token comes behind the vocabulary, as with Vicuna.
+
+    Returns:
+        What was read.
+
+    Raises:
+        ValueError: if there is no config or tokenizer, or the tokenizer has more tokens than the language model; the
+            recipe's key is named.
+    """
+    name, where = config.tokenizer or config.llm, {"local_files_only": offline}
+    language, tokenizer = None, None
+    if config.llm_pretrained:
+        with suppress(OSError) if offline else _loading(f"the language model {config.llm}", "model.llm"):
+            language = AutoConfig.from_pretrained(config.llm, **where)
+    described = language is None
+    if language is None:
+        language = _described(config)
+    # A folder without the tokenizer's files is a ValueError.
+    missing = suppress(OSError, ValueError)
+    with missing if offline else _loading(f"the tokenizer of {name}", "model.tokenizer, model.llm"):
+        # Else the config is read a second time for the tokenizer's class.
+        known = {} if described or name != config.llm else {"config": language}
+        tokenizer = AutoTokenizer.from_pretrained(name, **known, **where)
+    vocabulary: Any = getattr(language.get_text_config(), "vocab_size", None)
+    if tokenizer is None:
+        return LanguageFiles(language, vocabulary, None, described)
+    # What a config without this number lacks besides is said where the model is built.
+    if isinstance(vocabulary, int) and len(tokenizer) > vocabulary:
+        raise InputError(
+            f"the tokenizer of {name} has {len(tokenizer)} tokens, but the language model has embeddings for "
+            f"{vocabulary}; set model.tokenizer, or vocab_size in model.llm_architecture."
+        )
+    return LanguageFiles(language, add_image_token(tokenizer), tokenizer, described)
+
+
+def build_recipe_model(
+    config: ModelConfig,
+    files: LanguageFiles,
+    stage: StageConfig | None = None,
+    *,
+    device: str | torch.device | None = None,
+    quantized: bool = True,
+    seed: int | None = None,
+) -> FusedLlavaForConditionalGeneration:
+    """Build the model that a recipe describes: adapters added, parts frozen, each in its precision.
 
     Args:
         config: names the parts.
-        llm_dtype: of the language model; the other parts are float32.
-        lora: quantises the language model, if it says so; adapters are added later.
+        files: of its language model.
+        stage: says what learns, and how precisely; None for all parts, in float32.
+        device: where it is built; None for torch's default device. On "meta" nothing is allocated, loaded or quantised.
+        quantized: store a quantised stage's language model so; False to merge adapters into whole weights.
+        seed: of parts that are not loaded. A run gives all its stages the same one: what is random and frozen has to be
+            the same in each. Adapters, which only this stage has, come from the stage's own seed. None: as the random
+            state stands.
 
     Returns:
-        The model on the CPU (a quantised language model where bitsandbytes puts it), everything trainable.
-
-    Raises:
-        ValueError: if a name, layer or option is not possible, or tokenizer and language model do not fit.
-    """
-    backbone, fuser = create_vision(config, pretrained=config.backbone_pretrained)
-    tokenizer = load_tokenizer(config)
-    llm = _language_model(config, llm_dtype, lora)
-    embedding: Any = llm.get_input_embeddings()
-    check_vocabulary(config, tokenizer, embedding.num_embeddings)
-    image_token_id = add_image_token(tokenizer)
-    model = build_model(backbone, fuser, llm, image_token_id=image_token_id, dtype=torch.float32)
-    return Assembled(model, tokenizer, image_token_id)
-
-
-def _language_model(config: ModelConfig, dtype: torch.dtype, lora: LoraConfig | None) -> PreTrainedModel:
-    model: PreTrainedModel
-    quantized = quantization_config(lora.quantize, dtype) if lora is not None else None
-    if config.llm_pretrained:
-        architecture = llm_config(config)
-        forbid_uncapped_attention(architecture)
-        with _loading(f"the language model {config.llm}", "model.llm, model.attention"):
-            model = AutoModelForCausalLM.from_pretrained(
-                config.llm,
-                config=architecture,
-                dtype=dtype,
-                attn_implementation=config.attention,
-                quantization_config=quantized,
-            )
-        keep_unpackable(model)
-        return model
-    if quantized is not None:
-        raise InputError("quantised weights need a pretrained language model; set model.llm_pretrained to true.")
-    return llm_from_config(config, described_llm(config), dtype=dtype)
-
-
-def llm_from_config(config: ModelConfig, architecture: PreTrainedConfig, *, dtype: torch.dtype) -> PreTrainedModel:
-    """Build a language model with random weights.
-
-    Args:
-        config: names the attention implementation.
-        architecture: its own config.
-        dtype: of its weights.
-
-    Returns:
-        The model, on the device that is the default one.
-
-    Raises:
-        ValueError: if transformers cannot build it so.
-    """
-    forbid_uncapped_attention(architecture)
-    with _loading(f"the language model {config.llm}", "model.attention, model.llm_architecture"):
-        model: PreTrainedModel = AutoModelForCausalLM.from_config(
-            architecture, dtype=dtype, attn_implementation=config.attention
-        )
-    return model
-
-
-def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
-    """Load the tokenizer of a recipe.
-
-    Raises:
-        ValueError: if there is none; the recipe's key is named.
-    """
-    name = config.tokenizer or config.llm
-    with _loading(f"the tokenizer of {name}", "model.tokenizer, model.llm"):
-        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(name)
-    return tokenizer
-
-
-def check_vocabulary(config: ModelConfig, tokenizer: PreTrainedTokenizerBase, vocabulary: int) -> None:
-    """Make sure that every token has an embedding.
-
-    Raises:
-        ValueError: if the tokenizer has more tokens than the language model embeddings.
-    """
-    if len(tokenizer) > vocabulary:
-        raise InputError(
-            f"the tokenizer of {config.tokenizer or config.llm} has {len(tokenizer)} tokens, but the language model "
-            f"has embeddings for {vocabulary}; set model.tokenizer, or vocab_size in model.llm_architecture."
-        )
-
-
-@contextmanager
-def _loading(what: str, keys: str) -> Iterator[None]:
-    """Say which key of the recipe is at fault where transformers only says what it did not find."""
-    try:
-        yield
-    except UserError:
-        raise
-    except (OSError, ValueError, ImportError) as error:
-        advice = " Try `--model.attention eager`." if "attn_implementation" in str(error) else ""
-        raise InputError(f"{what} cannot be built or loaded (see {keys}): {error}{advice}") from error
-
-
-def create_vision(config: ModelConfig, *, pretrained: bool) -> tuple[Backbone, Fuser]:
-    """Build the backbone of a recipe, and the fuser that fits it.
-
-    Args:
-        config: names both.
-        pretrained: load the backbone's weights; else they are random.
-
-    Returns:
-        Both.
+        The model. Trained parameters are float32; frozen ones have the type the stage computes in.
 
     Raises:
         ValueError: if a name, layer or option is not possible.
+        ImportError: if adapters or quantised weights are asked for and their package is not installed.
     """
+    real = device is None or torch.device(device).type != "meta"
+    lora = stage.lora if stage is not None and stage.lora.rank else None
+    frozen = torch.bfloat16 if stage is not None and stage.precision == "bf16" else torch.float32
+    llm_dtype = torch.float32 if stage is None or ("llm" in stage.trainable and lora is None) else frozen
+    with nullcontext() if device is None else torch.device(device):
+        if seed is not None:
+            set_seed(seed)
+        backbone, fuser = _vision(config, pretrained=real and config.backbone_pretrained)
+        quantize = lora.quantize if lora is not None and real and quantized else "none"
+        llm = _language_model(config, files.config, llm_dtype, quantize, pretrained=real and config.llm_pretrained)
+        model = build_model(backbone, fuser, llm, image_token_id=files.image_token_id, dtype=torch.float32)
+        if stage is None:
+            return model
+        if seed is not None:
+            set_seed(stage.seed)
+        if lora is not None:
+            add_lora(model, lora)
+    set_trainable(model, stage.trainable, adapters_only=lora is not None)
+    for parameter in model.parameters():
+        # Quantised weights are integers.
+        if parameter.is_floating_point():
+            parameter.data = parameter.data.to(torch.float32 if parameter.requires_grad else frozen)
+    return model
+
+
+def build_model(
+    backbone: Backbone,
+    fuser: Fuser,
+    llm: PreTrainedModel,
+    *,
+    image_token_id: int,
+    prompt_template: dict[str, Any] | None = None,
+    dtype: torch.dtype | None = None,
+    layout: ImageLayout | None = None,
+    head: Mapping[str, Any] | None = None,
+) -> FusedLlavaForConditionalGeneration:
+    """Put a model together from ready parts; their modules are used, not copied.
+
+    Args:
+        backbone: taps as many layers as the fuser takes.
+        fuser: its tokens are projected by a new, randomly initialised projector.
+        llm: a causal language model of transformers; its embedding grows if it has no row for the image token.
+        image_token_id: the tokenizer's id of `<image>`.
+        prompt_template: stored with the checkpoint.
+        dtype: of backbone, fuser and projector; None for the language model's.
+        layout: how many tokens an image takes; if None, the fuser's for an image of the backbone's size, always.
+        head: `HeadSettings.to_dict()`, where the whole model computes logits in another way than the language model's
+            class where it stands alone; then the head is a new layer.
+
+    Returns:
+        The model.
+
+    Raises:
+        ValueError: if the fuser does not fit the backbone, or the language model computes its logits in a way that is
+            not known here.
+    """
+    check_fuser_fits(backbone, fuser)
+    if loses_cap(llm.config, llm.config._attn_implementation):
+        raise InputError(
+            f"{type(llm).__name__} caps its attention scores, and attn_implementation='sdpa' leaves the cap out "
+            "without a word in this version of transformers; load it with attn_implementation='eager', or take "
+            "transformers>=5.21."
+        )
+    tried = head_settings(llm)
+    settings = tried if head is None else HeadSettings(**head)
+    embedding: Any = llm.get_input_embeddings()
+    if image_token_id >= embedding.num_embeddings:
+        llm.resize_token_embeddings(image_token_id + 1, mean_resizing=False)
+    attention = llm.config._attn_implementation
+    vision = LayerfuseVisionConfig(
+        backbone=backbone.config, hidden_size=backbone.embed_dim, image_size=list(backbone.image_size)
+    )
+    if layout is None:
+        layout = FixedLayout(image_token_id, fuser.num_tokens(backbone.grids()))
+    config = FusedLlavaConfig(
+        vision_config=vision,
+        text_config=llm.config,
+        image_token_index=image_token_id,
+        image_seq_length=layout.num_tokens(),
+        image_layout=layout.config,
+        vision_feature_layer=-1,
+        vision_feature_select_strategy="full",
+        fuser=fuser.config,
+        head=settings.to_dict() if settings.bias or settings.finish else None,
+        prompt_template=prompt_template,
+        tie_word_embeddings=bool(llm.config.tie_word_embeddings),
+    )
+    decoder = decoder_of(llm)
+    assert decoder is not None  # head_settings has used it
+    with torch.device(llm.device):
+        model = FusedLlavaForConditionalGeneration(config, ReadyParts(backbone, fuser, decoder))
+    if settings == tried:
+        model.set_output_embeddings(llm.get_output_embeddings())
+    model.generation_config = deepcopy(llm.generation_config)
+    forbid_token(model.generation_config, image_token_id)
+    # The new config made every part forget its attention implementation; some, such as BLOOM, refuse to be told by
+    # `set_attn_implementation`, and would go on without a causal mask.
+    llm.config._attn_implementation = attention
+    # Not the language model: its rotary table has to stay float32.
+    for part in (model.model.vision_tower, model.model.fuser, model.model.multi_modal_projector):
+        part.to(dtype or llm.dtype)
+    return model
+
+
+def _vision(config: ModelConfig, *, pretrained: bool) -> tuple[Backbone, Fuser]:
     backbone = create_backbone(
         f"{config.family}:{config.backbone}",
         layers=config.layers,
@@ -196,12 +283,28 @@ def create_vision(config: ModelConfig, *, pretrained: bool) -> tuple[Backbone, F
     return backbone, fuser
 
 
-def described_llm(config: ModelConfig) -> PreTrainedConfig:
-    """Read the language model's config out of the recipe.
+def _language_model(
+    config: ModelConfig, architecture: PreTrainedConfig, dtype: torch.dtype, quantize: Quantization, *, pretrained: bool
+) -> PreTrainedModel:
+    quantization = quantization_config(quantize, dtype)
+    if quantization is not None and not pretrained:
+        raise InputError("quantised weights need a pretrained language model; set model.llm_pretrained to true.")
+    forbid_uncapped_attention(architecture)
+    how = {"dtype": dtype, "attn_implementation": config.attention}
+    model: PreTrainedModel
+    if not pretrained:
+        with _loading(f"the language model {config.llm}", "model.attention, model.llm_architecture"):
+            model = AutoModelForCausalLM.from_config(architecture, **how)
+        return model
+    with _loading(f"the language model {config.llm}", "model.llm, model.attention"):
+        model = AutoModelForCausalLM.from_pretrained(
+            config.llm, config=architecture, quantization_config=quantization, **how
+        )
+    keep_unpackable(model)
+    return model
 
-    Raises:
-        ValueError: if the recipe does not hold it.
-    """
+
+def _described(config: ModelConfig) -> PreTrainedConfig:
     if "model_type" not in config.llm_architecture:
         raise InputError(
             f"{config.llm} is not to be loaded, or cannot be: neither a folder nor in the hub's cache. So "
@@ -213,95 +316,16 @@ def described_llm(config: ModelConfig) -> PreTrainedConfig:
     return described
 
 
-def llm_config(config: ModelConfig) -> PreTrainedConfig:
-    """Find the language model's config: its own, or the one that the recipe describes.
-
-    Args:
-        config: names it.
-
-    Returns:
-        The config; no weights are read.
-
-    Raises:
-        ValueError: if it is nowhere.
-    """
-    if not config.llm_pretrained:
-        return described_llm(config)
-    with _loading(f"the language model {config.llm}", "model.llm"):
-        found: PreTrainedConfig = AutoConfig.from_pretrained(config.llm)
-    return found
-
-
-def build_on_meta(
-    config: ModelConfig, stage: StageConfig, architecture: PreTrainedConfig, *, image_token_id: int
-) -> FusedLlavaForConditionalGeneration:
-    """Build a recipe's model as a stage trains it, without allocating it.
-
-    Args:
-        config: names the parts.
-        stage: says which learn, and whether through adapters.
-        architecture: the language model's config.
-        image_token_id: id of `<image>`.
-
-    Returns:
-        The model on the meta device, all in the precision that the stage computes in, not quantised.
-
-    Raises:
-        ValueError: if a name, layer or option is not possible.
-        ImportError: if adapters are asked for and peft is not installed.
-    """
-    with torch.device("meta"):
-        backbone, fuser = create_vision(config, pretrained=False)
-        llm = llm_from_config(config, architecture, dtype=torch.float32)
-        model = build_model(backbone, fuser, llm, image_token_id=image_token_id)
-        if stage.lora.rank:
-            from .lora import add_lora
-
-            add_lora(model, stage.lora)
-    set_trainable(model, stage.trainable, adapters_only=stage.lora.rank > 0)
-    if stage.precision == "bf16":
-        model.bfloat16()
-    return model
-
-
-def assemble_stage(
-    config: ModelConfig, stage: StageConfig, *, quantized: bool = True, seed: int | None = None
-) -> Assembled:
-    """Build the model as a stage trains it: adapters added, parts frozen, each in its precision.
-
-    Args:
-        config: names the parts.
-        stage: says what learns, and how precisely.
-        quantized: store a quantised stage's language model so; False to merge adapters into whole weights.
-        seed: of parts that are not loaded. A run gives all its stages the same one: what is random and frozen has to be
-            the same in each. Adapters, which only this stage has, come from the stage's own seed. None: as the random
-            state stands.
-
-    Returns:
-        The model. Trained parameters are float32; frozen ones have the type the stage computes in.
-
-    Raises:
-        ValueError: as `assemble`.
-    """
-    lora = stage.lora if stage.lora.rank else None
-    frozen = torch.bfloat16 if stage.precision == "bf16" else torch.float32
-    llm_learns = "llm" in stage.trainable and lora is None
-    if seed is not None:
-        set_seed(seed)
-    assembled = assemble(config, llm_dtype=torch.float32 if llm_learns else frozen, lora=lora if quantized else None)
-    if seed is not None:
-        set_seed(stage.seed)
-    model = assembled.model
-    if lora is not None:
-        from .lora import add_lora
-
-        add_lora(model, lora)
-    counts = set_trainable(model, stage.trainable, adapters_only=lora is not None)
-    for parameter in model.parameters():
-        # Quantised weights are integers.
-        if parameter.is_floating_point():
-            parameter.data = parameter.data.to(torch.float32 if parameter.requires_grad else frozen)
-    return replace(assembled, counts=counts)
+@contextmanager
+def _loading(what: str, keys: str) -> Iterator[None]:
+    """Say which key of the recipe is at fault where transformers only says what it did not find."""
+    try:
+        yield
+    except UserError:
+        raise
+    except (OSError, ValueError, ImportError) as error:
+        advice = " Try `--model.attention eager`." if "attn_implementation" in str(error) else ""
+        raise InputError(f"{what} cannot be built or loaded (see {keys}): {error}{advice}") from error
 
 
 def checkpoint_activations(model: FusedLlavaForConditionalGeneration) -> None:
@@ -309,23 +333,3 @@ def checkpoint_activations(model: FusedLlavaForConditionalGeneration) -> None:
     # transformers 5.23 renamed it; 5.17 knows only the old name.
     switch = "activation" if hasattr(model, "activation_checkpointing_enable") else "gradient"
     getattr(model, f"{switch}_checkpointing_enable")({"use_reentrant": False})
-
-
-def set_trainable(model: nn.Module, parts: Sequence[str], *, adapters_only: bool = False) -> dict[str, dict[str, int]]:
-    """Let some parts learn and freeze all others.
-
-    Args:
-        model: changed in place.
-        parts: names from `PARTS`.
-        adapters_only: of the language model, only its LoRA adapters learn.
-
-    Returns:
-        Per part, its number of trainable and of frozen parameters.
-    """
-    counts = {part: {"trainable": 0, "frozen": 0} for part in PARTS}
-    for name, parameter in model.named_parameters():
-        part = next(part for part, prefixes in PARTS.items() if name.startswith(prefixes))
-        learns = part in parts and not (adapters_only and part == "llm" and ".lora_" not in name)
-        parameter.requires_grad_(learns)
-        counts[part]["trainable" if learns else "frozen"] += parameter.numel()
-    return counts

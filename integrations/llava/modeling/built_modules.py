@@ -86,7 +86,7 @@ def _without_weights(build: Callable[[], _Part]) -> _Part:
         return nn.Parameter(parameter.to("meta"), requires_grad=parameter.requires_grad)
 
     with _HOOK:
-        hook = register_module_parameter_registration_hook(to_meta)
+        hook = register_module_parameter_registration_hook(to_meta)  # type: ignore[arg-type]
         try:
             return build()
         except RuntimeError:  # a module of the user's own may need numbers while it is built

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import functools
 import inspect
-from copy import deepcopy
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,9 +28,7 @@ from transformers import (
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.utils.generic import can_return_tuple
 
-from integrations.llava.image_layout import FixedLayout, ImageLayout
 from layerfuse.backbones import Backbone, backbone_from_config
-from layerfuse.encoder import check_fuser_fits
 from layerfuse.errors import InputError
 from layerfuse.features import FeatureMaps
 from layerfuse.fusers import Fuser, fuser_from_config
@@ -42,13 +39,13 @@ from .built_modules import (
     draw,
     forbid_uncapped_attention,
     keep_as_built,
-    loses_cap,
     restore_buffers,
     set_attention,
 )
 from .configuration import FusedLlavaConfig, LayerfuseVisionConfig
 from .generation import GeneratesFromImages, forbid_token
-from .language_head import build_head, decoder_of, head_settings, text_loss
+from .language_head import build_head, text_loss
+from .parts import learns
 
 __all__ = [
     "FusedLlavaConfig",
@@ -57,8 +54,7 @@ __all__ = [
     "LayerfuseVisionConfig",
     "LayerfuseVisionModel",
     "Projector",
-    "build_model",
-    "learns",
+    "ReadyParts",
 ]
 
 
@@ -149,7 +145,7 @@ class LayerfuseVisionModel(_LoadsWhole):
 
 
 @dataclass
-class _Parts:
+class ReadyParts:
     """Ready modules, so that building a model from them allocates nothing twice."""
 
     backbone: Backbone
@@ -170,7 +166,7 @@ class FusedLlavaModel(_LoadsWhole, LlavaModel):
     # A whole model's folder holds the head, too.
     _keys_to_ignore_on_load_unexpected = [r"^lm_head\."]  # noqa: RUF012  (transformers copies it)
 
-    def __init__(self, config: FusedLlavaConfig, parts: _Parts | None = None) -> None:
+    def __init__(self, config: FusedLlavaConfig, parts: ReadyParts | None = None) -> None:
         # LlavaModel's own constructor would build a projector for a tower without fuser.
         PreTrainedModel.__init__(self, config)
         if not isinstance(config.vision_config, LayerfuseVisionConfig) or config.fuser is None:
@@ -255,7 +251,7 @@ class FusedLlavaForConditionalGeneration(_LoadsWhole, GeneratesFromImages, Llava
     config: FusedLlavaConfig
     config_class = FusedLlavaConfig
 
-    def __init__(self, config: FusedLlavaConfig, parts: _Parts | None = None) -> None:
+    def __init__(self, config: FusedLlavaConfig, parts: ReadyParts | None = None) -> None:
         PreTrainedModel.__init__(self, config)
         text = config.text_config
         assert isinstance(text, PreTrainedConfig)
@@ -285,85 +281,6 @@ class FusedLlavaForConditionalGeneration(_LoadsWhole, GeneratesFromImages, Llava
     ) -> torch.Tensor:  # type: ignore[override]
         """Compute `text_loss`; transformers' models call it so."""
         return text_loss(logits, labels, vocab_size, image_token_id=self.config.image_token_index, **options)
-
-
-def build_model(
-    backbone: Backbone,
-    fuser: Fuser,
-    llm: PreTrainedModel,
-    *,
-    image_token_id: int,
-    prompt_template: dict[str, Any] | None = None,
-    dtype: torch.dtype | None = None,
-    layout: ImageLayout | None = None,
-) -> FusedLlavaForConditionalGeneration:
-    """Assemble a model from ready parts; their modules are used, not copied.
-
-    Args:
-        backbone: taps as many layers as the fuser takes.
-        fuser: its tokens are projected by a new, randomly initialised projector.
-        llm: a causal language model of transformers; its embedding grows if it has no row for the image token.
-        image_token_id: the tokenizer's id of `<image>`.
-        prompt_template: stored with the checkpoint.
-        dtype: of backbone, fuser and projector; None for the language model's.
-        layout: how many tokens an image takes; if None, the fuser's for an image of the backbone's size, always.
-
-    Returns:
-        The model.
-
-    Raises:
-        ValueError: if the fuser does not fit the backbone, or the language model computes its logits in a way that is
-            not known here.
-    """
-    check_fuser_fits(backbone, fuser)
-    if loses_cap(llm.config, llm.config._attn_implementation):
-        raise InputError(
-            f"{type(llm).__name__} caps its attention scores, and attn_implementation='sdpa' leaves the cap out "
-            "without a word in this version of transformers; load it with attn_implementation='eager', or take "
-            "transformers>=5.21."
-        )
-    head = head_settings(llm)
-    embedding: Any = llm.get_input_embeddings()
-    if image_token_id >= embedding.num_embeddings:
-        llm.resize_token_embeddings(image_token_id + 1, mean_resizing=False)
-    attention = llm.config._attn_implementation
-    vision = LayerfuseVisionConfig(
-        backbone=backbone.config, hidden_size=backbone.embed_dim, image_size=list(backbone.image_size)
-    )
-    if layout is None:
-        layout = FixedLayout(image_token_id, fuser.num_tokens(backbone.grids()))
-    config = FusedLlavaConfig(
-        vision_config=vision,
-        text_config=llm.config,
-        image_token_index=image_token_id,
-        image_seq_length=layout.num_tokens(),
-        image_layout=layout.config,
-        vision_feature_layer=-1,
-        vision_feature_select_strategy="full",
-        fuser=fuser.config,
-        head=head.to_dict() if head.bias or head.finish else None,
-        prompt_template=prompt_template,
-        tie_word_embeddings=bool(llm.config.tie_word_embeddings),
-    )
-    decoder = decoder_of(llm)
-    assert decoder is not None  # head_settings has used it
-    with torch.device(llm.device):
-        model = FusedLlavaForConditionalGeneration(config, _Parts(backbone, fuser, decoder))
-    model.set_output_embeddings(llm.get_output_embeddings())
-    model.generation_config = deepcopy(llm.generation_config)
-    forbid_token(model.generation_config, image_token_id)
-    # The new config made every part forget its attention implementation; some, such as BLOOM, refuse to be told by
-    # `set_attn_implementation`, and would go on without a causal mask.
-    llm.config._attn_implementation = attention
-    # Not the language model: its rotary table has to stay float32.
-    for part in (model.model.vision_tower, model.model.fuser, model.model.multi_modal_projector):
-        part.to(dtype or llm.dtype)
-    return model
-
-
-def learns(module: nn.Module) -> bool:
-    """Tell whether any parameter of a module is trained."""
-    return any(parameter.requires_grad for parameter in module.parameters())
 
 
 AutoModel.register(LayerfuseVisionConfig, LayerfuseVisionModel, exist_ok=True)

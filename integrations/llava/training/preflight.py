@@ -15,14 +15,7 @@ import torch
 from transformers import SchedulerType, get_scheduler
 
 from integrations.llava.config import STAGES, Recipe, StageConfig
-from integrations.llava.modeling import (
-    add_image_token,
-    build_on_meta,
-    check_vocabulary,
-    llm_config,
-    load_tokenizer,
-    quantization_config,
-)
+from integrations.llava.modeling import build_recipe_model, quantization_config, read_language_files
 from integrations.llava.prompts import get_template
 from layerfuse.errors import InputError, MissingFileError, MissingPackageError, UserError
 from layerfuse.files import file_digest
@@ -76,14 +69,11 @@ def check_stages(recipe: Recipe, stages: Sequence[str], *, num_processes: int, c
                 raise InputError("quantised weights need a pretrained language model; set model.llm_pretrained.")
             if not config.data.path:
                 raise InputError(f"no data; give --{name}.data.path FILE and --{name}.data.image_folder FOLDER.")
-    architecture, tokenizer = llm_config(recipe.model), load_tokenizer(recipe.model)
-    if isinstance(vocabulary := getattr(architecture, "vocab_size", None), int):
-        check_vocabulary(recipe.model, tokenizer, vocabulary)
-    image_token_id = add_image_token(tokenizer)
+    files = read_language_files(recipe.model)
     for name in stages:
         with _named(name):
             config = recipe.stage(name)
-            model = build_on_meta(recipe.model, config, architecture, image_token_id=image_token_id)
+            model = build_recipe_model(recipe.model, files, config, device="meta")
             try:
                 training_arguments(config, folder / name, model, num_processes)
             except UserError:

@@ -23,7 +23,7 @@ from integrations.llava.data import Sample
 from integrations.llava.modeling import (
     Assembled,
     FusedLlavaForConditionalGeneration,
-    assemble_stage,
+    assemble,
     build_processor,
     end_answers,
 )
@@ -190,7 +190,7 @@ def _seen_by_all(run: Run, name: str) -> tuple[Connector, Path | None]:
 def _assemble(run: Run, name: str, connector: Connector, *, quantized: bool = True) -> Assembled:
     """Build the model as the stage begins with it, the same whenever it is built."""
     config = run.recipe.stage(name)
-    assembled = assemble_stage(run.recipe.model, config, quantized=quantized, seed=run.recipe.pretrain.seed)
+    assembled = assemble(run.recipe.model, config, quantized=quantized, seed=run.recipe.pretrain.seed)
     if connector.path is not None:
         parts = _CONNECTOR if connector.before is None else _kept(run.recipe.stage(connector.before))
         load_adapter(assembled.model, parts, connector.path)

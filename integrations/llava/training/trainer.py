@@ -22,8 +22,8 @@ from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader, Sampler
 from transformers import TrainingArguments
 
-from integrations.llava.config import PARTS
 from integrations.llava.data import ModalityLengthSampler, ShuffleSampler, modality_length_indices
+from integrations.llava.modeling import part_of
 from integrations.llava.prompts import IGNORE_INDEX
 from layerfuse.files import write_text
 
@@ -74,8 +74,8 @@ def parameter_groups(
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
-        part = next((part for part in rates if part and any(prefix in name for prefix in PARTS[part])), "")
-        group = groups[part, name not in norms and "bias" not in name]
+        part = part_of(name)
+        group = groups[part if part in rates else "", name not in norms and "bias" not in name]
         group["params"].append(parameter)
         group["names"].append(name)
     return [group for group in groups.values() if group["params"]]

@@ -8,7 +8,7 @@ import torch
 
 from integrations.llava.checkpoints.model_io import save_model
 from integrations.llava.inference.sampling import SamplingParams
-from integrations.llava.modeling.model import build_model
+from integrations.llava.modeling.build import build_model
 from integrations.llava.modeling.processing import add_image_token, build_processor
 from integrations.llava.prompts import get_template
 from layerfuse.backbones import create_backbone

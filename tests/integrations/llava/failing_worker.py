@@ -30,7 +30,7 @@ PLACES: dict[str, tuple[tuple[str, str, int], tuple[str, str, int]]] = {
         ("integrations.llava.training.train", "usable_indices", 1),
         ("integrations.llava.training.train", "read_samples", 1),
     ),
-    "build": (("integrations.llava.training.stage", "assemble_stage", 1),) * 2,
+    "build": (("integrations.llava.training.stage", "assemble", 1),) * 2,
     "step": (("integrations.llava.data.dataset.ConversationDataset", "__getitem__", 3),) * 2,
     "checkpoint": (
         ("integrations.llava.training.resume", "save_file", 2),

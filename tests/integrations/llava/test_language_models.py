@@ -33,8 +33,8 @@ from transformers import (
 
 from integrations.llava.checkpoints.model_io import load_model
 from integrations.llava.config.schema import ModelConfig
-from integrations.llava.modeling.build import described_llm, llm_from_config
-from integrations.llava.modeling.model import FusedLlavaForConditionalGeneration, build_model
+from integrations.llava.modeling.build import build_model, build_recipe_model, read_language_files
+from integrations.llava.modeling.model import FusedLlavaForConditionalGeneration
 from layerfuse.backbones import create_backbone
 from layerfuse.errors import InputError
 from layerfuse.fusers import create_fuser
@@ -338,4 +338,4 @@ def test_a_language_model_without_the_attention_asked_for_names_the_way_out() ->
     config = ModelConfig(llm="none", llm_pretrained=False, llm_architecture=llm)
 
     with pytest.raises(InputError, match=r"scaled_dot_product_attention yet.* Try `--model.attention eager`"):
-        llm_from_config(config, described_llm(config), dtype=torch.float32)
+        build_recipe_model(config, read_language_files(config, offline=True), device="meta")

@@ -18,8 +18,9 @@ from integrations.llava.checkpoints.lora import load_lora, merged_tensors, save_
 from integrations.llava.checkpoints.model_io import load_model, save_model
 from integrations.llava.checkpoints.tensors import stored_model
 from integrations.llava.config.schema import LoraConfig
+from integrations.llava.modeling.build import build_model
 from integrations.llava.modeling.lora import add_lora, merge_lora
-from integrations.llava.modeling.model import FusedLlavaForConditionalGeneration, build_model
+from integrations.llava.modeling.model import FusedLlavaForConditionalGeneration
 from integrations.llava.modeling.processing import add_image_token, build_processor
 from integrations.llava.modeling.quantization import quantization_config
 from integrations.llava.prompts import get_template

@@ -14,7 +14,8 @@ from transformers import AutoModelForImageTextToText, GenerationConfig, Trainer,
 import integrations.llava
 from integrations.llava.checkpoints.connector import load_adapter, save_adapter
 from integrations.llava.checkpoints.model_io import load_model
-from integrations.llava.modeling.model import FusedLlavaForConditionalGeneration, build_model
+from integrations.llava.modeling.build import build_model
+from integrations.llava.modeling.model import FusedLlavaForConditionalGeneration
 from integrations.llava.training.train import set_trainable
 from layerfuse.backbones import create_backbone
 from layerfuse.fusers import ExtraTokens, create_fuser

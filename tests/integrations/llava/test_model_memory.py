@@ -11,10 +11,14 @@ import torch
 from torch import nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
 from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import AutoConfig, AutoTokenizer
 
 from integrations.llava.checkpoints.model_io import load_model
+from integrations.llava.config.schema import STAGES, Recipe
 from integrations.llava.modeling import model as model_module
-from integrations.llava.modeling.model import FusedLlavaForConditionalGeneration, build_model
+from integrations.llava.modeling.build import assemble, build_model
+from integrations.llava.modeling.model import FusedLlavaForConditionalGeneration
+from integrations.llava.training.preflight import check_stages
 from layerfuse.backbones import MODULES, Backbone, create_backbone
 from layerfuse.fusers import create_fuser
 from layerfuse.testing import random_images
@@ -131,3 +135,24 @@ def test_a_module_that_needs_numbers_while_it_is_built_loads_as_well(tmp_path: P
     loaded = load_model(tmp_path)
     for name, weight in model.state_dict().items():
         assert torch.equal(loaded.state_dict()[name], weight), name
+
+
+def test_config_and_tokenizer_of_the_language_model_are_read_once(
+    tiny_recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read: list[str] = []
+    for auto in (AutoConfig, AutoTokenizer):
+        original = auto.from_pretrained
+
+        def note(name: str, *args: Any, original: Any = original, auto: Any = auto, **kwargs: Any) -> Any:
+            if str(name) == tiny_recipe.model.llm:
+                read.append(auto.__name__)
+            return original(name, *args, **kwargs)
+
+        monkeypatch.setattr(auto, "from_pretrained", note)
+    assemble(tiny_recipe.model, tiny_recipe.finetune)
+    assert sorted(read) == ["AutoConfig", "AutoTokenizer"]
+
+    read.clear()
+    check_stages(tiny_recipe, STAGES, num_processes=1, cpu=True, folder=tmp_path)
+    assert sorted(read) == ["AutoConfig", "AutoTokenizer"]

@@ -15,7 +15,7 @@ from transformers import LlamaConfig
 from integrations.llava.checkpoints.lora import load_lora
 from integrations.llava.checkpoints.model_io import load_model
 from integrations.llava.config.schema import LoraConfig, Recipe
-from integrations.llava.modeling.build import assemble_stage
+from integrations.llava.modeling.build import assemble
 from integrations.llava.modeling.lora import merge_lora
 from integrations.llava.training.signals import RunInterrupted
 from integrations.llava.training.train import train
@@ -102,4 +102,4 @@ def test_random_weights_cannot_be_quantised(tiny_recipe: Recipe, wide_llm: Path)
     architecture = LlamaConfig.from_pretrained(wide_llm).to_dict()
     model = dataclasses.replace(recipe.model, llm_pretrained=False, llm_architecture=architecture)
     with pytest.raises(ValueError, match="quantised weights need a pretrained language model"):
-        assemble_stage(model, recipe.finetune)
+        assemble(model, recipe.finetune)

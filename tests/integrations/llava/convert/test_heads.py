@@ -22,7 +22,7 @@ from transformers import (
 
 from integrations.llava.checkpoints import Options, convert
 from integrations.llava.checkpoints.model_io import load_model, save_model
-from integrations.llava.modeling.model import build_model
+from integrations.llava.modeling.build import build_model
 from integrations.llava.modeling.processing import add_image_token, build_processor
 from integrations.llava.prompts import get_template
 from layerfuse.backbones import TransformersBackbone

@@ -13,7 +13,7 @@ from transformers import LlamaForCausalLM, LlavaForConditionalGeneration
 from integrations.llava.checkpoints import Options, convert
 from integrations.llava.checkpoints.model_io import load_model, save_model
 from integrations.llava.checkpoints.tensors import stored_model
-from integrations.llava.modeling.model import build_model
+from integrations.llava.modeling.build import build_model
 from integrations.llava.modeling.processing import add_image_token, build_processor
 from integrations.llava.prompts import get_template
 from layerfuse.backbones import create_backbone

@@ -11,7 +11,7 @@ from transformers import LlamaConfig
 from integrations.llava.config.schema import PARTS
 from integrations.llava.config.yaml_io import load_recipe
 from integrations.llava.dry_run.facts import build_on_meta, model_facts
-from integrations.llava.modeling.build import assemble_stage
+from integrations.llava.modeling.build import assemble
 from tests.integrations.llava.estimate.estimate_support import small_recipe
 
 # Parameters of CLIP-L up to block 23, of Vicuna-7B and -13B with one more row for the image token, of LoRA at rank 128.
@@ -49,7 +49,7 @@ def test_full_size_models_have_the_known_numbers_of_parameters(name: str) -> Non
 def test_sizes_are_those_of_the_model_that_is_trained(name: str, llm_folder: Path) -> None:
     recipe = small_recipe(name, llm_folder)
     for config in (recipe.pretrain, recipe.finetune):
-        trained = assemble_stage(recipe.model, config).model
+        trained = assemble(recipe.model, config).model
         facts = model_facts(build_on_meta(recipe.model, config)[0])
         assert facts.num_trained == sum(p.numel() for p in trained.parameters() if p.requires_grad)
         assert facts.num_frozen == sum(p.numel() for p in trained.parameters() if not p.requires_grad)

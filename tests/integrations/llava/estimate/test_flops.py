@@ -13,7 +13,7 @@ from integrations.llava.config.schema import ModelConfig, StageConfig
 from integrations.llava.dry_run.facts import build_on_meta, model_facts
 from integrations.llava.dry_run.flops import PartFlops, hours, sample_flops
 from integrations.llava.dry_run.gpus import get_gpu
-from integrations.llava.modeling.build import assemble_stage
+from integrations.llava.modeling.build import assemble
 from tests.integrations.llava.estimate.estimate_support import make_batch, small_recipe
 
 TEXT = 20
@@ -29,7 +29,7 @@ EAGER = {"model.attention": "eager"}
 def test_operations_are_those_that_torch_counts(name: str, stage: str, checkpointing: bool, llm_folder: Path) -> None:
     recipe = small_recipe(name, llm_folder, EAGER)
     config = replace(recipe.stage(stage), precision="fp32", gradient_checkpointing=checkpointing)
-    assembled = assemble_stage(recipe.model, config)
+    assembled = assemble(recipe.model, config)
     model = assembled.model.train()
     if checkpointing:
         switch = "activation" if hasattr(model, "activation_checkpointing_enable") else "gradient"

@@ -16,7 +16,7 @@ from integrations.llava.config.schema import Recipe, StageConfig
 from integrations.llava.dry_run.activations import Weights, block_bytes, residual_bytes
 from integrations.llava.dry_run.facts import Block, build_on_meta, model_facts
 from integrations.llava.dry_run.memory import Memory, estimate_memory
-from integrations.llava.modeling.build import Assembled, assemble_stage
+from integrations.llava.modeling.build import Assembled, assemble
 from tests.integrations.llava.estimate.estimate_support import LiveBytes, make_batch, small_recipe
 from tests.integrations.llava.tiny_parts import tiny_llm
 
@@ -89,7 +89,7 @@ def test_what_stays_after_a_step_has_the_estimated_size(
 ) -> None:
     recipe = small_recipe(name, llm_folder)
     config = stage_of(recipe, stage, precision=precision)
-    assembled = assemble_stage(recipe.model, config)
+    assembled = assemble(recipe.model, config)
     model, optimizer = stepped(assembled, config)
 
     memory = estimated(recipe, config)
@@ -112,7 +112,7 @@ def test_the_peak_is_what_live_tensors_take(
     # Dropout is another operation on CPUs, which saves four times as much as on GPUs.
     recipe = small_recipe(name, llm_folder, {"finetune.lora.dropout": 0.0})
     config = stage_of(recipe, stage, gradient_checkpointing=checkpointing, batch_size=BATCH * accumulation)
-    assembled = assemble_stage(recipe.model, config)
+    assembled = assemble(recipe.model, config)
     live = LiveBytes(assembled.model)
 
     stepped(assembled, config, live=live, accumulation=accumulation)
