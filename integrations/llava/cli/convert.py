@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import argparse
 import logging
-import sys
 from collections.abc import Sequence
 from typing import get_args
-
-from transformers.utils import logging as transformers_logging
 
 from integrations.llava.checkpoints import LAYOUTS, Options, convert, convert_adapter
 from integrations.llava.prompts import TEMPLATES
 from layerfuse.errors import UserError
 from layerfuse.preprocessing import Mode
+
+from .options import quiet_bars
 
 __all__ = ["main"]
 
@@ -51,8 +50,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--adapter-only", action="store_true", help="convert fuser and projector alone")
     arguments = parser.parse_args(argv)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    if not sys.stderr.isatty():
-        transformers_logging.disable_progress_bar()
+    quiet_bars()
     options = Options(template=arguments.template, image_mode=arguments.image_mode, vision_tower=arguments.vision_tower)
     if arguments.adapter_only and (arguments.merge_lora or options != Options()):
         parser.error("--adapter-only takes no other options than --from, --to and --layout")

@@ -9,8 +9,11 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from integrations.llava.study import DemoResults, DemoSettings, check_settings, conclude, estimate
+from integrations.llava.study import DemoResults, DemoSettings, conclude, estimate, run_demo
+from integrations.llava.training import RunInterrupted
 from layerfuse.errors import UserError
+
+from .options import quiet_bars
 
 __all__ = ["main"]
 
@@ -22,18 +25,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     given = vars(parser.parse_args(arguments))
     settings = DemoSettings(**{**given, "fusers": tuple(given["fusers"]), "seeds": tuple(given["seeds"])})
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    try:
-        check_settings(settings)
-    except UserError as error:
-        parser.error(str(error))
-    # Imported only now: a wrong argument is answered at once, without loading transformers.
-    from transformers.utils import logging as transformers_logging
-
-    from integrations.llava.study import run_demo
-    from integrations.llava.training import RunInterrupted
-
-    if not sys.stderr.isatty():
-        transformers_logging.disable_progress_bar()
+    quiet_bars()
     command = shlex.join(["python", "-m", "integrations.llava", "demo", *arguments])
     try:
         results, report = run_demo(settings, command=command)

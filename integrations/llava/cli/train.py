@@ -9,12 +9,13 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from transformers.utils import logging as transformers_logging
 
 from integrations.llava.config import STAGES, load_recipe, parse_overrides, recipe_names
 from integrations.llava.dry_run import GPUS, dry_run, render
 from integrations.llava.training import RANDOM, NonFiniteLossError, ProcessFailedError, RunInterrupted, train
 from layerfuse.errors import InputError, UserError
+
+from .options import quiet_bars
 
 __all__ = ["main"]
 
@@ -24,8 +25,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = _parser()
     arguments, rest = parser.parse_known_args(argv)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    if not sys.stderr.isatty():
-        transformers_logging.disable_progress_bar()
+    quiet_bars()
     try:
         overrides = _data_overrides(arguments) | parse_overrides(rest)
         recipe = load_recipe(arguments.recipe, overrides)
@@ -109,7 +109,3 @@ def _data_overrides(arguments: argparse.Namespace) -> dict[str, Any]:
         for stage, value in zip(stages, values, strict=False):
             overrides[f"{stage}.data.{key}"] = value
     return overrides
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from .demo import run_demo
-from .grid import DemoSettings, check_settings
-from .results import DemoResults, FuserRun
+from .grid import DemoSettings
+from .results import DemoResults
 from .statistics import conclude, estimate
 
-__all__ = ["DemoResults", "DemoSettings", "FuserRun", "check_settings", "conclude", "estimate", "run_demo"]
+__all__ = ["DemoResults", "DemoSettings", "conclude", "estimate", "run_demo"]

@@ -209,7 +209,7 @@ def test_stopping_says_how_to_go_on(
     def stop(*_: object, **__: object) -> None:
         raise stopped
 
-    monkeypatch.setattr("integrations.llava.study.run_demo", stop)
+    monkeypatch.setattr("integrations.llava.cli.demo.run_demo", stop)
     assert main(["--recipe", str(tiny_recipe), "--output", str(tmp_path)]) == code
     assert said in capsys.readouterr().err
 
