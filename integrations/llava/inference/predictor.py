@@ -123,7 +123,7 @@ class Predictor:
                 batch_sampler=filled,
                 collate_fn=self.collate,
                 num_workers=num_workers,
-                pin_memory=on_gpu,
+                pin_memory=on_gpu and num_workers > 0,
                 generator=torch.Generator(),
             )
             for batch, full, tensors in zip(batches, filled, loader, strict=True):
