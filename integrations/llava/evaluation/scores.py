@@ -97,7 +97,7 @@ def score_answers(
 
 
 def summarise(answers: Sequence[ScoredAnswer], *, task: Task | None = None) -> dict[str, KindScores]:
-    """Kind -> numbers of a model's scored answers, in the order in which the kinds first occur; see `score_answers`."""
+    """Sum up scored answers by kind of question, in the order in which the kinds first occur; see `score_answers`."""
     table = {}
     for kind, own_task in tasks_of([own.question for own in answers], task).items():
         own = [answer for answer in answers if answer.question.kind == kind]

@@ -117,7 +117,7 @@ class Task(ABC):
         return question.text
 
     def read(self, question: Question) -> Question:
-        """Return a question whose right answer is as `score` compares it, where it was as its file has it.
+        """Return the question with its right answer in the form that `score` compares, from the form of its file.
 
         Raises:
             ValueError: if the task cannot compare with it.
@@ -125,7 +125,7 @@ class Task(ABC):
         return replace(question, answer=self.read_answer(question.answer))
 
     def read_answer(self, value: Any) -> Any:
-        """Return what `score` compares with for an answer from JSON that can be read alone: a text, a number as text.
+        """Return a right answer from JSON in the form that `score` compares; here a text, or a number as text.
 
         Raises:
             ValueError: if the task cannot compare with it.
@@ -166,7 +166,7 @@ TASKS: Registry[Task] = Registry("question kind", group="layerfuse.tasks")
 
 
 def tasks_of(questions: Sequence[Question], task: Task | None = None) -> dict[str, Task]:
-    """Kind -> task, in the order in which the kinds first occur; without a task of all, each is looked up in `TASKS`.
+    """Map the kinds of questions, in the order in which they first occur, to `task`, or to their tasks in `TASKS`.
 
     Raises:
         ValueError: if a kind is unknown.
@@ -191,7 +191,7 @@ def read_questions(path: str | Path) -> list[Question]:
 
 
 def check_ids(questions: Sequence[Question], place: str) -> None:
-    """Refuse questions that are none, or of which two have ids of one spelling, by a ValueError."""
+    """Raise a ValueError for an empty list of questions, and for two whose ids are spelled alike."""
     if not questions:
         raise InputError(f"{place} holds no question; give one question a line.")
     twice = [key for key, count in Counter(str(own.question_id) for own in questions).items() if count > 1]

@@ -124,7 +124,7 @@ def refuse_broken_images(requests: Iterable[Request], image_folder: str | Path) 
 
 
 def question_fingerprints(requests: Sequence[Request], image_folder: str | Path) -> dict[int | str, str]:
-    """Id -> 12 hexadecimal digits of a hash over the question's prompt, names of images and their sizes in bytes."""
+    """Map ids to 12 hexadecimal digits of a hash over the question's prompt, names of images and sizes in bytes."""
     sizes: dict[str, int | None] = {}
     for name in dict.fromkeys(name for own in requests for name in own.images):
         try:

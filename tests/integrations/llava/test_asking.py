@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 
 from integrations.llava.checkpoints.model_io import load_processor
-from integrations.llava.inference.predictor import Predictor, load_predictor
+from integrations.llava.inference.predictor import Predictor, load_predictor, usable_device
 from integrations.llava.prompts import TextEncoder
 from layerfuse.errors import UserError
 from tests.integrations.llava.answering_parts import PROMPTS
@@ -82,6 +82,13 @@ def test_a_device_that_cannot_be_used_is_refused(device: str, run: Path) -> None
 
 
 # What can be given
+
+
+def test_under_torchrun_a_process_takes_the_gpu_of_its_rank(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setenv("LOCAL_RANK", "99")
+    with pytest.raises(ValueError, match="device 'cuda:99' cannot be used"):
+        usable_device(None)
 
 
 def test_paths_are_read_as_the_images_they_name(predictor: Predictor, data_folder: Path, pictures: Any) -> None:

@@ -45,7 +45,7 @@ class Column:
 
 @dataclass(frozen=True)
 class Interval:
-    """A point with an error bar, twice as long as its error, in the row of that name; `name` is its tooltip."""
+    """A point with a bar of length 2 `error`, in the row called `row`; `name` is its tooltip."""
 
     row: str
     name: str
