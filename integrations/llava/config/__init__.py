@@ -1,4 +1,4 @@
-"""Recipes: everything that a training run is made of, as typed data, read from YAML and written back."""
+"""Recipes: the settings of a training run, as typed data, read from YAML and written back."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Recipes: everything a training run is made of, as typed data. `recipe_files` reads and writes them."""
+"""Recipes: parts of the model, data and settings of each stage, as typed data; `yaml_io` reads and writes them."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ PARTS: Mapping[str, tuple[str, ...]] = {
     "projector": ("model.multi_modal_projector.",),
     "llm": ("model.language_model.", "lm_head."),
 }
-"""What a stage can train: part -> how the names of its parameters begin."""
+"""Parts of the model that a stage can train -> how the names of their parameters begin."""
 
 STAGES = ("pretrain", "finetune")
 """The stages of a run, in order."""
 
 Engine = Literal["ddp", "fsdp2", "zero2", "zero3"]
 ENGINES: tuple[str, ...] = get_args(Engine)
-"""How several processes share a run: torch's DDP and FSDP2, DeepSpeed's ZeRO-2 and ZeRO-3."""
+"""Ways for several processes to share a run: torch's DDP and FSDP2, DeepSpeed's ZeRO-2 and ZeRO-3."""
 
 _log = logging.getLogger(__name__)
 
@@ -97,7 +97,7 @@ class _Checked:
 
 @dataclass(frozen=True)
 class ModelConfig(_Checked):
-    """What the model is built from.
+    """Parts of the model, by name and options.
 
     Attributes:
         family: backbone family of layerfuse: timm, open_clip, transformers, …
@@ -133,7 +133,7 @@ class ModelConfig(_Checked):
     attention: str = "sdpa"
 
     def __post_init__(self) -> None:
-        """Refuse numbers outside their limits, and layers that no model can have."""
+        """Refuse numbers outside their limits, and layers that no model has."""
         super().__post_init__()
         twice = sorted({layer for layer in self.layers if self.layers.count(layer) > 1})
         if twice or not self.layers:
@@ -146,7 +146,7 @@ class ModelConfig(_Checked):
 
 @dataclass(frozen=True)
 class DataConfig(_Checked):
-    """Where a stage's samples are, and how its images are brought to the backbone's size.
+    """Samples and images of a stage, and how images are brought to the backbone's size.
 
     Attributes:
         path: json or jsonl file in LLaVA's format.
@@ -169,7 +169,7 @@ class DataConfig(_Checked):
     bad_samples: Literal["fail", "skip"] = "fail"
 
     def __post_init__(self) -> None:
-        """Say what has no effect any more."""
+        """Warn of `cache_images`, which has no effect any more."""
         super().__post_init__()
         if self.cache_images:
             _log.warning("data.cache_images has no effect any more, as the cache was hardly ever hit; leave it out.")
@@ -197,7 +197,7 @@ class LoraConfig(_Checked):
 
 @dataclass(frozen=True)
 class StageConfig(_Checked):
-    """One stage of training.
+    """Settings of one stage of training.
 
     Attributes:
         trainable: parts that learn; names from `PARTS`. All others are frozen.
@@ -304,22 +304,25 @@ def _finetune() -> StageConfig:
 
 @dataclass(frozen=True)
 class Recipe:
-    """A whole run.
+    """Model and stages of a whole run.
 
     Attributes:
         name: what the recipe is called.
-        model: what the model is built from.
+        model: its parts.
         pretrain: first stage: fuser and projector learn.
         finetune: second stage: the language model learns too.
+        report_to: transformers' names of the reporters that every step is told to (tensorboard, wandb, mlflow, …), in
+            addition to the run's own metrics.jsonl.
     """
 
     name: str = ""
     model: ModelConfig = field(default_factory=ModelConfig)
     pretrain: StageConfig = field(default_factory=_pretrain)
     finetune: StageConfig = field(default_factory=_finetune)
+    report_to: tuple[str, ...] = ("tensorboard",)
 
     def __post_init__(self) -> None:
-        """Refuse a language model that learns where nothing keeps it."""
+        """Refuse to train the language model in pretrain, which does not save it."""
         if "llm" in self.pretrain.trainable:
             raise InputError("stage pretrain cannot train the llm: only finetune keeps it; remove it from trainable.")
 

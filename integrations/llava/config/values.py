@@ -9,15 +9,14 @@ import re
 import types
 import typing
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, Literal, TypeVar, get_args, get_origin
+from typing import Any, Literal, get_args, get_origin
 
 from layerfuse.errors import InputError
 
 from .yaml_syntax import Word
 
-__all__ = ["decode", "encode", "field_types", "is_text"]
+__all__ = ["decode", "field_types", "is_text"]
 
-T = TypeVar("T")
 _TRUE, _FALSE = ("true", "yes", "on"), ("false", "no", "off")
 
 
@@ -36,65 +35,53 @@ def is_text(kind: Any) -> bool:
     return kind is str or (_is_optional(kind) and str in get_args(kind))
 
 
-def encode(value: Any) -> Any:
-    """Turn a dataclass into mappings and lists of plain values; `decode` is the way back."""
-    if dataclasses.is_dataclass(value):
-        return {item.name: encode(getattr(value, item.name)) for item in dataclasses.fields(value)}
-    if isinstance(value, Mapping):
-        return {key: encode(entry) for key, entry in value.items()}
-    return [encode(entry) for entry in value] if isinstance(value, list | tuple) else value
-
-
-def decode(kind: type[T], value: Mapping[str, Any]) -> T:
-    """Build a dataclass.
+def decode(kind: Any, value: Any, key: str = "") -> Any:
+    """Bring a value to the type of a field, or of a whole dataclass.
 
     Args:
-        kind: the dataclass.
-        value: a value for every one of its fields, as YAML has it.
+        kind: the type; a dataclass takes a mapping with a value for every one of its fields.
+        value: as YAML has it.
+        key: dotted name of the field, for messages.
 
     Raises:
         ValueError: naming the key, what was given and what is allowed.
     """
-    return typing.cast(T, _decode(kind, value, ""))
-
-
-def _decode(kind: Any, value: Any, key: str) -> Any:
     if dataclasses.is_dataclass(kind):
         hints = typing.get_type_hints(kind)
         prefix = f"{key}." if key else ""
-        values = {name: _decode(hints[name], entry, prefix + name) for name, entry in value.items()}
+        values = {name: decode(hints[name], entry, prefix + name) for name, entry in value.items()}
         try:
             return typing.cast(Callable[..., Any], kind)(**values)
         except InputError as error:
             raise InputError(f"{key}: {error}" if key else str(error)) from error
     if _is_optional(kind):
-        return None if value is None else _decode(get_args(kind)[0], value, key)
+        return None if value is None else decode(get_args(kind)[0], value, key)
     if get_origin(kind) is Literal:
         if value not in get_args(kind) or isinstance(value, bool):
             raise InputError(f"{key} is {_shown(value)}; give one of: {', '.join(map(str, get_args(kind)))}.")
         return str(value)
     if get_origin(kind) is tuple:
         entries = value if isinstance(value, list | tuple) else [value]
-        return tuple(_decode(get_args(kind)[0], entry, key) for entry in entries)
+        return tuple(decode(get_args(kind)[0], entry, key) for entry in entries)
     if get_origin(kind) is dict:
-        return _decode_mapping(get_args(kind)[1], value, key)
+        return _mapping(get_args(kind)[1], value, key)
     return _anything(value, key) if kind is Any else _READERS[kind](value, key)
 
 
-def _decode_mapping(kind: Any, value: Any, key: str) -> dict[str, Any]:
+def _mapping(kind: Any, value: Any, key: str) -> dict[str, Any]:
     if not isinstance(value, Mapping):
         raise InputError(f"{key} is {_shown(value)}; give keys with values: {key}: {{name: value}}.")
     for name in value:
         if not isinstance(name, str) or isinstance(name, Word):
             raise InputError(f"{key} has the key {name!r}, which is no text; put it in quotes.")
-    return {name: _decode(kind, entry, f"{key}.{name}") for name, entry in value.items()}
+    return {name: decode(kind, entry, f"{key}.{name}") for name, entry in value.items()}
 
 
 def _anything(value: Any, key: str) -> Any:
     if isinstance(value, Word):
         raise InputError(f"{key} is {value}, which may be text or a truth value; write true, false, or '{value}'.")
     if isinstance(value, Mapping):
-        return _decode_mapping(Any, value, key)
+        return _mapping(Any, value, key)
     return [_anything(entry, key) for entry in value] if isinstance(value, list | tuple) else value
 
 

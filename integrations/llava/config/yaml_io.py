@@ -20,7 +20,7 @@ from layerfuse.errors import InputError, MissingFileError
 from layerfuse.registry import unknown_name_message
 
 from .schema import ModelConfig, Recipe
-from .values import decode, encode, field_types, is_text
+from .values import decode, field_types, is_text
 from .yaml_syntax import dump_yaml, parse_yaml, read_yaml
 
 __all__ = ["dump_recipe", "load_recipe", "parse_overrides", "recipe_names"]
@@ -106,7 +106,7 @@ def _find(recipe: str | Path) -> Path:
 
 
 def _decode(values: Mapping[str, Any], overrides: Mapping[str, Any], *, origin: str) -> Recipe:
-    merged = _merge(encode(Recipe()), values)
+    merged = _merge(dataclasses.asdict(Recipe()), values)
     options = tuple(f"model.{name}" for name in _BELONG_TO)
     # What options belong to comes before them, wherever it stands on the command line.
     for key, value in sorted(overrides.items(), key=lambda item: item[0].startswith(options)):
@@ -116,9 +116,10 @@ def _decode(values: Mapping[str, Any], overrides: Mapping[str, Any], *, origin: 
         _check_keys(nested, f"override {key!r}")
         merged = _merge(merged, nested)
     try:
-        return decode(Recipe, merged)
+        read: Recipe = decode(Recipe, merged)
     except InputError as error:
         raise InputError(f"{origin}: {error}") from error
+    return read
 
 
 def _check_keys(values: Mapping[str, Any], origin: str) -> None:
@@ -144,7 +145,7 @@ def _keys(values: Mapping[str, Any], known: Mapping[str, Any], prefix: str = "")
 def _merge(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
     """Lay values over others: a variant's over its base's, the command line's over the file's."""
     kept, changed = dict(below.get("model", {})), above.get("model", {})
-    model = encode(ModelConfig()) | kept
+    model = dataclasses.asdict(ModelConfig()) | kept
     for options, owners in _BELONG_TO.items():
         news = [name for name in owners if name in changed and changed[name] != model[name]]
         if model[options] and news:
@@ -229,4 +230,4 @@ def _read_word(key: str, word: str, kind: Any) -> Any:
 
 def dump_recipe(recipe: Recipe) -> str:
     """Write a recipe as YAML with every value spelled out; `load_recipe` reads it back as the same recipe."""
-    return dump_yaml(encode(recipe))
+    return dump_yaml(dataclasses.asdict(recipe))

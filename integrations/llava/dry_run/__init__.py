@@ -1,4 +1,4 @@
-"""The dry run: what a recipe would take, computed from its model on the meta device and from its data."""
+"""The dry run: steps, hours and memory of a recipe, computed from its model on the meta device and from its data."""
 
 from __future__ import annotations
 

@@ -26,29 +26,18 @@ Weights = Literal["autocast", "bf16", "fp32"]
 
 
 def residual_bytes(block: Block, weights: Weights) -> int:
-    """Bytes of one token between two blocks.
+    """Bytes of one token between two blocks: 4 D or 2 D.
 
-    Args:
-        block: of the language model.
-        weights: how weights enter the computation.
-
-    Returns:
-        4 D or 2 D. The embedding decides, which autocast leaves alone: float32 if it learns.
+    The embedding decides, which autocast leaves alone: float32 if it learns.
     """
     wide = weights == "fp32" or (weights == "autocast" and _learns(block))
     return block.hidden * (4 if wide else 2)
 
 
 def block_bytes(block: Block, weights: Weights, *, dropout: bool = False) -> int:
-    """Bytes that a block saves for its backward pass, per token.
+    """Bytes that a block saves for its backward pass, per token, without weights.
 
-    Args:
-        block: of the language model.
-        weights: how weights enter the computation.
-        dropout: whether LoRA adapters drop some of their input.
-
-    Returns:
-        The bytes; weights are not among them.
+    `dropout` says whether LoRA adapters drop some of their input.
     """
     width, mlp, attention = block.hidden, block.intermediate, block.queries + block.keys
     if weights == "fp32":

@@ -1,15 +1,14 @@
-"""Everything that can be known about a run before it starts: sizes, steps, operations, hours, memory, data."""
+"""The dry run of a recipe: sizes, steps, operations, memory and data of each stage, before it starts."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from transformers import PreTrainedConfig
-
 from integrations.llava.config import STAGES, Recipe, StageConfig
 from integrations.llava.data import read_samples
 from integrations.llava.data.doctor import Survey, survey_samples
+from integrations.llava.image_layout import ImageLayout
 from integrations.llava.modeling import FusedLlavaForConditionalGeneration
 from integrations.llava.prompts import get_template
 from layerfuse.errors import InputError
@@ -21,7 +20,7 @@ from .memory import Memory, engines_for, estimate_memory
 from .steps import optimizer_steps, samples_seen
 from .workload import Workload, assumed_workload, measured_workload
 
-__all__ = ["NUM_GPUS", "UTILIZATION", "ModelSummary", "Report", "StageReport", "dry_run"]
+__all__ = ["NUM_GPUS", "UTILIZATION", "Report", "StageReport", "dry_run"]
 
 NUM_GPUS = (1, 2, 4, 8)
 """Numbers of GPUs that are looked at."""
@@ -32,31 +31,8 @@ and 41 %) and the 45 % that LLaVA-OneVision-1.5 states, all on A100s."""
 
 
 @dataclass(frozen=True)
-class ModelSummary:
-    """The model in a few words.
-
-    Attributes:
-        layers: that are tapped, counted from the embeddings.
-        num_blocks: of the whole backbone.
-        image_size: (height, width) in pixels.
-        grid: (H, W) in patches.
-        widths: of backbone, fused tokens and language model.
-        tokens_per_image: positions an image takes up.
-        llm_origin: where the language model's config was found.
-    """
-
-    layers: tuple[int, ...]
-    num_blocks: int
-    image_size: tuple[int, int]
-    grid: tuple[int, int]
-    widths: tuple[int, int, int]
-    tokens_per_image: int
-    llm_origin: str
-
-
-@dataclass(frozen=True)
 class StageReport:
-    """One stage.
+    """Estimates for one stage.
 
     Attributes:
         name: of the stage.
@@ -68,7 +44,7 @@ class StageReport:
         run_flops: of all samples.
         memory: for every number of GPUs and every engine.
         largest_micro_batch: number of GPUs -> the largest micro batch that fits with the stage's engine; 0 if none.
-        survey: what is wrong with the data; None if none were given.
+        survey: faults of the data; None if no data were given.
     """
 
     name: str
@@ -85,20 +61,22 @@ class StageReport:
 
 @dataclass(frozen=True)
 class Report:
-    """A dry run.
+    """Estimates for a recipe, from `dry_run`.
 
     Attributes:
-        recipe: what was looked at.
-        gpu: on which hardware.
+        recipe: that would be run.
+        gpu: on which it would be.
         utilization: share of its peak that hours are computed with.
-        model: what is built.
+        model: of the first stage, on the meta device.
+        llm_origin: where the language model's config was found.
         stages: in order.
     """
 
     recipe: Recipe
     gpu: Gpu
     utilization: float
-    model: ModelSummary
+    model: FusedLlavaForConditionalGeneration
+    llm_origin: str
     stages: Sequence[StageReport]
 
 
@@ -135,22 +113,23 @@ def dry_run(
     if not models:
         raise InputError(f"no stage was asked for; give {' or '.join(STAGES)}.")
     reports = [_stage_report(name, recipe.stage(name), models[name][0], hardware, num_gpus) for name in models]
-    return Report(recipe, hardware, utilization, _summary(*models[stages[0]]), reports)
+    return Report(recipe, hardware, utilization, *models[stages[0]], reports)
 
 
 def _stage_report(
     name: str, config: StageConfig, model: FusedLlavaForConditionalGeneration, gpu: Gpu, num_gpus: Sequence[int]
 ) -> StageReport:
     facts = model_facts(model)
-    workload, survey = _look_at_data(name, config, facts.tokens_per_image)
+    workload, survey = _look_at_data(name, config, model.config.layout)
     flops = sample_flops(
         model,
         facts,
         images=workload.images,
-        tokens=workload.tokens(facts.tokens_per_image),
+        tokens=workload.tokens,
         checkpointing=config.gradient_checkpointing,
     )
     longest = workload.longest
+    numbers = [number for number in num_gpus if config.batch_size % (number * (config.micro_batch_size or 1)) == 0]
     return StageReport(
         name=name,
         config=config,
@@ -161,36 +140,17 @@ def _stage_report(
         run_flops=samples_seen(workload.samples, config) * sum(part.total for part in flops.values()),
         memory=[
             estimate_memory(facts, config, engine=engine, num_gpus=number, longest=longest)
-            for number in num_gpus
-            if _is_divisible(config, number)
+            for number in numbers
             for engine in engines_for(config, number)
         ],
-        largest_micro_batch={
-            number: _largest_micro_batch(facts, config, number, longest, gpu)
-            for number in num_gpus
-            if _is_divisible(config, number)
-        },
+        largest_micro_batch={number: _largest_micro_batch(facts, config, number, longest, gpu) for number in numbers},
         survey=survey,
     )
 
 
-def _summary(model: FusedLlavaForConditionalGeneration, llm_origin: str) -> ModelSummary:
-    backbone, text = model.model.vision_tower.backbone, model.config.text_config
-    assert isinstance(text, PreTrainedConfig)
-    return ModelSummary(
-        layers=backbone.layers,
-        num_blocks=backbone.num_blocks,
-        image_size=backbone.image_size,
-        grid=backbone.grid(*backbone.image_size),
-        widths=(backbone.embed_dim, model.model.fuser.out_channels, text.hidden_size),
-        tokens_per_image=model.config.layout.num_tokens(),
-        llm_origin=llm_origin,
-    )
-
-
-def _look_at_data(name: str, config: StageConfig, tokens_per_image: int) -> tuple[Workload, Survey | None]:
+def _look_at_data(name: str, config: StageConfig, layout: ImageLayout) -> tuple[Workload, Survey | None]:
     if not config.data.path:
-        return assumed_workload(name, config, tokens_per_image), None
+        return assumed_workload(name, config, layout), None
     samples = read_samples(config.data.path)
     survey = survey_samples(
         samples,
@@ -198,11 +158,7 @@ def _look_at_data(name: str, config: StageConfig, tokens_per_image: int) -> tupl
         template=get_template(config.template),
         check_images=config.data.check_images,
     )
-    return measured_workload(samples, config, tokens_per_image), survey
-
-
-def _is_divisible(config: StageConfig, num_gpus: int) -> bool:
-    return config.batch_size % (num_gpus * (config.micro_batch_size or 1)) == 0
+    return measured_workload(samples, config, layout), survey
 
 
 def _largest_micro_batch(facts: ModelFacts, config: StageConfig, num_gpus: int, longest: int, gpu: Gpu) -> int:

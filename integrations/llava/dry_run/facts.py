@@ -52,7 +52,7 @@ class Block:
 
 @dataclass(frozen=True)
 class ModelFacts:
-    """What the estimates have to know about a model as a stage trains it.
+    """Sizes of a model as a stage trains it, from which estimates are made.
 
     Attributes:
         trained: part -> parameters that learn.
@@ -64,7 +64,7 @@ class ModelFacts:
         tail: parameters of final norm and output layer.
         matrices: trained parameters of linear layers, which autocast copies to the computing precision.
         quantized: frozen parameters that quantisation can store in fewer bits: the blocks' linear layers.
-        connector_bytes: what autograd keeps of an image up to the language model, and the image's tokens.
+        connector_bytes: tensors that autograd keeps of an image up to the language model, and the image's tokens.
     """
 
     trained: Mapping[str, int]
@@ -90,15 +90,11 @@ class ModelFacts:
 
 
 def build_on_meta(config: ModelConfig, stage: StageConfig) -> tuple[FusedLlavaForConditionalGeneration, str]:
-    """Build a recipe's model as a stage trains it, without allocating it.
-
-    Args:
-        config: names the parts.
-        stage: says which learn, and whether through adapters.
+    """Build a recipe's model as a stage trains it, on the meta device.
 
     Returns:
-        The model on the meta device, all in the precision that the stage computes in, not quantised; and where the
-        language model's config was found.
+        The model, all in the precision that the stage computes in, not quantised; and where the language model's config
+        was found.
 
     Raises:
         ValueError: if a name, layer or option is not possible, or nothing describes the language model.
@@ -111,13 +107,7 @@ def build_on_meta(config: ModelConfig, stage: StageConfig) -> tuple[FusedLlavaFo
 
 
 def model_facts(model: FusedLlavaForConditionalGeneration) -> ModelFacts:
-    """Read the facts from a model.
-
-    Args:
-        model: as `build_on_meta` gives it.
-
-    Returns:
-        The facts.
+    """Read the facts from a model as `build_on_meta` gives it.
 
     Raises:
         ValueError: if the language model's blocks are not like Llama's.

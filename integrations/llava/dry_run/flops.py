@@ -13,7 +13,7 @@ masking saves nothing here) and twice that backward. Norms, softmax and element-
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from torch import nn
 
@@ -26,8 +26,7 @@ from .gpus import Gpu
 __all__ = ["PartFlops", "hours", "sample_flops"]
 
 
-@dataclass(frozen=True)
-class PartFlops:
+class PartFlops(NamedTuple):
     """Floating point operations of a part.
 
     Attributes:
@@ -43,7 +42,7 @@ class PartFlops:
     @property
     def total(self) -> float:
         """All of them."""
-        return self.forward + self.recompute + self.backward
+        return sum(self)
 
 
 def sample_flops(
@@ -87,17 +86,7 @@ def sample_flops(
 
 
 def hours(flops: float, gpu: Gpu, *, num_gpus: int, utilization: float) -> float:
-    """Tell how long operations take.
-
-    Args:
-        flops: number of operations.
-        gpu: that does them.
-        num_gpus: how many of it.
-        utilization: share of its peak speed that is reached.
-
-    Returns:
-        Hours.
-    """
+    """Hours that operations take at a share of the GPUs' peak speed."""
     return flops / (gpu.tflops * 1e12 * num_gpus * utilization) / 3600
 
 

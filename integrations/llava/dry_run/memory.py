@@ -69,14 +69,7 @@ class Memory:
     peak: float
 
     def fits(self, memory: float) -> str:
-        """Compare with a GPU.
-
-        Args:
-            memory: of the GPU, in GiB.
-
-        Returns:
-            "yes"; "tight" if only without the slack for the allocator; "no".
-        """
+        """Whether it fits a GPU of so many GiB: "yes"; "tight" if only without the allocator's slack; "no"."""
         need = self.peak / GIB + RESERVE
         if need > memory:
             return "no"
@@ -105,13 +98,10 @@ def estimate_memory(facts: ModelFacts, config: StageConfig, *, engine: str, num_
 
     Args:
         facts: of the model.
-        config: of the stage; its own engine is not looked at.
-        engine: name from `ENGINES`.
+        config: of the stage.
+        engine: name from `ENGINES`, in place of the stage's own.
         num_gpus: how many share the run.
         longest: tokens of the longest sample, images included.
-
-    Returns:
-        The estimate.
 
     Raises:
         ValueError: if `batch_size` cannot be divided among so many GPUs.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 
 from integrations.llava._text import aligned, column_widths
 from integrations.llava.config import PARTS
@@ -82,18 +82,20 @@ def _wrapped(text: str, bullet: str = "  ") -> list[str]:
 
 
 def _model(report: Report) -> Iterator[str]:
-    config, model = report.recipe.model, report.model
-    backbone, fused, hidden = model.widths
-    layers = ", ".join(map(str, model.layers))
+    config, model = report.recipe.model, report.model.model
+    backbone, (height, width) = model.vision_tower.backbone, model.vision_tower.backbone.image_size
+    rows, columns = backbone.grid(height, width)
+    layers, hidden = ", ".join(map(str, backbone.layers)), model.multi_modal_projector.linear_2.out_features
+    maps = f"{len(backbone.layers)} maps of {rows} x {columns} x {backbone.embed_dim:,}"
     yield _title("Model")
     yield from _table(
         [
             ("backbone", f"{config.family} {config.backbone}"),
-            ("", f"layers {layers} of {model.num_blocks}, {model.image_size[0]} x {model.image_size[1]} pixels"),
-            ("fuser", f"{config.fuser}: {len(model.layers)} maps of {model.grid[0]} x {model.grid[1]} x {backbone:,}"),
-            ("projector", f"{config.projector}: {fused:,} -> {hidden:,}"),
-            ("llm", f"{config.llm} ({model.llm_origin})"),
-            ("image", f"{model.tokens_per_image:,} tokens"),
+            ("", f"layers {layers} of {backbone.num_blocks}, {height} x {width} pixels"),
+            ("fuser", f"{config.fuser}: {maps}"),
+            ("projector", f"{config.projector}: {model.fuser.out_channels:,} -> {hidden:,}"),
+            ("llm", f"{config.llm} ({report.llm_origin})"),
+            ("image", f"{report.model.config.layout.num_tokens():,} tokens"),
         ],
         left=2,
     )
@@ -116,8 +118,7 @@ def _steps(report: Report) -> Iterator[str]:
     rows = [heads]
     for stage in report.stages:
         config, work = stage.config, stage.workload
-        per_image = stage.facts.tokens_per_image
-        lengths = (work.tokens(per_image), work.images * per_image, work.text_tokens, work.longest)
+        lengths = (work.tokens, work.image_tokens, work.text_tokens, work.longest)
         rows.append(
             [
                 stage.name,
@@ -137,7 +138,7 @@ def _steps(report: Report) -> Iterator[str]:
 
 
 def _compute(report: Report) -> Iterator[str]:
-    totals = [_sum(stage.flops.values()) for stage in report.stages]
+    totals = [PartFlops(*map(sum, zip(*stage.flops.values(), strict=True))) for stage in report.stages]
     unit, name = (1e12, "TFLOP") if max(total.total for total in totals) >= 1e11 else (1e9, "GFLOP")
     kinds = ("forward", "recompute", "backward")
     yield _title(f"Operations of a sample, {name}")
@@ -149,11 +150,6 @@ def _compute(report: Report) -> Iterator[str]:
     yield from _table(rows, groups=[stage.name for stage in report.stages])
     for stage, total in zip(report.stages, totals, strict=True):
         yield f"  {stage.name}: {total.total / unit:.1f} {name} a sample, {stage.run_flops:.2e} FLOP the run"
-
-
-def _sum(parts: Iterable[PartFlops]) -> PartFlops:
-    listed = list(parts)
-    return PartFlops(*(sum(getattr(part, kind) for part in listed) for kind in ("forward", "recompute", "backward")))
 
 
 def _hours(report: Report) -> Iterator[str]:
@@ -177,7 +173,7 @@ def _hours(report: Report) -> Iterator[str]:
 def _published(report: Report, stage: StageReport) -> Iterator[str]:
     """Say which utilisation the published hours mean, where what ran then is like what would run now."""
     known = _PUBLISHED_HOURS.get(report.recipe.model.llm, {}).get(stage.name)
-    alike = report.model.tokens_per_image == _PUBLISHED_TOKENS and not stage.config.lora.rank
+    alike = stage.facts.tokens_per_image == _PUBLISHED_TOKENS and not stage.config.lora.rank
     if known is None or not alike or stage.config.max_steps is not None:
         return
     reached = stage.run_flops / (known * 3600 * _PUBLISHED_GPUS * _A100_TFLOPS * 1e12)

@@ -19,15 +19,7 @@ __all__ = ["optimizer_steps", "samples_seen"]
 
 
 def optimizer_steps(samples: int, config: StageConfig, *, num_processes: int = 1) -> int:
-    """Count the optimizer steps of a stage.
-
-    Args:
-        samples: in the data file.
-        config: of the stage.
-        num_processes: how many share the run.
-
-    Returns:
-        The number of steps.
+    """Number of optimizer steps of a stage on so many samples.
 
     Raises:
         ValueError: if `batch_size` cannot be divided among so many processes.
@@ -40,13 +32,5 @@ def optimizer_steps(samples: int, config: StageConfig, *, num_processes: int = 1
 
 
 def samples_seen(samples: int, config: StageConfig) -> float:
-    """Count the samples that a stage reads, repetitions included.
-
-    Args:
-        samples: in the data file.
-        config: of the stage.
-
-    Returns:
-        The number; with `max_steps` that of full steps.
-    """
+    """Number of samples that a stage reads, repetitions included; with `max_steps` that of full steps."""
     return config.epochs * samples if config.max_steps is None else float(config.max_steps * config.batch_size)

@@ -1,14 +1,16 @@
-"""What a stage has to read: how many samples, how long. Measured on its data file, or assumed where none is given."""
+"""Number and lengths of a stage's samples: measured on its data file, or assumed where none is given."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 
 from integrations.llava.config import StageConfig
-from integrations.llava.data import Sample, sample_lengths
+from integrations.llava.data import Sample, image_names, read_image_size, sample_lengths
+from integrations.llava.image_layout import ImageLayout
 from integrations.llava.prompts import get_template
 
 __all__ = ["PUBLISHED_SAMPLES", "TOKENS_PER_WORD", "Workload", "assumed_workload", "measured_workload"]
@@ -31,67 +33,66 @@ class Workload:
     Attributes:
         samples: their number.
         images: per sample, on average.
-        text_tokens: per sample, on average, without those of images.
+        image_tokens: per sample, on average: positions that its images take.
+        text_tokens: per sample, on average: all other positions.
         longest: tokens of the longest sample, images included, after cutting to `max_length`.
         origin: where these numbers come from.
     """
 
     samples: int
     images: float
+    image_tokens: float
     text_tokens: float
     longest: int
     origin: str
 
-    def tokens(self, tokens_per_image: int) -> float:
+    @property
+    def tokens(self) -> float:
         """Average length T of a sample, images included."""
-        return self.images * tokens_per_image + self.text_tokens
+        return self.image_tokens + self.text_tokens
 
 
-def assumed_workload(name: str, config: StageConfig, tokens_per_image: int) -> Workload:
+def assumed_workload(name: str, config: StageConfig, layout: ImageLayout) -> Workload:
     """Describe a stage whose data are not at hand: as many samples as published, or as `max_steps` takes.
 
-    Their lengths are assumed, and that each has one image.
-
-    Args:
-        name: of the stage.
-        config: of the stage.
-        tokens_per_image: positions of an image.
-
-    Returns:
-        The description; it says what is assumed.
+    Their lengths are assumed, and that each has one image of the model's own size.
     """
     captions = get_template(config.template).caption_only
-    text = _CAPTION_TOKENS if captions else _CONVERSATION_TOKENS
-    longest = tokens_per_image + _LONGEST_CAPTION if captions else config.data.max_length
+    image = layout.num_tokens()
+    longest = image + _LONGEST_CAPTION if captions else config.data.max_length
     steps = config.max_steps
     return Workload(
         samples=PUBLISHED_SAMPLES[name] if steps is None else steps * config.batch_size,
         images=1.0,
-        text_tokens=float(text),
+        image_tokens=float(image),
+        text_tokens=float(_CAPTION_TOKENS if captions else _CONVERSATION_TOKENS),
         longest=min(longest, config.data.max_length),
         origin=f"{'published number of samples' if steps is None else 'samples of max_steps'}, assumed lengths",
     )
 
 
-def measured_workload(samples: Sequence[Sample], config: StageConfig, tokens_per_image: int) -> Workload:
-    """Describe a stage by its samples; each has one image or none.
+def measured_workload(samples: Sequence[Sample], config: StageConfig, layout: ImageLayout) -> Workload:
+    """Describe a stage by its samples: words times `TOKENS_PER_WORD`, and what the layout says of their images.
 
     Args:
         samples: in LLaVA's format.
         config: of the stage.
-        tokens_per_image: positions of an image.
-
-    Returns:
-        The description. Tokens are words times `TOKENS_PER_WORD`.
+        layout: of the model. Where an image's size matters, it is read from the head of its file, and that of a file
+            that cannot be read is the model's own. Where not, a sample has one image or none.
     """
     words = sample_lengths(samples)
-    images = tokens_per_image * (words > 0)
+    images, tokens = (words > 0).astype(int), layout.num_tokens() * (words > 0)
+    if layout.depends_on_size:
+        folder, upright = Path(config.data.image_folder), config.data.upright
+        sizes = [[read_image_size(folder / name, upright=upright) for name in image_names(each)] for each in samples]
+        images, tokens = np.array([*map(len, sizes)]), np.array([sum(map(layout.num_tokens, each)) for each in sizes])
     system = len(get_template(config.template).system.split())
-    lengths = np.minimum(images + TOKENS_PER_WORD * (np.abs(words) + system), config.data.max_length)
+    lengths = np.minimum(tokens + TOKENS_PER_WORD * (np.abs(words) + system), config.data.max_length)
     return Workload(
         samples=len(words),
-        images=float((words > 0).mean()),
-        text_tokens=float((lengths - images).mean()),
+        images=float(images.mean()),
+        image_tokens=float(tokens.mean()),
+        text_tokens=float((lengths - tokens).mean()),
         longest=round(float(lengths.max())),
         origin=f"measured on {config.data.path}, {TOKENS_PER_WORD} tokens a word",
     )

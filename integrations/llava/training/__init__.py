@@ -1,12 +1,13 @@
-"""Training: stages, their trainer, their folder, and the processes that share a run."""
+"""Training: a recipe's stages run one after the other, by one process or several, stopped and continued."""
 
 from __future__ import annotations
 
 from .distributed import ProcessFailedError
 from .loss_guard import NonFiniteLossError
+from .plan import RANDOM
 from .run_folder import RunFolder
 from .signals import RunInterrupted
-from .train import RANDOM, train
+from .train import train
 
 __all__ = [
     "RANDOM",

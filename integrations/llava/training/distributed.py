@@ -1,4 +1,4 @@
-"""What the processes of a run have to agree on: work that one does for all, requests to stop, and failures.
+"""Agreement among the processes of a run: on work that one does for all, requests to stop, and failures.
 
 A failure of one process reaches all of them within seconds. The one that fails writes what happened onto the run's
 board (torch.distributed's key-value store); the others look there while they wait for work of the main process, when a
@@ -24,7 +24,7 @@ import torch.distributed as dist
 from accelerate import PartialState
 from torch.distributed import distributed_c10d
 
-__all__ = ["ProcessFailedError", "any_process", "on_main", "shared_failures", "wait_for_all"]
+__all__ = ["ProcessFailedError", "any_process", "on_main", "shared_failures"]
 
 _log = logging.getLogger(__name__)
 
@@ -67,7 +67,7 @@ class _Board:
         self.num_results = self.block = 0
         self.heard: tuple[ProcessFailedError, BaseException | None] | None = None
         self.guarded = False
-        self.cpu_group: dist.ProcessGroup | None = None
+        self.cpu_group: Any = None
 
     def enter(self) -> None:
         """Begin a block with nothing on the board; all processes count their blocks alike."""
@@ -83,7 +83,12 @@ class _Board:
             if self.store.add(self.key("failures"), 1) > 1:
                 self.store.add(self.key("heard"), 1)
                 return
-            self.set(self.key("failure"), self._described(error, same))
+            own = None
+            if isinstance(error, same):
+                with suppress(pickle.PicklingError, TypeError, AttributeError):
+                    own = pickle.dumps(error)
+            where = "".join(traceback.format_exception(type(error), error, error.__traceback__))
+            self.set(self.key("failure"), (self.rank, type(error).__name__, str(error), where, own))
             deadline = time.monotonic() + _GRACE / 2
             while self.store.add(self.key("heard"), 0) < self.size - 1 and time.monotonic() < deadline:
                 time.sleep(_LOOK / 2)
@@ -101,16 +106,8 @@ class _Board:
             left = self.store.add(key, 0)
         self.raise_if_heard()
 
-    def _described(self, error: BaseException, same: tuple[type[BaseException], ...]) -> tuple[Any, ...]:
-        own = None
-        if isinstance(error, same):
-            with suppress(pickle.PicklingError, TypeError, AttributeError):
-                own = pickle.dumps(error)
-        text = "".join(traceback.format_exception(type(error), error, error.__traceback__))
-        return self.rank, type(error).__name__, str(error), text, own
-
     def look(self) -> tuple[ProcessFailedError, BaseException | None] | None:
-        """What failed in another process: in its words, and the exception itself where all are to raise it."""
+        """Failure of another process, in its words, and the exception itself where all are to raise it; None so far."""
         if self.heard is None:
             with suppress(RuntimeError):  # the store went with its process; then there is nothing more to hear
                 if self.store.check([self.key("failure")]):
@@ -126,7 +123,7 @@ class _Board:
         return self.heard
 
     def raise_if_heard(self, cause: BaseException | None = None) -> None:
-        """Raise what another process has told."""
+        """Raise the failure of another process, if there is one."""
         heard = self.look()
         if heard is None:
             return
@@ -244,27 +241,12 @@ def on_main(work: Callable[[], Result]) -> Result:
 
 
 def any_process(flag: bool) -> bool:
-    """Tell every process whether any of them says yes; every process has to call this.
-
-    It waits for no device: the processes agree through CPU memory.
-    """
+    """Tell every process whether any of them says yes, once all have called this; no device is waited for."""
     board = _board()
     if board is None:
         return flag
-    together = torch.tensor(int(flag))
-    dist.all_reduce(together, dist.ReduceOp.MAX, group=_cpu_group(board))
-    return bool(together.item())
-
-
-def wait_for_all() -> None:
-    """Wait until every process has come here."""
-    any_process(False)
-
-
-def _cpu_group(board: _Board) -> dist.ProcessGroup:
     if board.cpu_group is None:
-        own = "gloo" in dist.get_backend(board.group)
-        group: Any = board.group if own else dist.new_group(backend="gloo")
-        board.cpu_group = group
-    assert board.cpu_group is not None
-    return board.cpu_group
+        board.cpu_group = board.group if "gloo" in dist.get_backend(board.group) else dist.new_group(backend="gloo")
+    together = torch.tensor(int(flag))
+    dist.all_reduce(together, dist.ReduceOp.MAX, group=board.cpu_group)
+    return bool(together.item())

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 
 import torch
 
@@ -98,16 +98,9 @@ class NonFiniteLossError(FloatingPointError):
 
     def to_dict(self) -> dict[str, object]:
         """Describe the error so that JSON can hold it; numbers that JSON has no word for are text."""
-        batches = [
-            {"process": batch.process, "loss": _number(batch.loss), "sample_ids": list(batch.sample_ids)}
-            for batch in self.batches
-        ]
-        return {
-            "step": self.step,
-            "grad_norm": None if self.grad_norm is None else _number(self.grad_norm),
-            "micro_batches": batches,
-        }
+        batches = [asdict(batch) | {"loss": _number(batch.loss)} for batch in self.batches]
+        return {"step": self.step, "grad_norm": _number(self.grad_norm), "micro_batches": batches}
 
 
-def _number(value: float) -> float | str:
-    return value if math.isfinite(value) else str(value)
+def _number(value: float | None) -> float | str | None:
+    return value if value is None or math.isfinite(value) else str(value)

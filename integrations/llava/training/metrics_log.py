@@ -1,30 +1,55 @@
-"""The log of a run: one line per optimizer step, TensorBoard, a progress bar, and what was left out."""
+"""The log of a run: one line per optimizer step, transformers' reporters, a progress bar, and what was left out."""
 
 from __future__ import annotations
 
+import copy
 import json
 import logging
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch.utils.tensorboard import SummaryWriter
 from tqdm.auto import tqdm
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.integrations import (
+    INTEGRATION_TO_CALLBACK,
+    get_available_reporting_integrations,
+    get_reporting_integration_callbacks,
+)
 
 from integrations.llava._files import json_lines
+from layerfuse.errors import InputError, MissingPackageError
 from layerfuse.files import write_text
+from layerfuse.registry import unknown_name_message
 
-if TYPE_CHECKING:
-    from .trainer import LlavaTrainer
+from .trainer import LlavaTrainer
 
-__all__ = ["RunLog"]
+__all__ = ["RunLog", "check_reporters"]
 
 _log = logging.getLogger(__name__)
 
 
+def check_reporters(names: Iterable[str]) -> None:
+    """Refuse reporters that transformers does not know, or whose package is not installed.
+
+    Raises:
+        ValueError: if a name is unknown.
+        ImportError: if a package is missing.
+    """
+    installed = get_available_reporting_integrations()
+    for name in names:
+        if name not in INTEGRATION_TO_CALLBACK:
+            raise InputError(unknown_name_message("report_to", name, INTEGRATION_TO_CALLBACK))
+        if name not in installed:
+            raise MissingPackageError(
+                f"report_to names {name!r}, whose package is not installed; install it, or set report_to to some of "
+                f"{', '.join(installed) or 'those that are'}, or to [] for none."
+            )
+
+
 class RunLog(TrainerCallback):
-    """Writes every step's loss to a JSON lines file and to TensorBoard, and shows a progress bar in a terminal.
+    """Writes every step's loss to a JSON lines file and to reporters, and shows a progress bar in a terminal.
 
     A line holds `stage`, `step`, `loss` (over all processes), `learning_rate`, `grad_norm` (before clipping) and, where
     samples were left out, `skipped`. Lines are written when Trainer logs and before every checkpoint, so that a run
@@ -35,20 +60,16 @@ class RunLog(TrainerCallback):
         trainer: whose steps are written.
         folder: gets `metrics.jsonl`, appended to, and TensorBoard files under `logs/<stage>`.
         stage: name of the stage, written into every line.
+        report_to: transformers' names of reporters. Trainer itself must have none: it would start them before the
+            first step, and tell them one step in `logging_steps`.
     """
 
-    def __init__(self, trainer: LlavaTrainer, folder: Path, stage: str) -> None:
-        self.trainer = trainer
-        self.folder = folder
-        self.stage = stage
-        self.num_skipped = 0
-        self.start = 0
-        self.writer: SummaryWriter | None = None
+    def __init__(self, trainer: LlavaTrainer, folder: Path, stage: str, *, report_to: Sequence[str] = ()) -> None:
+        self.trainer, self.folder, self.stage, self.report_to = trainer, folder, stage, report_to
+        self.file = folder / "metrics.jsonl"
+        self.num_skipped = self.start = 0
+        self.reporters: list[TrainerCallback] | None = None
         self.bar: tqdm[Any] | None = None
-
-    @property
-    def _file(self) -> Path:
-        return self.folder / "metrics.jsonl"
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Open the bar; files change when there is something to write, after the first step."""
@@ -61,47 +82,60 @@ class RunLog(TrainerCallback):
         if self.bar is not None:
             self.bar.update(state.global_step - self.bar.n)
         if control.should_save:
-            self._write()
+            self._write(args, state)
 
     def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Write the steps since the last entry."""
-        self._write()
+        self._write(args, state)
 
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """Write what is left, say what was left out, close bar and files."""
-        self._write()
+        """Write the last steps, say what was left out, close bar and reporters."""
+        self._write(args, state)
         if self.bar is not None:
             self.bar.close()
-            if self.writer is not None:
-                self.writer.close()
+            self._tell("on_train_end", args, state)
             if self.num_skipped:
                 _log.warning("stage %s: %d samples were skipped", self.stage, self.num_skipped)
 
-    def _write(self) -> None:
+    def _write(self, args: TrainingArguments, state: TrainerState) -> None:
         """Write the steps that are not yet; every process has to call this."""
         rows = self.trainer.take_rows()
         if rows and self.bar is not None:
-            if self.writer is None:
+            if self.reporters is None:
                 # What an interrupted run logged after its last checkpoint is forgotten.
                 self._rewind(self.start)
-                self.writer = SummaryWriter(str(self.folder / "logs" / self.stage), purge_step=self.start + 1)
-            with self._file.open("a", encoding="utf-8") as file:
+                self.reporters = self._start_reporters()
+                self._tell("on_init_end", args, state)
+                self._tell("on_train_begin", args, state)
+            with self.file.open("a", encoding="utf-8") as file:
                 file.writelines(_line({"stage": self.stage} | row) for row in rows)
             for row in rows:
-                for key in row.keys() - {"step"}:
-                    self.writer.add_scalar(key, row[key], row["step"])
-            self.writer.flush()
+                state_then = copy.copy(state)
+                state_then.global_step = int(row["step"])
+                self._tell("on_log", args, state_then, logs={key: row[key] for key in row if key != "step"})
             self.num_skipped += _skipped(rows)
             self.bar.set_postfix(loss=f"{rows[-1]['loss']:.4f}", refresh=False)
         self.trainer.stop_if_gradients_broke()
 
+    def _start_reporters(self) -> list[TrainerCallback]:
+        kinds = dict(zip(self.report_to, get_reporting_integration_callbacks(list(self.report_to)), strict=True))
+        folder = str(self.folder / "logs" / self.stage)
+        return [
+            kind(SummaryWriter(folder, purge_step=self.start + 1)) if name == "tensorboard" else kind()
+            for name, kind in kinds.items()
+        ]
+
+    def _tell(self, event: str, args: TrainingArguments, state: TrainerState, **given: Any) -> None:
+        for reporter in self.reporters or ():
+            getattr(reporter, event)(args, state, TrainerControl(), model=self.trainer.model, **given)
+
     def _rewind(self, step: int) -> None:
         """Remove this stage's lines behind a step, and a last line that was cut off while it was written."""
-        rows = [row for _, row in json_lines(self._file, growing=True)] if self._file.is_file() else []
+        rows = [row for _, row in json_lines(self.file, growing=True)] if self.file.is_file() else []
         kept = [row for row in rows if row["stage"] != self.stage or row["step"] <= step]
         rewound = "".join(map(_line, kept))
-        if self._file.is_file() and rewound.encode() != self._file.read_bytes():
-            write_text(self._file, rewound)
+        if self.file.is_file() and rewound.encode() != self.file.read_bytes():
+            write_text(self.file, rewound)
         self.num_skipped = _skipped(row for row in kept if row["stage"] == self.stage)
 
 

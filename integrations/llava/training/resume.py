@@ -36,7 +36,7 @@ from transformers import Trainer
 from layerfuse.errors import FileAccessError, InputError
 from layerfuse.files import check_disk_space
 
-from .distributed import on_main, wait_for_all
+from .distributed import any_process, on_main
 
 __all__ = [
     "CheckpointingTrainer",
@@ -72,9 +72,7 @@ def state_bytes(model: nn.Module) -> int:
 
 
 def save_state(model: nn.Module, optimizer: Optimizer, folder: Path) -> None:
-    """Write trained parameters and optimizer states.
-
-    Sharded tensors are gathered one after the other in the main process, which writes; every process has to call this.
+    """Write trained parameters and optimizer states; every process has to call this, the main one writes.
 
     Args:
         model: the wrapped or plain model.
@@ -84,13 +82,15 @@ def save_state(model: nn.Module, optimizer: Optimizer, folder: Path) -> None:
     Raises:
         OSError: if a file cannot be written.
     """
-    names, main = _trained(model), PartialState().is_main_process
-    kinds = sorted({kind for parameter in names.values() for kind in optimizer.state.get(parameter, ())})
-    for kind in (None, *kinds):
-        tensors = trained_state(model, keep=main) if kind is None else _optimizer_state(names, optimizer, kind, main)
-        name = _TRAINED if kind is None else f"optimizer-{kind}.safetensors"
+    parameters, main = _trained(model), PartialState().is_main_process
+    # A parameter that never had a gradient has no state.
+    states = {name: optimizer.state.get(parameter, {}) for name, parameter in parameters.items()}
+    files: dict[str, dict[str, torch.Tensor]] = {_TRAINED: dict(parameters)}
+    for kind in sorted({kind for state in states.values() for kind in state}):
+        files[f"optimizer-{kind}.safetensors"] = {n: state[kind] for n, state in states.items() if kind in state}
+    for name, tensors in files.items():
         # The others wait for the disk here, and not in a collective, which gives up after a while.
-        on_main(partial(_write, tensors, folder / name))
+        on_main(partial(_write, _whole(tensors, keep=main), folder / name))
 
 
 def _write(tensors: dict[str, torch.Tensor], path: Path) -> None:
@@ -103,35 +103,28 @@ def _write(tensors: dict[str, torch.Tensor], path: Path) -> None:
         ) from error
 
 
-def _optimizer_state(
-    names: Mapping[str, nn.Parameter], optimizer: Optimizer, kind: str, keep: bool
-) -> dict[str, torch.Tensor]:
-    state = {}
-    for name, parameter in names.items():
-        # A parameter that never had a gradient has no state.
-        if kind in optimizer.state.get(parameter, {}):
-            whole = _whole(optimizer.state[parameter][kind], keep=keep)
-            if whole is not None:
-                state[name] = whole.cpu().contiguous()
-    return state
-
-
 def trained_state(model: nn.Module, *, keep: bool = True) -> dict[str, torch.Tensor]:
     """Gather the trained parameters of a model whose engine may have taken them apart; every process has to call this.
 
     Args:
         model: the wrapped or plain model.
-        keep: whether this process wants them; the others only send their part. Of a sharded model, the main process.
+        keep: whether this process wants them; the others only send their part.
 
     Returns:
         Name -> whole parameter, on the CPU; empty if not kept.
     """
+    return _whole(_trained(model), keep=keep)
+
+
+def _whole(tensors: Mapping[str, torch.Tensor], *, keep: bool) -> dict[str, torch.Tensor]:
+    """Put tensors together one by one, a collective of all processes, and hold them on the CPU where they are kept."""
     state = {}
-    for name, parameter in _trained(model).items():
-        with _gathered(parameter):
-            whole = _whole(parameter.detach(), keep=keep)
-            if whole is not None:
-                state[name] = whole.cpu().contiguous()
+    for name, tensor in tensors.items():
+        with _gathered(tensor):
+            value = tensor.detach()
+            value = value.full_tensor() if isinstance(value, DTensor) else value
+            if keep:
+                state[name] = value.cpu().contiguous()
     return state
 
 
@@ -221,33 +214,13 @@ def _check_names(what: str, expected: Iterable[str], found: Iterable[str]) -> No
         )
 
 
-def _whole(value: torch.Tensor, *, keep: bool) -> torch.Tensor | None:
-    """Put a sharded tensor together where it is kept, a collective of all processes; None elsewhere."""
-    if not isinstance(value, DTensor):
-        return value if keep else None
-    (*others, placement) = value.placements
-    if others or not isinstance(placement, Shard):
-        whole = value.full_tensor()
-        return whole if keep else None
-    # Only the one that keeps it receives, instead of everyone everything.
-    group, local = value.device_mesh.get_group(), value.to_local()
-    size = -(-value.shape[placement.dim] // value.device_mesh.size())
-    padded = local.new_zeros([size if at == placement.dim else length for at, length in enumerate(value.shape)])
-    padded.narrow(placement.dim, 0, local.shape[placement.dim]).copy_(local)
-    parts = [torch.empty_like(padded) for _ in range(value.device_mesh.size())] if keep else None
-    torch.distributed.gather(padded, parts, group=group, group_dst=0)
-    if parts is None:
-        return None
-    return torch.cat(parts, placement.dim).narrow(placement.dim, 0, value.shape[placement.dim])
-
-
-def _gathered(parameter: nn.Parameter) -> AbstractContextManager[Any]:
+def _gathered(tensor: torch.Tensor) -> AbstractContextManager[Any]:
     """Put a parameter that ZeRO-3 has taken apart together while the block runs."""
-    if not hasattr(parameter, "ds_id"):
+    if not hasattr(tensor, "ds_id"):
         return nullcontext()
     import deepspeed
 
-    gathered: AbstractContextManager[Any] = deepspeed.zero.GatheredParameters([parameter])
+    gathered: AbstractContextManager[Any] = deepspeed.zero.GatheredParameters([tensor])
     return gathered
 
 
@@ -284,7 +257,7 @@ class CheckpointingTrainer(Trainer):
         on_main(lambda: self._make_room(scratch, final.name))
         try:
             self._write(scratch)
-            wait_for_all()
+            any_process(False)  # all have written
             on_main(lambda: self._put_in_place(scratch, final))
         finally:
             if self.is_world_process_zero():

@@ -1,9 +1,9 @@
-"""The folder of a run: what is in it, what is finished, whether a start begins anew, goes on, or is refused.
+"""The folder of a run: its files, its finished stages, and whether a start begins anew, goes on, or is refused.
 
 recipe.yaml            every value resolved
 run.json               the stages that are finished, the samples each trains on, what each started from
 parameters.json        trainable and frozen parameters, by stage and part
-metrics.jsonl, logs/   loss of every step; TensorBoard
+metrics.jsonl, logs/   loss of every step; TensorBoard's files, if it is reported to
 <stage>/adapter.safetensors      fuser and projector after the stage
 <stage>/checkpoint-<step>/       while the stage runs
 config.json, model*.safetensors, processor files    the model, once the last stage asked for is finished
@@ -132,13 +132,12 @@ class RunFolder:
 
     def finish(self, stage: str) -> None:
         """Note that a stage is finished, and remove its checkpoints."""
-        done = [name for name in STAGES if name in {*self.finished, stage}]
-        self._note("run.json", {"finished": done})
+        self._note("run.json", {"finished": [name for name in STAGES if name in {*self.finished, stage}]})
         for checkpoint in checkpoints(self.path / stage):
             shutil.rmtree(checkpoint)
 
     def open(self, recipe: Recipe, stages: Sequence[str], *, overwrite: bool = False) -> tuple[str, ...]:
-        """Look what is left to do; nothing is changed.
+        """List the stages that are left to do, or refuse the start; nothing is changed.
 
         Args:
             recipe: what is to be trained.
@@ -209,20 +208,12 @@ class RunFolder:
         """
         self._clear(replaces)
         write_text(self.path / "recipe.yaml", dump_recipe(recipe))
-        noted = self._noted("run.json")
-        number, digest = samples
-        self._note(
-            "run.json",
-            {
-                "samples": noted.get("samples", {}) | {stage: number},
-                "digests": noted.get("digests", {}) | {stage: digest},
-                "origins": noted.get("origins", {}) | {stage: origin},
-            },
-        )
+        noted, news = self._noted("run.json"), {"samples": samples[0], "digests": samples[1], "origins": origin}
+        self._note("run.json", {key: noted.get(key, {}) | {stage: value} for key, value in news.items()})
         self._note("parameters.json", {stage: parameters})
 
     def origin(self, stage: str) -> str | None:
-        """What a stage's fuser and projector started from, as `claim` noted it; None if it did not."""
+        """Origin of a stage's fuser and projector, as `claim` noted it; None if it did not."""
         origin: str | None = self._noted("run.json").get("origins", {}).get(stage)
         return origin
 
@@ -250,8 +241,8 @@ class RunFolder:
 
     def bytes_replaced(self, stages: Sequence[str]) -> int:
         """Bytes that `claim` frees when it replaces stages."""
-        files = [file for path in self._written(stages) for file in (path, *path.rglob("*")) if file.is_file()]
-        return sum(file.stat().st_size for file in files)
+        paths = (file for path in self._written(stages) for file in (path, *path.rglob("*")))
+        return sum(file.stat().st_size for file in paths if file.is_file())
 
     def _written(self, stages: Sequence[str]) -> Iterator[Path]:
         """Iterate over what belongs to stages, the model that came of them first of all."""

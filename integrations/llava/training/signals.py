@@ -13,19 +13,13 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
-from typing import Any
-
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
-
-from .distributed import any_process
 
 __all__ = [
     "EXIT_INTERRUPTED",
     "EXIT_REQUEUE",
-    "DeafWorker",
     "RunInterrupted",
-    "StopOnSignal",
     "StopRequest",
+    "start_deaf",
     "stop_requests",
 ]
 
@@ -42,7 +36,7 @@ _SAME = 2.0
 
 
 class RunInterrupted(Exception):  # noqa: N818 (no error: the run did what it was told)
-    """Raised when a run has stopped on request, its checkpoint written.
+    """Raised when a run has stopped on request and its checkpoint is written.
 
     Args:
         message: where it stopped, and how to go on.
@@ -130,44 +124,16 @@ def stop_requests() -> Iterator[StopRequest]:
             signal.signal(number, signal.SIG_DFL if handler is None else handler)
 
 
-class DeafWorker:
-    """Prepares a process that loads data: it leaves requests to stop to the process that trains.
+def start_deaf(prepare: Callable[[int], None] | None, worker: int) -> None:
+    """Let a process that loads data leave requests to stop to the process that trains.
 
     A scheduler's signal reaches them all, as Ctrl-C does, and a run whose loaders died could not finish its step.
 
     Args:
         prepare: the loader's own `worker_init_fn`, which is called too.
+        worker: number of the process.
     """
-
-    def __init__(self, prepare: Callable[[int], None] | None) -> None:
-        self.prepare = prepare
-
-    def __call__(self, worker: int) -> None:
-        """Prepare a worker process."""
-        for number in _SIGNALS:
-            signal.signal(number, signal.SIG_IGN)
-        if self.prepare is not None:
-            self.prepare(worker)
-
-
-class StopOnSignal(TrainerCallback):
-    """Ends training after the step in which any process was asked to stop, with a log entry and a checkpoint.
-
-    Args:
-        request: of this process.
-    """
-
-    def __init__(self, request: StopRequest) -> None:
-        self.request = request
-        self.stopped = False
-
-    def on_step_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
-    ) -> TrainerControl:
-        """Agree with the other processes whether to stop."""
-        stop = any_process(self.request.received)
-        # A stage at its last step ends by itself.
-        if stop and state.global_step < state.max_steps:
-            self.stopped = True
-            control.should_log = control.should_save = control.should_training_stop = True
-        return control
+    for number in _SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+    if prepare is not None:
+        prepare(worker)

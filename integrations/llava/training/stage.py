@@ -1,282 +1,362 @@
-"""One stage of a run: build the model, train it, keep what it learned."""
+"""One stage of a run: its data read, its model built, trained, and written into the run's folder."""
 
 from __future__ import annotations
 
 import errno
 import gc
+import hashlib
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from accelerate import PartialState
 from safetensors import SafetensorError
 from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_callback import PrinterCallback
 
-from integrations.llava.checkpoints import load_adapter, save_adapter, save_model
-from integrations.llava.config import Recipe, StageConfig
-from integrations.llava.data import Sample
+from integrations.llava.checkpoints import load_adapter, save_adapter, save_lora, save_model
+from integrations.llava.config import StageConfig
+from integrations.llava.data import (
+    Collator,
+    ConversationDataset,
+    Sample,
+    SampleFile,
+    read_samples,
+    sample_lengths,
+    select_samples,
+)
+from integrations.llava.data.doctor import usable_indices
 from integrations.llava.modeling import (
     Assembled,
     FusedLlavaForConditionalGeneration,
     assemble,
     build_processor,
+    checkpoint_activations,
     end_answers,
+    merge_lora,
 )
-from integrations.llava.prompts import get_template
+from integrations.llava.prompts import TextEncoder, get_template
 from layerfuse.errors import FileAccessError, InputError
 from layerfuse.files import check_disk_space
+from layerfuse.preprocessing import Preprocessing
 
-from .arguments import preprocessing_of, stage_trainer
 from .distributed import any_process, on_main
-from .engines import forget_engine, shards
-from .preflight import Connector, find_connector
+from .engines import forget_engine, set_precision, shards
+from .metrics_log import RunLog
+from .plan import Origin, Plan, find_origin
 from .resume import checkpoints, load_trained, state_bytes, trained_state
-from .run_folder import RunFolder
-from .signals import RunInterrupted, StopOnSignal, StopRequest
-from .trainer import LlavaTrainer
+from .signals import RunInterrupted
+from .trainer import LlavaTrainer, training_arguments
 
-__all__ = ["Run", "StageData", "run_stage"]
+__all__ = ["Stage", "stage_trainer"]
 
 _log = logging.getLogger(__name__)
 
 _CONNECTOR = ("fuser", "projector")
 
 
-@dataclass(frozen=True)
-class StageData:
-    """The samples of a stage.
+class Stage(TrainerCallback):
+    """A stage of a run: `read`, then `prepare`, `run` and `save` once the stages before it are finished.
 
-    Attributes:
-        samples: those that can be used.
-        left_out: how many cannot.
-        digest: of the samples' text, in their order.
-        lengths: of the samples, if batches are grouped by them.
+    It is also the callback that makes the folder this run's after the first step (a run that never makes one changes
+    nothing), and that ends training with a log entry and a checkpoint when any process was asked to stop.
+
+    Args:
+        plan: that it belongs to.
+        name: of the stage.
     """
 
     samples: Sequence[Sample]
-    left_out: int
+    lengths: list[int] | None
+    num_left_out: int
     digest: str
-    lengths: np.ndarray | None
+    origin: Origin
+    checkpoint: Path | None
+    assembled: Assembled
+    counts: Mapping[str, Mapping[str, int]]
+    trainer: LlavaTrainer
 
+    def __init__(self, plan: Plan, name: str) -> None:
+        self.plan, self.name, self.config = plan, name, plan.recipe.stage(name)
+        self.folder, self.is_last = plan.folder.path / name, name == plan.left[-1]
+        self.claimed = self.stopped = False
 
-@dataclass(frozen=True)
-class Run:
-    """What all stages of a run share.
+    def read(self) -> None:
+        """Open the samples, which the main process reads and checks for all.
 
-    Attributes:
-        recipe: what is trained.
-        folder: of the run.
-        data: by stage.
-        asked: stages asked for, in order.
-        left: those that are run.
-        adapter: what the first stage asked for starts from: a file, `RANDOM`, or None.
-        overwrite: whether earlier results of the stages are replaced.
-        callbacks: of transformers' Trainer.
-        request: whether this process was asked to stop.
-        state: which process this is.
-    """
+        Raises:
+            ValueError: if they are at fault, or others than the stage began with.
+        """
+        config = self.config
 
-    recipe: Recipe
-    folder: RunFolder
-    data: Mapping[str, StageData]
-    asked: Sequence[str]
-    left: Sequence[str]
-    adapter: str | Path | None
-    overwrite: bool
-    callbacks: Sequence[TrainerCallback]
-    request: StopRequest
-    state: PartialState
+        def look() -> tuple[np.ndarray, str, list[int] | None]:
+            # The first to open a file writes its index, which the others read.
+            samples = read_samples(config.data.path)
+            usable, _ = usable_indices(
+                samples,
+                image_folder=config.data.image_folder,
+                template=get_template(config.template),
+                check_images=config.data.check_images,
+                bad_samples=config.data.bad_samples,
+            )
+            digest = _digest(samples, usable)
+            if not self.plan.overwrite:
+                self.plan.folder.check_samples(self.name, len(usable), digest)
+            lengths = sample_lengths(select_samples(samples, usable)).tolist() if config.group_by_modality else None
+            return usable, digest, lengths
 
+        usable, self.digest, self.lengths = on_main(look)
+        samples = read_samples(config.data.path)
+        self.samples, self.num_left_out = select_samples(samples, usable), len(samples) - len(usable)
 
-def run_stage(run: Run, name: str) -> None:
-    """Train a stage, or go on with it, and save what it learned.
+    def prepare(self) -> None:
+        """Build the model and its trainer, from what an earlier start or stage has left in the folder.
 
-    Args:
-        run: that it belongs to; the stages before it are finished.
-        name: of the stage.
+        Raises:
+            RunInterrupted: if the run was told to stop.
+        """
+        request = self.plan.request
+        if any_process(request.received):
+            raise RunInterrupted(
+                f"stopped on request before stage {self.name}; start the same command again to go on.",
+                request.exit_code,
+            )
+        with request.at_once():
+            # What an earlier stage left behind: its engine's settings, and a model in reference cycles.
+            forget_engine()
+            gc.collect()
+            torch.cuda.empty_cache()
+            self._find_start()
+            self.assembled = self._build()
+            # Counted before an engine takes parameters apart.
+            self.counts = self.assembled.counts
+            _log.info("stage %s: %s", self.name, _describe(self.counts))
+            on_main(self._check_room)
+            self.trainer = stage_trainer(
+                self.assembled,
+                self.config,
+                self.samples,
+                self.lengths,
+                self.folder,
+                num_processes=self.plan.process.num_processes,
+                callbacks=[*self.plan.callbacks, self],
+                report_to=self.plan.recipe.report_to,
+            )
+            self._say_where_it_begins()
 
-    Raises:
-        RunInterrupted: if the run was told to stop.
-    """
-    last, config, data = name == run.left[-1], run.recipe.stage(name), run.data[name]
-    if any_process(run.request.received):
-        raise RunInterrupted(
-            f"stopped on request before stage {name}; start the same command again to go on.", run.request.exit_code
-        )
-    with run.request.at_once():
-        # What an earlier stage left behind: its engine's settings, and a model in reference cycles.
+    def run(self) -> None:
+        """Train, or go on from the checkpoint.
+
+        Raises:
+            RunInterrupted: if the run was told to stop; its checkpoint is written.
+        """
+        self.trainer.train(resume_from_checkpoint=str(self.checkpoint) if self.checkpoint else None)
+        if self.stopped:
+            state = self.trainer.state
+            raise RunInterrupted(
+                f"stage {self.name} stopped on request at step {state.global_step} of {state.max_steps}; start the "
+                "same command again to go on.",
+                self.plan.request.exit_code,
+            )
+        if self.num_left_out:
+            _log.warning("stage %s: %d bad samples of its data had been left out", self.name, self.num_left_out)
+
+    def save(self) -> None:
+        """Write what was trained, of the last stage the whole model, and mark the stage as finished.
+
+        Raises:
+            OSError: if it cannot be written; the last checkpoint stays.
+        """
+        process, trained = self.plan.process, None
+        # A model that is taken apart, or of quantised weights, cannot be saved: another is built, and gets the weights.
+        if shards(self.config.engine, num_processes=process.num_processes) or self.config.lora.quantize != "none":
+            trained = trained_state(self.trainer.model_wrapped, keep=process.is_main_process)
         forget_engine()
-        gc.collect()
-        torch.cuda.empty_cache()
-        connector, checkpoint = _seen_by_all(run, name)
-        assembled = _assemble(run, name, connector)
-        _log.info("stage %s: %s", name, _describe(assembled.counts))
-        on_main(lambda: _check_room(run, name, assembled.model, last=last))
-        stop, claim = StopOnSignal(run.request), _Claim(run, name, connector, assembled)
-        trainer = stage_trainer(
-            assembled,
-            config,
-            data.samples,
-            None if data.lengths is None else data.lengths.tolist(),
-            run.folder.path / name,
-            num_processes=run.state.num_processes,
-            callbacks=[*run.callbacks, stop, claim],
-        )
-        _say_where_it_begins(run, name, checkpoint)
-    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-    if stop.stopped:
-        raise RunInterrupted(
-            f"stage {name} stopped on request at step {trainer.state.global_step} of {trainer.state.max_steps}; start "
-            "the same command again to go on.",
-            run.request.exit_code,
-        )
-    if data.left_out:
-        _log.warning("stage %s: %d bad samples of its data had been left out", name, data.left_out)
-    trained = _trained_apart(run, config, trainer)
-    forget_engine()
-    on_main(lambda: _finish(run, name, assembled, trained, connector, last=last))
-
-
-class _Claim(TrainerCallback):
-    """Makes the folder this run's once the stage has made a step: a run that never makes one changes nothing."""
-
-    def __init__(self, run: Run, name: str, connector: Connector, assembled: Assembled) -> None:
-        self.run, self.name, self.connector, self.counts = run, name, connector, assembled.counts
-        self.done = False
+        on_main(lambda: self._finish(trained))
+        del self.assembled, self.trainer
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """Write what the folder has to know, after the first step."""
-        run = self.run
-        if self.done or not state.is_world_process_zero:
+        """Note in the folder, after the first step, what the stage trains on and from; agree whether to stop."""
+        # A stage at its last step ends by itself.
+        if any_process(self.plan.request.received) and state.global_step < state.max_steps:
+            self.stopped = True
+            control.should_log = control.should_save = control.should_training_stop = True
+        if self.claimed or not state.is_world_process_zero:
             return
-        self.done = True
-        data = run.data[self.name]
-        run.folder.claim(
-            run.recipe,
+        self.claimed = True
+        self.plan.folder.claim(
+            self.plan.recipe,
             self.name,
-            samples=(len(data.samples), data.digest),
-            origin=self.connector.note,
+            samples=(len(self.samples), self.digest),
+            origin=self.origin.note,
             parameters=self.counts,
             # All at once: what comes after a stage that is trained anew does not belong to it any more.
-            replaces=run.left if run.overwrite and self.name == run.left[0] else (),
+            replaces=self.plan.left if self.plan.replaces(self.name) else (),
         )
 
+    def _find_start(self) -> None:
+        """Let the main process find origin and checkpoint; all have to see them."""
 
-def _seen_by_all(run: Run, name: str) -> tuple[Connector, Path | None]:
-    """Let the main process say what the stage starts from; all have to see it."""
+        def look() -> tuple[Origin | None, Path | None]:
+            checkpoint = None if self.plan.replaces(self.name) else self.plan.folder.checkpoint(self.name)
+            return find_origin(self.plan, self.name), checkpoint
 
-    def look() -> tuple[Connector | None, Path | None]:
-        options = {"asked": run.asked, "left": run.left, "adapter": run.adapter}
-        fresh = run.overwrite and name == run.left[0]
-        connector = find_connector(run.folder, name, overwrite=fresh, **options)  # type: ignore[arg-type]
-        return connector, None if fresh else run.folder.checkpoint(name)
+        origin, self.checkpoint = on_main(look)
+        assert origin is not None
+        self.origin = origin
+        needed = [path for path in (origin.path, self.checkpoint) if path is not None]
+        if any_process(not all(path.exists() for path in needed)):
+            raise InputError(
+                f"not every process sees {', '.join(map(str, needed))}; put the run's folder on a disk that all "
+                "machines share (--output)."
+            )
 
-    connector, checkpoint = on_main(look)
-    assert connector is not None
-    needed = [path for path in (connector.path, checkpoint) if path is not None]
-    if any_process(not all(path.exists() for path in needed)):
-        raise InputError(
-            f"not every process sees {', '.join(map(str, needed))}; put the run's folder on a disk that all machines "
-            "share (--output)."
-        )
-    return connector, checkpoint
+    def _build(self, *, quantized: bool = True) -> Assembled:
+        """Build the model as the stage begins with it, the same whenever it is built."""
+        recipe, origin = self.plan.recipe, self.origin
+        assembled = assemble(recipe.model, self.config, quantized=quantized, seed=recipe.pretrain.seed)
+        if origin.path is not None:
+            parts = _CONNECTOR if origin.before is None else _adapter_parts(recipe.stage(origin.before))
+            load_adapter(assembled.model, parts, origin.path)
+        return assembled
+
+    def _check_room(self) -> None:
+        config, model, plan = self.config, self.assembled.model, self.plan
+        needed = max(config.keep_checkpoints + 1 - len(checkpoints(self.folder)), 1) * state_bytes(model)
+        if self.is_last:
+            size = 2 if config.precision == "bf16" else 4
+            needed += size * sum(parameter.numel() for parameter in model.parameters())
+        if plan.replaces(self.name):
+            needed -= plan.folder.bytes_replaced(plan.left)
+        what = f"stage {self.name} with its checkpoints{' and model' if self.is_last else ''}"
+        check_disk_space(plan.folder.path, needed, what)
+
+    def _say_where_it_begins(self) -> None:
+        steps = 0 if self.plan.overwrite else self.plan.folder.logged_steps(self.name)
+        if self.checkpoint is not None:
+            _log.info("stage %s goes on from %s", self.name, self.checkpoint.name)
+        elif steps:
+            _log.warning(
+                "stage %s begins anew at step 1: an earlier start reached step %d and left no checkpoint (save_every)",
+                self.name,
+                steps,
+            )
+        else:
+            _log.info("stage %s begins", self.name)
+
+    def _finish(self, trained: Mapping[str, torch.Tensor] | None) -> None:
+        if trained is not None:
+            self.assembled = self._build(quantized=False)
+            load_trained(self.assembled.model, trained)
+        try:
+            self._write()
+        except (OSError, SafetensorError) as error:
+            raise FileAccessError(
+                getattr(error, "errno", None) or errno.EIO,
+                f"what stage {self.name} learned could not be written to {self.plan.folder.path} ({error}); its last "
+                "checkpoint is there. Make room or give rights, then start the same command again",
+            ) from error
+        self.plan.folder.finish(self.name)
+
+    def _write(self) -> None:
+        config, model, tokenizer = self.config, self.assembled.model, self.assembled.tokenizer
+        save_adapter(model, _adapter_parts(config), self.plan.folder.adapter(self.name))
+        if not self.is_last:
+            return
+        if config.lora.rank:
+            save_lora(model, self.folder / "lora")
+            merge_lora(model)
+        template = get_template(config.template)
+        model.config.prompt_template = template.to_dict()
+        end_answers(model.generation_config, tokenizer, template)
+        model.eval().to("cpu")
+        if config.precision == "bf16":
+            nn.Module.to(model, torch.bfloat16)
+        processor = build_processor(model, tokenizer, _preprocessing(model, config), template)
+        save_model(model, processor, self.plan.folder.path)
 
 
-def _assemble(run: Run, name: str, connector: Connector, *, quantized: bool = True) -> Assembled:
-    """Build the model as the stage begins with it, the same whenever it is built."""
-    config = run.recipe.stage(name)
-    assembled = assemble(run.recipe.model, config, quantized=quantized, seed=run.recipe.pretrain.seed)
-    if connector.path is not None:
-        parts = _CONNECTOR if connector.before is None else _kept(run.recipe.stage(connector.before))
-        load_adapter(assembled.model, parts, connector.path)
-    return assembled
+def stage_trainer(
+    assembled: Assembled,
+    config: StageConfig,
+    samples: Sequence[Sample],
+    lengths: Sequence[int] | None,
+    folder: Path,
+    *,
+    num_processes: int,
+    callbacks: Sequence[TrainerCallback] = (),
+    report_to: Sequence[str] = (),
+) -> LlavaTrainer:
+    """Build the trainer of a stage.
+
+    Args:
+        assembled: the model as the stage trains it.
+        config: of the stage.
+        samples: checked.
+        lengths: of the samples, where batches are grouped by them.
+        folder: of the stage, inside the run's.
+        num_processes: how many share the run.
+        callbacks: called before the run's log.
+        report_to: transformers' names of the reporters that the log tells, too.
+
+    Returns:
+        The trainer, which has not begun.
+    """
+    model, tokenizer = assembled.model, assembled.tokenizer
+    dataset = ConversationDataset(
+        samples,
+        image_folder=config.data.image_folder,
+        template=get_template(config.template),
+        encoder=TextEncoder(tokenizer),
+        preprocessing=_preprocessing(model, config),
+        layout=model.config.layout,
+        max_length=config.data.max_length,
+        bad_samples=config.data.bad_samples,
+    )
+    if config.gradient_checkpointing:
+        checkpoint_activations(model)
+    trainer = LlavaTrainer(
+        model=model,
+        args=training_arguments(config, folder, model, num_processes),
+        train_dataset=dataset,
+        data_collator=Collator(tokenizer.pad_token_id),
+        learning_rates=config.learning_rates,
+        loss_average=config.loss_average,
+        group_by_modality=config.group_by_modality,
+        lengths=lengths,
+        callbacks=list(callbacks),
+    )
+    set_precision(config.engine, trainer)
+    trainer.remove_callback(PrinterCallback)
+    trainer.add_callback(RunLog(trainer, folder.parent, folder.name, report_to=report_to))
+    return trainer
 
 
-def _kept(config: StageConfig) -> tuple[str, ...]:
+def _preprocessing(model: FusedLlavaForConditionalGeneration, config: StageConfig) -> Preprocessing:
+    """Say how a stage brings images to the backbone's size."""
+    prepared = model.model.vision_tower.backbone.preprocessing
+    return replace(prepared, mode=config.data.image_mode, upright=config.data.upright)
+
+
+def _digest(samples: SampleFile, usable: np.ndarray) -> str:
+    """Digest samples as they are written, in their order: about a second for a gigabyte.
+
+    Size and time of change would not do: an edit can keep both, a copy changes the time alone.
+    """
+    digest = hashlib.blake2b(digest_size=16)
+    for index in usable.tolist():
+        raw = samples.raw(index)
+        digest.update(len(raw).to_bytes(8, "little") + raw)
+    return digest.hexdigest()
+
+
+def _adapter_parts(config: StageConfig) -> tuple[str, ...]:
     """Name the parts that a stage's adapter file holds."""
     return (*_CONNECTOR, "backbone") if "backbone" in config.trainable else _CONNECTOR
-
-
-def _check_room(run: Run, name: str, model: FusedLlavaForConditionalGeneration, *, last: bool) -> None:
-    config, folder = run.recipe.stage(name), run.folder
-    written = checkpoints(folder.path / name)
-    needed = max(config.keep_checkpoints + 1 - len(written), 1) * state_bytes(model)
-    if last:
-        size = 2 if config.precision == "bf16" else 4
-        needed += size * sum(parameter.numel() for parameter in model.parameters())
-    if run.overwrite and name == run.left[0]:
-        needed -= folder.bytes_replaced(run.left)
-    check_disk_space(folder.path, needed, f"stage {name} with its checkpoints{' and model' if last else ''}")
-
-
-def _say_where_it_begins(run: Run, name: str, checkpoint: Path | None) -> None:
-    steps = 0 if run.overwrite else run.folder.logged_steps(name)
-    if checkpoint is not None:
-        _log.info("stage %s goes on from %s", name, checkpoint.name)
-    elif steps:
-        _log.warning(
-            "stage %s begins anew at step 1: an earlier start reached step %d and left no checkpoint (save_every)",
-            name,
-            steps,
-        )
-    else:
-        _log.info("stage %s begins", name)
-
-
-def _trained_apart(run: Run, config: StageConfig, trainer: LlavaTrainer) -> dict[str, torch.Tensor] | None:
-    """Gather what was trained where the model at hand cannot be saved: taken apart, or of quantised weights."""
-    if not shards(config.engine, num_processes=run.state.num_processes) and config.lora.quantize == "none":
-        return None
-    return trained_state(trainer.model_wrapped, keep=run.state.is_main_process)
-
-
-def _finish(
-    run: Run,
-    name: str,
-    assembled: Assembled,
-    trained: Mapping[str, torch.Tensor] | None,
-    connector: Connector,
-    *,
-    last: bool,
-) -> None:
-    if trained is not None:
-        assembled = _assemble(run, name, connector, quantized=False)
-        load_trained(assembled.model, trained)
-    try:
-        _save(run, name, assembled, last=last)
-    except (OSError, SafetensorError) as error:
-        raise FileAccessError(
-            getattr(error, "errno", None) or errno.EIO,
-            f"what stage {name} learned could not be written to {run.folder.path} ({error}); its last checkpoint is "
-            "there. Make room or give rights, then start the same command again",
-        ) from error
-    run.folder.finish(name)
-
-
-def _save(run: Run, name: str, assembled: Assembled, *, last: bool) -> None:
-    config, model = run.recipe.stage(name), assembled.model
-    save_adapter(model, _kept(config), run.folder.adapter(name))
-    if not last:
-        return
-    if config.lora.rank:
-        from integrations.llava.checkpoints import save_lora
-        from integrations.llava.modeling import merge_lora
-
-        save_lora(model, run.folder.path / name / "lora")
-        merge_lora(model)
-    template = get_template(config.template)
-    model.config.prompt_template = template.to_dict()
-    end_answers(model.generation_config, assembled.tokenizer, template)
-    model.eval().to("cpu")
-    if config.precision == "bf16":
-        nn.Module.to(model, torch.bfloat16)
-    processor = build_processor(model, assembled.tokenizer, preprocessing_of(model, config), template)
-    save_model(model, processor, run.folder.path)
 
 
 def _describe(counts: Mapping[str, Mapping[str, int]]) -> str:

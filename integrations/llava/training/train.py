@@ -7,30 +7,25 @@ holds, `docs/training.md` how runs are spread over processes and continued.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
 
-import numpy as np
 import torch
 from accelerate import PartialState
 from transformers import TrainerCallback
 
-from integrations.llava.config import STAGES, Recipe, StageConfig
-from integrations.llava.data import SampleFile, read_samples, sample_lengths, select_samples
-from integrations.llava.data.doctor import usable_indices
-from integrations.llava.modeling import Assembled, assemble, set_trainable
-from integrations.llava.prompts import get_template
+from integrations.llava.config import STAGES, Recipe
 from layerfuse.errors import UserError
 
+from .checks import check_plan
 from .distributed import on_main, shared_failures
-from .preflight import RANDOM, check_stages, find_connector, in_order
+from .plan import Plan, find_origin, in_order
 from .run_folder import RunFolder
 from .signals import RunInterrupted, stop_requests
-from .stage import Run, StageData, run_stage
+from .stage import Stage
 
-__all__ = ["RANDOM", "Assembled", "assemble", "set_trainable", "train"]
+__all__ = ["train"]
 
 
 def train(
@@ -69,55 +64,20 @@ def train(
         RunInterrupted: if SIGTERM, SIGUSR1 or Ctrl-C arrived; the same call goes on from the step that was reached.
         ProcessFailedError: if another process of the run has failed otherwise.
     """
-    cpu = not torch.cuda.is_available()
-    folder, state = RunFolder(output), PartialState(cpu=cpu)
-    locked = folder.locked() if state.is_main_process else nullcontext()
+    folder, process = RunFolder(output), PartialState(cpu=not torch.cuda.is_available())
+    locked = folder.locked() if process.is_main_process else nullcontext()
     with shared_failures(same=(UserError, RunInterrupted)), stop_requests() as request, locked:
         with request.at_once():
             asked = in_order(stages, recipe)
             left = on_main(lambda: folder.open(recipe, asked, overwrite=overwrite))
-            on_main(lambda: check_stages(recipe, left, num_processes=state.num_processes, cpu=cpu, folder=folder.path))
-            on_main(
-                lambda: find_connector(folder, left[0], asked=asked, left=left, adapter=adapter, overwrite=overwrite)
-            )
-            data = {name: _read_and_check(folder, name, recipe.stage(name), overwrite) for name in left}
-        run = Run(recipe, folder, data, asked, left, adapter, overwrite, callbacks, request, state)
-        for name in left:
-            run_stage(run, name)
+            plan = Plan(recipe, folder, asked, left, adapter, overwrite, callbacks, request, process)
+            on_main(lambda: check_plan(plan))
+            on_main(lambda: find_origin(plan, left[0]))
+            ahead = [Stage(plan, name) for name in left]
+            for stage in ahead:
+                stage.read()
+        for stage in ahead:
+            stage.prepare()
+            stage.run()
+            stage.save()
     return folder.path
-
-
-def _read_and_check(folder: RunFolder, name: str, config: StageConfig, overwrite: bool) -> StageData:
-    """Open a stage's data; the main process reads and checks them for all."""
-
-    def look() -> tuple[np.ndarray, str, np.ndarray | None]:
-        # The first to open a file writes its index, which the others read.
-        samples = read_samples(config.data.path)
-        usable, _ = usable_indices(
-            samples,
-            image_folder=config.data.image_folder,
-            template=get_template(config.template),
-            check_images=config.data.check_images,
-            bad_samples=config.data.bad_samples,
-        )
-        selected = select_samples(samples, usable)
-        digest = _digest(samples, usable)
-        if not overwrite:
-            folder.check_samples(name, len(usable), digest)
-        return usable, digest, sample_lengths(selected) if config.group_by_modality else None
-
-    usable, digest, lengths = on_main(look)
-    samples = read_samples(config.data.path)
-    return StageData(select_samples(samples, usable), len(samples) - len(usable), digest, lengths)
-
-
-def _digest(samples: SampleFile, usable: np.ndarray) -> str:
-    """Digest samples as they are written, in their order: about a second for a gigabyte.
-
-    Size and time of change would not do: an edit can keep both, a copy changes the time alone.
-    """
-    digest = hashlib.blake2b(digest_size=16)
-    for index in usable.tolist():
-        raw = samples.raw(index)
-        digest.update(len(raw).to_bytes(8, "little") + raw)
-    return digest.hexdigest()

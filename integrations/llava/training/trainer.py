@@ -7,6 +7,7 @@ supervised tokens of an optimizer step alike.
 
 from __future__ import annotations
 
+import functools
 import itertools
 import json
 import logging
@@ -22,63 +23,22 @@ from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader, Sampler
 from transformers import TrainingArguments
 
-from integrations.llava.data import ModalityLengthSampler, ShuffleSampler, modality_length_indices
-from integrations.llava.modeling import part_of
+from integrations.llava.config import StageConfig
+from integrations.llava.data import ModalityLengthSampler, ShuffleSampler
+from integrations.llava.modeling import FusedLlavaForConditionalGeneration
 from integrations.llava.prompts import IGNORE_INDEX
 from layerfuse.files import write_text
 
 from .distributed import any_process
+from .engines import engine_arguments
 from .loss_guard import BrokenBatch, Later, NonFiniteLossError, OptimizerStep
+from .optimizer import parameter_groups
 from .resume import CheckpointingTrainer
-from .signals import DeafWorker
+from .signals import start_deaf
 
-__all__ = [
-    "LlavaTrainer",
-    "ModalityLengthSampler",
-    "NonFiniteLossError",
-    "modality_length_indices",
-    "parameter_groups",
-]
+__all__ = ["LlavaTrainer", "training_arguments"]
 
 _log = logging.getLogger(__name__)
-
-
-def parameter_groups(
-    model: nn.Module, *, learning_rate: float, learning_rates: Mapping[str, float] | None = None, weight_decay: float
-) -> list[dict[str, Any]]:
-    """Sort trainable parameters into groups: by part, where it has its own learning rate, with or without decay.
-
-    Biases and everything inside norms are never decayed.
-
-    Args:
-        model: the whole model.
-        learning_rate: peak learning rate.
-        learning_rates: part -> its own peak learning rate.
-        weight_decay: of the parameters that are decayed.
-
-    Returns:
-        Non-empty groups for a torch optimizer; `names` lists the parameters of each.
-    """
-    norms = {
-        f"{path}.{name}"
-        for path, module in model.named_modules()
-        if "Norm" in type(module).__name__
-        for name, _ in module.named_parameters(recurse=False)
-    }
-    rates = {"": learning_rate, **(learning_rates or {})}
-    groups: dict[tuple[str, bool], dict[str, Any]] = {
-        (part, decayed): {"params": [], "names": [], "weight_decay": weight_decay if decayed else 0.0, "lr": rate}
-        for part, rate in rates.items()
-        for decayed in (True, False)
-    }
-    for name, parameter in model.named_parameters():
-        if not parameter.requires_grad:
-            continue
-        part = part_of(name)
-        group = groups[part if part in rates else "", name not in norms and "bias" not in name]
-        group["params"].append(parameter)
-        group["names"].append(name)
-    return [group for group in groups.values() if group["params"]]
 
 
 class LlavaTrainer(CheckpointingTrainer):
@@ -155,7 +115,7 @@ class LlavaTrainer(CheckpointingTrainer):
         loader: Any = super().get_train_dataloader()
         # accelerate keeps the loader that starts the workers inside its own.
         inner = getattr(loader, "base_dataloader", loader)
-        inner.worker_init_fn = DeafWorker(inner.worker_init_fn)
+        inner.worker_init_fn = functools.partial(start_deaf, inner.worker_init_fn)
         return loader  # type: ignore[no-any-return]
 
     def get_batch_samples(
@@ -248,7 +208,10 @@ class LlavaTrainer(CheckpointingTrainer):
         steps, self._made = self._made, []
         if not steps:
             return []
-        own = torch.stack([torch.stack([self._loss_of(step), self._tensor(step.num_skipped)]) for step in steps])
+        losses = [torch.stack(step.losses).float() for step in steps]
+        mean = self.loss_average == "micro_batch"
+        own = torch.stack([each.mean() if mean else each.sum() for each in losses])
+        own = torch.stack([own, own.new_tensor([step.num_skipped for step in steps])], dim=1)
         totals = self.accelerator.reduce(own, reduction="sum").tolist()
         rows = []
         for step, (loss, skipped) in zip(steps, totals, strict=True):
@@ -292,12 +255,49 @@ class LlavaTrainer(CheckpointingTrainer):
             write_text(file, json.dumps(error.to_dict(), indent=2) + "\n")
         raise error
 
-    def _loss_of(self, step: OptimizerStep) -> torch.Tensor:
-        losses = torch.stack(step.losses).float()
-        return losses.mean() if self.loss_average == "micro_batch" else losses.sum()
 
-    def _tensor(self, value: float) -> torch.Tensor:
-        return torch.tensor(value, dtype=torch.float32, device=self.args.device)
+def training_arguments(
+    config: StageConfig, folder: Path, model: FusedLlavaForConditionalGeneration, num_processes: int
+) -> TrainingArguments:
+    """Write a stage down as transformers' TrainingArguments.
+
+    Args:
+        config: of the stage.
+        folder: of the stage; not written to.
+        model: may be on the meta device; an engine asks it for its blocks.
+        num_processes: how many share the run.
+
+    Raises:
+        ValueError, ImportError: what transformers does not take.
+    """
+    cuda = torch.cuda.is_available()
+    micro_batch_size, accumulation = config.batches(num_processes)
+    return TrainingArguments(
+        output_dir=str(folder),
+        per_device_train_batch_size=micro_batch_size,
+        gradient_accumulation_steps=accumulation,
+        num_train_epochs=config.epochs,
+        max_steps=config.max_steps if config.max_steps is not None else -1,
+        learning_rate=config.learning_rate,
+        weight_decay=config.weight_decay,
+        lr_scheduler_type=config.scheduler,
+        warmup_steps=config.warmup_ratio,
+        max_grad_norm=config.max_grad_norm,
+        bf16=config.precision == "bf16",
+        dataloader_num_workers=config.num_workers,
+        dataloader_pin_memory=cuda,
+        remove_unused_columns=False,
+        use_cpu=not cuda,
+        save_strategy="no" if config.save_every is None else "steps",
+        save_steps=config.save_every or 0,
+        save_total_limit=config.keep_checkpoints,
+        logging_steps=config.log_every,
+        logging_nan_inf_filter=False,
+        report_to=[],
+        disable_tqdm=True,
+        seed=config.seed,
+        **engine_arguments(config.engine, model, num_processes=num_processes),
+    )
 
 
 def _num_supervised(labels: torch.Tensor) -> torch.Tensor:

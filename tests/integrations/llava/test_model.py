@@ -14,9 +14,9 @@ from transformers import AutoModelForImageTextToText, GenerationConfig, Trainer,
 import integrations.llava
 from integrations.llava.checkpoints.connector import load_adapter, save_adapter
 from integrations.llava.checkpoints.model_io import load_model
+from integrations.llava.modeling import set_trainable
 from integrations.llava.modeling.build import build_model
 from integrations.llava.modeling.model import FusedLlavaForConditionalGeneration
-from integrations.llava.training.train import set_trainable
 from layerfuse.backbones import create_backbone
 from layerfuse.fusers import ExtraTokens, create_fuser
 from layerfuse.testing import random_images, randomise_parameters

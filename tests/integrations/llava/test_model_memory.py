@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate import PartialState
 from torch import nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -18,7 +19,10 @@ from integrations.llava.config.schema import STAGES, Recipe
 from integrations.llava.modeling import model as model_module
 from integrations.llava.modeling.build import assemble, build_model
 from integrations.llava.modeling.model import FusedLlavaForConditionalGeneration
-from integrations.llava.training.preflight import check_stages
+from integrations.llava.training.checks import check_plan
+from integrations.llava.training.plan import Plan
+from integrations.llava.training.run_folder import RunFolder
+from integrations.llava.training.signals import StopRequest
 from layerfuse.backbones import MODULES, Backbone, create_backbone
 from layerfuse.fusers import create_fuser
 from layerfuse.testing import random_images
@@ -154,5 +158,6 @@ def test_config_and_tokenizer_of_the_language_model_are_read_once(
     assert sorted(read) == ["AutoConfig", "AutoTokenizer"]
 
     read.clear()
-    check_stages(tiny_recipe, STAGES, num_processes=1, cpu=True, folder=tmp_path)
+    process = PartialState(cpu=True)
+    check_plan(Plan(tiny_recipe, RunFolder(tmp_path), STAGES, STAGES, None, False, (), StopRequest(), process))
     assert sorted(read) == ["AutoConfig", "AutoTokenizer"]

@@ -29,10 +29,10 @@ from integrations.llava.cli import train as train_command
 from integrations.llava.config.schema import Recipe
 from integrations.llava.config.yaml_io import dump_recipe
 from integrations.llava.training import resume as checkpointing
-from integrations.llava.training import stage as stage_module
 from integrations.llava.training.resume import load_state, own_part, save_state
 from integrations.llava.training.run_folder import RunFolder
 from integrations.llava.training.signals import EXIT_REQUEUE, RunInterrupted
+from integrations.llava.training.stage import Stage
 from integrations.llava.training.train import train
 from layerfuse.files import check_disk_space
 
@@ -267,7 +267,7 @@ def test_a_run_that_died_while_its_model_was_saved_makes_no_further_step(
     def dies(*_: Any, **__: Any) -> None:
         raise RuntimeError("power cut")
 
-    monkeypatch.setattr(stage_module, "_save", dies)
+    monkeypatch.setattr(Stage, "save", dies)
     with pytest.raises(RuntimeError, match="power cut"):
         train(recipe, tmp_path / "run")
     monkeypatch.undo()
@@ -279,13 +279,13 @@ def test_a_run_that_died_while_its_model_was_saved_makes_no_further_step(
 def test_a_stop_while_a_stage_is_saved_starts_no_other(
     tiny_recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    save = stage_module._save
+    save = Stage.save
 
     def stopped_meanwhile(*arguments: Any, **options: Any) -> None:
         os.kill(os.getpid(), signal.SIGTERM)
         save(*arguments, **options)
 
-    monkeypatch.setattr(stage_module, "_save", stopped_meanwhile)
+    monkeypatch.setattr(Stage, "save", stopped_meanwhile)
     with pytest.raises(RunInterrupted, match="stopped on request before stage finetune"):
         train(tiny_recipe, tmp_path / "run")
     assert RunFolder(tmp_path / "run").finished == ("pretrain",)

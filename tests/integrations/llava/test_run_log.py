@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.integrations import INTEGRATION_TO_CALLBACK
 
 from integrations.llava.training.run_folder import RunFolder
 from tests.integrations.llava.tiny_training import TinyTrainer, item, read_rows, tiny_trainer
@@ -104,8 +105,42 @@ def test_skipped_samples_are_counted_over_all_starts_of_a_run(tmp_path: Path, ca
 def test_every_step_is_a_point_in_tensorboard(tmp_path: Path) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    trainer(tmp_path, 4).train()
+    tiny_trainer(tmp_path, SAMPLES, logging_steps=4, report_to=["tensorboard"]).train()
     events = EventAccumulator(str(tmp_path / "logs" / "tiny")).Reload()
 
-    assert {"loss", "learning_rate", "grad_norm", "skipped"} == set(events.Tags()["scalars"])
-    assert [event.step for event in events.Scalars("loss")] == list(range(1, 11))
+    assert {f"train/{key}" for key in ("loss", "learning_rate", "grad_norm", "skipped")} == set(
+        events.Tags()["scalars"]
+    )
+    assert [event.step for event in events.Scalars("train/loss")] == list(range(1, 11))
+
+
+class _Reporter(TrainerCallback):
+    """Notes what it is told, as W&B and the like do."""
+
+    told: ClassVar[list[tuple[str, int, dict[str, float]]]] = []
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        self.told.append(("begin", state.global_step, {}))
+
+    def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **given: Any) -> None:
+        self.told.append(("log", state.global_step, given["logs"]))
+
+    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        self.told.append(("end", state.global_step, {}))
+
+
+def test_a_reporter_of_transformers_is_told_every_step_once_the_first_is_made(
+    uninterrupted: list[dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(INTEGRATION_TO_CALLBACK, "wandb", _Reporter)
+    _Reporter.told.clear()
+    with pytest.raises(_KilledError):
+        tiny_trainer(tmp_path, SAMPLES, callbacks=[_KilledAt(0)], report_to=["wandb"]).train()
+    assert not _Reporter.told
+    tiny_trainer(tmp_path, SAMPLES, logging_steps=4, report_to=["wandb"]).train()
+
+    (begin, _, _), *steps, end = _Reporter.told
+    assert (begin, end) == ("begin", ("end", 10, {}))
+    losses = [(kind, step, told["loss"]) for kind, step, told in steps]
+    assert losses == [("log", row["step"], row["loss"]) for row in uninterrupted]
+    assert not (tmp_path / "logs").exists()

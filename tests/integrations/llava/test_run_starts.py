@@ -22,9 +22,9 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from integrations.llava.cli import train as train_command
 from integrations.llava.config.schema import LoraConfig, Recipe
 from integrations.llava.config.yaml_io import dump_recipe
+from integrations.llava.training import RANDOM, train
 from integrations.llava.training.run_folder import RunFolder
 from integrations.llava.training.signals import RunInterrupted
-from integrations.llava.training.train import RANDOM, train
 from layerfuse.errors import InputError
 from tests.integrations.llava.test_resume import StopAt, both_stages, rows
 

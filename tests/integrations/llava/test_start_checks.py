@@ -22,6 +22,10 @@ def _with_lora(recipe: Recipe, **values: Any) -> Recipe:
 
 
 UNBUILDABLE: dict[str, tuple[Callable[[Recipe], Recipe], str]] = {
+    "reporter": (
+        lambda r: dataclasses.replace(r, report_to=("tensorbord",)),
+        "report_to 'tensorbord' is unknown; did you mean 'tensorboard'.* wandb",
+    ),
     "scheduler": (lambda r: changed(r, "finetune", scheduler="cosin"), "scheduler 'cosin' is unknown; did you mean 'c"),
     "scheduler with settings": (
         lambda r: changed(r, "finetune", scheduler="warmup_stable_decay"),
@@ -62,7 +66,7 @@ def test_what_cannot_be_built_is_said_before_data_are_read(
     what: str, tiny_recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     change, message = UNBUILDABLE[what]
-    monkeypatch.setattr(sys.modules[train.__module__], "read_samples", None)
+    monkeypatch.setattr("integrations.llava.training.stage.read_samples", None)
     with pytest.raises(UserError, match=message):
         train(change(tiny_recipe), tmp_path / "run")
     assert not (tmp_path / "run").exists()
@@ -79,11 +83,24 @@ def test_a_missing_package_is_said_before_data_are_read(
     package: str, lora: LoraConfig, message: str, tiny_recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, package, None)
-    monkeypatch.setattr(sys.modules[train.__module__], "read_samples", None)
+    monkeypatch.setattr("integrations.llava.training.stage.read_samples", None)
     if package == "bitsandbytes":
         monkeypatch.setattr("integrations.llava.modeling.quantization.find_spec", lambda _: None)
     with pytest.raises(ImportError, match=message):
         train(changed(tiny_recipe, "finetune", lora=lora), tmp_path / "run")
+
+
+def test_a_reporter_that_is_not_installed_is_said_before_data_are_read(
+    tiny_recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(
+        "integrations.llava.training.metrics_log.get_available_reporting_integrations", lambda: ["tensorboard"]
+    )
+    monkeypatch.setattr("integrations.llava.training.stage.read_samples", None)
+    message = r"report_to names 'wandb', whose package is not installed; install it, or .* tensorboard, or to \[\]"
+    with pytest.raises(ImportError, match=message):
+        train(dataclasses.replace(tiny_recipe, report_to=("tensorboard", "wandb")), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
 
 
 def test_steps_between_log_entries_cannot_be_none(tiny_recipe: Recipe) -> None:

@@ -16,7 +16,8 @@ from integrations.llava.checkpoints.model_io import load_model
 from integrations.llava.config.schema import PARTS, Recipe
 from integrations.llava.config.yaml_io import load_recipe
 from integrations.llava.data import ConversationDataset, read_samples
-from integrations.llava.training.train import RANDOM, assemble, set_trainable, train
+from integrations.llava.modeling import assemble, set_trainable
+from integrations.llava.training import RANDOM, train
 
 
 def part_of(name: str) -> str:

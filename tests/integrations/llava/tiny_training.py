@@ -15,8 +15,9 @@ from torch import nn
 from torch.utils.data import Sampler, SequentialSampler
 from transformers import TrainerCallback, TrainingArguments
 
+from integrations.llava.training.loss_guard import NonFiniteLossError
 from integrations.llava.training.metrics_log import RunLog
-from integrations.llava.training.trainer import LlavaTrainer, NonFiniteLossError
+from integrations.llava.training.trainer import LlavaTrainer
 
 __all__ = [
     "BREAKS_GRADIENTS",
@@ -87,6 +88,7 @@ def tiny_trainer(
     *,
     loss_average: Any = "micro_batch",
     callbacks: Sequence[TrainerCallback] = (),
+    report_to: Sequence[str] = (),
     **arguments: Any,
 ) -> TinyTrainer:
     """A trainer with its log, which steps over one sample at a time, without momentum."""
@@ -114,7 +116,7 @@ def tiny_trainer(
         loss_average=loss_average,
         callbacks=list(callbacks),
     )
-    trainer.add_callback(RunLog(trainer, folder, "tiny"))
+    trainer.add_callback(RunLog(trainer, folder, "tiny", report_to=report_to))
     return trainer
 
 

@@ -25,6 +25,7 @@ from integrations.llava.config.schema import Recipe
 from integrations.llava.data import BadSampleError, Collator, ConversationDataset, read_samples, survey_samples
 from integrations.llava.data.doctor.texts import TokenLimit
 from integrations.llava.dry_run.facts import model_facts
+from integrations.llava.dry_run.workload import measured_workload
 from integrations.llava.image_layout import FixedLayout, ImageLayout, ImageSize
 from integrations.llava.inference.answering import answer_requests
 from integrations.llava.inference.predictor import Predictor
@@ -35,7 +36,7 @@ from integrations.llava.modeling.build import Assembled
 from integrations.llava.modeling.model import FusedLlavaForConditionalGeneration
 from integrations.llava.modeling.processing import FusedLlavaProcessor, build_processor
 from integrations.llava.prompts import IGNORE_INDEX, TEMPLATES
-from integrations.llava.training.arguments import stage_trainer
+from integrations.llava.training.stage import stage_trainer
 from layerfuse.preprocessing import Preprocessing
 from tests.integrations.llava.answering_parts import PROMPTS, SAMPLED
 from tests.integrations.llava.tiny_parts import human_and_gpt
@@ -222,6 +223,18 @@ def test_a_dry_run_counts_images_at_the_models_own_size(cell_run: Path) -> None:
     model.config.image_layout["image_size"] = [32, 40]
 
     assert model_facts(model).tokens_per_image == 20
+
+
+def test_a_dry_run_counts_the_tokens_of_the_images_as_their_files_are(tiny_recipe: Recipe, data_folder: Path) -> None:
+    turns = human_and_gpt("<image> or\n<image>?", "b")
+    samples = [*read_samples(data_folder / "train.json"), {"image": ["0.png", "gone.png"], "conversations": turns}]
+    work = measured_workload(samples, tiny_recipe.finetune, CellLayout(1, [32, 32]))
+
+    # As above; of an image without file, as of one of the model's own size.
+    tokens = [12, 16, 16, 16, 16, 20, 20, 20, 0, 0, 0, 0, 12 + 16]
+    assert work.image_tokens == pytest.approx(sum(tokens) / 13)
+    assert work.images == pytest.approx(10 / 13)
+    assert work.tokens == pytest.approx(work.image_tokens + work.text_tokens)
 
 
 def test_a_copy_by_convert_keeps_the_layout(cell_run: Path, tmp_path: Path) -> None:
