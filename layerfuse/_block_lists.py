@@ -36,14 +36,7 @@ _DEPTH_MARK = "_layerfuse_num_blocks"
 
 
 def get_blocks(model: nn.Module, path: str) -> BlockList:
-    """Return the block list at a dotted path.
-
-    Args:
-        model: any module.
-        path: such as ``"encoder.layers"``.
-
-    Returns:
-        The ``nn.ModuleList`` or ``nn.Sequential`` there; every entry is one block.
+    """Return the block list at a dotted path such as ``"encoder.layers"``; every entry of it is one block.
 
     Raises:
         ValueError: if there is no block list at that path (the message lists the ones found), or its entries are not
@@ -85,19 +78,12 @@ def find_blocks(model: nn.Module) -> str:
 
 
 def count_blocks(blocks: BlockList) -> int:
-    """Count the blocks that the model was built with.
-
-    Args:
-        blocks: the list, possibly cut by `cut_blocks` since.
-
-    Returns:
-        The number that layers are counted by.
-    """
+    """Count the blocks that the model was built with, by which layers are numbered; `cut_blocks` does not change it."""
     return int(getattr(blocks, _DEPTH_MARK, len(blocks)))
 
 
 def cut_blocks(blocks: BlockList, depth: int) -> None:
-    """Remove the blocks after a depth.
+    """Remove the blocks behind a depth from the list.
 
     Args:
         blocks: changed in place: the parent may hold the list under several names.
@@ -114,11 +100,7 @@ def cut_blocks(blocks: BlockList, depth: int) -> None:
 
 
 def cut_submodules(model: nn.Module, paths: Sequence[str]) -> None:
-    """Make modules of a model ``nn.Identity``.
-
-    Args:
-        model: changed in place.
-        paths: dotted.
+    """Replace the modules of a model at dotted paths by ``nn.Identity``, in place.
 
     Raises:
         ValueError: before anything is changed, if a path is not there.
@@ -136,15 +118,7 @@ def cut_submodules(model: nn.Module, paths: Sequence[str]) -> None:
 
 
 def check_depth(blocks: BlockList, depth: int) -> None:
-    """Refuse a layer that an earlier backbone cut off.
-
-    Args:
-        blocks: the list.
-        depth: the deepest layer wanted.
-
-    Raises:
-        ValueError: if that block is no longer there.
-    """
+    """Raise InputError if an earlier backbone cut off the deepest layer that is wanted."""
     left = 0 if isinstance(blocks[0], _NoBlock) else len(blocks)
     if depth > left:
         raise InputError(
@@ -155,14 +129,7 @@ def check_depth(blocks: BlockList, depth: int) -> None:
 
 
 def first_parameter(block: nn.Module) -> str | None:
-    """Tell the name of a block's first parameter, which are the hidden states.
-
-    Args:
-        block: any module.
-
-    Returns:
-        The name, or None if the first parameter has none.
-    """
+    """Tell the name of a block's first parameter, which takes the hidden states; None if it has none."""
     try:
         parameters = list(inspect.signature(block.forward).parameters.values())
     except (TypeError, ValueError):
@@ -172,12 +139,7 @@ def first_parameter(block: nn.Module) -> str | None:
 
 
 def first_argument(args: tuple[Any, ...], kwargs: Mapping[str, Any], keyword: str | None) -> Any:
-    """Find the hidden states among the arguments that a block is called with.
-
-    Args:
-        args: its positional arguments.
-        kwargs: its keyword arguments.
-        keyword: the name of its first parameter.
+    """Find the hidden states among the arguments of a block whose first parameter is called ``keyword``.
 
     Returns:
         The hidden states, or all keyword arguments if none or several could be meant.
@@ -191,7 +153,7 @@ def first_argument(args: tuple[Any, ...], kwargs: Mapping[str, Any], keyword: st
 
 
 class _NoBlock(nn.Module):
-    """Stands where block 1 was if only layer 0 is tapped: a place for the hook, and nothing to run."""
+    """A block that does nothing, in the place of block 1 where only layer 0 is tapped: the hook stands before it."""
 
     def __init__(self, keyword: str | None) -> None:
         super().__init__()
@@ -205,7 +167,7 @@ class _NoBlock(nn.Module):
 def _pass_first_alone(
     keyword: str | None, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Leave out what blocks take besides hidden states (masks, rotary embeddings)."""
+    """Return the hidden states as the only argument, without masks and rotary embeddings."""
     return (first_argument(args, kwargs, keyword),), {}
 
 

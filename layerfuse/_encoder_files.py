@@ -26,21 +26,13 @@ def download_encoder(
     local_files_only: bool,
     token: str | bool | None,
 ) -> Path:
-    """Fetch config and weights of an encoder from the hub.
-
-    Args:
-        name: of the repository; this and what follows are as in `snapshot_download` of huggingface_hub.
-        revision: likewise.
-        cache_dir: likewise.
-        force_download: likewise.
-        local_files_only: likewise.
-        token: likewise.
+    """Fetch config and weights of an encoder from the hub; the arguments are those of `snapshot_download`.
 
     Returns:
         The folder that they lie in.
 
     Raises:
-        FileNotFoundError: if they cannot be had.
+        FileNotFoundError: if there is no such repository, no network, or nothing in the cache.
     """
     try:
         found = snapshot_download(
@@ -61,13 +53,7 @@ def download_encoder(
 
 
 def read_encoder_config(folder: Path) -> dict[str, Any]:
-    """Read the config of an encoder.
-
-    Args:
-        folder: that `FusedEncoder.save_pretrained` wrote.
-
-    Returns:
-        The configs of ``backbone`` and ``fuser``.
+    """Read the configs of ``backbone`` and ``fuser`` from a folder that `FusedEncoder.save_pretrained` wrote.
 
     Raises:
         FileNotFoundError: if config or weights are not there.

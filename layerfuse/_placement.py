@@ -13,7 +13,7 @@ __all__ = ["as_device", "as_dtype"]
 
 
 def as_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
-    """Read a dtype.
+    """Return the torch dtype that a user means.
 
     Args:
         dtype: a floating dtype of torch or its name; None and "auto" ask for none.
@@ -35,7 +35,7 @@ def as_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
 def as_device(
     device: torch.device | str | None, device_map: Mapping[str, Any] | torch.device | str | None = None
 ) -> torch.device | None:
-    """Read the one device that all weights go to.
+    """Return the one device that all weights go to.
 
     Args:
         device: a device of torch or its name, or None.

@@ -1,4 +1,4 @@
-"""What one layer put out in one call, and whether that is certain: each check refuses what it cannot vouch for."""
+"""The record of a layer in one call, and the checks that refuse a record whose tensor may not be the layer's output."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ __all__ = ["TappedLayer", "check_gradients", "check_passed_on", "check_runs", "c
 
 
 class TappedLayer(NamedTuple):
-    """What one layer put out in one call.
+    """The record of one layer in one call.
 
     Attributes:
         kept: (B, P + N, C), the tensor that is handed over.
@@ -33,7 +33,7 @@ class TappedLayer(NamedTuple):
 def record_layer(
     layer: int, value: Any, module: nn.Module, args: tuple[Any, ...], *, copied: bool, wanted: bool, grad_at_start: bool
 ) -> TappedLayer:
-    """Note what a block put out, or what enters block 1.
+    """Make the record of a layer from the output of its block, or from the input of block 1.
 
     Args:
         layer: its number.
@@ -66,15 +66,12 @@ def record_layer(
 
 
 def check_runs(layers: Sequence[int], stored: Mapping[int, TappedLayer], repeated: set[int]) -> None:
-    """Refuse layers that did not run once each, in their order.
+    """Raise TapError unless every layer asked for ran once, after those of lower numbers.
 
     Args:
-        layers: that were asked for.
+        layers: the layers asked for.
         stored: layers that ran, in the order in which they did.
         repeated: layers that ran again.
-
-    Raises:
-        TapError: if one did not run, ran more than once, or ran before one of a lower number.
     """
     missing = [layer for layer in layers if layer not in stored]
     if missing:
@@ -98,16 +95,7 @@ def check_runs(layers: Sequence[int], stored: Mapping[int, TappedLayer], repeate
 
 
 def check_passed_on(layer: int, tapped: TappedLayer, arguments: tuple[Any, ...]) -> None:
-    """Refuse a layer whose output is not what the next block receives.
-
-    Args:
-        layer: its number.
-        tapped: its record.
-        arguments: of the next block.
-
-    Raises:
-        TapError: if none of the arguments has the layer's values.
-    """
+    """Raise TapError for a layer whose output is none of the arguments of the next block."""
     received = [tensor for tensor in map(_leading_tensor, arguments) if tensor is not None]
     # The same values elsewhere (another device, another dtype, a view that a wrapper made) are no change.
     if not any(tensor is tapped.seen for tensor in received) and not any(
@@ -122,14 +110,7 @@ def check_passed_on(layer: int, tapped: TappedLayer, arguments: tuple[Any, ...])
 
 
 def check_unchanged(tapped: Mapping[int, TappedLayer]) -> None:
-    """Refuse layers whose tensor was changed in place after it was tapped.
-
-    Args:
-        tapped: records by layer.
-
-    Raises:
-        TapError: if there is one.
-    """
+    """Raise TapError for layers whose tensor was changed in place after it was tapped."""
     changed = [
         layer
         for layer, record in tapped.items()
@@ -144,14 +125,7 @@ def check_unchanged(tapped: Mapping[int, TappedLayer]) -> None:
 
 
 def check_gradients(tapped: Mapping[int, TappedLayer]) -> None:
-    """Refuse layers that lost their graph on the way, while others have one.
-
-    Args:
-        tapped: records by layer.
-
-    Raises:
-        TapError: if there is one.
-    """
+    """Raise TapError for layers that lost their graph on the way, while others have one."""
     with_graph = sorted(layer for layer, record in tapped.items() if record.seen.requires_grad)
     # Layers before the first one that is trained have no graph either, and never had one. A copy made inside a
     # reentrant checkpoint has none, though its original is given one afterwards.

@@ -59,7 +59,7 @@ class FusedEncoder(
         self.fuser = fuser
 
     def forward(self, images: torch.Tensor, condition: torch.Tensor | None = None) -> torch.Tensor:
-        """Encode images.
+        """Encode images as fused visual tokens.
 
         Args:
             images: (B, 3, height, width) in pixels, normalised as `prepare` does it.
@@ -77,7 +77,7 @@ class FusedEncoder(
 
     @property
     def preprocessing(self) -> Preprocessing:
-        """How the backbone wants its images prepared."""
+        """The preprocessing that the backbone wants for its images."""
         return self.backbone.preprocessing
 
     @property
@@ -86,7 +86,7 @@ class FusedEncoder(
         return self.fuser.out_channels
 
     def num_tokens(self, size: int | Sequence[int] | None = None) -> int:
-        """Tell how many tokens an image becomes, without running anything.
+        """Return the number of tokens that an image becomes, without running anything.
 
         Args:
             size: of the images, in pixels: one edge, or (height, width); the backbone's own if None.
@@ -100,7 +100,7 @@ class FusedEncoder(
         return self.fuser.num_tokens(self.backbone.grids(size))
 
     def grid(self, size: int | Sequence[int] | None = None) -> Grid | None:
-        """Tell the grid of the fused tokens, without running anything.
+        """Return the grid of the fused tokens, without running anything.
 
         Args:
             size: of the images, in pixels: one edge, or (height, width); the backbone's own if None.
@@ -138,7 +138,7 @@ class FusedEncoder(
         return self
 
     def cost(self, image_size: int | Sequence[int] | None = None) -> FuserCost:
-        """Tell what the fuser costs, without running it.
+        """Return the cost of the fuser, without running it.
 
         Args:
             image_size: in pixels: one edge, or (height, width); the backbone's own size if None.
@@ -284,7 +284,7 @@ def check_fuser_fits(backbone: Backbone, fuser: Fuser) -> None:
 
     Args:
         backbone: gives one map of its own width for each tapped layer.
-        fuser: what is to stand behind it.
+        fuser: the one that is to stand behind it.
 
     Raises:
         ValueError: if the fuser was built for another number of layers or other widths; the message says for which to
@@ -304,7 +304,7 @@ def _from_config(config: Mapping[str, Any]) -> FusedEncoder:
 
 
 def _inside(module: nn.Module) -> Any:
-    """Look through what torch.compile and data parallelism put around a module."""
+    """Return the backbone or fuser inside the wrappers of torch.compile and data parallelism."""
     while not isinstance(module, (Backbone, Fuser)):
         inner = next((module._modules[name] for name in ("_orig_mod", "module") if name in module._modules), None)
         assert inner is not None, type(module)

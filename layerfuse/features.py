@@ -100,7 +100,7 @@ class FeatureMaps:
                 )
 
     def __len__(self) -> int:
-        """Number of maps, L."""
+        """Return the number of maps, L."""
         return len(self.maps)
 
     def __iter__(self) -> Iterator[torch.Tensor]:
@@ -114,12 +114,12 @@ class FeatureMaps:
     @property
     def batch_size(self) -> int:
         """B, in images."""
-        return self.maps[0].shape[0]
+        return self.maps[0].size(0)
 
     @property
     def channels(self) -> tuple[int, ...]:
         """Width C_l of each map."""
-        return tuple(feature_map.shape[-1] for feature_map in self.maps)
+        return tuple([feature_map.size(-1) for feature_map in self.maps])
 
     def layer(self, number: int) -> torch.Tensor:
         """Return the map of one layer.
@@ -249,7 +249,7 @@ def _geometry(features: FeatureMaps) -> _Geometry:
 
 
 def _as_geometry(lists: Sequence[Any]) -> _Geometry:
-    """Tuples again, of what JSON turned into lists."""
+    """Return a geometry whose tuples JSON turned into lists."""
     layers, grids, sources = lists
     return tuple(layers), tuple((height, width) for height, width in grids), tuple(sources)
 

@@ -18,7 +18,7 @@ T = TypeVar("T")
 
 
 def unknown_name_message(kind: str, name: str, known: Iterable[str]) -> str:
-    """Word the error for a name that is not known.
+    """Return the message of the error for a name that is not known.
 
     Args:
         kind: what the name stands for, such as ``"fuser"``.
@@ -35,7 +35,7 @@ def unknown_name_message(kind: str, name: str, known: Iterable[str]) -> str:
 
 
 class Registry(Generic[T]):
-    """Maps names to classes.
+    """A dictionary from names to classes, which other packages add to.
 
     Args:
         kind: what is registered, for messages, such as ``"fuser"``.
@@ -96,7 +96,7 @@ class Registry(Generic[T]):
         return self._entries[name]
 
     def names(self) -> tuple[str, ...]:
-        """Every known name, sorted."""
+        """Return every known name, sorted."""
         return tuple(sorted({*self._entries, *self._entry_points()}))
 
     def __contains__(self, name: object) -> bool:
@@ -108,7 +108,7 @@ class Registry(Generic[T]):
         return iter(self.names())
 
     def __len__(self) -> int:
-        """Number of known names."""
+        """Return the number of known names."""
         return len(self.names())
 
     def _entry_points(self) -> dict[str, metadata.EntryPoint]:

@@ -31,7 +31,16 @@ from layerfuse.errors import TapError
 from layerfuse.features import FeatureMaps, Grid
 from layerfuse.layers import LayerChoice, resolve_layers
 
-__all__ = ["BlockTaps", "TappedModel", "find_blocks", "get_blocks", "resolve_layers", "split_prefix", "tap"]
+__all__ = [
+    "BlockTaps",
+    "TappedModel",
+    "as_features",
+    "find_blocks",
+    "get_blocks",
+    "resolve_layers",
+    "split_prefix",
+    "tap",
+]
 
 
 def split_prefix(hidden: torch.Tensor, num_prefix_tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -47,12 +56,38 @@ def split_prefix(hidden: torch.Tensor, num_prefix_tokens: int) -> tuple[torch.Te
     return hidden[:, :num_prefix_tokens], hidden[:, num_prefix_tokens:]
 
 
+def as_features(
+    hidden_states: Sequence[torch.Tensor], layers: tuple[int, ...], *, grid: Grid, num_prefix_tokens: int
+) -> FeatureMaps:
+    """Make feature maps of hidden states.
+
+    Args:
+        hidden_states: L tensors (B, P + N, C).
+        layers: their numbers.
+        grid: (H, W) of the patch tokens, in patches.
+        num_prefix_tokens: P.
+
+    Returns:
+        L maps, each (B, N, C), with prefix tokens (B, P, C) split off.
+
+    Raises:
+        ValueError: if grid and prefix tokens do not add up to the number of tokens.
+    """
+    pairs = [split_prefix(hidden, num_prefix_tokens) for hidden in hidden_states]
+    return FeatureMaps(
+        maps=tuple(patches for _, patches in pairs),
+        layers=layers,
+        grids=(grid,) * len(pairs),
+        prefix=tuple(prefix for prefix, _ in pairs) if num_prefix_tokens else (),
+    )
+
+
 class _StopForwardError(BaseException):
     """Leaves a forward pass after the deepest tapped block; a BaseException so that no model code catches it."""
 
 
 class _Call:
-    """One run of a tapped model: all that its hooks store, and nobody else's."""
+    """The store of one run of a tapped model, which its hooks fill and nobody else's."""
 
     def __init__(self, taps: BlockTaps, *, copy_maps: bool) -> None:
         self.taps = taps
@@ -82,7 +117,7 @@ _REGISTRATION = threading.Lock()
 
 # Hooks are instances rather than closures, so that copy.deepcopy of a tapped model rebinds them to the copy's taps.
 class _EntranceHook:
-    """Stands before a block: stores layer 0, or checks that the block receives what the one before it put out."""
+    """A hook before a block: stores layer 0, or checks that the block receives the output of the one before it."""
 
     def __init__(self, taps: BlockTaps, layer: int, block: nn.Module) -> None:
         self.taps = taps
@@ -108,7 +143,7 @@ class _EntranceHook:
 
 
 class _ExitHook:
-    """Stands behind a block and stores what it puts out."""
+    """A hook behind a block that stores its output."""
 
     def __init__(self, taps: BlockTaps, layer: int) -> None:
         self.taps = taps
@@ -171,7 +206,7 @@ class BlockTaps:
             ]
 
     def run(self, forward: Callable[..., object], *inputs: Any, copy_maps: bool = False) -> tuple[torch.Tensor, ...]:
-        """Call a function that runs the model once, and hand over what its tapped layers put out.
+        """Call a function that runs the model once, and return the outputs of its tapped layers.
 
         Args:
             forward: runs the model in this thread.
@@ -199,7 +234,7 @@ class BlockTaps:
         return call
 
     def collect(self, call: _Call) -> tuple[torch.Tensor, ...]:
-        """Hand over what a call stored, if it is certain; see `run`."""
+        """Return the outputs that a call stored, if they are certain; see `run`."""
         check_runs(self.layers, call.stored, call.repeated)
         tapped = {layer: call.stored[layer] for layer in self.layers}
         check_unchanged(tapped)
@@ -248,7 +283,7 @@ class BlockTaps:
 
 
 class TappedModel:
-    """What `tap` returns: a context in which the model's blocks are tapped.
+    """A context in which the blocks of a model are tapped; `tap` makes it.
 
     Attributes:
         layers: the resolved layer numbers, in the order asked.
@@ -277,7 +312,7 @@ class TappedModel:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> bool:
-        """Take the hooks off, whatever happened."""
+        """Take the hooks off the model, whatever happened."""
         assert self._call is not None
         call, self._call = self._call, None
         stopped = kind is not None and issubclass(kind, _StopForwardError)
@@ -290,7 +325,7 @@ class TappedModel:
         return stopped
 
     def features(self, *, grid: Grid, num_prefix_tokens: int) -> FeatureMaps:
-        """Wrap what was tapped as feature maps.
+        """Return the tapped tensors as feature maps.
 
         Args:
             grid: (H, W) of the patch tokens, in patches.
@@ -302,13 +337,7 @@ class TappedModel:
         Raises:
             ValueError: if grid and prefix tokens do not add up to the number of tokens.
         """
-        pairs = [split_prefix(hidden, num_prefix_tokens) for hidden in self.hidden_states]
-        return FeatureMaps(
-            maps=tuple(patches for _, patches in pairs),
-            layers=self.layers,
-            grids=(grid,) * len(pairs),
-            prefix=tuple(prefix for prefix, _ in pairs) if num_prefix_tokens else (),
-        )
+        return as_features(self.hidden_states, self.layers, grid=grid, num_prefix_tokens=num_prefix_tokens)
 
 
 def tap(

@@ -115,7 +115,7 @@ def randomise_parameters(module: nn.Module, *, std: float = 0.2, seed: int = 0) 
 
 @MODULES.register("tiny-vit")
 class TinyViT(nn.Module):
-    """The least that a Vision Transformer can be, in plain torch: what the ``module`` family is tried on.
+    """The least Vision Transformer in plain torch, on which the ``module`` family is tried.
 
     Args:
         embed_dim: C.
@@ -193,67 +193,23 @@ def tiny_backbone(
     Raises:
         ValueError: if there is no tiny model of that family.
     """
-    builders = {
-        "timm": _timm_options,
-        "open_clip": _open_clip_options,
-        "transformers": _transformers_options,
-        "module": _module_options,
+    sizes = {"image_size": image_size, "patch_size": patch_size}
+    vit = {"embed_dim": embed_dim, "depth": num_blocks, "num_heads": num_heads}
+    clip = {"hidden_size": embed_dim, "num_hidden_layers": num_blocks, "num_attention_heads": num_heads}
+    tower = {"width": embed_dim, "layers": num_blocks, "head_width": embed_dim // num_heads}
+    facts = {"embed_dim": embed_dim, "num_prefix_tokens": 1, "blocks": "blocks", "tail": ["norm", "head"]}
+    models: dict[str, tuple[str, dict[str, Any]]] = {
+        "timm": (
+            "vit_base_patch16_clip_quickgelu_224.openai",
+            {**vit, "img_size": image_size, "patch_size": patch_size},
+        ),
+        "open_clip": ("ViT-B-16-quickgelu:openai", {**tower, **sizes}),
+        "transformers": ("clip_vision_model", {**clip, "intermediate_size": 2 * embed_dim, **sizes}),
+        "module": ("tiny-vit", {**facts, **sizes, "arguments": {**vit, **sizes}}),
     }
-    if family not in builders:
-        raise InputError(unknown_name_message("tiny backbone of family", family, builders))
-    name, options = builders[family](num_blocks, embed_dim, num_heads, image_size, patch_size)
+    if family not in models:
+        raise InputError(unknown_name_message("tiny backbone of family", family, models))
+    name, options = models[family]
     backbone = create_backbone(f"{family}:{name}", layers=layers, pretrained=False, options=options)
     randomise_parameters(backbone, std=0.1, seed=seed)
     return backbone
-
-
-_Named = tuple[str, dict[str, Any]]
-
-
-def _timm_options(num_blocks: int, embed_dim: int, num_heads: int, image_size: int, patch_size: int) -> _Named:
-    return "vit_base_patch16_clip_quickgelu_224.openai", {
-        "embed_dim": embed_dim,
-        "depth": num_blocks,
-        "num_heads": num_heads,
-        "img_size": image_size,
-        "patch_size": patch_size,
-    }
-
-
-def _open_clip_options(num_blocks: int, embed_dim: int, num_heads: int, image_size: int, patch_size: int) -> _Named:
-    return "ViT-B-16-quickgelu:openai", {
-        "width": embed_dim,
-        "layers": num_blocks,
-        "head_width": embed_dim // num_heads,
-        "image_size": image_size,
-        "patch_size": patch_size,
-    }
-
-
-def _transformers_options(num_blocks: int, embed_dim: int, num_heads: int, image_size: int, patch_size: int) -> _Named:
-    return "clip_vision_model", {
-        "hidden_size": embed_dim,
-        "num_hidden_layers": num_blocks,
-        "num_attention_heads": num_heads,
-        "intermediate_size": 2 * embed_dim,
-        "image_size": image_size,
-        "patch_size": patch_size,
-    }
-
-
-def _module_options(num_blocks: int, embed_dim: int, num_heads: int, image_size: int, patch_size: int) -> _Named:
-    return "tiny-vit", {
-        "embed_dim": embed_dim,
-        "num_prefix_tokens": 1,
-        "patch_size": patch_size,
-        "image_size": image_size,
-        "blocks": "blocks",
-        "tail": ["norm", "head"],
-        "arguments": {
-            "embed_dim": embed_dim,
-            "depth": num_blocks,
-            "num_heads": num_heads,
-            "image_size": image_size,
-            "patch_size": patch_size,
-        },
-    }

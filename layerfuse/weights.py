@@ -1,4 +1,4 @@
-"""Weights of a module, held against its architecture before they are written and when they are read."""
+"""Weights of a module, compared with its architecture before they are written and when they are read."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ _MOST_NAMES = 5
 
 
 def fitting_weights(module: nn.Module, rebuild: Callable[[], nn.Module]) -> dict[str, torch.Tensor]:
-    """Take a module's weights under the names of the architecture that its config describes.
+    """Return a module's weights under the names of the architecture that its config describes.
 
     Compiled parts (``_orig_mod``) and data-parallel ones (``module``) are unwrapped.
 
@@ -96,12 +96,12 @@ def _unshared(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 
 
 def save_weights(module: nn.Module, weights: Mapping[str, torch.Tensor], path: Path) -> None:
-    """Write weights, and the dtypes of floating buffers that are no weights, as safetensors.
+    """Write the weights of a module as safetensors, with the dtypes of its floating buffers that are no weights.
 
     Weights that share memory (tied ones) are written once for each name, since safetensors shares nothing.
 
     Args:
-        module: that they are of.
+        module: whose weights and buffers these are.
         weights: from `fitting_weights`.
         path: of the file.
     """
@@ -152,7 +152,7 @@ def _set_buffer_dtypes(module: nn.Module, stored: Mapping[str, torch.Tensor], me
 
 
 def _differences(expected: Mapping[str, torch.Tensor], found: Mapping[str, torch.Tensor]) -> str:
-    """Tell which names and shapes differ; nothing if none do."""
+    """Return a text of the names and shapes that differ; empty if none do."""
     missing, unexpected = [*(expected.keys() - found.keys())], [*(found.keys() - expected.keys())]
     misshapen = [
         f"{name} {tuple(found[name].shape)} instead of {tuple(tensor.shape)}"

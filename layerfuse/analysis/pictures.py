@@ -69,7 +69,7 @@ def _first_component(tokens: torch.Tensor) -> torch.Tensor:
 def fusion_maps(
     features: FeatureMaps, fused: torch.Tensor, *, query: int = -1, reduction: str = "component"
 ) -> dict[str, torch.Tensor]:
-    """Reduce what goes into a fuser and what comes out, as the three columns of Figure 5.
+    """Reduce the input and the output of a fuser to one number a cell, as the three columns of Figure 5.
 
     Args:
         features: L maps; all but the query are key/value layers and share its grid and width.

@@ -18,7 +18,7 @@ __all__ = ["LinearProbe", "fit_probe", "probe_layers"]
 
 @dataclass(frozen=True)
 class LinearProbe:
-    """A linear classifier.
+    """A linear classifier of patch tokens.
 
     Attributes:
         weight: (C, num_classes).
@@ -29,15 +29,15 @@ class LinearProbe:
     bias: torch.Tensor
 
     def scores(self, tokens: torch.Tensor) -> torch.Tensor:
-        """Score every class: (..., C) tokens give (..., num_classes)."""
+        """Return the scores of all classes: (..., C) tokens give (..., num_classes)."""
         return tokens.to(self.weight.dtype) @ self.weight + self.bias
 
     def predict(self, tokens: torch.Tensor) -> torch.Tensor:
-        """Name the best class: (..., C) tokens give (...) class numbers."""
+        """Return the best class of each token: (..., C) tokens give (...) class numbers."""
         return self.scores(tokens).argmax(-1)
 
     def accuracy(self, tokens: torch.Tensor, labels: torch.Tensor) -> float:
-        """Share of tokens whose class is named correctly.
+        """Return the share of tokens whose class is named correctly.
 
         Args:
             tokens: (S, C).

@@ -1,4 +1,4 @@
-"""Backbones from whatever a user has: a name, a config, or a model."""
+"""Backbones built from a name, a config or a model, and the list of names."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ def create_backbone(
 
 
 def named_once(function: str, model: object, held: object) -> tuple[object, object]:
-    """Read the call of version 0.1, with family and name apart.
+    """Join family and name where they are given apart, as version 0.1 took them.
 
     Args:
         function: that was called, for the warning.

@@ -1,4 +1,4 @@
-"""What a family states about a model, and the image sizes and patch grids that follow from it."""
+"""Facts that a family states about a model, and the image sizes and patch grids that follow from them."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ __all__ = ["BackboneFacts", "as_pair", "checked_multiple", "grid_of"]
 
 @dataclass(frozen=True)
 class BackboneFacts:
-    """What the base class must know about a model.
+    """Facts about a model that the base class of backbones needs.
 
     Args:
         blocks: dotted path of the block list inside the model.
@@ -41,7 +41,7 @@ class BackboneFacts:
 
 
 def grid_of(size: tuple[int, int], patch_size: tuple[int, int], *, native: tuple[int, int], any_size: bool) -> Grid:
-    """Tell the grid of patches of an image.
+    """Return the grid of patches of an image.
 
     Args:
         size: its (height, width), in pixels.
@@ -78,7 +78,7 @@ def grid_of(size: tuple[int, int], patch_size: tuple[int, int], *, native: tuple
 
 
 def as_pair(size: int | Sequence[int]) -> tuple[int, int]:
-    """Write an edge, or (height, width), as (height, width).
+    """Return an edge, or (height, width), as (height, width).
 
     Args:
         size: one or two numbers.
@@ -96,7 +96,7 @@ def as_pair(size: int | Sequence[int]) -> tuple[int, int]:
 
 
 def checked_multiple(image_size: tuple[int, int], patch_size: tuple[int, int]) -> tuple[int, int]:
-    """Check a size that a model is to be resized to.
+    """Return a size that a model is to be resized to, if it is a multiple of the patch size.
 
     Args:
         image_size: (height, width), in pixels.

@@ -1,4 +1,4 @@
-"""What goes into a backbone and what its blocks put out, held against what it was said to take and give."""
+"""Checks of the images that a backbone is given and of the hidden states that its blocks return."""
 
 from __future__ import annotations
 
@@ -36,16 +36,7 @@ def find_patch_embedding(model: nn.Module, blocks: str, patch_size: tuple[int, i
 
 
 def check_images(images: object, in_channels: int) -> None:
-    """Refuse what is no batch of prepared images.
-
-    Args:
-        images: as they were given to a backbone or an encoder.
-        in_channels: how many channels they must have.
-
-    Raises:
-        TypeError: if it is no tensor.
-        ValueError: if its shape or dtype is another.
-    """
+    """Raise InvalidTypeError or InputError unless images are one floating tensor (B, in_channels, height, width)."""
     expected = f"expected (B, {in_channels}, height, width)"
     if not isinstance(images, torch.Tensor):
         advice = "prepare pictures with backbone.prepare(pictures)"
@@ -75,18 +66,7 @@ def check_images(images: object, in_channels: int) -> None:
 def check_tokens(
     hidden: Mapping[int, torch.Tensor], num_images: int, num_prefix_tokens: int, grid: Grid, embed_dim: int
 ) -> None:
-    """Refuse hidden states that are not (B, P + N, C).
-
-    Args:
-        hidden: by layer.
-        num_images: B.
-        num_prefix_tokens: P.
-        grid: (H, W), in patches.
-        embed_dim: C.
-
-    Raises:
-        TapError: if one has another shape; the message says what that shape points to.
-    """
+    """Raise TapError unless the hidden states of every layer are (B, P + N, C); it says what their shape points to."""
     num_patches = grid[0] * grid[1]
     expected = (num_images, num_prefix_tokens + num_patches, embed_dim)
     for layer, states in hidden.items():

@@ -17,7 +17,7 @@ __all__ = ["cut_timm_tail", "preprocessing_of", "resize_timm_model", "timm_facts
 _CROP_MODES: dict[str, Mode] = {"center": "crop", "squash": "squash", "border": "border"}
 
 
-def timm_facts(model: nn.Module, *, path: str = "") -> BackboneFacts:
+def timm_facts(model: Any, *, path: str = "") -> BackboneFacts:
     """Read the facts from a timm model.
 
     Args:
@@ -30,6 +30,8 @@ def timm_facts(model: nn.Module, *, path: str = "") -> BackboneFacts:
     Raises:
         ValueError: if this is no plain Vision Transformer with one list of blocks over (B, P + N, C).
     """
+    from timm.data import resolve_model_data_config
+
     blocks = getattr(model, "blocks", None)
     plain = isinstance(blocks, (nn.ModuleList, nn.Sequential)) and hasattr(model, "num_prefix_tokens")
     # TNT and XCiT have blocks of other shapes behind embeddings without a grid.
@@ -43,12 +45,12 @@ def timm_facts(model: nn.Module, *, path: str = "") -> BackboneFacts:
     patch_size, image_size, any_size = _geometry(model)
     return BackboneFacts(
         blocks=f"{path}blocks",
-        embed_dim=_attribute(model, "embed_dim"),
-        num_prefix_tokens=_attribute(model, "num_prefix_tokens"),
+        embed_dim=model.embed_dim,
+        num_prefix_tokens=model.num_prefix_tokens,
         patch_size=patch_size,
         image_size=image_size,
         any_size=any_size,
-        preprocessing=_preprocessing(model, image_size),
+        preprocessing=preprocessing_of(resolve_model_data_config(model), image_size),
         # NaFlexVit's embedding is a linear layer over flat patches.
         in_channels=getattr(getattr(model, "embeds", None), "in_chans", None),
     )
@@ -82,38 +84,22 @@ def resize_timm_model(model: nn.Module, facts: BackboneFacts, image_size: tuple[
     return replace(facts, image_size=image_size, preprocessing=replace(facts.preprocessing, size=image_size))
 
 
-def cut_timm_tail(model: nn.Module) -> None:
-    """Remove final norm, pooling and classifier, so that ``forward`` ends with the last block's tokens.
-
-    Args:
-        model: changed in place.
-    """
-    _attribute(model, "reset_classifier")(0, "")
+def cut_timm_tail(model: Any) -> None:
+    """Cut final norm, pooling and classifier off a model, so that its ``forward`` ends with the last block's tokens."""
+    model.reset_classifier(0, "")
     for name in ("norm", "fc_norm", "head_drop"):
         if isinstance(getattr(model, name, None), nn.Module):
             setattr(model, name, nn.Identity())
 
 
-def _geometry(model: nn.Module) -> tuple[tuple[int, int], tuple[int, int], bool]:
+def _geometry(model: Any) -> tuple[tuple[int, int], tuple[int, int], bool]:
     if hasattr(model, "embeds"):  # NaFlexVit: patches of any grid
-        embeds: Any = model.embeds
-        patch_size = as_pair(embeds.patch_size)
-        rows, columns = embeds.pos_embed_grid_size or (16, 16)
+        patch_size = as_pair(model.embeds.patch_size)
+        rows, columns = model.embeds.pos_embed_grid_size or (16, 16)
         return patch_size, (rows * patch_size[0], columns * patch_size[1]), True
-    embed: Any = model.patch_embed
-    image_size = as_pair(embed.img_size)
-    rows, columns = embed.grid_size
-    return (
-        (image_size[0] // rows, image_size[1] // columns),
-        image_size,
-        bool(getattr(model, "dynamic_img_size", False)),
-    )
-
-
-def _preprocessing(model: nn.Module, size: tuple[int, int]) -> Preprocessing:
-    from timm.data import resolve_model_data_config
-
-    return preprocessing_of(resolve_model_data_config(model), size)
+    height, width = as_pair(model.patch_embed.img_size)
+    rows, columns = model.patch_embed.grid_size
+    return (height // rows, width // columns), (height, width), bool(getattr(model, "dynamic_img_size", False))
 
 
 def preprocessing_of(config: Mapping[str, Any], size: tuple[int, int]) -> Preprocessing:
@@ -132,8 +118,3 @@ def preprocessing_of(config: Mapping[str, Any], size: tuple[int, int]) -> Prepro
         crop_pct=config["crop_pct"],
         geometry="torchvision",
     )
-
-
-def _attribute(model: nn.Module, name: str) -> Any:
-    # nn.Module.__getattr__ is annotated as Tensor | Module, which plain attributes are not.
-    return getattr(model, name)

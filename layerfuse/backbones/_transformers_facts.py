@@ -28,8 +28,7 @@ __all__ = [
     "cut_transformers_tail",
     "patchify",
     "read_preprocessing",
-    "takes_patches",
-    "takes_position_flag",
+    "takes",
     "transformers_facts",
     "vision_part",
 ]
@@ -72,13 +71,7 @@ _TAIL_NORMS = ("post_layernorm", "layernorm", "norm", "rms_norm")
 
 
 def transformers_facts(model: nn.Module) -> BackboneFacts:
-    """Read the facts from a vision model of transformers.
-
-    Args:
-        model: a vision model with a ``config``, such as CLIPVisionModel.
-
-    Returns:
-        The facts; preprocessing is the released models' one.
+    """Read the facts, with the preprocessing of the released models, from a vision model such as CLIPVisionModel.
 
     Raises:
         ValueError: if the number of class tokens of this model type is not known, or it has no list of blocks.
@@ -91,7 +84,7 @@ def transformers_facts(model: nn.Module) -> BackboneFacts:
             "another one as ModuleBackbone(model, ...), which is told the number of prefix tokens and the patch size."
         )
     patch_size = as_pair(config.patch_size)
-    if takes_patches(model):  # no image size, but a square of position embeddings
+    if takes(model, "spatial_shapes"):  # no image size, but a square of position embeddings
         embeddings: Any = model.embeddings
         edge = embeddings.position_embedding_size
         image_size = (edge * patch_size[0], edge * patch_size[1])
@@ -104,17 +97,14 @@ def transformers_facts(model: nn.Module) -> BackboneFacts:
         num_prefix_tokens=CLASS_TOKENS[kind] + getattr(config, "num_register_tokens", 0),
         patch_size=patch_size,
         image_size=image_size,
-        any_size=kind in _RESIZE_THEMSELVES or takes_position_flag(model) or native_aimv2,
+        any_size=kind in _RESIZE_THEMSELVES or takes(model, "interpolate_pos_encoding") or native_aimv2,
         preprocessing=read_preprocessing({}, kind=kind, size=image_size),
         in_channels=getattr(config, "num_channels", None),
     )
 
 
 def vision_part(model: nn.Module) -> nn.Module:
-    """Find the vision model inside a model of transformers.
-
-    Args:
-        model: a vision model, or one that holds it: CLIPModel, SiglipModel, ViTForImageClassification, LLaVA, …
+    """Find the vision model in one that holds it: CLIPModel, SiglipModel, an image classifier, LLaVA.
 
     Returns:
         What `AutoModel` would build for a vision config: no text model, no classifier.
@@ -129,28 +119,13 @@ def vision_part(model: nn.Module) -> nn.Module:
     return next((module for module in model.modules() if isinstance(module, built)), model)
 
 
-def takes_position_flag(model: nn.Module) -> bool:
-    """Tell whether position embeddings are resized only when the call asks for it.
+def takes(model: nn.Module, argument: str) -> bool:
+    """Tell whether a model's ``forward`` has an argument.
 
-    Args:
-        model: a vision model.
-
-    Returns:
-        Whether ``forward`` takes ``interpolate_pos_encoding``.
+    With ``interpolate_pos_encoding`` it is asked to resize position embeddings; with ``spatial_shapes`` it takes
+    patches with their grid (SigLIP2 NaFlex) instead of images.
     """
-    return "interpolate_pos_encoding" in inspect.signature(model.forward).parameters
-
-
-def takes_patches(model: nn.Module) -> bool:
-    """Tell whether the model takes patches with their grid (SigLIP2 NaFlex) instead of images.
-
-    Args:
-        model: a vision model.
-
-    Returns:
-        Whether ``forward`` takes ``spatial_shapes``.
-    """
-    return "spatial_shapes" in inspect.signature(model.forward).parameters
+    return argument in inspect.signature(model.forward).parameters
 
 
 def patchify(images: torch.Tensor, patch_size: tuple[int, int]) -> torch.Tensor:
@@ -170,11 +145,7 @@ def patchify(images: torch.Tensor, patch_size: tuple[int, int]) -> torch.Tensor:
 
 
 def cut_transformers_tail(model: nn.Module) -> None:
-    """Remove final norm, pooling head and the mask token of masked pretraining.
-
-    Args:
-        model: changed in place.
-    """
+    """Cut final norm, pooling head and the mask token of masked pretraining off a model, which is changed in place."""
     cut: Any = model
     for name in _TAIL_NORMS:
         if isinstance(getattr(cut, name, None), nn.Module):

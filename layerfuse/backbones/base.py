@@ -1,4 +1,4 @@
-"""What every backbone does, once: choose layers, cut off the rest, tap, split prefix tokens, return feature maps.
+"""The base class of backbones: choose layers, cut off the rest, tap, split prefix tokens, return feature maps.
 
 A family (timm, open_clip, transformers, module) only states facts about its models (`BackboneFacts`) and how to build
 one; docs/write_a_backbone.md shows a family of one's own. The model is cut after the deepest tapped block and always
@@ -24,7 +24,7 @@ from layerfuse.features import FeatureMaps, Grid
 from layerfuse.layers import LayerChoice, resolve_layers
 from layerfuse.preprocessing import Images, Preprocessing
 from layerfuse.registry import Registry
-from layerfuse.taps import BlockTaps, split_prefix
+from layerfuse.taps import BlockTaps, as_features
 
 __all__ = ["BACKBONES", "Backbone", "BackboneFacts", "as_pair", "checked_multiple"]
 
@@ -165,11 +165,11 @@ class Backbone(nn.Module, abc.ABC):
 
     @classmethod
     def list_names(cls) -> list[str]:
-        """Names that `from_name` takes, as far as the family can tell without asking a network."""
+        """Return the names that `from_name` takes, as far as the family can tell without asking a network."""
         return []
 
     def cut_tail(self, model: nn.Module) -> None:
-        """Remove what comes after the blocks and is more than a path in ``facts.tail``: pooling, heads.
+        """Remove the pooling and heads behind the blocks that are more than a path in ``facts.tail``.
 
         Args:
             model: changed in place.
@@ -177,7 +177,7 @@ class Backbone(nn.Module, abc.ABC):
         return
 
     def run(self, images: torch.Tensor) -> None:
-        """Call the model once, for what its hooks store.
+        """Call the model once; its hooks store the hidden states.
 
         Args:
             images: (B, in_channels, height, width), in the model's dtype.
@@ -243,7 +243,7 @@ class Backbone(nn.Module, abc.ABC):
         return plain
 
     def forward(self, images: torch.Tensor) -> FeatureMaps:
-        """Run the blocks up to the deepest tapped layer.
+        """Encode images as the feature maps of the tapped layers.
 
         Args:
             images: (B, in_channels, height, width), prepared as ``preprocessing`` does it.
@@ -259,13 +259,7 @@ class Backbone(nn.Module, abc.ABC):
         check_images(images, self.in_channels)
         grid = self.grid(images.shape[2], images.shape[3])
         hidden = self._hidden_states(images.to(self.dtype), (self.num_prefix_tokens, grid))
-        pairs = [split_prefix(states, self.num_prefix_tokens) for states in hidden]
-        return FeatureMaps(
-            maps=tuple(patches for _, patches in pairs),
-            layers=self.layers,
-            grids=(grid,) * len(pairs),
-            prefix=tuple(prefix for prefix, _ in pairs) if self.num_prefix_tokens else (),
-        )
+        return as_features(hidden, self.layers, grid=grid, num_prefix_tokens=self.num_prefix_tokens)
 
     def _hidden_states(self, images: torch.Tensor, tokens: tuple[int, Grid]) -> Sequence[torch.Tensor]:
         num_images, num_tokens = images.shape[0], tokens[0] + tokens[1][0] * tokens[1][1]
@@ -282,7 +276,7 @@ class Backbone(nn.Module, abc.ABC):
         return hidden
 
     def prepare(self, images: Images) -> torch.Tensor:
-        """Make a batch from pictures.
+        """Make a batch of images from pictures.
 
         Args:
             images: one picture or several, see `Preprocessing.batch`.
@@ -297,7 +291,7 @@ class Backbone(nn.Module, abc.ABC):
         return self.preprocessing.batch(images).to(self.device, self.dtype)
 
     def grid(self, height: int, width: int) -> Grid:
-        """Tell the grid of patches of an image size.
+        """Return the grid of patches of an image size.
 
         Args:
             height: in pixels.
@@ -312,7 +306,7 @@ class Backbone(nn.Module, abc.ABC):
         return grid_of((height, width), self.patch_size, native=self.image_size, any_size=self.any_size)
 
     def grids(self, size: int | Sequence[int] | None = None) -> tuple[Grid, ...]:
-        """Tell the grids of all maps, as a fuser wants them.
+        """Return the grids of all maps, as a fuser wants them.
 
         Args:
             size: of the images, in pixels: one edge, or (height, width); the native size if None.
@@ -327,7 +321,7 @@ class Backbone(nn.Module, abc.ABC):
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of the weight that the images meet, to which they are cast; other parameters may have another."""
+        """The dtype of the weight that the images meet, to which they are cast; other parameters may have another."""
         try:
             weight = getattr(self.model.get_submodule(self._patch_embedding), "weight", None)
         except AttributeError:  # the model was wrapped since
@@ -339,7 +333,7 @@ class Backbone(nn.Module, abc.ABC):
 
     @property
     def device(self) -> torch.device:
-        """Where its first weight lies."""
+        """The device of the first weight."""
         return next((weight.device for weight in self.parameters()), torch.device("cpu"))
 
     def freeze(self) -> Backbone:
@@ -353,7 +347,7 @@ class Backbone(nn.Module, abc.ABC):
         return self.eval()
 
     def train(self, mode: bool = True) -> Backbone:
-        """Set training mode, unless frozen."""
+        """Set the training mode of the model, unless it is frozen."""
         super().train(mode and not self._frozen)
         return self
 
@@ -375,7 +369,7 @@ class Backbone(nn.Module, abc.ABC):
         switch(enable)
 
     def extra_repr(self) -> str:
-        """The facts, for ``print(backbone)``."""
+        """Return the facts, for ``print(backbone)``."""
         return (
             f"family={self.family!r}, layers={self.layers}, num_blocks={self.num_blocks}, embed_dim={self.embed_dim}, "
             f"patch_size={self.patch_size}, image_size={self.image_size}"

@@ -46,7 +46,7 @@ _OPTIONS = (
 
 @BACKBONES.register("module")
 class ModuleBackbone(Backbone):
-    """Any module whose blocks take and return (B, P + N, C) and which is called with images (B, C, height, width).
+    """A module whose blocks take and return (B, P + N, C) and which is called with images (B, C, height, width).
 
     Arguments and errors that are not named here are those of `Backbone` and `BackboneFacts`.
 
@@ -123,7 +123,7 @@ class ModuleBackbone(Backbone):
 
     @classmethod
     def list_names(cls) -> list[str]:
-        """Names in `MODULES`."""
+        """Return the names in `MODULES`."""
         return list(MODULES)
 
     @classmethod

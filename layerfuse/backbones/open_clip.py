@@ -54,16 +54,13 @@ class OpenClipBackbone(Backbone):
         _recipe: Mapping[str, Any] | None = None,
     ) -> None:
         facts = _facts(model)
-        # Copied: the caller's mapping stays as it is.
-        recipe = None if _recipe is None else dict(_recipe)
         size = facts.image_size if image_size is None else as_pair(image_size)
         if size != facts.image_size:
             facts = _resized(model, facts, size)
         if preprocessing is None:
             preprocessing = preprocessing_of(getattr(model, "preprocess_cfg", {}), size)
         facts = replace(facts, preprocessing=replace(preprocessing, size=size))
-        if recipe is not None:
-            recipe["image_size"] = list(size)
+        recipe = None if _recipe is None else {**_recipe, "image_size": list(size)}
         super().__init__(model, layers=layers, facts=facts, recipe=recipe)
 
     @classmethod
@@ -115,13 +112,13 @@ class OpenClipBackbone(Backbone):
 
     @classmethod
     def list_names(cls) -> list[str]:
-        """Vision Transformers with the tags of their weights, such as ``"ViT-L-14/openai"``."""
+        """Return Vision Transformers with the tags of their weights, such as ``"ViT-L-14/openai"``."""
         open_clip = _import_open_clip()
         pairs = sorted(open_clip.list_pretrained())
         return [f"{base}/{tag}" for base, tag in pairs if _is_vit(open_clip.get_model_config(base)["vision_cfg"])]
 
     def cut_tail(self, model: nn.Module) -> None:
-        """Remove final norm, pooling and head."""
+        """Remove final norm, pooling and head from the model."""
         trunk = getattr(model, "trunk", None)
         if isinstance(trunk, nn.Module):
             cut_timm_tail(trunk)
@@ -144,23 +141,22 @@ def _import_open_clip() -> ModuleType:
     return module
 
 
-def _facts(model: nn.Module) -> BackboneFacts:
+def _facts(model: Any) -> BackboneFacts:
     trunk = getattr(model, "trunk", None)
     if isinstance(trunk, nn.Module):
         return timm_facts(trunk, path="trunk.")
-    transformer: Any = getattr(model, "transformer", None)
+    transformer = getattr(model, "transformer", None)
     if transformer is None or not hasattr(transformer, "resblocks") or not hasattr(model, "class_embedding"):
         raise InputError(
             f"{type(model).__name__} is no Vision Transformer of open_clip; hand over "
             "open_clip.create_model(...).visual of a ViT, or of a model with a timm ViT inside (EVA02, SigLIP, PE)."
         )
-    tower: Any = model
-    size = as_pair(tower.image_size)
+    size = as_pair(model.image_size)
     return BackboneFacts(
         blocks="transformer.resblocks",
         embed_dim=transformer.width,
         num_prefix_tokens=1,
-        patch_size=as_pair(tower.patch_size),
+        patch_size=as_pair(model.patch_size),
         image_size=size,
         any_size=False,
         preprocessing=Preprocessing(size=size, mean=CLIP_MEAN, std=CLIP_STD, geometry="torchvision"),

@@ -93,13 +93,13 @@ class TimmBackbone(Backbone):
 
     @classmethod
     def list_names(cls) -> list[str]:
-        """Plain Vision Transformers with the tags of their weights, such as ``"vit_tiny_patch16_224.augreg_in21k"``."""
+        """Return Vision Transformers with tags of weights, such as ``"vit_tiny_patch16_224.augreg_in21k"``."""
         import timm
 
         return sorted(name for module in _MODULES for name in timm.list_models(module=module, pretrained=True))
 
     def cut_tail(self, model: nn.Module) -> None:
-        """Remove final norm, pooling and head."""
+        """Remove final norm, pooling and head from the model."""
         cut_timm_tail(model)
 
 

@@ -16,8 +16,7 @@ from layerfuse.backbones._transformers_facts import (
     cut_transformers_tail,
     patchify,
     read_preprocessing,
-    takes_patches,
-    takes_position_flag,
+    takes,
     transformers_facts,
     vision_part,
 )
@@ -37,16 +36,9 @@ _LOADING = ("attn_implementation", "cache_dir", "dtype", "local_files_only", "re
 _FINDING = ("cache_dir", "local_files_only", "revision", "subfolder", "token")
 # What a config notes besides the architecture: whose file it was read from, labels of a classifier that is not there.
 _NO_ARCHITECTURE = (
-    "_name_or_path",
-    "transformers_version",
-    "architectures",
-    "id2label",
-    "label2id",
-    "torch_dtype",
-    "dtype",
+    *("_name_or_path", "transformers_version", "architectures"),
+    *("id2label", "label2id", "torch_dtype", "dtype"),
 )
-
-
 # What a config computes from its number of blocks, for transformers' own backbones: it computes it anew.
 _DERIVED = ("stage_names", "out_features", "out_indices", "_out_features", "_out_indices")
 
@@ -80,8 +72,8 @@ class TransformersBackbone(Backbone):
         model = vision_part(model)
         facts = transformers_facts(model)
         self._own_size = facts.image_size
-        self._position_flag = takes_position_flag(model)
-        self._patches = takes_patches(model)
+        self._position_flag = takes(model, "interpolate_pos_encoding")
+        self._patches = takes(model, "spatial_shapes")
         if image_size is not None and as_pair(image_size) != facts.image_size:
             if not facts.any_size:
                 raise InputError(
@@ -115,9 +107,9 @@ class TransformersBackbone(Backbone):
         """
         transformers = _import_transformers()
         given = dict(options or {})
-        config = _read_config(transformers, name, given, pretrained=pretrained)
-        how: dict[str, Any] = {key: given[key] for key in ("attn_implementation", "dtype") if key in given}
         where = {key: given[key] for key in _FINDING if key in given}
+        config = _read_config(transformers, name, given, where, pretrained=pretrained)
+        how: dict[str, Any] = {key: given[key] for key in ("attn_implementation", "dtype") if key in given}
         missing: set[str] = set()
         if pretrained:
             model, missing = _load(transformers, name, config, {**how, **where})
@@ -152,23 +144,23 @@ class TransformersBackbone(Backbone):
 
     @classmethod
     def list_names(cls) -> list[str]:
-        """Model types whose layout is known, such as ``"clip_vision_model"``; the hub's models of these types fit."""
+        """Return the known model types, such as ``"clip_vision_model"``; the hub's models of these types fit."""
         return sorted(CLASS_TOKENS)
 
     @property
     def config(self) -> dict[str, Any]:
-        """As `Backbone.config`, with the attention that the model computes with now."""
+        """The config of `Backbone`, with the attention that the model computes with now."""
         model: Any = self.model
         config = super().config
         config["recipe"]["attn_implementation"] = model.config._attn_implementation
         return config
 
     def cut_tail(self, model: nn.Module) -> None:
-        """Remove final norm, pooling and head."""
+        """Remove final norm, pooling and head from the model."""
         cut_transformers_tail(model)
 
     def run(self, images: torch.Tensor) -> None:
-        """Call the model, with its size or its patches where it wants to be told."""
+        """Call the model, with the size or the patches of the images where it wants to be told."""
         if self._patches:
             rows, columns = self.grid(images.shape[2], images.shape[3])
             patches = patchify(images, self.patch_size)
@@ -210,11 +202,12 @@ def _import_transformers() -> ModuleType:
     return module
 
 
-def _read_config(transformers: ModuleType, name: str, options: Mapping[str, Any], *, pretrained: bool) -> Any:
+def _read_config(
+    transformers: ModuleType, name: str, options: Mapping[str, Any], where: Mapping[str, Any], *, pretrained: bool
+) -> Any:
     if not pretrained and name in transformers.CONFIG_MAPPING:
         config = transformers.AutoConfig.for_model(name)
     else:
-        where = {key: options[key] for key in _FINDING if key in options}
         try:
             config = transformers.AutoConfig.from_pretrained(name, **where)
         except (OSError, ValueError) as error:

@@ -31,5 +31,5 @@ class Average(Fuser):
         return torch.stack(features.maps).mean(0)
 
     def extra_flops(self, grids: Sequence[Grid]) -> int:
-        """One multiply-add per number read."""
+        """Count one multiply-add for each number of the maps."""
         return 2 * self.num_layers * self.num_tokens(grids) * self.out_channels

@@ -1,4 +1,4 @@
-"""What every fuser promises, and the registry they are chosen from by name.
+"""The base class of fusers, and the registry they are chosen from by name.
 
 A fuser turns the feature maps of L layers into one set of visual tokens. It sees ``FeatureMaps`` and nothing of the
 backbone. To write one, subclass ``Fuser``, decorate it with ``@FUSERS.register("name")`` and implement ``fuse``.
@@ -48,7 +48,7 @@ FUSERS = _FuserRegistry("fuser", group="layerfuse.fusers")
 
 @dataclass(frozen=True)
 class FuserCost:
-    """What a fuser costs, known before anything is run or allocated.
+    """The cost of a fuser, known before anything is run or allocated.
 
     Args:
         parameters: number of parameters.
@@ -125,6 +125,7 @@ class Fuser(nn.Module, abc.ABC):
         options: Mapping[str, Any] | None = None,
     ) -> None:
         super().__init__()
+        self._counted: dict[tuple[tuple[Grid, ...], int | None], int] = {}
         self.num_layers = num_layers
         self.in_channels = _widths(in_channels, num_layers)
         if self.equal_channels and len(set(self.in_channels)) > 1:
@@ -151,7 +152,7 @@ class Fuser(nn.Module, abc.ABC):
         return {name: entry for name, entry in parameters.items() if name not in _SHARED}
 
     def forward(self, features: FeatureMaps, condition: torch.Tensor | None = None) -> torch.Tensor:
-        """Check the input and fuse it, in the precision of the fuser's parameters; what has another one is converted.
+        """Check feature maps and fuse them, in the precision of the fuser's parameters; others are converted to it.
 
         Args:
             features: L maps, each (B, N_l, C_l).
@@ -175,16 +176,16 @@ class Fuser(nn.Module, abc.ABC):
         mixed = precision != given or (condition is not None and condition.dtype != precision)
         # Under autocast, torch chooses the precision of each operation.
         if precision is None or not mixed or torch.is_autocast_enabled(features.maps[0].device.type):
-            return self._fuse(features, condition)
-        return self._fuse(features.to(precision), None if condition is None else condition.to(precision)).to(given)
-
-    def _fuse(self, features: FeatureMaps, condition: torch.Tensor | None) -> torch.Tensor:
-        """Fused tokens of a fuser that may leave ``condition`` out of its signature if it takes none."""
-        return self.fuse(features) if condition is None else self.fuse(features, condition=condition)
+            precision = given
+        else:
+            features, condition = features.to(precision), None if condition is None else condition.to(precision)
+        # A fuser that takes no condition may leave it out of its signature.
+        fused = self.fuse(features) if condition is None else self.fuse(features, condition=condition)
+        return fused if precision == given else fused.to(given)
 
     @property
     def _dtype(self) -> torch.dtype | None:
-        """Of the first floating parameter: the precision that the fuser computes in."""
+        """The dtype of the first floating parameter, in which the fuser computes."""
         return next((parameter.dtype for parameter in self.parameters() if parameter.is_floating_point()), None)
 
     @abc.abstractmethod
@@ -231,11 +232,17 @@ class Fuser(nn.Module, abc.ABC):
         """Count floating point operations per image, as ``FuserCost.flops`` defines them.
 
         A fuser built from the same arguments runs on the meta device, where torch counts its matrix products;
-        ``extra_flops`` are added.
+        ``extra_flops`` are added. Each choice of grids is counted once.
 
         Args:
             grids: (H, W) of each of the L maps, in patches.
         """
+        asked = (tuple(grids), self.condition_channels)
+        if asked not in self._counted:
+            self._counted[asked] = self._count_products(grids)
+        return self._counted[asked] + self.extra_flops(grids)
+
+    def _count_products(self, grids: Sequence[Grid]) -> int:
         with torch.device("meta"), torch.no_grad():
             twin = type(self)(_uniform(self.in_channels), self.num_layers, **self.options).eval()
             sizes = zip(grids, self.in_channels, strict=True)
@@ -245,7 +252,7 @@ class Fuser(nn.Module, abc.ABC):
             condition = None if width is None else torch.empty(1, width, dtype=twin._dtype)
             with FlopCounterMode(display=False) as counter:
                 twin(features, condition)
-        return counter.get_total_flops() + self.extra_flops(grids)
+        return counter.get_total_flops()
 
     def extra_flops(self, grids: Sequence[Grid]) -> int:
         """Count the operations per image that torch does not: of weighted sums and lookups, 2 * multiply-adds.
@@ -256,7 +263,7 @@ class Fuser(nn.Module, abc.ABC):
         return 0
 
     def cost(self, grids: Sequence[Grid]) -> FuserCost:
-        """Tell what the fuser costs on maps of these grids; also of a fuser built on the meta device.
+        """Return the cost of the fuser on maps of these grids; also of one built on the meta device.
 
         Args:
             grids: (H, W) of each of the L maps, in patches.
@@ -299,7 +306,7 @@ class Fuser(nn.Module, abc.ABC):
         _reset_children(self)
 
     def extra_repr(self) -> str:
-        """Show the config when printed."""
+        """Return the config as text, for ``print(fuser)``."""
         return ", ".join(f"{key}={value!r}" for key, value in self.config.items() if key != "name")
 
     def _check_grids(self, grids: Sequence[Grid]) -> None:
@@ -332,7 +339,7 @@ class Fuser(nn.Module, abc.ABC):
 
 
 def _uniform(widths: tuple[int, ...]) -> int | list[int]:
-    """One number for all maps where one will do, as users write it."""
+    """Return one number for all maps where they share it, as users write it."""
     return widths[0] if len(set(widths)) == 1 else list(widths)
 
 

@@ -29,7 +29,7 @@ _PUBLISHED_SCALES = {"gamma1": "output_scale.scale", "gamma2": "self_scale.scale
 
 
 class ChannelScale(nn.Module):
-    """One learned factor per channel, zero at the start.
+    """A layer of one learned factor per channel, zero at the start.
 
     A module of its own, and no name with gamma or beta: transformers renames such parameters while it loads, and the
     weights are then lost (huggingface/transformers#29554).
@@ -45,7 +45,7 @@ class ChannelScale(nn.Module):
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """All zero."""
+        """Set the scales to zero."""
         nn.init.zeros_(self.scale)
 
     def forward(self, tokens: torch.Tensor) -> torch.Tensor:
@@ -136,12 +136,12 @@ class MMFuser(Fuser):
         return grids[self.query_index]
 
     def extra_flops(self, grids: Sequence[Grid]) -> int:
-        """Those of the sampling, in both attentions."""
+        """Count the operations of the sampling, in both attentions."""
         num_queries = self.num_tokens(grids)
         return self.cross_attn.sampling_flops(num_queries) + self.self_attn.sampling_flops(num_queries)
 
     def _values(self, items: Sequence[_T]) -> list[_T]:
-        """All but the query's."""
+        """Return the items of all maps but the query."""
         return [*items[: self.query_index], *items[self.query_index + 1 :]]
 
 
@@ -168,15 +168,7 @@ def from_published_state_dict(state_dict: Mapping[str, _T]) -> dict[str, _T]:
             "what is saved afterwards has lost them. Take the files that the training wrote, and read them themselves; "
             "if you know that nothing but the names changed, rename them back."
         )
-    names = _published_names()
-    missing = sorted(set(names) - set(state_dict))
-    unknown = sorted(set(state_dict) - set(names))
-    if missing or unknown:
-        raise InputError(
-            f"these are not the weights of one published block: missing {', '.join(missing) or 'none'}; unknown "
-            f"{', '.join(unknown) or 'none'}. Remove any outer prefix, and leave other modules out."
-        )
-    return {ours: state_dict[published] for published, ours in names.items()}
+    return _renamed(state_dict, _published_names(), "one published block: remove any outer prefix")
 
 
 def to_published_state_dict(state_dict: Mapping[str, _T]) -> dict[str, _T]:
@@ -191,18 +183,21 @@ def to_published_state_dict(state_dict: Mapping[str, _T]) -> dict[str, _T]:
     Raises:
         ValueError: if names are missing or unknown.
     """
-    names = _published_names()
-    missing, unknown = sorted({*names.values()} - set(state_dict)), sorted(set(state_dict) - {*names.values()})
+    return _renamed(state_dict, {ours: published for published, ours in _published_names().items()}, "one MMFuser")
+
+
+def _renamed(state_dict: Mapping[str, _T], names: Mapping[str, str], whose: str) -> dict[str, _T]:
+    missing, unknown = sorted(names.keys() - state_dict.keys()), sorted(state_dict.keys() - names.keys())
     if missing or unknown:
         raise InputError(
-            f"these are not the weights of one MMFuser: missing {', '.join(missing) or 'none'}; unknown "
-            f"{', '.join(unknown) or 'none'}. Give the state dict of the fuser alone."
+            f"these are not the weights of {whose}: missing {', '.join(missing) or 'none'}; unknown "
+            f"{', '.join(unknown) or 'none'}. Leave other modules out."
         )
-    return {published: state_dict[ours] for published, ours in names.items()}
+    return {name: state_dict[given] for given, name in names.items()}
 
 
 def _published_names() -> dict[str, str]:
-    """Published name → our name."""
+    """Return a dictionary from published names to ours."""
     norms = ("query_norm", "feat_norm", "norm1")
     projections = ("sampling_offsets", "attention_weights", "value_proj", "output_proj")
     modules = [

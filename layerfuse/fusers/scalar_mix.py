@@ -33,13 +33,13 @@ class ScalarMix(Fuser):
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """Equal weights, scale one."""
+        """Set the weights equal and the scale to one."""
         nn.init.zeros_(self.layer_logits)
         nn.init.ones_(self.scale)
 
     @property
     def layer_weights(self) -> torch.Tensor:
-        """(L,) weight of each layer; they sum to one."""
+        """The weight of each layer, (L,); they sum to one."""
         return self.layer_logits.softmax(0)
 
     def fuse(self, features: FeatureMaps, *, condition: torch.Tensor | None = None) -> torch.Tensor:
@@ -48,5 +48,5 @@ class ScalarMix(Fuser):
         return (torch.stack(features.maps) * factors[:, None, None, None]).sum(0)
 
     def extra_flops(self, grids: Sequence[Grid]) -> int:
-        """One multiply-add per number read."""
+        """Count one multiply-add for each number of the maps."""
         return 2 * self.num_layers * self.num_tokens(grids) * self.out_channels

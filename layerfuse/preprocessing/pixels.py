@@ -57,7 +57,7 @@ _EXIF_ERRORS = (OSError, SyntaxError, ValueError, TypeError, LookupError, Arithm
 
 
 def as_pictures(images: Images) -> list[Image.Image]:
-    """List what was given as PIL images.
+    """Return images of any kind that is taken as PIL images.
 
     Args:
         images: a PIL image, an array (height, width) or (height, width, 3), a tensor (3, height, width) or (1, height,
@@ -134,7 +134,7 @@ def check_picture(image: Image.Image) -> None:
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """An image in mode RGB: alpha is dropped, grey is tripled, 16 bits are scaled to 8 (the upper eight are kept).
+    """Convert an image to RGB: alpha is dropped, grey is tripled, 16 bits are scaled to 8 (the upper eight are kept).
 
     Args:
         image: of any mode; the first frame of several.
@@ -161,7 +161,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
 
 
 def orientation(image: Image.Image) -> int:
-    """Look up how an image is to be turned, by its Exif data.
+    """Return the orientation of an image, by its Exif data.
 
     Args:
         image: opened; of one that is decoded, data that stand behind the pixels are seen, too.
@@ -196,7 +196,7 @@ def upright(image: Image.Image) -> Image.Image:
 
 
 def image_size(image: Image.Image, *, upright: bool) -> tuple[int, int]:
-    """(height, width) of an image in pixels; it need not be decoded.
+    """Return (height, width) of an image in pixels; it need not be decoded.
 
     Args:
         image: as it was opened or read.

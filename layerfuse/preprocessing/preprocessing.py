@@ -52,7 +52,7 @@ HALF: Triple = (0.5, 0.5, 0.5)
 
 @dataclass(frozen=True)
 class Preprocessing:
-    """How images are brought to a backbone's size and range; change a field with ``dataclasses.replace``.
+    """The way in which images get a backbone's size and range; change a field with ``dataclasses.replace``.
 
     Args:
         size: (height, width) of the result, in pixels.
@@ -108,7 +108,7 @@ class Preprocessing:
                 raise InputError(unknown_name_message(f"Preprocessing {name}", value, known))
 
     def __call__(self, image: Image.Image) -> torch.Tensor:
-        """Prepare one image.
+        """Make the input tensor of a backbone from one image.
 
         Args:
             image: of any mode and size; it is converted to RGB first (alpha is dropped, grey is tripled, 16 bits are
@@ -128,7 +128,7 @@ class Preprocessing:
         return ((values - mean) / std).contiguous()
 
     def batch(self, images: Images) -> torch.Tensor:
-        """Prepare one image or several.
+        """Make a batch of input tensors from one image or several.
 
         Args:
             images: a PIL image, an array (height, width) or (height, width, 3), a tensor (3, height, width) or (1,
@@ -147,7 +147,7 @@ class Preprocessing:
         return torch.stack(prepared)
 
     def fit(self, image: Image.Image) -> Image.Image:
-        """Bring one image to the size; the step before rescaling and normalising.
+        """Return one image at the size of the backbone, before it is rescaled and normalised.
 
         Args:
             image: of any mode and size.
@@ -185,12 +185,12 @@ class Preprocessing:
         return height, width
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON-able fields, for `from_dict`."""
+        """Return the fields as JSON can hold them, for `from_dict`."""
         return {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(self).items()}
 
     @classmethod
     def from_dict(cls, config: Mapping[str, Any]) -> Preprocessing:
-        """Rebuild from `to_dict`.
+        """Build a preprocessing from the dictionary that `to_dict` makes.
 
         Args:
             config: fields by name.
@@ -260,7 +260,7 @@ class Preprocessing:
         return image.crop((left, top, left + target_width, top + target_height))
 
     def _crop_of_long(self, image: Image.Image, covered: tuple[int, int]) -> Image.Image:
-        """Scale only what the centre crop keeps, and what its edge pixels are mixed from; within one grey level."""
+        """Return the centre crop, of which only the pixels that it is mixed from are scaled; within one grey level."""
         edges, boxes = (image.size[1], image.size[0]), []
         for edge, scaled, target in zip(edges, covered, self.size, strict=True):
             scale, first = edge / scaled, self._half(scaled - target)

@@ -223,3 +223,13 @@ def test_a_fuser_in_a_file_of_its_own_works_by_name(tmp_path: Path, monkeypatch:
         assert fuser.config == {"name": "mine", "in_channels": 8, "num_layers": 2, "factor": 3.0}
     finally:
         FUSERS._entries.pop("mine")
+
+
+def test_each_choice_of_grids_is_counted_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    runs = []
+    forward = Fuser.forward
+    monkeypatch.setattr(Fuser, "forward", lambda self, *given: (runs.append(1), forward(self, *given))[1])
+    fuser, small, large = create_fuser("mmfuser", in_channels=16, num_layers=3), [(2, 3)] * 3, [(4, 6)] * 3
+    first, other = fuser.cost(small), fuser.cost(large)
+    assert (len(runs), other.flops > first.flops) == (2, True)
+    assert (fuser.cost(tuple(small)), copy.deepcopy(fuser).cost(large), len(runs)) == (first, other, 2)

@@ -66,7 +66,7 @@ def deformable_attention(
 
 
 def check_implementation(implementation: str) -> None:
-    """Refuse what ``deformable_attention`` does not know.
+    """Refuse the name of an implementation that ``deformable_attention`` does not have.
 
     Raises:
         ValueError: if the implementation is unknown; the message lists the known ones.

@@ -22,7 +22,7 @@ _BAG_DEVICES = frozenset({"cpu", "cuda", "meta"})
 def gather(
     value: torch.Tensor, grids: Sequence[tuple[int, int]], locations: torch.Tensor, weights: torch.Tensor
 ) -> torch.Tensor:
-    """Look all corners up in one call and sum them, weighted, per query and head.
+    """Look the corners of all sampling points up in one call and sum them, weighted, per query and head.
 
     A batch with more lookups than 32 bits can number is taken in parts.
 
@@ -76,7 +76,7 @@ def _weighted_sum(table: torch.Tensor, rows: torch.Tensor, factors: torch.Tensor
 
 
 def _cells(coordinate: torch.Tensor, size: int, index_type: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
-    """Along one axis, find the two cells around each point.
+    """Return the two cells around each point along one axis, and their weights.
 
     Args:
         coordinate: (...) places in [0, 1].

@@ -86,7 +86,7 @@ class MultiScaleDeformableAttention(nn.Module):
         values: torch.Tensor,
         value_grids: Sequence[tuple[int, int]],
     ) -> torch.Tensor:
-        """Attend from every query cell to points around the same place on each level.
+        """Return the attention of every query cell to points around the same place on each level.
 
         Args:
             query: (B, Q, C), row-major over ``query_grid``.
@@ -110,12 +110,12 @@ class MultiScaleDeformableAttention(nn.Module):
         return projected
 
     def matmul_flops(self, num_queries: int, num_values: int) -> int:
-        """Floating point operations of the four projections per image, as 2 * multiply-adds."""
+        """Count floating point operations of the four projections per image, as 2 * multiply-adds."""
         per_query = self.sampling_offsets.out_features + self.attention_weights.out_features + self.channels
         return 2 * self.channels * (num_queries * per_query + num_values * self.channels)
 
     def sampling_flops(self, num_queries: int) -> int:
-        """Floating point operations of the weighted sum of four corners per point per image, as 2 * multiply-adds."""
+        """Count floating point operations of the sum of four corners per point per image, as 2 * multiply-adds."""
         return 2 * num_queries * self.num_levels * self.num_points * 4 * self.channels
 
 
@@ -160,5 +160,5 @@ def _locations(
 
 
 def _centres(size: int, like: torch.Tensor) -> torch.Tensor:
-    """Centres of the cells along one axis, in [0, 1]: (size,)."""
+    """Return the centres of the cells along one axis, in [0, 1]: (size,)."""
     return (torch.arange(size, device=like.device, dtype=like.dtype) + 0.5) / size
