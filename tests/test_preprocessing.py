@@ -155,3 +155,14 @@ def test_what_is_no_pil_image_is_refused() -> None:
 def test_an_empty_batch_is_refused() -> None:
     with pytest.raises(ValueError, match="batch got no images"):
         CLIP.batch([])
+
+
+def test_normalised_pixels_are_those_of_the_whole_preprocessing() -> None:
+    preprocessing = Preprocessing(size=(6, 8), mean=CLIP_MEAN, std=CLIP_STD)
+    pixels = torch.from_numpy(np.random.default_rng(0).integers(0, 256, (2, 6, 8, 3), dtype=np.uint8))
+    expected = torch.stack([preprocessing(Image.fromarray(each.numpy())) for each in pixels])
+
+    assert torch.equal(preprocessing.normalize(pixels.permute(0, 3, 1, 2)), expected)
+    assert expected[0, 1, 2, 3] == (pixels[0, 2, 3, 1].float() / 255 - CLIP_MEAN[1]) / CLIP_STD[1]
+    with pytest.raises(ValueError, match=r"pixels are torch.float32; Preprocessing.normalize takes uint8"):
+        preprocessing.normalize(expected)

@@ -18,7 +18,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from integrations.llava.checkpoints.connector import load_adapter
+from integrations.llava.checkpoints.connector import load_connector
 from integrations.llava.checkpoints.model_io import load_model, load_processor
 from integrations.llava.config.yaml_io import load_recipe
 from integrations.llava.training.train import train
@@ -96,7 +96,7 @@ def test_a_trained_model_and_its_processor(expected: dict[str, torch.Tensor]) ->
 
 def test_an_adapter() -> None:
     model = load_model(WRITTEN / "finished")
-    load_adapter(model, ("fuser", "projector"), WRITTEN / "finished" / "pretrain" / "adapter.safetensors")
+    load_connector(model, ("fuser", "projector"), WRITTEN / "finished" / "pretrain" / "adapter.safetensors")
 
     weights = load_file(WRITTEN / "finished" / "pretrain" / "adapter.safetensors")
     state = model.state_dict()

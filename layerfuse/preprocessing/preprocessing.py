@@ -121,11 +121,26 @@ class Preprocessing:
             TypeError: if this is no PIL image.
             ValueError: if its values have no known range (floats), or an edge has no pixel or more than 131,072.
         """
-        pixels = np.asarray(self.fit(image), dtype=np.uint8)
-        values = torch.from_numpy(pixels.copy()).permute(2, 0, 1).to(torch.float32) / 255
-        mean = torch.tensor(self.mean, dtype=torch.float32).view(3, 1, 1)
-        std = torch.tensor(self.std, dtype=torch.float32).view(3, 1, 1)
-        return ((values - mean) / std).contiguous()
+        pixels = torch.from_numpy(np.array(self.fit(image), dtype=np.uint8))
+        return self.normalize(pixels.permute(2, 0, 1)).contiguous()
+
+    def normalize(self, pixels: torch.Tensor) -> torch.Tensor:
+        """Bring pixels to the range that the backbone was pretrained on; the step after `fit`.
+
+        Args:
+            pixels: (..., 3, height, width) uint8, on any device.
+
+        Returns:
+            The same shape, float32.
+
+        Raises:
+            ValueError: if they have another dtype, of which nobody can tell what is white.
+        """
+        if pixels.dtype != torch.uint8:
+            raise InputError(f"pixels are {pixels.dtype}; Preprocessing.normalize takes uint8, 0 to 255, as of `fit`.")
+        options: dict[str, Any] = {"dtype": torch.float32, "device": pixels.device}
+        mean, std = (torch.tensor(each, **options).view(3, 1, 1) for each in (self.mean, self.std))
+        return (pixels.to(torch.float32) / 255 - mean) / std
 
     def batch(self, images: Images) -> torch.Tensor:
         """Make a batch of input tensors from one image or several.

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from .connector import load_adapter, save_adapter
-from .convert import LAYOUTS, convert, convert_adapter, layout_of
+import warnings
+from typing import Any
+
+from .connector import load_connector, save_connector
+from .convert import LAYOUTS, convert, convert_connector, layout_of
 from .lora import save_lora
 from .model_io import load_config, load_model, load_processor, save_model
 from .options import Options
@@ -12,13 +15,20 @@ __all__ = [
     "LAYOUTS",
     "Options",
     "convert",
-    "convert_adapter",
+    "convert_connector",
     "layout_of",
-    "load_adapter",
     "load_config",
+    "load_connector",
     "load_model",
     "load_processor",
-    "save_adapter",
+    "save_connector",
     "save_lora",
     "save_model",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "convert_adapter":
+        warnings.warn("convert_adapter is now called convert_connector", DeprecationWarning, stacklevel=2)
+        return convert_connector
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

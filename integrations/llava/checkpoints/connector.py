@@ -1,4 +1,7 @@
-"""Files of a connector (fuser and projector), which the first stage writes and the second one starts from."""
+"""Files of a connector, which is fuser and projector: the first stage writes one and the second starts from it.
+
+The file is called `adapter.safetensors`, as version 0.1 called it.
+"""
 
 from __future__ import annotations
 
@@ -13,13 +16,13 @@ from integrations.llava.modeling import part_of
 from layerfuse.errors import MissingFileError
 from layerfuse.files import atomic_folder
 
-from .key_maps import our_adapter
+from .key_maps import our_connector
 from .tensors import check_fit, stored_tensors
 
-__all__ = ["load_adapter", "save_adapter"]
+__all__ = ["load_connector", "save_connector"]
 
 
-def save_adapter(model: nn.Module, parts: Sequence[str], path: str | Path) -> Path:
+def save_connector(model: nn.Module, parts: Sequence[str], path: str | Path) -> Path:
     """Write the parameters of some parts, such as fuser and projector after the first stage.
 
     Args:
@@ -36,8 +39,8 @@ def save_adapter(model: nn.Module, parts: Sequence[str], path: str | Path) -> Pa
     return path
 
 
-def load_adapter(model: nn.Module, parts: Sequence[str], path: str | Path) -> None:
-    """Load fuser and projector into a model: what `save_adapter` wrote, or the published code's stage 1.
+def load_connector(model: nn.Module, parts: Sequence[str], path: str | Path) -> None:
+    """Load fuser and projector into a model: what `save_connector` wrote, or the published code's stage 1.
 
     Args:
         model: the whole model, changed in place.
@@ -51,14 +54,14 @@ def load_adapter(model: nn.Module, parts: Sequence[str], path: str | Path) -> No
     """
     path = Path(path)
     if not path.is_file():
-        raise MissingFileError(f"adapter {path} does not exist; run the stage that writes it first.")
+        raise MissingFileError(f"connector {path} does not exist; run the stage that writes it first.")
     stored = stored_tensors(path)
     if any("mm_projector." in name for name in stored):
-        stored = our_adapter(stored)
+        stored = our_connector(stored)
     check_fit(
         _state_of(model, parts),
         stored,
-        fault=f"adapter {path} does not fit the {', '.join(parts)} of this model",
+        fault=f"connector {path} does not fit the {', '.join(parts)} of this model",
         advice="Use the recipe's own model settings",
     )
     model.load_state_dict({name: tensor.read() for name, tensor in stored.items()}, strict=False)

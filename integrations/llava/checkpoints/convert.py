@@ -18,7 +18,7 @@ from layerfuse.files import atomic_folder, check_disk_space, explain_missing_con
 from layerfuse.registry import unknown_name_message
 
 from .content import Content, check_files
-from .key_maps import adapter_to_published, has_published_fuser, our_adapter
+from .key_maps import connector_to_published, has_published_fuser, our_connector
 from .layouts.layerfuse import OWN, read_own, write_own
 from .layouts.llava import PUBLISHED, read_published, write_published
 from .layouts.llava_config import check_fuser
@@ -27,16 +27,16 @@ from .lora import merged_tensors
 from .options import Options
 from .tensors import CONFIG_FILE, StoredTensor, holds_model, read_json, stored_model, stored_tensors
 
-__all__ = ["LAYOUTS", "convert", "convert_adapter", "layout_of"]
+__all__ = ["LAYOUTS", "convert", "convert_connector", "layout_of"]
 
 _log = logging.getLogger(__name__)
 
 LAYOUTS = (OWN, *PUBLISHED, LLAVA_HF)
 """Ours; MMFuser's; LLaVA-1.5's, which is the former without a fuser; that of transformers' LLaVA."""
 
-# What an adapter is called: ours, as a stage of training leaves it; the published one, as their stage 1 does.
-_OUR_ADAPTER, _PUBLISHED_ADAPTER = "adapter.safetensors", "mm_projector.bin"
-_ADAPTERS = (_OUR_ADAPTER, "mm_projector.safetensors", _PUBLISHED_ADAPTER)
+# What a connector's file is called: ours, as a stage of training leaves it; the published one, as their stage 1 does.
+_OUR_CONNECTOR, _PUBLISHED_CONNECTOR = "adapter.safetensors", "mm_projector.bin"
+_CONNECTORS = (_OUR_CONNECTOR, "mm_projector.safetensors", _PUBLISHED_CONNECTOR)
 
 
 def layout_of(folder: str | Path) -> str:
@@ -130,11 +130,11 @@ def _read(source: Path, options: Options) -> Content:
     return read_published(source, config, options)
 
 
-def convert_adapter(source: str | Path, target: str | Path, layout: str = OWN) -> Path:
+def convert_connector(source: str | Path, target: str | Path, layout: str = OWN) -> Path:
     """Convert fuser and projector alone.
 
     Args:
-        source: an adapter file of any layout, a folder with one, or a whole checkpoint.
+        source: a connector's file of any layout, a folder with one, or a whole checkpoint.
         target: folder; `adapter.safetensors` (ours) or `mm_projector.bin` (published) is written to it.
         layout: of the target, one of `LAYOUTS`.
 
@@ -142,27 +142,27 @@ def convert_adapter(source: str | Path, target: str | Path, layout: str = OWN) -
         The file.
 
     Raises:
-        FileNotFoundError: if there is no adapter.
+        FileNotFoundError: if there is no connector.
         FileExistsError: if the target has such a file already.
         ValueError: if the source holds no fuser and projector, or the layout has no place for them.
         OSError: if the disk has not enough room.
     """
     source, target = Path(source), Path(target)
     _check_layout(layout)
-    written = target / (_OUR_ADAPTER if layout == OWN else _PUBLISHED_ADAPTER)
+    written = target / (_OUR_CONNECTOR if layout == OWN else _PUBLISHED_CONNECTOR)
     if written.exists():
         raise ExistingFileError(f"{written} exists already; give another folder, or move it away.")
     _refuse_file(target)
     if layout == LLAVA_HF:
-        raise InputError(f"the layout {layout} has no adapter files; give one of {', '.join((OWN, *PUBLISHED))}.")
-    adapter = our_adapter(_adapter_tensors(source))
-    if not adapter:
+        raise InputError(f"the layout {layout} has no files of connectors; give one of {', '.join((OWN, *PUBLISHED))}.")
+    connector = our_connector(_connector_tensors(source))
+    if not connector:
         raise InputError(f"{source} holds neither a fuser nor a projector under a name of any layout.")
     if layout in PUBLISHED:
-        _check_adapter(source, adapter, layout)
-        adapter = adapter_to_published(adapter)
-    tensors = {name: tensor.read().contiguous() for name, tensor in adapter.items()}
-    check_disk_space(target, sum(tensor.nbytes for tensor in tensors.values()), "the converted adapter")
+        _check_connector(source, connector, layout)
+        connector = connector_to_published(connector)
+    tensors = {name: tensor.read().contiguous() for name, tensor in connector.items()}
+    check_disk_space(target, sum(tensor.nbytes for tensor in tensors.values()), "the converted connector")
     with atomic_folder(target) as scratch:
         if layout == OWN:
             save_file(tensors, scratch / written.name, metadata={"format": "pt", "parts": "fuser,projector"})
@@ -171,19 +171,19 @@ def convert_adapter(source: str | Path, target: str | Path, layout: str = OWN) -
     return written
 
 
-def _adapter_tensors(source: Path) -> dict[str, StoredTensor]:
+def _connector_tensors(source: Path) -> dict[str, StoredTensor]:
     if source.is_file():
         return stored_tensors(source)
-    # A whole model counts more than an adapter beside it, which may be of an earlier stage.
-    found = [] if holds_model(source) else [source / name for name in _ADAPTERS if (source / name).is_file()]
+    # A whole model counts more than a connector beside it, which may be of an earlier stage.
+    found = [] if holds_model(source) else [source / name for name in _CONNECTORS if (source / name).is_file()]
     return stored_tensors(found[0]) if found else stored_model(source)
 
 
-def _check_adapter(source: Path, adapter: Mapping[str, StoredTensor], layout: str) -> None:
-    fused = any(name.startswith("model.fuser.") for name in adapter)
+def _check_connector(source: Path, connector: Mapping[str, StoredTensor], layout: str) -> None:
+    fused = any(name.startswith("model.fuser.") for name in connector)
     if fused != (layout == PUBLISHED[0]):
         fitting = PUBLISHED[0] if fused else PUBLISHED[1]
-        raise InputError(f"{source} has {'a' if fused else 'no'} fuser, so its adapter has the layout {fitting!r}.")
+        raise InputError(f"{source} has {'a' if fused else 'no'} fuser, so its connector has the layout {fitting!r}.")
     if (source / CONFIG_FILE).is_file() and layout_of(source) == OWN:
         check_fuser(_read_config(source)["fuser"], fused=fused)
 

@@ -20,12 +20,12 @@ from .tensors import StoredTensor
 
 __all__ = [
     "BACKBONE",
-    "adapter_from_published",
-    "adapter_to_published",
+    "connector_from_published",
+    "connector_to_published",
     "from_llava_hf",
     "from_published",
     "has_published_fuser",
-    "our_adapter",
+    "our_connector",
     "to_llava_hf",
     "to_published",
 ]
@@ -69,9 +69,9 @@ def from_published(tensors: Mapping[str, StoredTensor]) -> dict[str, StoredTenso
     Raises:
         ValueError: if the fuser's scales are missing, renamed, or those of a broken load.
     """
-    adapter = {name: tensor for name, tensor in tensors.items() if "mm_projector." in name}
-    rest = {name: tensor for name, tensor in tensors.items() if name not in adapter}
-    return _apply(_PUBLISHED_RULES, rest) | adapter_from_published(adapter)
+    connector = {name: tensor for name, tensor in tensors.items() if "mm_projector." in name}
+    rest = {name: tensor for name, tensor in tensors.items() if name not in connector}
+    return _apply(_PUBLISHED_RULES, rest) | connector_from_published(connector)
 
 
 def from_llava_hf(tensors: Mapping[str, StoredTensor]) -> dict[str, StoredTensor]:
@@ -97,7 +97,7 @@ def _apply(
     return renamed
 
 
-def adapter_from_published(tensors: Mapping[str, StoredTensor]) -> dict[str, StoredTensor]:
+def connector_from_published(tensors: Mapping[str, StoredTensor]) -> dict[str, StoredTensor]:
     """Rename the published projector, with or without fuser in front.
 
     Args:
@@ -128,11 +128,11 @@ def adapter_from_published(tensors: Mapping[str, StoredTensor]) -> dict[str, Sto
     return ours
 
 
-def our_adapter(tensors: Mapping[str, StoredTensor]) -> dict[str, StoredTensor]:
+def our_connector(tensors: Mapping[str, StoredTensor]) -> dict[str, StoredTensor]:
     """Take fuser and projector out of weights of any layout.
 
     Args:
-        tensors: of an adapter file, or of a whole checkpoint.
+        tensors: of a connector's file, or of a whole checkpoint.
 
     Returns:
         Those of fuser and projector, under our names; none if there are none.
@@ -142,7 +142,7 @@ def our_adapter(tensors: Mapping[str, StoredTensor]) -> dict[str, StoredTensor]:
     """
     published = {name: tensor for name, tensor in tensors.items() if "mm_projector." in name}
     if published:
-        return adapter_from_published(published)
+        return connector_from_published(published)
     ours = from_llava_hf(tensors)
     return {name: tensor for name, tensor in ours.items() if name.startswith((_FUSER, _PROJECTOR))}
 
@@ -175,18 +175,18 @@ def to_published(tensors: Mapping[str, StoredTensor]) -> dict[str, StoredTensor]
     Returns:
         The same under the published names, language model first, as the published code saves them.
     """
-    published, adapter, tower = {}, {}, {}
+    published, connector, tower = {}, {}, {}
     for name, tensor in tensors.items():
         if name.startswith(BACKBONE):
             tower[_PUBLISHED_TOWER + name.removeprefix(BACKBONE)] = tensor
         elif name.startswith((_FUSER, _PROJECTOR)):
-            adapter[name] = tensor
+            connector[name] = tensor
         else:
             published[name.replace("model.language_model.", "model.", 1)] = tensor
-    return published | tower | adapter_to_published(adapter)
+    return published | tower | connector_to_published(connector)
 
 
-def adapter_to_published(tensors: Mapping[str, StoredTensor]) -> dict[str, StoredTensor]:
+def connector_to_published(tensors: Mapping[str, StoredTensor]) -> dict[str, StoredTensor]:
     """Name our fuser and projector as the published stage 1 saves them.
 
     Raises:

@@ -11,6 +11,7 @@ from transformers import AutoProcessor, LlavaProcessor
 from integrations.llava.modeling import (
     FusedLlavaConfig,
     FusedLlavaForConditionalGeneration,
+    LayerfuseVisionConfig,
     Quantization,
     keep_unpackable,
     quantization_config,
@@ -93,11 +94,13 @@ def load_model(
 
     Raises:
         FileNotFoundError: if the folder holds no model.
-        ValueError: if it holds another kind of model, or weights that do not cover the model; every key is listed.
+        ValueError: if it holds another kind of model, weights that do not cover the model (every key is listed), or a
+            processor that prepares images for another backbone.
         ImportError: if bitsandbytes is needed and not installed.
     """
     config = load_config(folder)
     _check_weights(Path(folder))
+    _check_preprocessing(config, Path(folder))
     model: FusedLlavaForConditionalGeneration
     if quantize == "none":
         model = FusedLlavaForConditionalGeneration.from_pretrained(folder, config=config, dtype=dtype)
@@ -124,6 +127,23 @@ def _check_weights(folder: Path) -> None:
                 pass
         except SafetensorError as error:
             raise InputError(f"{path} is damaged ({error}); copy it there again.") from error
+
+
+def _check_preprocessing(config: FusedLlavaConfig, folder: Path) -> None:
+    """Compare what the processor does to images, which counts, with what the backbone's config says of them."""
+    assert isinstance(config.vision_config, LayerfuseVisionConfig)
+    named = (config.vision_config.backbone or {}).get("preprocessing", {})
+    for file in (folder / name for name in ("processor_config.json", "preprocessor_config.json")):
+        described = read_json(file) if file.is_file() else {}
+        used = described.get("image_processor", described).get("preprocessing", {})
+        # A recipe chooses the mode, and pictures are turned when the model answers.
+        other = [key for key in used.keys() & named.keys() - {"mode", "upright"} if used[key] != named[key]]
+        if other:
+            key = min(other)
+            raise InputError(
+                f"{file} prepares images with {key} {used[key]}, but the backbone in {folder / CONFIG_FILE} takes "
+                f"{named[key]}; take both files from the same model."
+            )
 
 
 def load_processor(folder: str | Path) -> LlavaProcessor:

@@ -37,7 +37,7 @@ __all__ = [
 
 CONFIG_FILE = "config.json"
 _SHARD_BYTES = 2 * 2**30
-# The first that a folder has counts; an adapter (`mm_projector.bin`) may lie beside.
+# The first that a folder has counts; a connector (`mm_projector.bin`) may lie beside.
 _MODEL_FILES = ("model.safetensors", "pytorch_model.bin")
 _DTYPES = {
     "F64": torch.float64,

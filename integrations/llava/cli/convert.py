@@ -7,7 +7,7 @@ import logging
 from collections.abc import Sequence
 from typing import get_args
 
-from integrations.llava.checkpoints import LAYOUTS, Options, convert, convert_adapter
+from integrations.llava.checkpoints import LAYOUTS, Options, convert, convert_connector
 from integrations.llava.prompts import TEMPLATES
 from layerfuse.errors import UserError
 from layerfuse.preprocessing import Mode
@@ -56,7 +56,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error("--adapter-only takes no other options than --from, --to and --layout")
     try:
         if arguments.adapter_only:
-            written = convert_adapter(arguments.source, arguments.target, arguments.layout)
+            written = convert_connector(arguments.source, arguments.target, arguments.layout)
         else:
             written = convert(
                 arguments.source, arguments.target, arguments.layout, options=options, lora=arguments.merge_lora

@@ -68,8 +68,6 @@ class ConversationDataset(Dataset[dict[str, Any]]):
         self.bad_samples = bad_samples
         self._texts: dict[int, np.ndarray] = {}
         self._text_bytes = 0
-        self._mean = torch.tensor(preprocessing.mean).view(3, 1, 1)
-        self._std = torch.tensor(preprocessing.std).view(3, 1, 1)
 
     def __len__(self) -> int:
         """Number of samples."""
@@ -154,12 +152,11 @@ class ConversationDataset(Dataset[dict[str, Any]]):
         path = self.image_folder / name
         try:
             image = read_image(path)
-            pixels = np.array(self.preprocessing.fit(image), dtype=np.uint8)
+            prepared = self.preprocessing(image)
         except UnreadableImageError as error:
             raise BadSampleError(f"sample {own_id}: {error}") from error
         except MissingFileError as error:
             raise BadSampleError(f"sample {own_id}: image {path} cannot be read: it is missing.") from error
-        prepared = (torch.from_numpy(pixels).permute(2, 0, 1).float() / 255 - self._mean) / self._std
         return prepared, image_size(image, upright=self.preprocessing.upright)
 
     def _stacked(self, images: Sequence[tuple[torch.Tensor, ImageSize]]) -> dict[str, torch.Tensor]:

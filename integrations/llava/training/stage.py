@@ -18,7 +18,7 @@ from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 
-from integrations.llava.checkpoints import load_adapter, save_adapter, save_lora, save_model
+from integrations.llava.checkpoints import load_connector, save_connector, save_lora, save_model
 from integrations.llava.config import StageConfig
 from integrations.llava.data import (
     Collator,
@@ -221,7 +221,7 @@ class Stage(TrainerCallback):
         assembled = assemble(recipe.model, self.config, quantized=quantized, seed=recipe.pretrain.seed)
         if origin.path is not None:
             parts = _CONNECTOR if origin.before is None else _adapter_parts(recipe.stage(origin.before))
-            load_adapter(assembled.model, parts, origin.path)
+            load_connector(assembled.model, parts, origin.path)
         return assembled
 
     def _check_room(self) -> None:
@@ -264,7 +264,7 @@ class Stage(TrainerCallback):
 
     def _write(self) -> None:
         config, model, tokenizer = self.config, self.assembled.model, self.assembled.tokenizer
-        save_adapter(model, _adapter_parts(config), self.plan.folder.adapter(self.name))
+        save_connector(model, _adapter_parts(config), self.plan.folder.adapter(self.name))
         if not self.is_last:
             return
         if config.lora.rank:

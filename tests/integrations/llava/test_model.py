@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageTextToText, GenerationConfig, Trainer, TrainingArguments
 
 import integrations.llava
-from integrations.llava.checkpoints.connector import load_adapter, save_adapter
+from integrations.llava.checkpoints.connector import load_connector, save_connector
 from integrations.llava.checkpoints.model_io import load_model
 from integrations.llava.modeling import set_trainable
 from integrations.llava.modeling.build import build_model
@@ -349,12 +349,12 @@ def test_a_model_of_another_kind_is_refused(llm_folder: Path) -> None:
 def test_an_adapter_holds_fuser_and_projector_exactly(
     small: FusedLlavaForConditionalGeneration, tmp_path: Path
 ) -> None:
-    path = save_adapter(small, ("fuser", "projector"), tmp_path / "stage" / "adapter.safetensors")
+    path = save_connector(small, ("fuser", "projector"), tmp_path / "stage" / "adapter.safetensors")
     expected = {name: tensor.clone() for name, tensor in small.state_dict().items()}
     assert set(load_file(path)) == {name for name in expected if ".fuser." in name or "projector" in name}
     randomise_parameters(small.model.fuser, seed=1)
     randomise_parameters(small.model.multi_modal_projector, seed=1)
-    load_adapter(small, ("fuser", "projector"), path)
+    load_connector(small, ("fuser", "projector"), path)
 
     assert all(torch.equal(tensor, expected[name]) for name, tensor in small.state_dict().items())
 
@@ -362,13 +362,13 @@ def test_an_adapter_holds_fuser_and_projector_exactly(
 def test_an_adapter_that_does_not_fit_is_refused(small: FusedLlavaForConditionalGeneration, tmp_path: Path) -> None:
     path = tmp_path / "adapter.safetensors"
     with pytest.raises(FileNotFoundError, match="run the stage that writes it"):
-        load_adapter(small, ("fuser",), path)
+        load_connector(small, ("fuser",), path)
     path.write_bytes(b"not a safetensors file at all")
     with pytest.raises(ValueError, match="not a whole safetensors file"):
-        load_adapter(small, ("fuser",), path)
-    save_adapter(small, ("projector",), path)
+        load_connector(small, ("fuser",), path)
+    save_connector(small, ("projector",), path)
     with pytest.raises(ValueError, match=r"Missing: model.fuser.*unexpected: model.multi_modal_projector"):
-        load_adapter(small, ("fuser",), path)
+        load_connector(small, ("fuser",), path)
     save_file({"model.multi_modal_projector.linear_1.weight": torch.ones(1)}, path)
     with pytest.raises(ValueError, match=r"of another shape: model.multi_modal_projector.linear_1.weight"):
-        load_adapter(small, ("projector",), path)
+        load_connector(small, ("projector",), path)

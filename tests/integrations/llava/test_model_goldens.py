@@ -13,8 +13,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageTextToText
 
-from integrations.llava.checkpoints import convert, convert_adapter, layout_of
-from integrations.llava.checkpoints.connector import load_adapter
+from integrations.llava.checkpoints import convert, convert_connector, layout_of
+from integrations.llava.checkpoints.connector import load_connector
 from integrations.llava.checkpoints.model_io import load_model
 from integrations.llava.checkpoints.tensors import stored_model, stored_tensors
 from tests.integrations.llava.model_goldens_support import CASES, PROMPTS, RECORDED, Case, Run, recorded_names
@@ -120,12 +120,12 @@ def test_the_converted_goldens_load_with_transformers_too(converted: Path, run: 
 def test_the_stage_1_adapter_of_the_goldens_is_loaded_and_written(suffix: str, converted: Path, tmp_path: Path) -> None:
     (adapter,) = (RECORDED / "stage1_adapter").glob(f"*.{suffix}")
     model = load_model(converted)
-    load_adapter(model, ("fuser", "projector"), adapter)
+    load_connector(model, ("fuser", "projector"), adapter)
     stored = {name: tensor.read() for name, tensor in stored_tensors(adapter).items()}
     assert torch.equal(model.model.fuser.output_scale.scale, stored[f"{FUSER}gamma1"])
     assert torch.equal(model.model.multi_modal_projector.linear_2.bias, stored["model.mm_projector.3.bias"])
-    ours = convert_adapter(adapter, tmp_path / "ours")
-    again = torch.load(convert_adapter(ours, tmp_path / "published", "mmfuser"), weights_only=True)
+    ours = convert_connector(adapter, tmp_path / "ours")
+    again = torch.load(convert_connector(ours, tmp_path / "published", "mmfuser"), weights_only=True)
     assert again.keys() == stored.keys() and all(torch.equal(again[name], stored[name]) for name in stored)
 
 
@@ -172,7 +172,7 @@ def test_the_goldens_checkpoint_without_its_scales_is_refused(
     adapter = tmp_path / "mm_projector.safetensors"
     save_file({name: tensor for name, tensor in weights.items() if "mm_projector" in name}, adapter)
     with pytest.raises(ValueError, match=message):
-        load_adapter(load_model(converted), ("fuser", "projector"), adapter)
+        load_connector(load_model(converted), ("fuser", "projector"), adapter)
 
 
 def test_the_notes_of_the_goldens_agree_with_their_files(goldens: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import io
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +14,7 @@ import torch
 from PIL import Image
 from transformers import AutoImageProcessor, AutoProcessor, LlavaProcessor
 
+from integrations.llava.checkpoints.model_io import load_model
 from integrations.llava.inference.predictor import load_predictor
 from integrations.llava.modeling.processing import LayerfuseImageProcessor, add_image_token
 from layerfuse.preprocessing import CLIP_MEAN, CLIP_STD, Preprocessing
@@ -204,3 +206,17 @@ def test_the_names_of_the_models_inputs_are_those_that_the_processor_returns(run
     processor = AutoProcessor.from_pretrained(run)
     inputs = processor(text="USER: <image> ASSISTANT:", images=PICTURE, return_tensors="pt")
     assert set(inputs) == set(processor.model_input_names)
+
+
+def test_a_processor_made_for_another_backbone_is_refused(run: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(run, tmp_path / "model")
+    file = folder / "processor_config.json"
+    described = json.loads(file.read_text())
+    described["image_processor"]["preprocessing"]["mode"] = "squash"
+    file.write_text(json.dumps(described))
+    load_model(folder)
+
+    described["image_processor"]["preprocessing"]["mean"] = [0.5, 0.5, 0.5]
+    file.write_text(json.dumps(described))
+    with pytest.raises(ValueError, match=r"processor_config.json prepares images with mean \[0.5, 0.5, 0.5\], but the"):
+        load_model(folder)

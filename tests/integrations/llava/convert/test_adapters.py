@@ -8,8 +8,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from integrations.llava.checkpoints import convert, convert_adapter
-from integrations.llava.checkpoints.connector import load_adapter, save_adapter
+from integrations.llava.checkpoints import convert, convert_connector
+from integrations.llava.checkpoints.connector import load_connector, save_connector
 from integrations.llava.checkpoints.model_io import load_model
 from integrations.llava.modeling.model import FusedLlavaForConditionalGeneration
 
@@ -49,7 +49,7 @@ def test_a_published_adapter_is_loaded_into_a_model(
     model = load_model(ours)
     expected = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     forget(model)
-    load_adapter(model, PARTS, file)
+    load_connector(model, PARTS, file)
     for name, tensor in model.state_dict().items():
         assert torch.equal(tensor, expected[name]), name
 
@@ -57,12 +57,12 @@ def test_a_published_adapter_is_loaded_into_a_model(
 def test_a_published_baseline_adapter_is_loaded_into_a_baseline(llava_folder: Path, tmp_path: Path) -> None:
     model = load_model(convert(llava_folder, tmp_path / "ours"))
     expected = model.model.multi_modal_projector.linear_2.weight.clone()
-    adapter = convert_adapter(tmp_path / "ours", tmp_path / "adapter", "llava")
+    adapter = convert_connector(tmp_path / "ours", tmp_path / "adapter", "llava")
     assert sorted(torch.load(adapter)) == [
         f"model.mm_projector.{place}.{kind}" for place in (0, 2) for kind in ("bias", "weight")
     ]
     forget(model)
-    load_adapter(model, PARTS, adapter)
+    load_connector(model, PARTS, adapter)
     assert torch.equal(model.model.multi_modal_projector.linear_2.weight, expected)
 
 
@@ -70,11 +70,11 @@ def test_a_published_baseline_adapter_is_loaded_into_a_baseline(llava_folder: Pa
 def test_an_adapter_is_written_as_the_published_stage_saves_it(
     what: str, published: dict[str, torch.Tensor], ours: Path, mmfuser_folder: Path, tmp_path: Path
 ) -> None:
-    file = save_adapter(load_model(ours), PARTS, tmp_path / "stage" / "adapter.safetensors")
+    file = save_connector(load_model(ours), PARTS, tmp_path / "stage" / "adapter.safetensors")
     places = {"checkpoint": mmfuser_folder, "ours": ours, "file": file, "adapter folder": file.parent}
     # Of another stage, beside the checkpoint.
     assert (mmfuser_folder / "mm_projector.bin").is_file()
-    written = convert_adapter(places[what], tmp_path / "out", "mmfuser")
+    written = convert_connector(places[what], tmp_path / "out", "mmfuser")
     assert written.name == "mm_projector.bin"
     found = torch.load(written, weights_only=True)
     assert sorted(found) == sorted(published)
@@ -83,9 +83,9 @@ def test_an_adapter_is_written_as_the_published_stage_saves_it(
 
 def test_a_published_adapter_becomes_ours(published: dict[str, torch.Tensor], ours: Path, tmp_path: Path) -> None:
     torch.save(published, tmp_path / "mm_projector.bin")
-    written = convert_adapter(tmp_path / "mm_projector.bin", tmp_path / "out")
+    written = convert_connector(tmp_path / "mm_projector.bin", tmp_path / "out")
     model = load_model(ours)
-    expected = save_adapter(model, PARTS, tmp_path / "expected.safetensors")
+    expected = save_connector(model, PARTS, tmp_path / "expected.safetensors")
     assert written.name == "adapter.safetensors"
     found, wanted = load_file(written), load_file(expected)
     assert found.keys() == wanted.keys() and all(torch.equal(found[name], wanted[name]) for name in wanted)
@@ -107,9 +107,9 @@ def test_an_adapter_that_lost_its_scales_is_refused_everywhere(
     before = model.model.fuser.output_scale.scale.clone()
     message = "gamma1 is zero everywhere" if change == "zero" else "lack gamma1, gamma2"
     with pytest.raises(ValueError, match=message):
-        load_adapter(model, PARTS, tmp_path / "mm_projector.bin")
+        load_connector(model, PARTS, tmp_path / "mm_projector.bin")
     with pytest.raises(ValueError, match=message):
-        convert_adapter(tmp_path / "mm_projector.bin", tmp_path / "out")
+        convert_connector(tmp_path / "mm_projector.bin", tmp_path / "out")
     assert torch.equal(model.model.fuser.output_scale.scale, before)
 
 
@@ -119,20 +119,26 @@ def test_adapters_that_do_not_fit_are_refused(
     torch.save(published, tmp_path / "mm_projector.bin")
     baseline = load_model(convert(llava_folder, tmp_path / "baseline"))
     with pytest.raises(ValueError, match=r"does not fit the fuser, projector .* unexpected: model.fuser.cross_attn"):
-        load_adapter(baseline, PARTS, tmp_path / "mm_projector.bin")
+        load_connector(baseline, PARTS, tmp_path / "mm_projector.bin")
     with pytest.raises(ValueError, match="has a fuser, so its adapter has the layout 'mmfuser'"):
-        convert_adapter(ours, tmp_path / "out", "llava")
+        convert_connector(ours, tmp_path / "out", "llava")
     with pytest.raises(ValueError, match="has no fuser, so its adapter has the layout 'llava'"):
-        convert_adapter(tmp_path / "baseline", tmp_path / "out", "mmfuser")
+        convert_connector(tmp_path / "baseline", tmp_path / "out", "mmfuser")
     with pytest.raises(ValueError, match="the layout llava-hf has no adapter files; give one of layerfuse, mmfuser"):
-        convert_adapter(ours, tmp_path / "out", "llava-hf")
+        convert_connector(ours, tmp_path / "out", "llava-hf")
     save_file({"weight": torch.zeros(1)}, tmp_path / "other.safetensors")
     with pytest.raises(ValueError, match="holds neither a fuser nor a projector"):
-        convert_adapter(tmp_path / "other.safetensors", tmp_path / "out")
+        convert_connector(tmp_path / "other.safetensors", tmp_path / "out")
     with pytest.raises(FileNotFoundError, match="holds no weights"):
-        convert_adapter(tmp_path / "nowhere", tmp_path / "out")
+        convert_connector(tmp_path / "nowhere", tmp_path / "out")
 
 
 def test_a_fuser_the_published_code_does_not_have_is_not_written(run_folder: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="published code has only 'mmfuser' over 5 layers"):
-        convert_adapter(run_folder, tmp_path, "mmfuser")
+        convert_connector(run_folder, tmp_path, "mmfuser")
+
+
+def test_the_name_that_0_1_had_for_converting_a_connector_still_does() -> None:
+    with pytest.warns(DeprecationWarning, match="convert_connector"):
+        from integrations.llava.checkpoints import convert_adapter
+    assert convert_adapter is convert_connector

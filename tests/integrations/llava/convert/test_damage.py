@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file
 
-from integrations.llava.checkpoints import convert, convert_adapter, layout_of
+from integrations.llava.checkpoints import convert, convert_connector, layout_of
 from integrations.llava.checkpoints.model_io import load_model
 from integrations.llava.cli.convert import main
 from layerfuse.errors import UserError
@@ -127,23 +127,23 @@ def test_a_target_inside_the_source_leaves_the_source_as_it_was(sources: dict[st
 @pytest.mark.parametrize("place", ["file", "file/below"])
 def test_a_target_that_is_a_file_is_refused(place: str, sources: dict[str, Path], tmp_path: Path) -> None:
     (tmp_path / "file").touch()
-    for convert_it in (convert, convert_adapter):
+    for convert_it in (convert, convert_connector):
         with pytest.raises(UserError, match="file is a file, so .* cannot be a folder"):
             convert_it(sources["mmfuser"], tmp_path / place)
 
 
 def test_an_adapter_is_never_replaced(sources: dict[str, Path], tmp_path: Path) -> None:
     for layout, name in (("layerfuse", "adapter.safetensors"), ("mmfuser", "mm_projector.bin")):
-        written = convert_adapter(sources["mmfuser"], tmp_path / layout, layout)
+        written = convert_connector(sources["mmfuser"], tmp_path / layout, layout)
         before = written.read_bytes()
         with pytest.raises(UserError, match=f"{name} exists already; give another folder"):
-            convert_adapter(sources["layerfuse"], tmp_path / layout, layout)
+            convert_connector(sources["layerfuse"], tmp_path / layout, layout)
         assert written.read_bytes() == before
 
 
 def test_an_adapter_that_is_refused_leaves_no_folder(sources: dict[str, Path], tmp_path: Path) -> None:
     with pytest.raises(UserError, match="has a fuser, so its adapter has the layout 'mmfuser'"):
-        convert_adapter(sources["layerfuse"], tmp_path / "new" / "target", "llava")
+        convert_connector(sources["layerfuse"], tmp_path / "new" / "target", "llava")
     assert not (tmp_path / "new").exists()
 
 
