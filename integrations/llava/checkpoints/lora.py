@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from integrations.llava.modeling import ADAPTER, import_peft, inject_lora, lora_config, lora_weights
+from integrations.llava.modeling import FILE_PREFIX, inject_lora, lora_config, lora_weights
 from layerfuse.errors import InputError, MissingFileError
 from layerfuse.files import atomic_folder
 
@@ -18,8 +18,6 @@ from .tensors import StoredTensor, check_fit, read_json, stored_tensors
 
 __all__ = ["load_lora", "merged_tensors", "save_lora"]
 
-# What PEFT puts in front of a module's name in its files.
-_FILE_PREFIX = "base_model.model."
 _CONFIG, _WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 # Settings under which a weight's change is something else than scale * B @ A.
 _VARIANTS = ("use_dora", "modules_to_save", "rank_pattern", "alpha_pattern", "fan_in_fan_out", "layer_replication")
@@ -39,9 +37,7 @@ def save_lora(model: nn.Module, folder: str | Path) -> Path:
         ValueError: if the model has no adapters.
     """
     config = lora_config(model)
-    weights = {
-        _file_name(name): parameter.detach().cpu().contiguous() for name, parameter in lora_weights(model).items()
-    }
+    weights = {name: parameter.detach().cpu().contiguous() for name, parameter in lora_weights(model).items()}
     learning, config.inference_mode = config.inference_mode, True
     with atomic_folder(folder) as scratch:
         save_file(weights, scratch / _WEIGHTS, metadata={"format": "pt"})
@@ -64,10 +60,8 @@ def load_lora(model: nn.Module, folder: str | Path, *, trainable: bool = False) 
         ImportError: if peft is not installed.
     """
     stored = _stored_adapter(Path(folder))
-    config = import_peft().LoraConfig.from_pretrained(str(folder))
-    config.inference_mode = not trainable
-    inject_lora(model, config)
-    adapters = {_file_name(name): parameter for name, parameter in lora_weights(model).items()}
+    inject_lora(model, Path(folder), trainable=trainable)
+    adapters = lora_weights(model)
     check_fit(
         adapters,
         stored,
@@ -106,7 +100,7 @@ def merged_tensors(tensors: Mapping[str, StoredTensor], folder: str | Path) -> d
     names = sorted({name.rpartition(".lora_")[0] for name in stored})
     for name in names:
         down, up = (stored.get(f"{name}.lora_{side}.weight") for side in "AB")
-        ours = f"{name.removeprefix(_FILE_PREFIX)}.weight"
+        ours = f"{name.removeprefix(FILE_PREFIX)}.weight"
         if ours not in merged or down is None or up is None or merged[ours].shape != (up.shape[0], down.shape[1]):
             faults.append(ours)
             continue
@@ -124,10 +118,6 @@ def _adder(down: StoredTensor, up: StoredTensor, scale: float) -> Any:
         return (weight.float() + change).to(weight.dtype)
 
     return add
-
-
-def _file_name(name: str) -> str:
-    return _FILE_PREFIX + name.replace(f".{ADAPTER}.", ".")
 
 
 def _stored_adapter(folder: Path) -> dict[str, StoredTensor]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -13,7 +14,6 @@ from integrations.llava.modeling import (
     FusedLlavaForConditionalGeneration,
     LayerfuseVisionConfig,
     Quantization,
-    keep_unpackable,
     quantization_config,
 )
 from layerfuse.errors import InputError, MissingFileError
@@ -101,20 +101,15 @@ def load_model(
     config = load_config(folder)
     _check_weights(Path(folder))
     _check_preprocessing(config, Path(folder))
-    model: FusedLlavaForConditionalGeneration
-    if quantize == "none":
-        model = FusedLlavaForConditionalGeneration.from_pretrained(folder, config=config, dtype=dtype)
-        return model.to(device).eval()  # type: ignore[no-any-return, arg-type]
     # Quantised weights cannot be moved afterwards, so they are loaded to where they belong.
-    model = FusedLlavaForConditionalGeneration.from_pretrained(
-        folder,
-        config=config,
-        dtype=dtype,
-        quantization_config=quantization_config(quantize, dtype),
-        device_map={"": device},
+    quantized: dict[str, Any] = {
+        "quantization_config": quantization_config(quantize, dtype),
+        "device_map": {"": device},
+    }
+    model: FusedLlavaForConditionalGeneration = FusedLlavaForConditionalGeneration.from_pretrained(
+        folder, config=config, dtype=dtype, **({} if quantize == "none" else quantized)
     )
-    keep_unpackable(model)
-    return model.eval()
+    return model.eval() if quantize != "none" else model.to(device).eval()  # type: ignore[no-any-return, arg-type]
 
 
 def _check_weights(folder: Path) -> None:

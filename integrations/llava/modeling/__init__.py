@@ -12,7 +12,7 @@ from .build import (
 )
 from .generation import end_answers
 from .language_head import describe_head
-from .lora import ADAPTER, import_peft, inject_lora, lora_config, lora_weights, merge_lora
+from .lora import FILE_PREFIX, inject_lora, lora_config, lora_weights, merge_lora
 from .model import (
     FusedLlavaConfig,
     FusedLlavaForConditionalGeneration,
@@ -21,10 +21,10 @@ from .model import (
 )
 from .parts import count_parameters, learns, part_of, set_trainable
 from .processing import LayerfuseImageProcessor, add_image_token, build_processor
-from .quantization import QUANTIZATIONS, Quantization, keep_unpackable, quantization_config
+from .quantization import QUANTIZATIONS, Quantization, quantization_config
 
 __all__ = [
-    "ADAPTER",
+    "FILE_PREFIX",
     "QUANTIZATIONS",
     "Assembled",
     "FusedLlavaConfig",
@@ -42,9 +42,7 @@ __all__ = [
     "count_parameters",
     "describe_head",
     "end_answers",
-    "import_peft",
     "inject_lora",
-    "keep_unpackable",
     "learns",
     "lora_config",
     "lora_weights",

@@ -6,6 +6,7 @@ Adapters are put into the model in place, so that its class, its names and every
 from __future__ import annotations
 
 import re
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -14,11 +15,13 @@ from torch import nn
 from integrations.llava.config import LoraConfig
 from layerfuse.errors import InputError, MissingPackageError
 
-__all__ = ["ADAPTER", "add_lora", "import_peft", "inject_lora", "lora_config", "lora_weights", "merge_lora"]
+__all__ = ["FILE_PREFIX", "add_lora", "inject_lora", "lora_config", "lora_weights", "merge_lora"]
 
 _LANGUAGE_MODEL = "model.language_model."
-ADAPTER = "default"
-"""Name of the one set of adapters, as PEFT writes it into parameter names."""
+FILE_PREFIX = "base_model.model."
+"""What PEFT puts in front of a module's name in its files."""
+# Name of the one set of adapters, as PEFT writes it into parameter names but not into files.
+_ADAPTER = "default"
 
 
 def add_lora(model: nn.Module, config: LoraConfig) -> None:
@@ -49,7 +52,7 @@ def add_lora(model: nn.Module, config: LoraConfig) -> None:
     names = "|".join(map(re.escape, config.target_modules))
     inject_lora(
         model,
-        import_peft().LoraConfig(
+        _import_peft().LoraConfig(
             r=config.rank,
             lora_alpha=config.alpha,
             lora_dropout=config.dropout,
@@ -83,12 +86,7 @@ def merge_lora(model: nn.Module) -> None:
     del model.peft_config
 
 
-def import_peft() -> ModuleType:
-    """The module `peft`.
-
-    Raises:
-        ImportError: if it is not installed.
-    """
+def _import_peft() -> ModuleType:
     try:
         import peft
     except ImportError as error:
@@ -99,12 +97,13 @@ def import_peft() -> ModuleType:
     return module
 
 
-def inject_lora(model: nn.Module, config: Any) -> None:
+def inject_lora(model: nn.Module, config: Any, *, trainable: bool = True) -> None:
     """Put adapters that a config of peft describes into the model, which is changed in place, in float32.
 
     Args:
         model: the whole model.
-        config: a `peft.LoraConfig`.
+        config: a `peft.LoraConfig`, or the folder that holds one.
+        trainable: whether they learn.
 
     Raises:
         ValueError: if the model has adapters already.
@@ -117,7 +116,11 @@ def inject_lora(model: nn.Module, config: Any) -> None:
         for name, parameter in model.named_parameters()
         if parameter.requires_grad and not name.startswith((_LANGUAGE_MODEL, "lm_head."))
     ]
-    import_peft().inject_adapter_in_model(config, model, adapter_name=ADAPTER)
+    peft = _import_peft()
+    if isinstance(config, str | Path):
+        config = peft.LoraConfig.from_pretrained(str(config))
+    config.inference_mode = not trainable
+    peft.inject_adapter_in_model(config, model, adapter_name=_ADAPTER)
     for parameter in learning:
         parameter.requires_grad_(True)
     for parameter in lora_weights(model).values():
@@ -148,8 +151,9 @@ def _is_adapted(module: nn.Module) -> bool:
 
 
 def lora_weights(model: nn.Module) -> dict[str, nn.Parameter]:
-    """Parameters of the adapters, by their names in the model."""
-    return {name: parameter for name, parameter in model.named_parameters() if ".lora_" in name}
+    """Parameters of the adapters, by the names that PEFT gives them in its files."""
+    weights = {name: parameter for name, parameter in model.named_parameters() if ".lora_" in name}
+    return {FILE_PREFIX + name.replace(f".{_ADAPTER}.", "."): parameter for name, parameter in weights.items()}
 
 
 def lora_config(model: nn.Module) -> Any:
@@ -161,4 +165,4 @@ def lora_config(model: nn.Module) -> Any:
     configs: Any = getattr(model, "peft_config", None)
     if not configs:
         raise InputError("the model has no adapters; add some (add_lora) or load them (load_lora) first.")
-    return configs[ADAPTER]
+    return configs[_ADAPTER]

@@ -46,6 +46,7 @@ from .configuration import FusedLlavaConfig, LayerfuseVisionConfig
 from .generation import GeneratesFromImages, forbid_token
 from .language_head import build_head, text_loss
 from .parts import learns
+from .quantization import keep_unpackable
 
 __all__ = [
     "FusedLlavaConfig",
@@ -83,6 +84,7 @@ class _LoadsWhole(PreTrainedModel):
         if misshapen := info.get("mismatched_keys"):
             draw(model, {key if isinstance(key, str) else key[0] for key in misshapen})
         restore_buffers(model)
+        keep_unpackable(model)
         return (model, info) if output_loading_info else model
 
     def init_weights(self) -> None:

@@ -8,10 +8,7 @@ from torch import nn
 
 from integrations.llava.config import PARTS
 
-__all__ = ["CONNECTOR", "count_parameters", "learns", "part_of", "set_trainable"]
-
-CONNECTOR = ("fuser", "projector")
-"""The parts between backbone and language model."""
+__all__ = ["count_parameters", "learns", "part_of", "set_trainable"]
 
 
 def part_of(name: str) -> str:
