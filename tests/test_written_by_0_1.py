@@ -10,6 +10,7 @@ from __future__ import annotations
 import importlib
 import json
 import shutil
+import warnings
 import zipfile
 from pathlib import Path
 
@@ -61,7 +62,8 @@ def has(module: str, name: str) -> bool:
     place = (
         "integrations.llava.cli.evaluate" if name == "main" and "evaluation" in module else MOVED.get(module, module)
     )
-    return hasattr(importlib.import_module(place), name)
+    with warnings.catch_warnings(category=DeprecationWarning, action="ignore"):
+        return hasattr(importlib.import_module(place), name)
 
 
 def test_an_encoder(expected: dict[str, torch.Tensor]) -> None:

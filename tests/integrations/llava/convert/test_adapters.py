@@ -120,11 +120,11 @@ def test_adapters_that_do_not_fit_are_refused(
     baseline = load_model(convert(llava_folder, tmp_path / "baseline"))
     with pytest.raises(ValueError, match=r"does not fit the fuser, projector .* unexpected: model.fuser.cross_attn"):
         load_connector(baseline, PARTS, tmp_path / "mm_projector.bin")
-    with pytest.raises(ValueError, match="has a fuser, so its adapter has the layout 'mmfuser'"):
+    with pytest.raises(ValueError, match="has a fuser, so its connector has the layout 'mmfuser'"):
         convert_connector(ours, tmp_path / "out", "llava")
-    with pytest.raises(ValueError, match="has no fuser, so its adapter has the layout 'llava'"):
+    with pytest.raises(ValueError, match="has no fuser, so its connector has the layout 'llava'"):
         convert_connector(tmp_path / "baseline", tmp_path / "out", "mmfuser")
-    with pytest.raises(ValueError, match="the layout llava-hf has no adapter files; give one of layerfuse, mmfuser"):
+    with pytest.raises(ValueError, match="the layout llava-hf has no files of connectors; give one of layerfuse"):
         convert_connector(ours, tmp_path / "out", "llava-hf")
     save_file({"weight": torch.zeros(1)}, tmp_path / "other.safetensors")
     with pytest.raises(ValueError, match="holds neither a fuser nor a projector"):

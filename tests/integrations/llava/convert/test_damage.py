@@ -142,7 +142,7 @@ def test_an_adapter_is_never_replaced(sources: dict[str, Path], tmp_path: Path) 
 
 
 def test_an_adapter_that_is_refused_leaves_no_folder(sources: dict[str, Path], tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="has a fuser, so its adapter has the layout 'mmfuser'"):
+    with pytest.raises(UserError, match="has a fuser, so its connector has the layout 'mmfuser'"):
         convert_connector(sources["layerfuse"], tmp_path / "new" / "target", "llava")
     assert not (tmp_path / "new").exists()
 
