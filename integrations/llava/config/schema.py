@@ -49,15 +49,7 @@ class Within:
     above: bool = False
 
     def check(self, name: str, value: float) -> None:
-        """Refuse a number outside the limits, or none at all (NaN).
-
-        Args:
-            name: of what has the value.
-            value: the number.
-
-        Raises:
-            ValueError: naming what is allowed.
-        """
+        """Refuse a number outside the limits, or none at all (NaN), with a ValueError that names what is allowed."""
         if not math.isfinite(value):
             raise InputError(f"{name}={value} is no finite number.")
         if value < self.least or (self.above and value == self.least):
@@ -327,11 +319,7 @@ class Recipe:
             raise InputError("stage pretrain cannot train the llm: only finetune keeps it; remove it from trainable.")
 
     def stage(self, name: str) -> StageConfig:
-        """Look a stage up.
-
-        Raises:
-            ValueError: if there is no such stage.
-        """
+        """Look a stage up; a ValueError if there is none of that name."""
         if name not in STAGES:
             raise InputError(unknown_name_message("stage", name, STAGES))
         return cast(StageConfig, getattr(self, name))

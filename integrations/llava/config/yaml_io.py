@@ -185,9 +185,6 @@ def _anchor(value: Any, folder: Path) -> Any:
 def parse_overrides(arguments: Sequence[str]) -> dict[str, Any]:
     """Read `--section.key value` pairs; several values, or none for a switch, are allowed.
 
-    Args:
-        arguments: what stands on the command line behind the command's own options.
-
     Returns:
         Dotted key -> value: as it stands where the recipe has text there, read as YAML elsewhere. Several values may
         stand apart, or be divided by commas.

@@ -72,14 +72,7 @@ for _tag, _pattern, _first in _PLAIN:
 
 
 def parse_yaml(text: str | bytes, where: str) -> Any:
-    """Read YAML.
-
-    Args:
-        text: UTF-8, or bytes with a mark of their encoding.
-        where: it comes from, for the message.
-
-    Returns:
-        Mappings, lists, text, numbers, truth values, `Word` and None.
+    """Read mappings, lists, text, numbers, truth values, `Word` and None from UTF-8, or bytes that mark their encoding.
 
     Raises:
         ValueError: if it is no YAML, a key stands twice, or its encoding is another one.
@@ -98,12 +91,7 @@ def parse_yaml(text: str | bytes, where: str) -> Any:
 
 
 def read_yaml(path: Path) -> Any:
-    """Read a YAML file.
-
-    Raises:
-        ValueError: as `parse_yaml`.
-        OSError: if it cannot be read.
-    """
+    """Read a YAML file; errors as `parse_yaml`, and OSError if it cannot be read."""
     try:
         content = path.read_bytes()
     except OSError as error:

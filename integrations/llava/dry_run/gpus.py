@@ -49,11 +49,7 @@ GPUS: Mapping[str, Gpu] = {
 
 
 def get_gpu(name: str) -> Gpu:
-    """Look a GPU up.
-
-    Raises:
-        ValueError: if it is not known; the message gives the nearest match and the full list.
-    """
+    """Look a GPU up; a ValueError with the nearest match and the full list if it is not known."""
     if name not in GPUS:
         raise InputError(unknown_name_message("GPU", name, GPUS))
     return GPUS[name]

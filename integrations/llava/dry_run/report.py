@@ -40,14 +40,7 @@ _ASSUMPTIONS = (
 
 
 def render(report: Report) -> str:
-    """Write a dry run out.
-
-    Args:
-        report: from `dry_run`.
-
-    Returns:
-        Text of several tables, lines of at most 110 characters where names allow it.
-    """
+    """Text of several tables about a dry run, lines of at most 110 characters where names allow it."""
     sections = (_model, _parameters, _steps, _compute, _hours, _memory, _data, _assumptions)
     head = f"Dry run of {report.recipe.name} on {report.gpu.name}: an estimate; nothing was trained or downloaded."
     return "\n\n".join([head, *("\n".join(section(report)) for section in sections)]) + "\n"
@@ -58,16 +51,7 @@ def _title(text: str) -> str:
 
 
 def _table(rows: Sequence[Sequence[str]], *, left: int = 1, groups: Sequence[str] = ()) -> Iterator[str]:
-    """Lay rows out in columns.
-
-    Args:
-        rows: heads first.
-        left: columns that are flush left; the others are flush right.
-        groups: titles over the other columns, which they share evenly.
-
-    Yields:
-        Lines.
-    """
+    """Lay rows out in columns, the first few flush left; groups are titles that share the others evenly."""
     if groups:
         widths = column_widths(rows)
         span = (len(widths) - left) // len(groups)

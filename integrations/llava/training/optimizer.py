@@ -26,7 +26,7 @@ def parameter_groups(
         weight_decay: of the parameters that are decayed.
 
     Returns:
-        Non-empty groups for a torch optimizer; `names` lists the parameters of each.
+        Groups for a torch optimizer, none empty; `names` lists the parameters of each.
     """
     norms = {
         f"{path}.{name}"

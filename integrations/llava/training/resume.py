@@ -129,7 +129,7 @@ def _whole(tensors: Mapping[str, torch.Tensor], *, keep: bool) -> dict[str, torc
 
 
 def load_trained(model: nn.Module, state: Mapping[str, torch.Tensor]) -> None:
-    """Put what `trained_state` gathered into a plain model that trains the same parameters.
+    """Copy the weights that `trained_state` gathered into a plain model that trains the same parameters.
 
     Raises:
         ValueError: if it trains others; all names are listed.
@@ -142,12 +142,7 @@ def load_trained(model: nn.Module, state: Mapping[str, torch.Tensor]) -> None:
 
 
 def load_state(model: nn.Module, optimizer: Optimizer, folder: Path) -> None:
-    """Read what `save_state` wrote, into a model that may be sharded in another way.
-
-    Args:
-        model: changed in place.
-        optimizer: changed in place.
-        folder: the checkpoint.
+    """Read the files of `save_state` into a model and its optimizer, which may be sharded in another way.
 
     Raises:
         ValueError: if the files do not hold exactly the trained parameters of this model; all names are listed.

@@ -128,10 +128,7 @@ def start_deaf(prepare: Callable[[int], None] | None, worker: int) -> None:
     """Let a process that loads data leave requests to stop to the process that trains.
 
     A scheduler's signal reaches them all, as Ctrl-C does, and a run whose loaders died could not finish its step.
-
-    Args:
-        prepare: the loader's own `worker_init_fn`, which is called too.
-        worker: number of the process.
+    `prepare` is the loader's own `worker_init_fn`.
     """
     for number in _SIGNALS:
         signal.signal(number, signal.SIG_IGN)

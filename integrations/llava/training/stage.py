@@ -291,20 +291,17 @@ def stage_trainer(
     callbacks: Sequence[TrainerCallback] = (),
     report_to: Sequence[str] = (),
 ) -> LlavaTrainer:
-    """Build the trainer of a stage.
+    """Build the trainer of a stage, with its log.
 
     Args:
         assembled: the model as the stage trains it.
         config: of the stage.
-        samples: checked.
+        samples: without those that cannot be used.
         lengths: of the samples, where batches are grouped by them.
         folder: of the stage, inside the run's.
         num_processes: how many share the run.
-        callbacks: called before the run's log.
-        report_to: transformers' names of the reporters that the log tells, too.
-
-    Returns:
-        The trainer, which has not begun.
+        callbacks: called before the log, which may find that they have asked for a checkpoint.
+        report_to: transformers' names of the reporters that the log tells.
     """
     model, tokenizer = assembled.model, assembled.tokenizer
     dataset = ConversationDataset(

@@ -259,13 +259,7 @@ class LlavaTrainer(CheckpointingTrainer):
 def training_arguments(
     config: StageConfig, folder: Path, model: FusedLlavaForConditionalGeneration, num_processes: int
 ) -> TrainingArguments:
-    """Write a stage down as transformers' TrainingArguments.
-
-    Args:
-        config: of the stage.
-        folder: of the stage; not written to.
-        model: may be on the meta device; an engine asks it for its blocks.
-        num_processes: how many share the run.
+    """Write a stage down as transformers' TrainingArguments; the model, which an engine asks, may be on meta.
 
     Raises:
         ValueError, ImportError: what transformers does not take.
