@@ -13,17 +13,7 @@ __all__ = ["as_device", "as_dtype"]
 
 
 def as_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
-    """Return the torch dtype that a user means.
-
-    Args:
-        dtype: a floating dtype of torch or its name; None and "auto" ask for none.
-
-    Returns:
-        The dtype, or None to leave weights as they are.
-
-    Raises:
-        ValueError: if it is none, or not floating.
-    """
+    """Return the floating dtype that a user means; None for None and "auto", which leave weights as they are."""
     found = getattr(torch, dtype, dtype) if isinstance(dtype, str) and dtype != "auto" else dtype
     if found is None or found == "auto":
         return None
@@ -35,14 +25,11 @@ def as_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
 def as_device(
     device: torch.device | str | None, device_map: Mapping[str, Any] | torch.device | str | None = None
 ) -> torch.device | None:
-    """Return the one device that all weights go to.
+    """Return the one device that all weights go to; None leaves them where they are.
 
     Args:
         device: a device of torch or its name, or None.
         device_map: the same in transformers' words, also as ``{"": device}``.
-
-    Returns:
-        The device, or None to leave weights where they are.
 
     Raises:
         ValueError: if both are given, it is no device, or a map names several.

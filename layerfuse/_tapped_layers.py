@@ -38,14 +38,11 @@ def record_layer(
     Args:
         layer: its number.
         value: (B, P + N, C), or a tuple that begins with it.
-        module: the block that put it out, or that it enters.
+        module: the block that returned it, or that it enters.
         args: the block's arguments.
         copied: hand over a copy.
-        wanted: it is to be handed over; else it is only to be compared with what the next block receives.
+        wanted: it is to be handed over; else it is only compared with the input of the next block.
         grad_at_start: whether gradients were on when the call began.
-
-    Returns:
-        The record.
 
     Raises:
         TapError: if there is no tensor.

@@ -44,15 +44,7 @@ __all__ = [
 
 
 def split_prefix(hidden: torch.Tensor, num_prefix_tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Split a block's output into prefix and patch tokens, as views.
-
-    Args:
-        hidden: (B, P + N, C).
-        num_prefix_tokens: P.
-
-    Returns:
-        (B, P, C) prefix tokens and (B, N, C) patch tokens.
-    """
+    """Split hidden states (B, P + N, C) into prefix tokens (B, P, C) and patch tokens (B, N, C), as views."""
     return hidden[:, :num_prefix_tokens], hidden[:, num_prefix_tokens:]
 
 

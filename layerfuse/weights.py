@@ -115,11 +115,7 @@ def save_weights(module: nn.Module, weights: Mapping[str, torch.Tensor], path: P
 
 
 def load_weights(module: nn.Module, path: Path) -> None:
-    """Load a file of weights into a module, each in the dtype it was stored in.
-
-    Args:
-        module: changed in place.
-        path: as `save_weights` wrote it.
+    """Load a file that `save_weights` wrote into a module, in place, each weight in the dtype it was stored in.
 
     Raises:
         ValueError: if the file is damaged, or its names or shapes are not the module's.

@@ -82,16 +82,7 @@ def create_backbone(
 
 
 def named_once(function: str, model: object, held: object) -> tuple[object, object]:
-    """Join family and name where they are given apart, as version 0.1 took them.
-
-    Args:
-        function: that was called, for the warning.
-        model: its first argument.
-        held: its second argument.
-
-    Returns:
-        Both, where the second is never a name.
-    """
+    """Join family and name where they are given apart, as version 0.1 took them; the second is never a name then."""
     if held is not None and not isinstance(model, str):
         raise InvalidTypeError(
             f"{function} takes one model; the first of two arguments names its family, got a {type(model).__name__}."

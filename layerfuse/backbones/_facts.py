@@ -41,16 +41,13 @@ class BackboneFacts:
 
 
 def grid_of(size: tuple[int, int], patch_size: tuple[int, int], *, native: tuple[int, int], any_size: bool) -> Grid:
-    """Return the grid of patches of an image.
+    """Return the grid (H, W), in patches, of an image of a size in pixels.
 
     Args:
-        size: its (height, width), in pixels.
-        patch_size: (height, width), in pixels.
-        native: size of the model, in pixels.
+        size: (height, width) of the image.
+        patch_size: (height, width) of a patch.
+        native: (height, width) that the model was built for.
         any_size: whether it takes every multiple of the patch size.
-
-    Returns:
-        (H, W), in patches.
 
     Raises:
         ValueError: if the model cannot take that size.
@@ -78,13 +75,7 @@ def grid_of(size: tuple[int, int], patch_size: tuple[int, int], *, native: tuple
 
 
 def as_pair(size: int | Sequence[int]) -> tuple[int, int]:
-    """Return an edge, or (height, width), as (height, width).
-
-    Args:
-        size: one or two numbers.
-
-    Returns:
-        (height, width).
+    """Return a size, given as one edge or as (height, width) in pixels, as (height, width).
 
     Raises:
         ValueError: if there are more or fewer than two numbers, or one is not positive.
@@ -96,14 +87,7 @@ def as_pair(size: int | Sequence[int]) -> tuple[int, int]:
 
 
 def checked_multiple(image_size: tuple[int, int], patch_size: tuple[int, int]) -> tuple[int, int]:
-    """Return a size that a model is to be resized to, if it is a multiple of the patch size.
-
-    Args:
-        image_size: (height, width), in pixels.
-        patch_size: (height, width), in pixels.
-
-    Returns:
-        The size.
+    """Return a size (height, width) that a model is to be resized to.
 
     Raises:
         ValueError: if it is no multiple of the patch size; the message gives the nearest one.

@@ -14,12 +14,7 @@ __all__ = ["check_images", "check_tokens", "find_patch_embedding"]
 
 
 def find_patch_embedding(model: nn.Module, blocks: str, patch_size: tuple[int, int]) -> tuple[str, int | None]:
-    """Find the module that the images meet first.
-
-    Args:
-        model: any Vision Transformer.
-        blocks: dotted path of its block list, in which the patch embedding does not lie.
-        patch_size: (height, width), in pixels.
+    """Find the module that the images meet first, which does not lie in the block list.
 
     Returns:
         Its dotted path (that of the model itself, ``""``, if none is found), and the number of image channels that it

@@ -57,15 +57,7 @@ def timm_facts(model: Any, *, path: str = "") -> BackboneFacts:
 
 
 def resize_timm_model(model: nn.Module, facts: BackboneFacts, image_size: tuple[int, int]) -> BackboneFacts:
-    """Make a timm model take another size, with timm's own resampling of position embeddings.
-
-    Args:
-        model: changed in place.
-        facts: of the model so far.
-        image_size: (height, width) in pixels.
-
-    Returns:
-        The new facts.
+    """Make a timm model take another size, with timm's own resampling of position embeddings, and return its new facts.
 
     Raises:
         ValueError: if the size is no multiple of the patch size, or the model cannot be resized.
@@ -103,12 +95,7 @@ def _geometry(model: Any) -> tuple[tuple[int, int], tuple[int, int], bool]:
 
 
 def preprocessing_of(config: Mapping[str, Any], size: tuple[int, int]) -> Preprocessing:
-    """Translate timm's data config.
-
-    Args:
-        config: as ``timm.data.resolve_model_data_config`` gives it.
-        size: (height, width) in pixels.
-    """
+    """Translate the config that ``timm.data.resolve_model_data_config`` gives, for images of a size in pixels."""
     return Preprocessing(
         size=size,
         mean=tuple(config["mean"]),
