@@ -62,7 +62,8 @@ def has(module: str, name: str) -> bool:
     place = (
         "integrations.llava.cli.evaluate" if name == "main" and "evaluation" in module else MOVED.get(module, module)
     )
-    with warnings.catch_warnings(category=DeprecationWarning, action="ignore"):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
         return hasattr(importlib.import_module(place), name)
 
 
