@@ -87,6 +87,21 @@ def test_public_modules_define_all_and_it_is_true() -> None:
     assert_none(offenders(check, LIBRARY), "public names stand in __all__:")
 
 
+# Every command has its `main`; dry_run's `render` is a public name of 0.1.
+SHARED_NAMES = {"main", "render"}
+
+
+def test_no_two_public_classes_or_functions_have_one_name() -> None:
+    places: dict[str, list[str]] = {}
+    for source in sources("integrations/llava", "tools"):
+        for node in source.tree.body:
+            if isinstance(node, ast.ClassDef | ast.FunctionDef) and not node.name.startswith("_"):
+                places.setdefault(node.name, []).append(source.relative)
+    assert len(places) > 200
+    twice = [f"{name}: {', '.join(files)}" for name, files in places.items() if len(files) > 1]
+    assert_none([line for line in twice if line.partition(":")[0] not in SHARED_NAMES], "rename one of:")
+
+
 def _imported(tree: ast.Module) -> set[str]:
     return {
         (alias.asname or alias.name).partition(".")[0]

@@ -11,7 +11,7 @@ from pathlib import Path
 from integrations.llava.synthetic import BACKBONE_FOLDER
 from layerfuse.errors import UserError
 
-from .make import PARTS, make_assets
+from .make import ASSETS, make_assets
 
 __all__ = ["main"]
 
@@ -23,7 +23,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         description="Pretrain the embedded backbone and language model; minutes to hours on 2 CPU cores.",
     )
     parser.add_argument("--output", type=Path, default=BACKBONE_FOLDER.parent, help="folder (default: the package's)")
-    parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS, help="what to make (default: both)")
+    parser.add_argument("--parts", nargs="+", choices=ASSETS, default=ASSETS, help="what to make (default: both)")
     arguments = parser.parse_args(argv)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     try:

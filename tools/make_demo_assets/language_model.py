@@ -23,12 +23,18 @@ from transformers import AttentionInterface, LlamaConfig, LlamaForCausalLM, PreT
 
 from integrations.llava.prompts import IGNORE_INDEX
 from integrations.llava.synthetic.captions import DENSE_CAPTION_PROMPT, dense_caption
-from integrations.llava.synthetic.questions import CAPTION_PROMPT, Question, caption, conversation, questions_of_kind
+from integrations.llava.synthetic.questions import (
+    CAPTION_PROMPT,
+    SceneQuestion,
+    caption,
+    conversation,
+    questions_of_kind,
+)
 from integrations.llava.synthetic.scene import sample_scene
 
 from .tokenizer import CELL_WORDS, build_tokenizer, cell_description
 from .training import deterministic, make_optimizer, make_schedule
-from .writing import Sample, SceneWriter, embed_written, stands_for_image
+from .writing import SceneWriter, WrittenScene, embed_written, stands_for_image
 
 __all__ = ["LanguageModelRecipe", "Phase", "pretrain_language_model"]
 
@@ -116,11 +122,11 @@ def pretrain_language_model(folder: str | Path, recipe: LanguageModelRecipe | No
     writer.tokenizer.save_pretrained(folder)
 
 
-def _turns(questions: Sequence[Question]) -> list[tuple[str, str]]:
+def _turns(questions: Sequence[SceneQuestion]) -> list[tuple[str, str]]:
     return [(question.text, question.answer) for question in questions]
 
 
-def _pool(recipe: LanguageModelRecipe, writer: SceneWriter, name: str) -> list[Sample]:
+def _pool(recipe: LanguageModelRecipe, writer: SceneWriter, name: str) -> list[WrittenScene]:
     """Write the samples of a pool, sorted by length."""
     if name == "boxes":
         samples = _about_boxes(recipe, writer)
@@ -130,7 +136,7 @@ def _pool(recipe: LanguageModelRecipe, writer: SceneWriter, name: str) -> list[S
     return sorted(samples, key=lambda sample: len(sample.input_ids))
 
 
-def _about_scenes(recipe: LanguageModelRecipe, writer: SceneWriter, *, dense_every: int) -> Iterator[Sample]:
+def _about_scenes(recipe: LanguageModelRecipe, writer: SceneWriter, *, dense_every: int) -> Iterator[WrittenScene]:
     """Write training scenes: dense captions in template `plain`, conversations in `v1` and `brief`."""
     for index in tqdm(range(recipe.num_samples), desc="llm: scenes", disable=None):
         rng = np.random.default_rng([recipe.seed, index])
@@ -144,7 +150,7 @@ def _about_scenes(recipe: LanguageModelRecipe, writer: SceneWriter, *, dense_eve
         yield writer.write(scene, turns, "v1" if index % 5 < 2 else "brief")
 
 
-def _about_boxes(recipe: LanguageModelRecipe, writer: SceneWriter) -> Iterator[Sample]:
+def _about_boxes(recipe: LanguageModelRecipe, writer: SceneWriter) -> Iterator[WrittenScene]:
     """Write training scenes with a question for every box."""
     for index in tqdm(range(recipe.num_samples // 4), desc="llm: boxes", disable=None):
         rng = np.random.default_rng([recipe.seed, index, 1])
@@ -264,7 +270,7 @@ def _train(recipe: LanguageModelRecipe, writer: SceneWriter) -> LlamaForCausalLM
     """Run the phases of language modelling, with a loss on answers only, and return the trained model."""
     AttentionInterface.register(_ATTENTION, _causal_attention)
     model = _build(recipe, writer.tokenizer)
-    pools: dict[str, list[Sample]] = {}
+    pools: dict[str, list[WrittenScene]] = {}
     for number, phase in enumerate(recipe.phases):
         if number:
             # Phases hand over in the precision that weights are stored in, so that each can be run by itself.
@@ -291,7 +297,7 @@ def _run_phase(
     recipe: LanguageModelRecipe,
     phase: Phase,
     writer: SceneWriter,
-    samples: Sequence[Sample],
+    samples: Sequence[WrittenScene],
 ) -> None:
     """Train for one phase."""
     num_steps = phase.num_steps
@@ -327,13 +333,13 @@ def _run_phase(
             _LOG.info("step %d: loss %.3f, answer tokens right %.1f%%", step, loss.item(), 100 * right)
 
 
-def _batch(samples: Sequence[Sample], size: int) -> Sequence[Sample]:
+def _batch(samples: Sequence[WrittenScene], size: int) -> Sequence[WrittenScene]:
     """Draw neighbours from samples sorted by length, so that little is padded."""
     start = int(torch.randint(len(samples) - size + 1, ()))
     return samples[start : start + size]
 
 
-def _collate(samples: Sequence[Sample]) -> tuple[torch.Tensor, torch.Tensor]:
+def _collate(samples: Sequence[WrittenScene]) -> tuple[torch.Tensor, torch.Tensor]:
     """Pad samples on the right: ids (B, T) and labels (B, T)."""
     length = max(len(sample.input_ids) for sample in samples)
     input_ids = torch.zeros(len(samples), length, dtype=torch.long)

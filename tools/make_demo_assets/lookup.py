@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from transformers import AutoTokenizer, LlamaForCausalLM
 
-from integrations.llava.synthetic.questions import KINDS, Question, questions_of_kind
+from integrations.llava.synthetic.questions import KINDS, SceneQuestion, questions_of_kind
 from integrations.llava.synthetic.scene import sample_scene
 
 from .writing import SceneWriter, embed_written
@@ -55,7 +55,7 @@ def answer_accuracy(
     return {kind: float(np.mean(right[kind])) for kind in KINDS}
 
 
-def is_right(answer: str, question: Question) -> bool:
+def is_right(answer: str, question: SceneQuestion) -> bool:
     """Score one answer: exact for words, intersection over union > 0.5 for boxes."""
     answer = answer.strip()
     if question.box is None:

@@ -21,11 +21,11 @@ from .language_model import LanguageModelRecipe, pretrain_language_model
 from .lookup import answer_accuracy
 from .probing import probe_layers
 
-__all__ = ["PARTS", "AssetsRecipe", "make_assets"]
+__all__ = ["ASSETS", "AssetsRecipe", "make_assets"]
 
 _LOG = logging.getLogger(__name__)
 
-PARTS = ("backbone", "llm")
+ASSETS = ("backbone", "llm")
 
 
 @dataclass(frozen=True)
@@ -44,26 +44,26 @@ class AssetsRecipe:
 def make_assets(
     folder: str | Path,
     *,
-    parts: Sequence[str] = PARTS,
+    parts: Sequence[str] = ASSETS,
     recipe: AssetsRecipe | None = None,
 ) -> Path:
     """Pretrain the embedded models and measure them.
 
     Args:
         folder: receives `backbone/`, `llm/` and, for each, `<part>.json`: recipe, seconds and measured numbers.
-        parts: which of `PARTS` to make.
+        parts: which of `ASSETS` to make.
         recipe: how; None takes the recipes that made the weights in this folder.
 
     Returns:
         The folder.
 
     Raises:
-        ValueError: if a part is not one of `PARTS`.
+        ValueError: if a part is not one of `ASSETS`.
         FileExistsError: if the folder holds a part that this function did not make; said before anything is trained.
     """
-    unknown = [part for part in parts if part not in PARTS]
+    unknown = [part for part in parts if part not in ASSETS]
     if unknown:
-        raise InputError(f"assets have no part {', '.join(unknown)}; known: {', '.join(PARTS)}")
+        raise InputError(f"assets have no part {', '.join(unknown)}; known: {', '.join(ASSETS)}")
     recipe = recipe or AssetsRecipe()
     folder = Path(folder)
     makers: Mapping[str, tuple[Callable[[Path], None], object]] = {

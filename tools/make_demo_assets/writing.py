@@ -19,8 +19,8 @@ from integrations.llava.synthetic.scene import GRID, Scene
 from .tokenizer import CELL_WORDS, IMAGE_TOKEN
 
 __all__ = [
-    "Sample",
     "SceneWriter",
+    "WrittenScene",
     "embed_written",
     "place_codes",
     "stands_for_image",
@@ -28,7 +28,7 @@ __all__ = [
 
 
 @dataclass(frozen=True)
-class Sample:
+class WrittenScene:
     """A scene and its conversation as tokens.
 
     Attributes:
@@ -54,7 +54,7 @@ class SceneWriter:
         self.cell_ids: dict[str, int] = {word: vocabulary[word] for word in CELL_WORDS}
         self._encoder = TextEncoder(tokenizer)
 
-    def write(self, scene: Scene, turns: Sequence[tuple[str, str]], template: str) -> Sample:
+    def write(self, scene: Scene, turns: Sequence[tuple[str, str]], template: str) -> WrittenScene:
         """Write a scene and a conversation about it.
 
         Args:
@@ -78,7 +78,7 @@ class SceneWriter:
 
     def _write(
         self, scene: Scene, messages: Sequence[Mapping[str, str]], template: str, *, answer_next: bool = False
-    ) -> Sample:
+    ) -> WrittenScene:
         """Render messages and put the scene's cell words in place of the image token."""
         rendered = render(
             messages,
@@ -91,7 +91,7 @@ class SceneWriter:
         input_ids, labels = rendered.input_ids, rendered.labels
         cells = [self.cell_ids[word] for word in scene_words(scene)]
         place = input_ids.index(self.image_token_id)
-        return Sample(
+        return WrittenScene(
             input_ids[:place] + cells + input_ids[place + 1 :],
             labels[:place] + [IGNORE_INDEX] * len(cells) + labels[place + 1 :],
         )

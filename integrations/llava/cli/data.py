@@ -17,8 +17,8 @@ from integrations.llava.data.doctor import (
     clean_path,
     findings_table,
     lines_path,
-    report,
     sources_table,
+    survey_report,
     survey_samples,
     verdict,
     write_clean,
@@ -98,7 +98,7 @@ def _check(arguments: argparse.Namespace) -> int:
     if arguments.report is not None:
         settings = {name: str(value) if isinstance(value, Path) else value for name, value in vars(arguments).items()}
         with atomic_file(arguments.report) as file:
-            file.write(json.dumps(report(found, settings), indent=1).encode())
+            file.write(json.dumps(survey_report(found, settings), indent=1).encode())
         print(f"report: {arguments.report}")
     if found.problems and not arguments.fix:
         print(f"--fix writes the samples that can be used to {target}")

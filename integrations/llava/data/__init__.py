@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from .collate import Collator
 from .dataset import BadSampleError, ConversationDataset
-from .doctor import Finding, Survey, check_samples, survey_samples, usable_indices, usable_samples
+from .doctor import Survey, survey_samples, usable_indices
+from .doctor.findings import Finding
+from .doctor.policy import check_samples, usable_samples
 from .files import SampleFile, Selection, read_samples, sample_lengths, select_samples
 from .images import read_image, read_image_size
 from .media_names import is_outside, linked_media, unread_media

@@ -151,20 +151,8 @@ class Selection(Sequence[Sample]):
         return self.samples[int(self.indices[index])]
 
 
-def read_samples(path: str | Path) -> SampleFile:
-    """Open a json or jsonl file.
-
-    Args:
-        path: the file; one sample a line, or one list.
-
-    Returns:
-        The samples, a sequence that parses them when they are asked for.
-
-    Raises:
-        FileNotFoundError: if there is no such file.
-        ValueError: if it is not JSON, or holds no samples.
-    """
-    return SampleFile(path)
+read_samples = SampleFile
+"""The call by which a json or jsonl file of samples is opened."""
 
 
 def select_samples(samples: Sequence[Sample], indices: Sequence[int] | np.ndarray) -> Sequence[Sample]:

@@ -16,7 +16,7 @@ from layerfuse.errors import InputError
 
 from .encoder import LONG_TEXT, TextEncoder
 from .templates import IGNORE_INDEX, IMAGE_TAG, Message, Template
-from .turns import in_order, split_at_images, without_greeting
+from .turns import alternate, split_at_images, without_greeting
 
 __all__ = ["Rendered", "render"]
 
@@ -138,7 +138,7 @@ def render(
         ValueError: if the turns do not alternate, or the template cannot write them.
     """
     messages = without_greeting(messages)
-    if not in_order(messages):
+    if not alternate(messages):
         raise InputError(
             f"the turns of a conversation are {[message['from'] for message in messages]}; they have to alternate "
             "between 'human' and 'gpt' and begin with 'human'."

@@ -7,7 +7,7 @@ from typing import TypeGuard
 
 from .templates import IMAGE_TAG, Message
 
-__all__ = ["FORM", "count_image_tags", "in_order", "is_turn", "split_at_images", "without_greeting"]
+__all__ = ["FORM", "alternate", "count_image_tags", "is_turn", "split_at_images", "without_greeting"]
 
 _ROLES = ("human", "gpt")
 FORM = "{'from': 'human' | 'gpt', 'value': text}"
@@ -24,8 +24,8 @@ def without_greeting(messages: Sequence[Message]) -> Sequence[Message]:
     return messages[1:] if messages and messages[0]["from"] == "gpt" else messages
 
 
-def in_order(messages: Sequence[Message]) -> bool:
-    """Whether there are turns, and they alternate, the human's first."""
+def alternate(messages: Sequence[Message]) -> bool:
+    """Whether turns alternate, the human's first; no turns at all do not."""
     return bool(messages) and all(message["from"] == _ROLES[index % 2] for index, message in enumerate(messages))
 
 

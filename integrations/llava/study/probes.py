@@ -9,7 +9,7 @@ import torch
 
 from integrations.llava.config import ModelConfig
 from integrations.llava.modeling import FusedLlavaForConditionalGeneration
-from integrations.llava.synthetic import CHARACTERS, COLORS, GRID, SHAPES, Scene, render, scene_at
+from integrations.llava.synthetic import CHARACTERS, COLORS, GRID, SHAPES, Scene, draw_scene, scene_at
 from layerfuse.analysis import probe_layers
 from layerfuse.backbones import Backbone, create_backbone
 from layerfuse.features import FeatureMaps
@@ -107,7 +107,7 @@ def probe_text(
     }
     maps: dict[str, list[FeatureMaps]] = {}
     for split, own in scenes.items():
-        images = backbone.preprocessing.batch([render(scene) for scene in own])
+        images = backbone.preprocessing.batch([draw_scene(scene) for scene in own])
         fused = [_fused(model, images) for model in models.values()]
         maps[split] = [_features(backbone, images), *fused]
     probes = []

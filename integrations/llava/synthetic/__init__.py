@@ -10,7 +10,7 @@ from pathlib import Path
 
 from .dataset import make_dataset, scene_at
 from .questions import KINDS
-from .rendering import render
+from .rendering import draw_scene
 from .scene import CHARACTERS, COLORS, GRID, SHAPES, Scene
 
 __all__ = [
@@ -22,8 +22,8 @@ __all__ = [
     "LLM_FOLDER",
     "SHAPES",
     "Scene",
+    "draw_scene",
     "make_dataset",
-    "render",
     "scene_at",
 ]
 

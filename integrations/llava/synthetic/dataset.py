@@ -24,8 +24,8 @@ from layerfuse.files import atomic_folder
 
 from .captions import DENSE_CAPTION_PROMPT, dense_caption
 from .photographs import SPLITS
-from .questions import KINDS, Question, conversation, questions_of_kind
-from .rendering import render
+from .questions import KINDS, SceneQuestion, conversation, questions_of_kind
+from .rendering import draw_scene
 from .scene import Scene, sample_scene
 
 __all__ = ["make_dataset", "scene_at"]
@@ -147,7 +147,7 @@ def _images(folder: Path, split: str, count: int, seed: int) -> Iterator[tuple[i
     for index in tqdm(range(count), desc=f"{split} images", disable=None):
         scene = scene_at(seed, split, index)
         name = _image_name(split, index)
-        render(scene).save(folder / _IMAGES / name)
+        draw_scene(scene).save(folder / _IMAGES / name)
         yield index, name, scene
 
 
@@ -160,7 +160,7 @@ def _record(index: int, image: str, turns: list[tuple[str, str]]) -> dict[str, A
     return {"id": f"{index:06d}", "image": image, "conversations": conversations}
 
 
-def _one_of_each(scene: Scene, rng: np.random.Generator) -> Iterator[Question]:
+def _one_of_each(scene: Scene, rng: np.random.Generator) -> Iterator[SceneQuestion]:
     """Draw one question of every kind that the scene has one for."""
     for kind in KINDS:
         candidates = questions_of_kind(scene, kind)
@@ -168,7 +168,7 @@ def _one_of_each(scene: Scene, rng: np.random.Generator) -> Iterator[Question]:
             yield candidates[int(rng.integers(len(candidates)))]
 
 
-def _row(number: int, image: str, question: Question) -> dict[str, Any]:
+def _row(number: int, image: str, question: SceneQuestion) -> dict[str, Any]:
     """Return one line of LLaVA's evaluation format, with kind and answer; boxes as four numbers."""
     answer: str | list[float] = question.answer if question.box is None else list(question.box)
     return {"question_id": number, "image": image, "text": question.text, "kind": question.kind, "answer": answer}

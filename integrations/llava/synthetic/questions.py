@@ -17,13 +17,13 @@ from layerfuse.errors import InputError
 
 from .scene import SHAPES, Scene, SceneObject
 
-__all__ = ["CAPTION_PROMPT", "KINDS", "Question", "caption", "conversation", "format_box", "questions_of_kind"]
+__all__ = ["CAPTION_PROMPT", "KINDS", "SceneQuestion", "caption", "conversation", "format_box", "questions_of_kind"]
 
 CAPTION_PROMPT = "Describe the image."
 
 
 @dataclass(frozen=True)
-class Question:
+class SceneQuestion:
     """A question about one scene.
 
     Attributes:
@@ -50,40 +50,40 @@ def caption(scene: Scene) -> str:
     return f"{scene.photograph} in the background, {', '.join(items)}, the text {scene.text.string}"
 
 
-def _ocr(scene: Scene) -> list[Question]:
-    return [Question("ocr", "What does the text say?", scene.text.string)]
+def _ocr(scene: Scene) -> list[SceneQuestion]:
+    return [SceneQuestion("ocr", "What does the text say?", scene.text.string)]
 
 
-def _counting(scene: Scene) -> list[Question]:
+def _counting(scene: Scene) -> list[SceneQuestion]:
     counts = Counter(item.shape for item in scene.objects)
-    questions = [Question("counting", "How many objects are there?", str(len(scene.objects)))]
+    questions = [SceneQuestion("counting", "How many objects are there?", str(len(scene.objects)))]
     for shape in SHAPES:
         plural = f"{shape}es" if shape.endswith("s") else f"{shape}s"
-        questions.append(Question("counting", f"How many {plural} are there?", str(counts[shape])))
+        questions.append(SceneQuestion("counting", f"How many {plural} are there?", str(counts[shape])))
     return questions
 
 
-def _color(scene: Scene) -> list[Question]:
+def _color(scene: Scene) -> list[SceneQuestion]:
     # "the circle" names an object only where there is one circle.
     counts = Counter(item.shape for item in scene.objects)
     single = [item for item in scene.objects if counts[item.shape] == 1]
-    return [Question("color", f"What color is the {item.shape}?", item.color) for item in single]
+    return [SceneQuestion("color", f"What color is the {item.shape}?", item.color) for item in single]
 
 
-def _shape(scene: Scene) -> list[Question]:
-    return [Question("shape", f"What shape is the {item.color} object?", item.shape) for item in scene.objects]
+def _shape(scene: Scene) -> list[SceneQuestion]:
+    return [SceneQuestion("shape", f"What shape is the {item.color} object?", item.shape) for item in scene.objects]
 
 
-def _box(scene: Scene) -> list[Question]:
+def _box(scene: Scene) -> list[SceneQuestion]:
     return [_where(item) for item in scene.objects]
 
 
-def _where(item: SceneObject) -> Question:
+def _where(item: SceneObject) -> SceneQuestion:
     text = f"Where is the {item.color} {item.shape}?"
-    return Question("box", text, format_box(item.box), item.box)
+    return SceneQuestion("box", text, format_box(item.box), item.box)
 
 
-_BY_KIND: dict[str, Callable[[Scene], list[Question]]] = {
+_BY_KIND: dict[str, Callable[[Scene], list[SceneQuestion]]] = {
     "ocr": _ocr,
     "counting": _counting,
     "color": _color,
@@ -98,7 +98,7 @@ QUESTIONS_PER_IMAGE: Mapping[str, int] = MappingProxyType({"ocr": 1, "counting":
 """Most questions of each kind in one training conversation."""
 
 
-def questions_of_kind(scene: Scene, kind: str) -> list[Question]:
+def questions_of_kind(scene: Scene, kind: str) -> list[SceneQuestion]:
     """Return every question of a kind that the scene answers without ambiguity; may be empty for `color`.
 
     Raises:
@@ -109,9 +109,9 @@ def questions_of_kind(scene: Scene, kind: str) -> list[Question]:
     return _BY_KIND[kind](scene)
 
 
-def conversation(scene: Scene, rng: np.random.Generator) -> list[Question]:
+def conversation(scene: Scene, rng: np.random.Generator) -> list[SceneQuestion]:
     """Draw the questions of one training conversation: up to ten, of all kinds, in random order."""
-    chosen: list[Question] = []
+    chosen: list[SceneQuestion] = []
     for kind, most in QUESTIONS_PER_IMAGE.items():
         candidates = questions_of_kind(scene, kind)
         chosen += [candidates[i] for i in rng.permutation(len(candidates))[:most]]

@@ -14,7 +14,7 @@ from PIL import Image
 from .photographs import read_crop
 from .scene import CELL, IMAGE_SIZE, TEXT_LENGTH, Scene, SceneObject, SceneText
 
-__all__ = ["RGB", "glyph_mask", "render", "render_array", "shape_mask"]
+__all__ = ["RGB", "draw_scene", "glyph_mask", "render_array", "shape_mask"]
 
 RGB = {
     "red": (225, 40, 40),
@@ -93,7 +93,7 @@ def render_array(scene: Scene) -> np.ndarray:
     return np.clip(np.rint(canvas), 0, 255).astype(np.uint8)
 
 
-def render(scene: Scene) -> Image.Image:
+def draw_scene(scene: Scene) -> Image.Image:
     """Draw a scene as an RGB image of 64×64 pixels."""
     return Image.fromarray(render_array(scene))
 

@@ -11,12 +11,12 @@ from integrations.llava._text import aligned, column_widths
 from .findings import KINDS, Finding
 from .survey import Survey
 
-__all__ = ["findings_table", "report", "sources_table", "verdict"]
+__all__ = ["findings_table", "sources_table", "survey_report", "verdict"]
 
 _EXAMPLE_WIDTH = 108
 
 
-def report(survey: Survey, settings: Mapping[str, Any]) -> dict[str, Any]:
+def survey_report(survey: Survey, settings: Mapping[str, Any]) -> dict[str, Any]:
     """Describe a survey so that JSON can hold it.
 
     Args:

@@ -69,7 +69,7 @@ def conversation_faults(sample: Any, template: Template, image_folder: str | Pat
 
 def _turn_faults(messages: Sequence[Message], num_images: int, template: Template) -> Iterator[Fault]:
     messages = turns.without_greeting(messages)
-    if len(messages) < 2 or not turns.in_order(messages):
+    if len(messages) < 2 or not turns.alternate(messages):
         roles = ", ".join(message["from"] for message in messages) or "missing"
         yield Fault("turn_order", f"turns are {roles}; they have to alternate human, gpt, human, gpt, …")
     num_tags = turns.count_image_tags(messages, num_images)

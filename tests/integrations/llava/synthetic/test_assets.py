@@ -20,8 +20,8 @@ from transformers import (
 from integrations.llava.prompts import IGNORE_INDEX
 from integrations.llava.synthetic import BACKBONE_FOLDER, LLM_FOLDER
 from integrations.llava.synthetic.captions import scene_words
-from integrations.llava.synthetic.questions import KINDS, Question, caption, questions_of_kind
-from integrations.llava.synthetic.rendering import render
+from integrations.llava.synthetic.questions import KINDS, SceneQuestion, caption, questions_of_kind
+from integrations.llava.synthetic.rendering import draw_scene
 from integrations.llava.synthetic.scene import GRID, sample_scene
 from tests.integrations.llava.tiny_parts import tiny_llm
 from tools.make_demo_assets.__main__ import main
@@ -72,7 +72,7 @@ def test_backbone_loads_in_float32_and_keeps_every_weight() -> None:
 
 
 def test_image_processor_prepares_pictures_as_pretraining_did() -> None:
-    image = render(sample_scene(np.random.default_rng(3), "train"))
+    image = draw_scene(sample_scene(np.random.default_rng(3), "train"))
     processed = AutoImageProcessor.from_pretrained(BACKBONE_FOLDER)(image, return_tensors="pt").pixel_values
     pixels = to_pixels(torch.from_numpy(np.asarray(image)[None].copy()))
     torch.testing.assert_close(processed, pixels, rtol=0, atol=1e-5)
@@ -228,7 +228,7 @@ def test_answers_are_scored_exactly_and_boxes_by_overlap() -> None:
     assert not is_right("[0.00, 0.00, 0.01, 0.01]", box)
     assert not is_right("there", box)
     assert not is_right("[0.10, 0.20]", box)
-    word = Question("color", "What color is the circle?", "red")
+    word = SceneQuestion("color", "What color is the circle?", "red")
     assert is_right(" red", word) and not is_right("reddish", word)
 
 

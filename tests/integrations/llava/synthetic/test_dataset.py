@@ -176,7 +176,7 @@ def test_an_interrupted_run_leaves_nothing_behind(tmp_path: Path, monkeypatch: p
     def stop(*arguments: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(dataset, "render", stop)
+    monkeypatch.setattr(dataset, "draw_scene", stop)
     with pytest.raises(KeyboardInterrupt):
         make_dataset(tmp_path / "data", num_train=2, num_val=1, num_test=1)
     assert list(tmp_path.iterdir()) == []

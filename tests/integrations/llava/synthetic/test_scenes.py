@@ -23,7 +23,7 @@ from integrations.llava.synthetic.photographs import (
     split_region,
 )
 from integrations.llava.synthetic.questions import KINDS, caption, conversation, format_box, questions_of_kind
-from integrations.llava.synthetic.rendering import RGB, glyph_mask, render, render_array, shape_mask
+from integrations.llava.synthetic.rendering import RGB, draw_scene, glyph_mask, render_array, shape_mask
 from integrations.llava.synthetic.scene import (
     CELL,
     CHARACTERS,
@@ -136,7 +136,7 @@ def test_no_two_shapes_or_characters_look_the_same() -> None:
 
 
 def test_picture_is_rgb_of_the_stated_size() -> None:
-    image = render(sample_scene(np.random.default_rng(0), "train"))
+    image = draw_scene(sample_scene(np.random.default_rng(0), "train"))
     assert (image.mode, image.size) == ("RGB", (IMAGE_SIZE, IMAGE_SIZE))
 
 
