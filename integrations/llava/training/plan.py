@@ -16,7 +16,7 @@ from layerfuse.files import file_digest
 from .run_folder import RunFolder
 from .signals import StopRequest
 
-__all__ = ["RANDOM", "Origin", "Plan", "find_origin", "in_order"]
+__all__ = ["RANDOM", "ConnectorOrigin", "Plan", "find_origin", "in_order"]
 
 RANDOM = "random"
 """Said in place of an adapter's file: fuser and projector start from random weights."""
@@ -54,7 +54,7 @@ class Plan:
 
 
 @dataclass(frozen=True)
-class Origin:
+class ConnectorOrigin:
     """Weights that a stage's fuser and projector start from.
 
     Attributes:
@@ -81,7 +81,7 @@ def in_order(stages: Sequence[str], recipe: Recipe) -> tuple[str, ...]:
     return tuple(name for name in STAGES if name in stages)
 
 
-def find_origin(plan: Plan, stage: str) -> Origin | None:
+def find_origin(plan: Plan, stage: str) -> ConnectorOrigin | None:
     """Find what a stage starts from; without a word from the user, no stage but the first starts from random weights.
 
     Returns:
@@ -97,7 +97,7 @@ def find_origin(plan: Plan, stage: str) -> Origin | None:
     noted = folder.origin(stage) if goes_on else None
     given = plan.adapter if stage == plan.asked[0] else None
     if given is not None:
-        origin = Origin(None, RANDOM) if str(given) == RANDOM else _of_file(Path(given))
+        origin = ConnectorOrigin(None, RANDOM) if str(given) == RANDOM else _of_file(Path(given))
     elif before is not None and before in folder.finished and not (fresh and before in plan.left):
         origin = _of_file(folder.adapter(before), before)
     elif before is not None and before in plan.left:
@@ -105,7 +105,7 @@ def find_origin(plan: Plan, stage: str) -> Origin | None:
     elif noted is not None and noted != RANDOM:
         origin = _of_file(Path(noted.partition(" ")[2]))
     elif before is None or goes_on:
-        origin = Origin(None, RANDOM)
+        origin = ConnectorOrigin(None, RANDOM)
     else:
         raise InputError(
             f"stage {stage} has no fuser and projector to start from: {folder.path} holds no finished {before}. Run "
@@ -127,10 +127,10 @@ def find_origin(plan: Plan, stage: str) -> Origin | None:
     return origin
 
 
-def _of_file(path: Path, before: str | None = None) -> Origin:
+def _of_file(path: Path, before: str | None = None) -> ConnectorOrigin:
     if not path.is_file():
         raise MissingFileError(f"adapter {path} does not exist; run the stage that writes it first.")
-    return Origin(path, f"{file_digest(path).hex()} {path.absolute()}", before)
+    return ConnectorOrigin(path, f"{file_digest(path).hex()} {path.absolute()}", before)
 
 
 def _words(note: str) -> str:

@@ -47,7 +47,7 @@ from layerfuse.preprocessing import Preprocessing
 from .distributed import any_process, on_main
 from .engines import forget_engine, set_precision, shards
 from .metrics_log import RunLog
-from .plan import Origin, Plan, find_origin
+from .plan import ConnectorOrigin, Plan, find_origin
 from .resume import checkpoints, load_trained, state_bytes, trained_state
 from .signals import RunInterrupted
 from .trainer import LlavaTrainer, training_arguments
@@ -74,7 +74,7 @@ class Stage(TrainerCallback):
     lengths: list[int] | None
     num_left_out: int
     digest: str
-    origin: Origin
+    origin: ConnectorOrigin
     checkpoint: Path | None
     assembled: Assembled
     counts: Mapping[str, Mapping[str, int]]
@@ -201,7 +201,7 @@ class Stage(TrainerCallback):
     def _find_start(self) -> None:
         """Let the main process find origin and checkpoint; all have to see them."""
 
-        def look() -> tuple[Origin | None, Path | None]:
+        def look() -> tuple[ConnectorOrigin | None, Path | None]:
             checkpoint = None if self.plan.replaces(self.name) else self.plan.folder.checkpoint(self.name)
             return find_origin(self.plan, self.name), checkpoint
 
