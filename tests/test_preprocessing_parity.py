@@ -15,9 +15,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from layerfuse import preprocessing as module
 from layerfuse.backbones import _timm_facts, open_clip
 from layerfuse.preprocessing import CLIP_MEAN, CLIP_STD, Preprocessing
+from layerfuse.preprocessing import preprocessing as module
 
 SIZES = [(24, 24), (21, 21), (24, 16)]
 
