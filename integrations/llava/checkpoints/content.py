@@ -163,7 +163,7 @@ def meta_model(
         text_config: of the language model; its vocabulary grows if it has no row for the image token.
         image_token_id: the tokenizer's id of `<image>`.
         template: how prompts are written.
-        head: what the layout's own model does beside the product with its head's weight, `HeadSettings.to_dict()`;
+        head: what the layout's own model does beside the product with its head's weight, the fields of `HeadSettings`;
             the language model's class may do another thing where it stands alone.
         layout: as for `build_model`.
     """

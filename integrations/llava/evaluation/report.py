@@ -34,12 +34,8 @@ def evaluation_table(evaluation: Evaluation) -> str:
 def write_evaluation(evaluation: Evaluation, folder: str | Path, *, overwrite: bool = False) -> None:
     """Write ``predictions.jsonl`` (a row a question), ``metrics.json`` and submissions, each whole or not at all.
 
-    What a server takes stands in ``submission/<kind>/``.
-
-    Args:
-        evaluation: a model's scores and answers.
-        folder: made if need be.
-        overwrite: replace other predictions. The same ones are always replaced, with their new scores.
+    What a server takes stands in ``submission/<kind>/``. The same predictions are always replaced, with their new
+    scores; others only with `overwrite`.
 
     Raises:
         FileExistsError: if the folder holds other predictions.
@@ -66,11 +62,7 @@ def write_evaluation(evaluation: Evaluation, folder: str | Path, *, overwrite: b
 
 
 def refuse_others(folder: Path, answers: Mapping[int | str, str]) -> None:
-    """Refuse to replace predictions in a folder that are not among these answers, id -> text.
-
-    Raises:
-        FileExistsError: if there are such.
-    """
+    """Raise a FileExistsError if a folder has predictions that are not among these answers, id -> text."""
     path = folder / _PREDICTIONS
     earlier = read_predictions(path) if path.exists() else []
     if any(answers.get(row["question_id"]) != str(row["prediction"]) for row in earlier):

@@ -128,7 +128,7 @@ def predict(
 
     Args:
         questions: of any mixture of tasks.
-        image_folder: where their images are.
+        image_folder: what names of images are relative to.
         answer: the model.
         batch_size: questions at a time.
         task: of all questions; None takes the task of each question's kind.

@@ -17,12 +17,7 @@ __all__ = ["Evaluation", "KindScores", "blind_answers", "score_answers", "score_
 
 @dataclass(frozen=True)
 class KindScores:
-    """Numbers of one kind of question.
-
-    Attributes:
-        num_questions: how many questions were asked.
-        scores: what the kind's task aggregates; the mean of each score, if it does nothing else.
-    """
+    """Numbers of one kind of question: how many were asked, and the scores that its task sums up."""
 
     num_questions: int
     scores: Mapping[str, float]
@@ -40,11 +35,9 @@ class KindScores:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Scores of a model, and the answers that they come from.
+    """Scores of a model by kind of question, and all scored answers in the order of the questions.
 
     Attributes:
-        kinds: question kind -> scores.
-        answers: every scored answer, in the order of the questions.
         submissions: question kind -> files that its server takes, name -> content; no entry where no server scores.
     """
 
@@ -65,10 +58,8 @@ def score_answers(
 ) -> list[ScoredAnswer]:
     """Pair predictions with questions by id, and score them, in the order of the questions.
 
-    Args:
-        questions: as `read_questions` or a task's `load` returns them.
-        predictions: rows with ``question_id`` and ``prediction``, in any order.
-        task: of all questions; None takes the task of each question's kind.
+    Rows of predictions have ``question_id`` and ``prediction``, in any order; `task` is that of all questions, None
+    that of each one's kind.
 
     Raises:
         ValueError: if an answer is missing, comes twice, or belongs to no question.
@@ -89,11 +80,8 @@ def score_answers(
         )
     answers = {row["question_id"]: str(row["prediction"]) for row in rows}
     tasks = tasks_of(questions, task)
-    scored = []
-    for own in questions:
-        said = answers[own.question_id]
-        scored.append(ScoredAnswer(own, said, tasks[own.kind].score(said, own)))
-    return scored
+    pairs = [(answers[own.question_id], own) for own in questions]
+    return [ScoredAnswer(own, said, tasks[own.kind].score(said, own)) for said, own in pairs]
 
 
 def summarise(answers: Sequence[ScoredAnswer], *, task: Task | None = None) -> dict[str, KindScores]:
@@ -119,11 +107,7 @@ def score_predictions(
 
 
 def blind_answers(questions: Sequence[Question], train_turns: Iterable[tuple[str, str]]) -> list[dict[str, Any]]:
-    """Answer as one who knows the training answers but never sees an image: the chance level to beat.
-
-    Args:
-        questions: to be answered.
-        train_turns: question and answer of every training turn.
+    """Answer as one who knows question and answer of every training turn but sees no image: the level to beat.
 
     Returns:
         Prediction rows: the commonest training answer to the same question; for a question that training never asked,

@@ -1,8 +1,4 @@
-"""Tasks and their questions: what a task is, the registry of tasks, and files of questions.
-
-A question file has one JSON object a line: ``question_id``, ``image``, ``text``, ``kind`` (the name of a task) and
-``answer``; docs/evaluation.md describes it.
-"""
+"""Tasks and their questions: what a task is, the registry of tasks, and question files (docs/evaluation.md)."""
 
 from __future__ import annotations
 
@@ -55,13 +51,7 @@ class Question:
 
 @dataclass(frozen=True)
 class ScoredAnswer:
-    """One question, what a model answered, and the scores of that.
-
-    Attributes:
-        question: the question with the right answer.
-        prediction: what the model wrote.
-        scores: name -> number; a right answer has an ``accuracy`` of 1.
-    """
+    """A question, a model's answer, and its scores, name -> number; a right answer has an ``accuracy`` of 1."""
 
     question: Question
     prediction: str
@@ -93,14 +83,10 @@ class Task(ABC):
     question_file: ClassVar[str] = "questions.jsonl"
 
     def load(self, folder: str | Path) -> list[Question]:
-        """Read the questions of a folder.
-
-        Args:
-            folder: of the benchmark's files.
+        """Read the questions in a folder; here those of this task in its `question_file`, with images in ``images``.
 
         Returns:
-            The questions; names of images are relative to the folder. Here: those of this task in `question_file`,
-            whose images are in ``images``.
+            The questions; names of images are relative to the folder.
 
         Raises:
             FileNotFoundError: if a file is missing.
@@ -136,24 +122,15 @@ class Task(ABC):
 
     @abstractmethod
     def score(self, answer: str, question: Question) -> Mapping[str, float]:
-        """Score what a model answered.
+        """Score an answer: name -> number, ``accuracy``, 0 to 1, if it can be right. Empty where a server scores.
 
-        Args:
-            answer: anything that a model can write; what cannot be read is wrong, never an error.
-            question: the question, with the right answer.
-
-        Returns:
-            Name -> number; ``accuracy``, between 0 and 1, if an answer can be right. Empty where a server scores.
+        The answer is anything that a model can write; one that cannot be read is wrong, never an error.
         """
 
     def aggregate(self, scores: Sequence[ScoredAnswer]) -> dict[str, float]:
-        """Sum up a model's scored answers.
+        """Sum up the scored answers to all questions: name -> number, here the mean of each score.
 
-        Args:
-            scores: of all questions, each with its question and prediction.
-
-        Returns:
-            Name -> number; tables show ``accuracy`` in per cent. Here: the mean of each score.
+        Tables show ``accuracy`` in per cent.
         """
         return {name: sum(own.scores[name] for own in scores) / len(scores) for name in scores[0].scores}
 
@@ -179,8 +156,8 @@ def read_questions(path: str | Path) -> list[Question]:
 
     Raises:
         FileNotFoundError: if there is no such file.
-        ValueError: if the file is empty, a line is no question, a kind is unknown, an answer is none that its kind can
-            compare with, or an id occurs twice; file and line are named.
+        ValueError: naming file and line, if the file is empty, a line is no question, a kind is unknown, an answer is
+            none that its kind can compare with, or an id occurs twice.
     """
     path = Path(path)
     if not path.is_file():

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from .answering import answer_requests
 from .batching import Shard, answer_all, find_shard
 from .conversation import Conversation
 from .predictor import Predictor, load_predictor
 from .prompt_builder import load_preparer
 from .requests import Request, read_requests
+from .results import answer_requests
 from .sampling import SamplingParams
 
 __all__ = [

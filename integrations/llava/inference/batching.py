@@ -1,7 +1,4 @@
-"""The generation loop: which prompts share a batch, which process answers them, which were answered before.
-
-Whatever answers many prompts comes here: `Predictor`, files of questions, evaluation, models of other kinds.
-"""
+"""The one generation loop: which prompts share a batch, which process answers them, which were answered before."""
 
 from __future__ import annotations
 
@@ -21,18 +18,12 @@ Ask = Callable[[Sequence[Sequence[int]]], Iterable[Sequence[str]]]
 
 @dataclass(frozen=True)
 class Shard:
-    """One of several processes that share the prompts.
-
-    Attributes:
-        index: from 0.
-        count: of processes.
-    """
+    """One of several (`count`) processes that share the prompts; `index` is from 0."""
 
     index: int = 0
     count: int = 1
 
     def __post_init__(self) -> None:
-        """Refuse a process that is none of them."""
         if not 0 <= self.index < self.count:
             raise InputError(f"shard {self.index}/{self.count} does not exist; the first of 4 is 0/4, the last 3/4.")
 
@@ -52,15 +43,10 @@ def find_shard(text: str | None, environment: Mapping[str, str] = os.environ) ->
 
 
 def form_batches(lengths: Sequence[int], batch_size: int, shard: Shard | None = None) -> list[list[int]]:
-    """Divide prompts into batches of like length, the longest first: they show at once whether memory suffices.
+    """Divide prompts, given the positions they take up, into batches of like length; return those of one process.
 
-    Args:
-        lengths: positions that each prompt takes up.
-        batch_size: prompts at a time.
-        shard: the process whose share is returned; None is the only one.
-
-    Returns:
-        Batches of indices, the same for the same arguments: a run that goes on forms those of before.
+    The longest come first: they show at once whether memory suffices. The same arguments give the same batches of
+    indices, so that a run which goes on forms those of before.
 
     Raises:
         ValueError: if the batch size is below 1.
@@ -80,17 +66,10 @@ def answer_batches(
     answered: Container[int] = (),
     show_bar: bool | None = None,
 ) -> int:
-    """Answer batches one after the other, and hand each one's answers on as they come.
+    """Answer batches of indices of prompts one after the other; return how many prompts were answered.
 
-    Args:
-        ask: the model; not called if no prompt waits.
-        batches: indices of the prompts of this process.
-        write: takes index -> answer of a batch; the next one begins when it returns.
-        answered: prompts that were answered before, and are left out.
-        show_bar: of progress; None shows it on a terminal.
-
-    Returns:
-        Number of prompts that were answered now.
+    The model is not called if no prompt waits, and the next batch begins when `write`, which takes index -> answer of a
+    batch, returns. `answered` prompts are left out; `show_bar`, if None, shows progress on a terminal.
 
     Raises:
         ValueError: if the model gives another number of answers than it was asked prompts.

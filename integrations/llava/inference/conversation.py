@@ -19,11 +19,7 @@ __all__ = ["Conversation"]
 
 
 class Conversation:
-    """Turns and images, and a model that answers.
-
-    Args:
-        predictor: the model.
-        sampling: how it answers; a turn that is sampled draws anew.
+    """Turns and images, and a model that answers; a turn that is sampled draws anew.
 
     Attributes:
         messages: turns in LLaVA's format.

@@ -104,11 +104,8 @@ class Predictor:
     ) -> Ask:
         """Make the function that the generation loop asks: it pads each batch on the left and answers it.
 
-        Args:
-            prepared: prompts as `Preparer` writes them.
-            keys: per prompt a name; sampled answers depend on it and the seed.
-            sampling: how answers are decoded.
-            num_workers: processes that prepare prompts and images; None is 4 where a GPU computes, else 0: this one.
+        Sampled answers depend on the seed and their prompts' keys. `num_workers` processes prepare prompts and images;
+        None is 4 where a GPU computes, else 0: this one.
         """
         on_gpu = self.model.device.type == "cuda"
         if num_workers is None:
@@ -140,14 +137,7 @@ class Predictor:
         sampling: SamplingParams | None = None,
         decoding: SamplingParams | None = None,
     ) -> Generator[str, None, None]:
-        """Answer one prompt, piece by piece.
-
-        Args:
-            images: as in a call.
-            prompt: as in a call.
-            max_new_tokens: as in a call.
-            sampling: as in a call, without beams.
-            decoding: deprecated name of `sampling`.
+        """Answer one prompt, piece by piece; arguments are as in a call.
 
         Returns:
             Pieces of text; joined they are the answer of a call. Closing the iterator stops the generation.
@@ -175,15 +165,7 @@ class Predictor:
         streamer: WholeTextStreamer | None = None,
         stop: StopWhenSet | None = None,
     ) -> list[str]:
-        """Answer a batch of prepared and collated prompts.
-
-        Args:
-            batch: as `collate` makes it.
-            keys: per prompt a name; sampled answers depend on it and the seed.
-            sampling: how answers are decoded.
-            streamer: is told the tokens as they come.
-            stop: ends generation early.
-        """
+        """Answer a batch that `collate` made; `keys` are as for `asker`, and `streamer` is told tokens as they come."""
         device = self.model.device
         batch = {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}
         tokenizer, template = self.processor.tokenizer, self.prepare.template
@@ -228,10 +210,10 @@ def load_predictor(
     quantize: Quantization = "none",
     compile: bool = False,
 ) -> Predictor:
-    """Load a run's folder for answering.
+    """Load a run's folder, as `train` wrote it, for answering.
 
     Args:
-        folder: as `train` wrote it.
+        folder: of the run.
         device: where to compute; see `usable_device`.
         dtype: to compute in; `default_dtype` if None.
         quantize: "int8" or "nf4" stores the language model's linear layers in 8 or 4 bits.
@@ -253,13 +235,9 @@ def load_predictor(
 
 
 def usable_device(device: str | torch.device | None) -> torch.device:
-    """Return the device that was asked for, once a tensor was made there.
+    """Return the device that was asked for, once a tensor was made there; raise a ValueError where that fails.
 
-    Args:
-        device: None takes CUDA if there is one (under torchrun the process's own), else the CPU.
-
-    Raises:
-        ValueError: if torch knows no such device, or cannot use it here.
+    None takes CUDA if there is one (under torchrun the process's own), else the CPU.
     """
     if device is None:
         device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
@@ -275,12 +253,7 @@ def usable_device(device: str | torch.device | None) -> torch.device:
 
 
 def default_dtype(folder: str | Path, device: torch.device, quantize: Quantization = "none") -> torch.dtype:
-    """The checkpoint's dtype, but bfloat16 for float32 on CUDA, and float16 for int8: bitsandbytes computes in that.
-
-    Raises:
-        FileNotFoundError: if the folder holds no model.
-        ValueError: if it holds another kind of model.
-    """
+    """The checkpoint's dtype, but bfloat16 for float32 on CUDA, and float16 for int8: bitsandbytes computes in that."""
     if quantize == "int8":
         return torch.float16
     stored = load_config(folder).dtype or torch.float32

@@ -40,10 +40,6 @@ _CHARACTERS = 32
 class Preparer:
     """Writes prompts with the template stored in the checkpoint, exactly as in training, and prepares images.
 
-    Args:
-        config: the model's; holds its prompt template.
-        processor: the one saved beside the model.
-
     Attributes:
         fingerprint: 12 hexadecimal digits of a hash over template, tokenizer and preprocessing: what the model reads
             of a prompt and its images, and how its answer is spelled, follows from these.
@@ -108,51 +104,33 @@ class Preparer:
         pictures = as_list(images)
         sizes = self.sizes(pictures)
         ids = self.encode(prompt, sizes, max_new_tokens=max_new_tokens)
-        return {"input_ids": ids, **self.pixels(pictures, sizes)}
+        opened = [own if isinstance(own, Image.Image) else read_image(own) for own in pictures]
+        pixels = self.preprocessing.batch(opened) if opened else torch.empty(0, 3, *self.preprocessing.size)
+        image_sizes = torch.tensor(sizes, dtype=torch.int64).view(-1, 2)
+        return {"input_ids": ids, "pixel_values": pixels, "image_sizes": image_sizes}
 
     def sizes(self, images: Sequence[Picture]) -> list[ImageSize | None]:
-        """Read (height, width) of images in pixels, of files from their head; None for those that `pixels` refuses."""
+        """Read (height, width) of images in pixels, of files from their head; None for those that cannot be read."""
         upright = self.preprocessing.upright
         return [
             image_size(own, upright=upright) if isinstance(own, Image.Image) else read_image_size(own, upright=upright)
             for own in images
         ]
 
-    def pixels(self, images: Sequence[Picture], image_sizes: Sequence[ImageSize | None]) -> dict[str, torch.Tensor]:
-        """Prepare a prompt's images, given their `sizes`.
-
-        Returns:
-            `pixel_values` (images, 3, height, width), `image_sizes` (images, 2).
-
-        Raises:
-            ValueError: if an image file cannot be read.
-            FileNotFoundError: if there is no such image file.
-        """
-        opened = [own if isinstance(own, Image.Image) else read_image(own) for own in images]
-        pixels = self.preprocessing.batch(opened) if opened else torch.empty(0, 3, *self.preprocessing.size)
-        return {"pixel_values": pixels, "image_sizes": torch.tensor(image_sizes, dtype=torch.int64).view(-1, 2)}
-
     def room(self, prompt: Prompt, image_sizes: Sequence[ImageSize | None]) -> int | None:
-        """Count the positions that a prompt leaves to its answer; None where the language model names no limit.
-
-        Raises:
-            ValueError: as `encode`, but for the length.
-        """
+        """Count the positions that a prompt leaves to its answer; None where the language model names no limit."""
         return None if self.max_positions is None else self.max_positions - len(self._written(prompt, image_sizes))
 
     def encode(
         self, prompt: Prompt, image_sizes: Sequence[ImageSize | None], *, max_new_tokens: int = 1
     ) -> torch.Tensor:
-        """Write a prompt out, up to where the answer begins.
+        """Write a prompt out, up to where the answer begins, as T token ids with images expanded.
 
         Args:
             prompt: where it has no `<image>` tag, its images stand in front of its first turn.
-            image_sizes: of the images that belong to it, see `sizes`; if there are none, `<image>` is text.
+            image_sizes: of its images, see `sizes`; if there are none, `<image>` is text.
             max_new_tokens: an answer's longest length, for which there has to be room behind the prompt: what a model
                 writes beyond its last position means nothing.
-
-        Returns:
-            T token ids, images expanded.
 
         Raises:
             ValueError: if tags and images differ in number, turns do not alternate or end with the human's, the
@@ -204,35 +182,22 @@ class PreparedPrompts(Dataset[dict[str, torch.Tensor]]):
         self.prepare, self.prompts, self.images, self.max_new_tokens = prepare, prompts, images, max_new_tokens
 
     def lengths(self) -> list[int]:
-        """Count the positions that each prompt takes up, images included.
-
-        Raises:
-            ValueError: as `Preparer.encode`.
-        """
+        """Count the positions that each prompt takes up, images included; errors are those of `Preparer.encode`."""
         sizes = [self.prepare.sizes(as_list(entry)) for entry in self.images]
         encode = partial(self.prepare.encode, max_new_tokens=self.max_new_tokens)
         return [len(ids) for ids in map(encode, self.prompts, sizes)]
 
     def __len__(self) -> int:
-        """Number of prompts."""
         return len(self.prompts)
 
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
-        """Prepare one prompt, as `Preparer` does."""
         return self.prepare(self.images[index], self.prompts[index], max_new_tokens=self.max_new_tokens)
 
 
 def as_list(images: Images) -> list[Picture]:
-    """List the images of a prompt.
-
-    Raises:
-        TypeError: if one is neither an image nor a path.
-        FileNotFoundError: if there is no file of that path.
-    """
-    single = images is None or isinstance(images, Image.Image | str | Path)
-    pictures: Any = [] if images is None else [images] if single else images
-    if not isinstance(pictures, Sequence):
-        pictures = [pictures]
+    """List the images of a prompt; a TypeError says what is no image, a FileNotFoundError what is no file."""
+    several = isinstance(images, Sequence) and not isinstance(images, str)
+    pictures: Any = images if several else [] if images is None else [images]
     for picture in pictures:
         if not isinstance(picture, Image.Image | str | Path):
             raise InvalidTypeError(
@@ -293,10 +258,5 @@ def _placed(messages: list[Message], num_images: int) -> list[Message]:
 
 
 def load_preparer(folder: str | Path) -> Preparer:
-    """Make the preparer of the model in a folder, whose weights are not read.
-
-    Raises:
-        FileNotFoundError: if the folder holds no model.
-        ValueError: if it holds another kind of model, or none that can be asked.
-    """
+    """Make the preparer of a folder's model, whose weights are not read; errors as `load_config` and `Preparer`."""
     return Preparer(load_config(folder), load_processor(folder))

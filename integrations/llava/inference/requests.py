@@ -107,11 +107,7 @@ def prompt_lengths(
 
 
 def refuse_broken_images(requests: Iterable[Request], image_folder: str | Path) -> None:
-    """Decode every image of the questions.
-
-    Raises:
-        ValueError: listing the files that are missing, broken or outside of the folder.
-    """
+    """Raise a ValueError that lists the questions' images which are missing, broken or outside of the folder."""
     names = list(dict.fromkeys(name for own in requests for name in own.images))
     # As in training: a file of questions from elsewhere chooses among the images that it was given.
     links = [f"image {printable(name)}: {link}; give a file" for name in names if (link := linked_media(name))]

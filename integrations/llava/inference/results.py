@@ -1,4 +1,4 @@
-"""Files of answers that survive interruptions and are written by several processes.
+"""Questions answered into a file, whatever interrupts it, by one process or several.
 
 Every process appends to a part file of its own beside the output (`answers.jsonl.part-00001-of-00004-` and digits that
 no other process has), so none can spoil another's, on any file system, without a lock. Whoever finds that all questions
@@ -14,7 +14,7 @@ import json
 import os
 import tempfile
 import uuid
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -23,32 +23,28 @@ from typing import Any
 import torch
 
 from integrations.llava._files import json_lines
+from integrations.llava.modeling import Quantization
 from layerfuse.errors import FileAccessError, InputError
 from layerfuse.files import atomic_file, file_digest
 
-from .batching import Shard
-from .prompt_builder import Preparer
-from .requests import Request
+from .batching import Shard, answer_batches, form_batches
+from .predictor import default_dtype, load_predictor, usable_device
+from .prompt_builder import PreparedPrompts, Preparer, load_preparer
+from .requests import Request, prompt_lengths, question_fingerprints, refuse_broken_images
 from .sampling import SamplingParams
 
-__all__ = ["AnswerFile", "answer_settings", "weights_fingerprint"]
+__all__ = ["AnswerFile", "answer_requests", "answer_settings", "weights_fingerprint"]
 
 
 class AnswerFile:
     """The answers to a file of questions, also while they are being written.
 
-    Args:
-        path: the output, jsonl.
-        requests: the questions.
-        fingerprints: per id what the question was, see `question_fingerprints`; written into its row.
-        model_id: written into every row.
-        metadata: written into every row: all that the answers depend on.
-        shard: which process this is.
-        overwrite: leave earlier answers out of account, and remove them once there is a new one.
+    Every row of the output, jsonl, holds `model_id`, `metadata` (all that answers depend on) and the fingerprint of its
+    question. With `overwrite`, earlier answers are left out of account, and removed once there is a new one.
 
     Raises:
-        ValueError: if there are answers to other questions, or made under other settings, or if several processes
-            are to overwrite.
+        ValueError: if there are answers to other questions, or made under other settings, or if several processes are
+            to overwrite.
         OSError: if the output cannot be written there; this is tried.
     """
 
@@ -99,13 +95,16 @@ class AnswerFile:
             OSError: if they cannot be written; what was written before stays, and these are kept in the folder for
                 temporary files, if there is room.
         """
-        rows = {own_id: self._make_row(own_id, answer) for own_id, answer in answers.items()}
+        rows = {}
+        for own_id, answer in answers.items():
+            asked = {"id": own_id, "prompt": self._questions[own_id], "question": self._fingerprints[own_id]}
+            rows[own_id] = {**asked, "answer": answer, **self._row}
         text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows.values()).encode()
         try:
             _append(self._part, text)
         except OSError as error:
             raise FileAccessError(
-                f"answers cannot be written to {self.path.parent} ({_reason(error)}). {self._keep(text)}"
+                f"answers cannot be written to {self.path.parent} ({error.strerror or error}). {self._keep(text)}"
             ) from error
         self._rows.update(rows)
         # Not before there is something in their place.
@@ -134,10 +133,6 @@ class AnswerFile:
                 with suppress(PermissionError):
                     part.unlink(missing_ok=True)
         return missing
-
-    def _make_row(self, own_id: int | str, answer: str) -> dict[str, Any]:
-        asked = {"id": own_id, "prompt": self._questions[own_id], "question": self._fingerprints[own_id]}
-        return {**asked, "answer": answer, **self._row}
 
     def _try_place(self) -> None:
         """Write where answers are to stand: before a model is loaded, and hours are spent."""
@@ -232,11 +227,78 @@ def _told(path: Path, advice: str) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise FileAccessError(f"{path} cannot be written ({_reason(error)}). {advice}") from error
+        raise FileAccessError(f"{path} cannot be written ({error.strerror or error}). {advice}") from error
 
 
-def _reason(error: OSError) -> str:
-    return error.strerror or str(error)
+def answer_requests(
+    requests: Sequence[Request],
+    model_folder: str | Path,
+    path: str | Path,
+    *,
+    image_folder: str | Path,
+    sampling: SamplingParams,
+    batch_size: int = 8,
+    device: str | torch.device | None = None,
+    dtype: torch.dtype | None = None,
+    quantize: Quantization = "none",
+    compile: bool = False,
+    shard: Shard | None = None,
+    overwrite: bool = False,
+    num_workers: int | None = None,
+    show_bar: bool | None = None,
+    check: Callable[[Mapping[int | str, str]], None] | None = None,
+) -> tuple[AnswerFile, int]:
+    """Answer the questions that have no answer in a file yet, and write each batch as it comes.
+
+    Whatever can be known before the model is loaded is checked before; it is not loaded if nothing waits. Options are
+    as for `AnswerFile`, `load_predictor` and `Predictor.asker`; `show_bar`, if None, shows progress on a terminal;
+    `check` is told the earlier answers, id -> text, and may refuse to go on.
+
+    Returns:
+        The file, to be merged, and the number of questions that were answered now.
+
+    Raises:
+        FileNotFoundError: if there is no such model.
+        ValueError: if a prompt does not fit, an image cannot be read (all are listed), a number is too small, or as
+            `AnswerFile` does.
+        OSError: if answers cannot be written there.
+    """
+    device, shard = usable_device(device), shard or Shard()
+    dtype = dtype or default_dtype(model_folder, device, quantize)
+    preparer = load_preparer(model_folder)
+    longest = sampling.max_new_tokens
+    lengths = prompt_lengths(requests, preparer, image_folder=image_folder, max_new_tokens=longest)
+    batches = form_batches(lengths, batch_size, shard)
+    output = AnswerFile(
+        path,
+        requests,
+        fingerprints=question_fingerprints(requests, image_folder),
+        model_id=Path(model_folder).resolve().name,
+        metadata=answer_settings(model_folder, preparer, dtype=dtype, quantize=quantize, sampling=sampling),
+        shard=shard,
+        overwrite=overwrite,
+    )
+    if check is not None:
+        check(output.answers)
+    if num_workers is not None and num_workers < 0:
+        raise InputError(f"num_workers={num_workers} is negative; give 0 or more processes.")
+
+    def ask(waiting: Sequence[Sequence[int]]) -> Iterator[Sequence[str]]:
+        refuse_broken_images((requests[index] for batch in waiting for index in batch), image_folder)
+        predictor = load_predictor(model_folder, device=device, dtype=dtype, quantize=quantize, compile=compile)
+        images = [[Path(image_folder) / name for name in own.images] for own in requests]
+        prompts = PreparedPrompts(predictor.prepare, [own.prompt for own in requests], images, max_new_tokens=longest)
+        asker = predictor.asker(prompts, [str(own.id) for own in requests], sampling, num_workers=num_workers)
+        yield from asker(waiting)
+
+    answered = answer_batches(
+        ask,
+        batches,
+        lambda answers: output.write({requests[index].id: text for index, text in answers.items()}),
+        answered={index for index, own in enumerate(requests) if own.id in output},
+        show_bar=show_bar,
+    )
+    return output, answered
 
 
 def answer_settings(

@@ -1,4 +1,4 @@
-"""How answers are decoded: greedily, with beams, or sampled so that a question's answer depends on its seed alone."""
+"""Decoding of answers: greedy, with beams, or sampled so that a question's answer depends on its seed alone."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ _NEUTRAL = {
 
 @dataclass(frozen=True)
 class SamplingParams:
-    """How answers are decoded; by default greedily.
+    """Settings of decoding; by default greedy.
 
     Attributes:
         max_new_tokens: an answer's longest length.
@@ -48,7 +48,6 @@ class SamplingParams:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        """Refuse values that mean nothing, and values that would be ignored."""
         for name in ("max_new_tokens", "num_beams"):
             if getattr(self, name) < 1:
                 raise InputError(f"{name}={getattr(self, name)} is too small; give at least 1.")
@@ -75,14 +74,9 @@ def generate_settings(
     """Write out every setting of transformers' `generate`, so that none of a language model's own config acts.
 
     `generate` takes each setting that is not given, or is None in a `GenerationConfig`, from the model's own config
-    (Qwen2.5's has a repetition penalty); only arguments, None included, go before it.
-
-    Args:
-        sampling: how answers are decoded; draws are made by `SeededSampling`.
-        prompt_length: positions of the prompts, padding included.
-        end: token that ends an answer.
-        padding: token that fills up the shorter answers of a batch.
-        forbidden: tokens that no answer may hold; probabilities of the others keep their proportions.
+    (Qwen2.5's has a repetition penalty); only arguments, None included, go before it. Draws are made by
+    `SeededSampling`. `prompt_length` counts padding; without the forbidden tokens, probabilities of the others keep
+    their proportions.
     """
     settings: dict[str, Any] = dict.fromkeys(GenerationConfig().to_dict().keys() - {"transformers_version"})
     return {
@@ -101,20 +95,17 @@ def generate_settings(
 class SeededSampling(LogitsProcessor):
     """Makes greedy search sample: the likeliest token of perturbed scores is a draw (Gumbel-max trick).
 
-    Every row has random numbers of its own, from the seed and the row's key. So an answer depends neither on the batch
-    it was decoded in, nor on other rows, nor on what was decoded before, as it would with one generator for all.
-
-    Args:
-        sampling: temperature, top_p and seed.
-        keys: one per row of the batch.
-        device: where the scores are; other devices give other random numbers.
+    Every row draws from the seed and its key alone. So an answer depends neither on the batch it was decoded in, nor on
+    other rows, nor on earlier answers, as it would with one generator for all. Other devices draw other numbers.
     """
 
     def __init__(self, sampling: SamplingParams, keys: Sequence[str], device: torch.device) -> None:
         self._warpers: list[LogitsProcessor] = [TemperatureLogitsWarper(sampling.temperature)]
         if sampling.top_p < 1:
             self._warpers.append(TopPLogitsWarper(sampling.top_p))
-        self._generators = [torch.Generator(device).manual_seed(_seed(sampling.seed, key)) for key in keys]
+        hashes = [hashlib.sha256(f"{sampling.seed} {key}".encode()).digest() for key in keys]
+        seeds = [int.from_bytes(digits[:7], "big") for digits in hashes]
+        self._generators = [torch.Generator(device).manual_seed(seed) for seed in seeds]
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         """Perturb (B, vocabulary) scores of the next token."""
@@ -122,7 +113,3 @@ class SeededSampling(LogitsProcessor):
             scores = warp(input_ids, scores)
         noise = [scores.new_empty(scores.shape[1]).exponential_(generator=own) for own in self._generators]
         return scores - torch.stack(noise).log()
-
-
-def _seed(seed: int, key: str) -> int:
-    return int.from_bytes(hashlib.sha256(f"{seed} {key}".encode()).digest()[:7], "big")

@@ -14,14 +14,10 @@ __all__ = ["StopWhenSet", "WholeTextStreamer", "stream_text"]
 
 
 class WholeTextStreamer(TextIteratorStreamer):
-    """Gives pieces of text which joined are exactly the answer.
+    """Gives pieces of text which joined are exactly the answer; `decode` makes it of the ids so far.
 
     transformers' own forgets the text in front of a line break, and with it the blank that SentencePiece-like
     tokenizers drop at the beginning of what they decode.
-
-    Args:
-        tokenizer: as transformers' class wants it.
-        decode: answer from the ids so far.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, decode: Callable[[Sequence[int]], str]) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext, suppress
 from copy import deepcopy
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
@@ -26,13 +26,12 @@ from layerfuse.encoder import check_fuser_fits
 from layerfuse.errors import InputError, UserError
 from layerfuse.fusers import Fuser, create_fuser
 
-from .built_modules import forbid_uncapped_attention, loses_cap
 from .configuration import FusedLlavaConfig, LayerfuseVisionConfig
 from .generation import forbid_token
 from .language_head import HeadSettings, decoder_of, head_settings
 from .lora import add_lora
 from .model import FusedLlavaForConditionalGeneration, ReadyParts
-from .parts import count_parameters, set_trainable
+from .parts import count_parameters, forbid_uncapped_attention, loses_cap, set_trainable
 from .processing import add_image_token
 from .quantization import Quantization, keep_unpackable, quantization_config
 
@@ -49,10 +48,9 @@ __all__ = [
 
 @dataclass(frozen=True)
 class LanguageFiles:
-    """What is read of a recipe's language model before its weights are.
+    """Config and tokenizer of a recipe's language model, read before its weights are.
 
     Attributes:
-        config: the language model's.
         image_token_id: id of `<image>`.
         tokenizer: with `<image>`; None where there is none at hand.
         described: whether the config is the recipe's `llm_architecture` rather than a file of the language model.
@@ -66,13 +64,7 @@ class LanguageFiles:
 
 @dataclass(frozen=True)
 class Assembled:
-    """A model and what belongs to it.
-
-    Attributes:
-        model: the model.
-        tokenizer: with `<image>`.
-        image_token_id: its id.
-    """
+    """A model, its tokenizer with `<image>`, and the id of that token."""
 
     model: FusedLlavaForConditionalGeneration
     tokenizer: PreTrainedTokenizerBase
@@ -97,17 +89,12 @@ def assemble(
 def read_language_files(config: ModelConfig, *, offline: bool = False) -> LanguageFiles:
     """Read config and tokenizer of a recipe's language model, once for all its stages.
 
-    Args:
-        config: names the language model, or describes it.
-        offline: download nothing; where there is no config the recipe's description does, and without a tokenizer the
-            image token comes behind the vocabulary, as with Vicuna.
-
-    Returns:
-        What was read.
+    Nothing is downloaded with `offline`: where there is no config the recipe's description does, and without a
+    tokenizer the image token comes behind the vocabulary, as with Vicuna.
 
     Raises:
-        ValueError: if there is no config or tokenizer, or the tokenizer has more tokens than the language model; the
-            recipe's key is named.
+        ValueError: naming the recipe's key, if there is no config or tokenizer, or the tokenizer has more tokens than
+            the language model.
     """
     name, where = config.tokenizer or config.llm, {"local_files_only": offline}
     language, tokenizer = None, None
@@ -146,18 +133,18 @@ def build_recipe_model(
 ) -> FusedLlavaForConditionalGeneration:
     """Build the model that a recipe describes: adapters added, parts frozen, each in its precision.
 
+    On the device "meta" nothing is allocated, loaded or quantised. Trained parameters are float32; frozen ones have the
+    type the stage computes in.
+
     Args:
         config: names the parts.
         files: of its language model.
         stage: says what learns, and how precisely; None for all parts, in float32.
-        device: where it is built; None for torch's default device. On "meta" nothing is allocated, loaded or quantised.
+        device: where it is built; None for torch's default device.
         quantized: store a quantised stage's language model so; False to merge adapters into whole weights.
         seed: of parts that are not loaded. A run gives all its stages the same one: what is random and frozen has to be
             the same in each. Adapters, which only this stage has, come from the stage's own seed. None: as the random
             state stands.
-
-    Returns:
-        The model. Trained parameters are float32; frozen ones have the type the stage computes in.
 
     Raises:
         ValueError: if a name, layer or option is not possible.
@@ -201,19 +188,18 @@ def build_model(
 ) -> FusedLlavaForConditionalGeneration:
     """Put a model together from ready parts; their modules are used, not copied.
 
+    The projector is new. The language model's embedding grows if it has no row for the image token.
+
     Args:
         backbone: taps as many layers as the fuser takes.
-        fuser: its tokens are projected by a new, randomly initialised projector.
-        llm: a causal language model of transformers; its embedding grows if it has no row for the image token.
+        fuser: its tokens are projected.
+        llm: a causal language model of transformers.
         image_token_id: the tokenizer's id of `<image>`.
         prompt_template: stored with the checkpoint.
         dtype: of backbone, fuser and projector; None for the language model's.
         layout: how many tokens an image takes; if None, the fuser's for an image of the backbone's size, always.
-        head: `HeadSettings.to_dict()`, where the whole model computes logits in another way than the language model's
+        head: fields of `HeadSettings`, where the whole model computes logits in another way than the language model's
             class where it stands alone; then the head is a new layer.
-
-    Returns:
-        The model.
 
     Raises:
         ValueError: if the fuser does not fit the backbone, or the language model computes its logits in a way that is
@@ -246,7 +232,7 @@ def build_model(
         vision_feature_layer=-1,
         vision_feature_select_strategy="full",
         fuser=fuser.config,
-        head=settings.to_dict() if settings.bias or settings.finish else None,
+        head=asdict(settings) if settings.bias or settings.finish else None,
         prompt_template=prompt_template,
         tie_word_embeddings=bool(llm.config.tie_word_embeddings),
     )
@@ -292,14 +278,13 @@ def _language_model(
     forbid_uncapped_attention(architecture)
     how = {"dtype": dtype, "attn_implementation": config.attention}
     model: PreTrainedModel
-    if not pretrained:
-        with _loading(f"the language model {config.llm}", "model.attention, model.llm_architecture"):
+    keys = "model.llm, model.attention" if pretrained else "model.attention, model.llm_architecture"
+    with _loading(f"the language model {config.llm}", keys):
+        if pretrained:
+            how |= {"config": architecture, "quantization_config": quantization}
+            model = AutoModelForCausalLM.from_pretrained(config.llm, **how)
+        else:
             model = AutoModelForCausalLM.from_config(architecture, **how)
-        return model
-    with _loading(f"the language model {config.llm}", "model.llm, model.attention"):
-        model = AutoModelForCausalLM.from_pretrained(
-            config.llm, config=architecture, quantization_config=quantization, **how
-        )
     keep_unpackable(model)
     return model
 

@@ -1,4 +1,4 @@
-"""What a checkpoint's config.json says: of the whole model, and of the backbone inside."""
+"""The config.json of a checkpoint: that of the whole model, and that of the backbone inside."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class FusedLlavaConfig(LlavaConfig):
         fuser: `Fuser.config`.
         image_layout: `ImageLayout.config`; None as models have it that 0.1 wrote, whose images all take
             `image_seq_length` tokens.
-        head: `HeadSettings.to_dict()`; None for a product alone, as models have it that 0.1 wrote.
+        head: fields of `HeadSettings`; None for a product alone, as models have it that 0.1 wrote.
         prompt_template: `Template.to_dict()`; what the model expects to read.
     """
 
@@ -45,11 +45,7 @@ class FusedLlavaConfig(LlavaConfig):
     image_layout: dict[str, Any] | None = None
 
     def __post_init__(self, **kwargs: Any) -> None:
-        """Check that what transformers' tools read is what the layout says of an image of the model's own size.
-
-        Raises:
-            ValueError: if it is not.
-        """
+        """Check that what transformers' tools read is what the layout says of an image of the model's own size."""
         super().__post_init__(**kwargs)
         own = self.layout.num_tokens() if self.image_layout is not None else self.image_seq_length
         if own != self.image_seq_length:
@@ -60,7 +56,7 @@ class FusedLlavaConfig(LlavaConfig):
 
     @property
     def layout(self) -> ImageLayout:
-        """How many tokens an image takes."""
+        """The layout, which says how many tokens an image takes."""
         described = self.image_layout or {"name": "fixed", "tokens_per_image": self.image_seq_length}
         return layout_from_config(described, image_token_id=self.image_token_index)
 

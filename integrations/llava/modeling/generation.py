@@ -1,4 +1,4 @@
-"""What transformers' `generate` has to be told about images; mixed into the model."""
+"""transformers' `generate` for prompts with images; mixed into the model."""
 
 from __future__ import annotations
 
@@ -13,24 +13,15 @@ __all__ = ["GeneratesFromImages", "end_answers", "forbid_token"]
 
 
 def forbid_token(config: GenerationConfig, token: int) -> None:
-    """Add a token to those that a generation config never lets be chosen.
-
-    Args:
-        config: changed in place.
-        token: its id.
-    """
+    """Add a token to those that a generation config, changed in place, never lets be chosen."""
     config.suppress_tokens = sorted({*(config.suppress_tokens or ()), token})
 
 
 def end_answers(config: GenerationConfig, tokenizer: PreTrainedTokenizerBase, template: Template) -> None:
-    """Let answers end where training taught them to, and where they ended before.
+    """Let answers end where training, with this tokenizer and template, taught them to, and where they ended before.
 
-    A text that ends answers is known here only if it is one token; `generate(stop_strings=...)` knows all.
-
-    Args:
-        config: changed in place.
-        tokenizer: the one that training used.
-        template: what training wrote its answers with.
+    The config is changed in place. A text that ends answers is known here only if it is one token;
+    `generate(stop_strings=...)` knows all.
     """
     taught = [tokenizer.eos_token_id]
     if not template.end_token:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from itertools import product
 from typing import Any, get_args
 
@@ -37,9 +37,7 @@ _ROWS, _TOKENS = 8, 4
 def decoder_of(llm: PreTrainedModel) -> PreTrainedModel | None:
     """Find the part of a causal language model that gives hidden states, as AutoModel builds it when a model is loaded.
 
-    Returns:
-        The part; None if there is none, such as in decoders of translation models (BART), which AutoModel builds with
-        their encoder.
+    None if there is none, such as in decoders of translation models (BART), which AutoModel builds with their encoder.
     """
     kinds: Any = MODEL_MAPPING.get(type(llm.config), ())
     kind = kinds[0] if isinstance(kinds, tuple) and kinds else kinds
@@ -48,7 +46,7 @@ def decoder_of(llm: PreTrainedModel) -> PreTrainedModel | None:
 
 @dataclass(frozen=True)
 class HeadSettings:
-    """What a language model does to its hidden states beside the product with its head's weight.
+    """Settings of the way from hidden states to logits, beside the product with the head's weight.
 
     Attributes:
         bias: whether the head adds one.
@@ -59,10 +57,6 @@ class HeadSettings:
     bias: bool = False
     scale: float = 1.0
     cap: float | None = None
-
-    def to_dict(self) -> dict[str, Any]:
-        """Describe the settings so that JSON can hold them."""
-        return asdict(self)
 
     @property
     def finish(self) -> bool:
@@ -86,14 +80,9 @@ class _FinishingHead(nn.Linear):
 
 
 def build_head(linear: nn.Linear, described: Mapping[str, Any] | None) -> nn.Linear:
-    """Make a linear layer the head of a language model.
+    """Make a linear layer the head of a language model: itself, or one with its parameters that scales and caps.
 
-    Args:
-        linear: its parameters are used, not copied.
-        described: `HeadSettings.to_dict()`; None for a product alone.
-
-    Returns:
-        The layer itself, or one with its parameters that scales and caps.
+    `described` holds the fields of `HeadSettings`; None is a product alone.
     """
     settings = HeadSettings(**described or {})
     if not settings.finish:
@@ -108,11 +97,7 @@ def build_head(linear: nn.Linear, described: Mapping[str, Any] | None) -> nn.Lin
 
 
 def describe_head(described: Mapping[str, Any]) -> str:
-    """Say in words what a head does beside the product with its weight.
-
-    Args:
-        described: `HeadSettings.to_dict()`.
-    """
+    """Say in words what a head of these `HeadSettings` does beside the product with its weight."""
     settings = HeadSettings(**described)
     parts = ["adds a bias to its logits"] if settings.bias else []
     if settings.scale != 1.0:
@@ -126,13 +111,7 @@ def head_settings(llm: PreTrainedModel) -> HeadSettings:
     """Find out what a language model does to its hidden states, and try that it is so.
 
     Its own forward pass runs on random hidden states and a head of a few random rows, in place of its decoder and its
-    weights, which may be of any size, on any device, or nowhere.
-
-    Args:
-        llm: a causal language model of transformers, not changed.
-
-    Returns:
-        The settings.
+    weights, which may be of any size, on any device, or nowhere. It is not changed.
 
     Raises:
         ValueError: if its logits cannot be computed here; the message names the type and the reason.
@@ -155,15 +134,16 @@ def head_settings(llm: PreTrainedModel) -> HeadSettings:
     # The device is said, since models are also built where "meta" is the default.
     options: dict[str, Any] = {"generator": generator, "device": "cpu", "dtype": torch.float32}
     hidden = 4 * torch.randn(1, _TOKENS, head.in_features, **options)
-    weight = torch.randn(_ROWS, head.in_features, **options)
-    bias = None if head.bias is None else torch.randn(_ROWS, **options)
+    weights = {"weight": torch.randn(_ROWS, head.in_features, **options)}
+    if head.bias is not None:
+        weights["bias"] = torch.randn(_ROWS, **options)
     try:
         with torch.device("cpu"):
-            expected = _own_logits(llm, decoder, head, hidden, weight, bias)
+            expected = _own_logits(llm, decoder, hidden, weights)
     except (AttributeError, IndexError, KeyError, NotImplementedError, RuntimeError, TypeError, ValueError) as error:
         raise _refusal(llm, f"its head could not be tried ({type(error).__name__}: {error})") from error
-    raw = functional.linear(hidden, weight, bias)
-    for settings in _candidates(llm.config, bias=bias is not None):
+    raw = functional.linear(hidden, **weights)
+    for settings in _candidates(llm.config, bias="bias" in weights):
         finished = settings(raw)
         if finished.shape == expected.shape and torch.allclose(finished, expected, rtol=1e-4, atol=1e-4):
             return settings
@@ -179,20 +159,11 @@ def text_loss(
     shift_labels: torch.Tensor | None = None,
     **options: Any,
 ) -> torch.Tensor:
-    """Cross-entropy over the language model's own vocabulary, which has no image token.
+    """Cross-entropy, in float32, over the language model's own vocabulary, which has no image token.
 
-    A label that is the image token is measured over all rows, as any other label would be.
-
-    Args:
-        logits: (B, T, V).
-        labels: (B, T), `IGNORE_INDEX` where nothing is supervised.
-        vocab_size: V.
-        image_token_id: the row that text cannot be.
-        shift_labels: labels of the positions that predict them, if they are at hand.
-        **options: of transformers' loss, such as `num_items_in_batch`.
-
-    Returns:
-        The loss, in float32.
+    A label that is the image token is measured over all rows, as any other label would be. Logits are (B, T, V), labels
+    (B, T) with `IGNORE_INDEX` where nothing is supervised; options are those of transformers' loss, such as
+    `num_items_in_batch`.
     """
     if shift_labels is None:
         shift_labels = functional.pad(labels, (0, 1), value=IGNORE_INDEX)[..., 1:].contiguous()
@@ -228,16 +199,12 @@ def _takes_cache(decoder: nn.Module) -> bool:
 
 @torch.no_grad()
 def _own_logits(
-    llm: PreTrainedModel,
-    decoder: nn.Module,
-    head: nn.Linear,
-    hidden: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor | None,
+    llm: PreTrainedModel, decoder: nn.Module, hidden: torch.Tensor, weights: dict[str, torch.Tensor]
 ) -> torch.Tensor:
     """Run a language model's own forward pass, with other weights in its head and these hidden states."""
+    head = llm.get_output_embeddings()
     name = next(name for name, module in llm.named_modules() if module is head)
-    replaced = {f"{name}.weight": weight} | ({f"{name}.bias": bias} if bias is not None else {})
+    replaced = {f"{name}.{key}": weight for key, weight in weights.items()}
     ids = torch.zeros(1, _TOKENS, dtype=torch.long)
     with ExitStack() as answers:
         # Most call the decoder that they were built with; some, such as OPT, a part of it.

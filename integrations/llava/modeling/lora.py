@@ -1,13 +1,10 @@
-"""LoRA (arXiv:2106.09685) and QLoRA (arXiv:2305.14314) of the language model, through peft.
-
-Adapters are put into the model in place, so that its class, its names and everything that is built on them stay.
-"""
+"""LoRA (arXiv:2106.09685) and QLoRA (arXiv:2305.14314) of the language model, put in place through peft."""
 
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 from torch import nn
@@ -19,7 +16,7 @@ __all__ = ["FILE_PREFIX", "add_lora", "inject_lora", "lora_config", "lora_weight
 
 _LANGUAGE_MODEL = "model.language_model."
 FILE_PREFIX = "base_model.model."
-"""What PEFT puts in front of a module's name in its files."""
+"""Text that PEFT puts in front of a module's name in its files."""
 # Name of the one set of adapters, as PEFT writes it into parameter names but not into files.
 _ADAPTER = "default"
 
@@ -29,10 +26,6 @@ def add_lora(model: nn.Module, config: LoraConfig) -> None:
 
     The language model's own weights are frozen and the adapters learn, in float32; other parts stay as they are.
 
-    Args:
-        model: the whole model, changed in place.
-        config: rank, scale, dropout and names of the linear layers.
-
     Raises:
         ValueError: if the rank is below 1, the model has adapters already, no layer has one of the names, or 4-bit
             weights were already used to answer on a CPU.
@@ -41,7 +34,11 @@ def add_lora(model: nn.Module, config: LoraConfig) -> None:
     if config.rank < 1:
         raise InputError(f"lora.rank={config.rank} is too small for adapters; give at least 1, such as 128.")
     _refuse_adapted(model)
-    linear = {name.rpartition(".")[2] for name, module in _language_model(model) if isinstance(module, nn.Linear)}
+    linear = {
+        name.rpartition(".")[2]
+        for name, module in model.named_modules()
+        if name.startswith(_LANGUAGE_MODEL) and isinstance(module, nn.Linear)
+    }
     absent = sorted(set(config.target_modules) - linear)
     if absent or not config.target_modules:
         raise InputError(
@@ -50,29 +47,25 @@ def add_lora(model: nn.Module, config: LoraConfig) -> None:
         )
     _refuse_repacked(model)
     names = "|".join(map(re.escape, config.target_modules))
-    inject_lora(
-        model,
-        _import_peft().LoraConfig(
-            r=config.rank,
-            lora_alpha=config.alpha,
-            lora_dropout=config.dropout,
-            # Anchored, since a vision model's layers may have the same names.
-            target_modules=rf"{re.escape(_LANGUAGE_MODEL)}.*\.(?:{names})",
-        ),
-    )
+    described = {
+        "r": config.rank,
+        "lora_alpha": config.alpha,
+        "lora_dropout": config.dropout,
+        # Anchored, since a vision model's layers may have the same names.
+        "target_modules": rf"{re.escape(_LANGUAGE_MODEL)}.*\.(?:{names})",
+    }
+    inject_lora(model, described)
 
 
 def merge_lora(model: nn.Module) -> None:
-    """Add the adapters to the weights they belong to, and take them out: a plain model is left.
-
-    Args:
-        model: with adapters, changed in place.
+    """Add the adapters to the weights they belong to, and take them out: a plain model is left, in place.
 
     Raises:
         ValueError: if the model has no adapters, or its weights are quantised: adding to 4 or 8 bits would round twice.
     """
     lora_config(model)
-    layers = [(name, module) for name, module in model.named_modules() if _is_adapted(module)]
+    adapted = ((name, module) for name, module in model.named_modules() if hasattr(module, "lora_A"))
+    layers: list[tuple[str, Any]] = [(name, module) for name, module in adapted if hasattr(module, "get_base_layer")]
     quantized = [name for name, layer in layers if not layer.get_base_layer().weight.is_floating_point()]
     if quantized:
         raise InputError(
@@ -86,24 +79,8 @@ def merge_lora(model: nn.Module) -> None:
     del model.peft_config
 
 
-def _import_peft() -> ModuleType:
-    try:
-        import peft
-    except ImportError as error:
-        raise MissingPackageError(
-            "LoRA needs the package peft; install it with `pip install 'layerfuse[lora]'`."
-        ) from error
-    module: ModuleType = peft
-    return module
-
-
-def inject_lora(model: nn.Module, config: Any, *, trainable: bool = True) -> None:
-    """Put adapters that a config of peft describes into the model, which is changed in place, in float32.
-
-    Args:
-        model: the whole model.
-        config: a `peft.LoraConfig`, or the folder that holds one.
-        trainable: whether they learn.
+def inject_lora(model: nn.Module, config: Mapping[str, Any] | str | Path, *, trainable: bool = True) -> None:
+    """Put adapters, by the fields of a `peft.LoraConfig` or the folder of one, into the model in place, in float32.
 
     Raises:
         ValueError: if the model has adapters already.
@@ -116,11 +93,16 @@ def inject_lora(model: nn.Module, config: Any, *, trainable: bool = True) -> Non
         for name, parameter in model.named_parameters()
         if parameter.requires_grad and not name.startswith((_LANGUAGE_MODEL, "lm_head."))
     ]
-    peft = _import_peft()
-    if isinstance(config, str | Path):
-        config = peft.LoraConfig.from_pretrained(str(config))
-    config.inference_mode = not trainable
-    peft.inject_adapter_in_model(config, model, adapter_name=_ADAPTER)
+    try:
+        import peft
+    except ImportError as error:
+        raise MissingPackageError(
+            "LoRA needs the package peft; install it with `pip install 'layerfuse[lora]'`."
+        ) from error
+    read: Any = peft.LoraConfig.from_pretrained
+    described = peft.LoraConfig(**config) if isinstance(config, Mapping) else read(str(config))
+    described.inference_mode = not trainable
+    peft.inject_adapter_in_model(described, model, adapter_name=_ADAPTER)
     for parameter in learning:
         parameter.requires_grad_(True)
     for parameter in lora_weights(model).values():
@@ -142,14 +124,6 @@ def _refuse_repacked(model: nn.Module) -> None:
             )
 
 
-def _language_model(model: nn.Module) -> list[tuple[str, nn.Module]]:
-    return [(name, module) for name, module in model.named_modules() if name.startswith(_LANGUAGE_MODEL)]
-
-
-def _is_adapted(module: nn.Module) -> bool:
-    return hasattr(module, "lora_A") and hasattr(module, "get_base_layer")
-
-
 def lora_weights(model: nn.Module) -> dict[str, nn.Parameter]:
     """Parameters of the adapters, by the names that PEFT gives them in its files."""
     weights = {name: parameter for name, parameter in model.named_parameters() if ".lora_" in name}
@@ -157,11 +131,7 @@ def lora_weights(model: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def lora_config(model: nn.Module) -> Any:
-    """The `peft.LoraConfig` of a model's adapters.
-
-    Raises:
-        ValueError: if it has none.
-    """
+    """The `peft.LoraConfig` of a model's adapters; a ValueError if it has none."""
     configs: Any = getattr(model, "peft_config", None)
     if not configs:
         raise InputError("the model has no adapters; add some (add_lora) or load them (load_lora) first.")

@@ -33,19 +33,19 @@ from layerfuse.errors import InputError
 from layerfuse.features import FeatureMaps
 from layerfuse.fusers import Fuser, fuser_from_config
 
-from .built_modules import (
+from .configuration import FusedLlavaConfig, LayerfuseVisionConfig
+from .generation import GeneratesFromImages, forbid_token
+from .language_head import build_head, text_loss
+from .parts import (
     Projector,
     build_part,
     draw,
     forbid_uncapped_attention,
     keep_as_built,
+    learns,
     restore_buffers,
     set_attention,
 )
-from .configuration import FusedLlavaConfig, LayerfuseVisionConfig
-from .generation import GeneratesFromImages, forbid_token
-from .language_head import build_head, text_loss
-from .parts import learns
 from .quantization import keep_unpackable
 
 __all__ = [
@@ -94,12 +94,7 @@ class _LoadsWhole(PreTrainedModel):
 
 
 class LayerfuseVisionModel(_LoadsWhole):
-    """A layerfuse backbone where transformers expects a vision tower.
-
-    Args:
-        config: describes the backbone.
-        backbone: a ready one; built from the config, with random weights, if None.
-    """
+    """A layerfuse backbone, built from its config unless it is given, where transformers expects a vision tower."""
 
     config: LayerfuseVisionConfig
     config_class = LayerfuseVisionConfig
@@ -129,14 +124,7 @@ class LayerfuseVisionModel(_LoadsWhole):
         self.post_init()
 
     def forward(self, pixel_values: torch.Tensor) -> FeatureMaps:
-        """Encode images.
-
-        Args:
-            pixel_values: (B, 3, height, width).
-
-        Returns:
-            L feature maps.
-        """
+        """Encode (B, 3, height, width) images into L feature maps."""
         maps: FeatureMaps = self.backbone(pixel_values)
         return maps
 
@@ -156,12 +144,7 @@ class ReadyParts:
 
 
 class FusedLlavaModel(_LoadsWhole, LlavaModel):
-    """Backbone, fuser, projector and language model without its head.
-
-    Args:
-        config: describes all of them.
-        parts: ready modules; built from the config if None.
-    """
+    """Backbone, fuser, projector and language model without its head; ready parts, or built from the config."""
 
     config: FusedLlavaConfig
     config_class = FusedLlavaConfig
@@ -200,14 +183,10 @@ class FusedLlavaModel(_LoadsWhole, LlavaModel):
         image_sizes: torch.Tensor | None = None,
         **_: Any,  # transformers passes what its own towers take
     ) -> BaseModelOutputWithPooling:
-        """Encode, fuse and project images.
+        """Encode, fuse and project (B, 3, height, width) images.
 
-        Args:
-            pixel_values: (B, 3, height, width).
-            vision_feature_layer: unused; the backbone taps what its config says.
-            vision_feature_select_strategy: unused, likewise.
-            image_sizes: (B, 2) height and width before the images were prepared; unused, since all images take the
-                same number of tokens here.
+        The backbone taps what its config says, and all images take the same number of tokens here, so other arguments
+        are unused.
 
         Returns:
             `last_hidden_state`: (B, N, C_out) fused tokens; `pooler_output`: B tensors (N, D), projected. With
@@ -243,12 +222,7 @@ _ARGUMENTS = tuple(inspect.signature(LlavaModel.forward).parameters)[1:]
 
 
 class FusedLlavaForConditionalGeneration(_LoadsWhole, GeneratesFromImages, LlavaForConditionalGeneration):
-    """The whole model: images and text in, text out.
-
-    Args:
-        config: describes all parts.
-        parts: ready modules; built from the config if None.
-    """
+    """The whole model: images and text in, text out; of ready parts, or built from the config."""
 
     config: FusedLlavaConfig
     config_class = FusedLlavaConfig

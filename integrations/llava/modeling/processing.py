@@ -1,7 +1,6 @@
 """The processor a checkpoint is saved with: transformers' LlavaProcessor around layerfuse's preprocessing and layout.
 
-`LayerfuseImageProcessor` computes exactly what `layerfuse.Preprocessing` does, Pillow's resampling and LLaVA's
-pad-to-square with the mean colour included, so that training, `pipeline` and `generate` see the same pixels.
+Images are prepared exactly as `layerfuse.Preprocessing` does, so that training, `pipeline` and `generate` see the same.
 """
 
 from __future__ import annotations
@@ -113,7 +112,7 @@ class FusedLlavaProcessor(LlavaProcessor):
 
     @property
     def layout(self) -> ImageLayout:
-        """How many tokens an image takes."""
+        """The layout, which says how many tokens an image takes."""
         return layout_from_config(self.image_processor.image_layout or {}, image_token_id=self.image_token_id)
 
     def replace_image_token(self, image_inputs: dict[str, Any], image_idx: int, **_: Any) -> str:
@@ -164,13 +163,9 @@ def _from_array(array: np.ndarray, layout: str | None) -> list[Image.Image]:
 
 
 def add_image_token(tokenizer: PreTrainedTokenizerBase) -> int:
-    """Make sure the tokenizer has `<image>` and a padding token.
+    """Make sure the tokenizer, changed in place, has `<image>`, whose id is returned, and a padding token.
 
-    Args:
-        tokenizer: changed in place. Padding falls back on the unknown token, as in the published code.
-
-    Returns:
-        The id of `<image>`.
+    Padding falls back on the unknown token, as in the published code.
     """
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.unk_token if tokenizer.unk_token is not None else tokenizer.eos_token
@@ -186,16 +181,10 @@ def build_processor(
     preprocessing: Preprocessing,
     template: Template,
 ) -> FusedLlavaProcessor:
-    """Assemble the processor that belongs to a model.
+    """Assemble the processor that belongs to a model, and that `AutoProcessor.from_pretrained` reads again.
 
-    Args:
-        model: says how many tokens an image takes.
-        tokenizer: has `<image>`; it is set to pad on the left, as generation in batches needs it.
-        preprocessing: how images are prepared; at inference they are turned upright, whatever training did.
-        template: written into the chat template.
-
-    Returns:
-        The processor; `save_pretrained` and `AutoProcessor.from_pretrained` keep it.
+    The tokenizer, which has `<image>`, is set to pad on the left, as generation in batches needs it. Images are turned
+    upright at inference, whatever training did.
     """
     tokenizer.padding_side = "left"
     # Tokenizers save what they were built with, and the side is lost unless it is one of these.

@@ -17,7 +17,7 @@ __all__ = ["QUANTIZATIONS", "Quantization", "keep_unpackable", "quantization_con
 
 Quantization = Literal["none", "int8", "nf4"]
 QUANTIZATIONS: tuple[str, ...] = get_args(Quantization)
-"""How weights can be stored: as they are, in 8 bits (LLM.int8, arXiv:2208.07339), in 4 (NF4, arXiv:2305.14314)."""
+"""Ways to store weights: as they are, in 8 bits (LLM.int8, arXiv:2208.07339), in 4 (NF4, arXiv:2305.14314)."""
 
 # Full names: bitsandbytes compares from the start of a module's name, and "multi_modal_projector" alone matches none.
 _KEPT = (*(prefix.rstrip(".") for part, prefixes in PARTS.items() if part != "llm" for prefix in prefixes), "lm_head")
@@ -26,14 +26,9 @@ _PACKED_ROWS, _PACKED_COLUMNS = 32, 64
 
 
 def quantization_config(kind: Quantization, dtype: torch.dtype) -> BitsAndBytesConfig | None:
-    """Describe a quantisation for `from_pretrained`, of a whole model or of a language model alone.
+    """Describe a quantisation for `from_pretrained`, of a whole model or of a language model alone; None for "none".
 
-    Args:
-        kind: one of `QUANTIZATIONS`.
-        dtype: what 4-bit weights are expanded to when they are used.
-
-    Returns:
-        The config; None for "none". Backbone, fuser, projector and the head stay as they are.
+    Backbone, fuser, projector and the head stay as they are. `dtype` is what 4-bit weights are expanded to for use.
 
     Raises:
         ValueError: if there is no such quantisation.
@@ -62,9 +57,6 @@ def keep_unpackable(model: nn.Module) -> None:
     """Let 4-bit layers of sizes that bitsandbytes cannot pack for a CPU compute from the weights as they are stored.
 
     It packs a layer when it is first used, whatever its sizes, and fails on those that are no multiples of its blocks.
-
-    Args:
-        model: changed in place; its other layers are packed as ever.
     """
     layers: list[Any] = [module for module in model.modules() if hasattr(module, "support_avx512bf16_for_cpu")]
     for layer in layers:

@@ -15,9 +15,7 @@ _BOX = re.compile(r"\[([^\[\]]*)\]")
 def parse_box(answer: str) -> tuple[float, float, float, float] | None:
     """Read a box in LLaVA's form ``[x1, y1, x2, y2]``, fractions of the image's sides; the first brackets count.
 
-    Returns:
-        (x1, y1, x2, y2), or None if the brackets do not hold exactly four plain decimals between 0 and 1 with
-        x1 < x2 and y1 < y2.
+    None if they do not hold exactly four plain decimals between 0 and 1 with x1 < x2 and y1 < y2.
     """
     found = _BOX.search(answer)
     if found is None:

@@ -1,7 +1,4 @@
-"""Bringing free text that a model wrote into a form that can be compared.
-
-Nothing here ever raises on any string: an answer that cannot be read is a wrong answer.
-"""
+"""Free text of a model in forms that can be compared; nothing here raises: what cannot be read is a wrong answer."""
 
 from __future__ import annotations
 
@@ -46,29 +43,20 @@ def normalise_answer(answer: str) -> str:
 
 
 def parse_count(answer: str) -> int | None:
-    """Read a count: the only number in the answer, in digits or as a word from zero to ten.
-
-    Returns:
-        The number, or None if the answer names no number or several.
-    """
+    """The only number in an answer, in digits or as a word from zero to ten; None if there is none or several."""
     words = re.findall(r"[0-9]+(?:[.,][0-9]+)*|[a-z]+", normalise_answer(answer))
-    numbers = {
-        _COUNTS[word] if word in _COUNTS else int(word) for word in words if word in _COUNTS or _is_integer(word)
-    }
-    fractions = [word for word in words if word[0].isdigit() and not _is_integer(word)]
-    return numbers.pop() if len(numbers) == 1 and not fractions else None
-
-
-def _is_integer(word: str) -> bool:
+    digits = [word for word in words if word[0].isdigit()]
     # Nine digits: no count is longer, and int() refuses strings of thousands.
-    return word.isascii() and word.isdigit() and len(word) <= 9
+    if not all(word.isdigit() and len(word) <= 9 for word in digits):
+        return None
+    numbers = {*map(int, digits), *(_COUNTS[word] for word in words if word in _COUNTS)}
+    return numbers.pop() if len(numbers) == 1 else None
 
 
 def parse_number(answer: str) -> Decimal | None:
-    """Read a number: the only one in the answer, as digits (``-1,234.5``, ``2e3``, ``40 %``) or a word, zero to ten.
+    """The only number in an answer, as digits (``-1,234.5``, ``2e3``, ``40 %``) or a word, zero to ten.
 
-    Returns:
-        The number, or None if the answer names no number or several, or one whose commas part no thousands.
+    None if the answer names no number or several, or one whose commas part no thousands.
     """
     text = normalise_answer(answer).replace("\u2212", "-")
     found = _NUMBER.findall(text)
@@ -80,29 +68,18 @@ def parse_number(answer: str) -> Decimal | None:
 
 
 def parse_yes_no(answer: str) -> str | None:
-    """Read yes or no: the first word if it is one of them, else the only one of them that occurs, in any case.
-
-    Returns:
-        "yes" or "no", or None if the answer says neither or both.
-    """
+    """Yes or no, in lower case: the first word if it is one of them, else the only one in the answer; else None."""
     words = re.findall(r"\w+", normalise_answer(answer))
     said = words[:1] if words[:1] in (["yes"], ["no"]) else sorted({"yes", "no"}.intersection(words))
     return said[0] if len(said) == 1 else None
 
 
 def parse_choice(answer: str, choices: Sequence[str] = ()) -> str | None:
-    """Read the letter of an option.
+    """Read the capital letter of an option; None if no option is named, or several are.
 
     The first of these that fits counts: the letter alone, in any case, also as ``(B)`` or ``B.``; an answer that
     begins with ``B.``, ``B)``, ``(B)`` or ``B:``; the text of an option; the only letter that stands behind "answer",
-    "option" or "choice".
-
-    Args:
-        answer: what a model wrote.
-        choices: texts of the options A, B, …; without them any letter is an option.
-
-    Returns:
-        The capital letter, or None if no option is named, or several are.
+    "option" or "choice". Without `choices`, the texts of options A, B, …, any letter is an option.
     """
     letters = [chr(ord("A") + index) for index in range(len(choices) or 26)]
     text = strip_answer(answer)

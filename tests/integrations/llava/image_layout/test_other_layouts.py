@@ -27,10 +27,10 @@ from integrations.llava.data.doctor.texts import TokenLimit
 from integrations.llava.dry_run.facts import model_facts
 from integrations.llava.dry_run.workload import measured_workload
 from integrations.llava.image_layout import FixedLayout, ImageLayout, ImageSize
-from integrations.llava.inference.answering import answer_requests
 from integrations.llava.inference.predictor import Predictor
 from integrations.llava.inference.prompt_builder import load_preparer
 from integrations.llava.inference.requests import Request, prompt_lengths
+from integrations.llava.inference.results import answer_requests
 from integrations.llava.inference.sampling import SamplingParams
 from integrations.llava.modeling.build import Assembled
 from integrations.llava.modeling.model import FusedLlavaForConditionalGeneration
@@ -307,7 +307,7 @@ def test_the_processor_writes_the_tokens_of_each_image(cell_run: Path, cells: Pr
 def test_a_file_of_questions_is_answered_as_one_by_one(
     cells: Predictor, cell_run: Path, data_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("integrations.llava.inference.answering.load_predictor", lambda *_, **__: cells)
+    monkeypatch.setattr("integrations.llava.inference.results.load_predictor", lambda *_, **__: cells)
     names = [("0.png",), ("5.png", "1.png"), (), ("7.png",)]
     requests = [Request(str(index), own, "What number?") for index, own in enumerate(names)]
     output, answered = answer_requests(
