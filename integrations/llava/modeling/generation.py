@@ -41,6 +41,7 @@ class GeneratesFromImages:
     """
 
     config: Any
+    generation_config: Any
 
     def generate(self, *args: Any, pixel_values: torch.Tensor | None = None, **kwargs: Any) -> Any:
         """As in transformers, but `pixel_values=None` means no images; transformers 5.23 would encode None."""

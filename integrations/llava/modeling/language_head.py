@@ -224,15 +224,13 @@ class _Answer(BaseModelOutputWithPast):
 
 @contextmanager
 def _answering(decoder: nn.Module, hidden: torch.Tensor) -> Iterator[None]:
-    own = vars(decoder).get("forward")
+    replaced = {name: value for name, value in vars(decoder).items() if name == "forward"}
     vars(decoder)["forward"] = lambda *_, **__: _Answer(last_hidden_state=hidden)
     try:
         yield
     finally:
-        if own is None:
-            del vars(decoder)["forward"]
-        else:
-            vars(decoder)["forward"] = own
+        del vars(decoder)["forward"]
+        vars(decoder).update(replaced)
 
 
 def _refusal(llm: PreTrainedModel, reason: str) -> InputError:

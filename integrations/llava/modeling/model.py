@@ -85,6 +85,9 @@ class _LoadsWhole(PreTrainedModel):
             draw(model, {key if isinstance(key, str) else key[0] for key in misshapen})
         restore_buffers(model)
         keep_unpackable(model)
+        if isinstance(model, GeneratesFromImages):
+            # Its generation config, which 0.1 wrote without it, has been read after the model was built.
+            forbid_token(model.generation_config, model.config.image_token_index)
         return (model, info) if output_loading_info else model
 
     def init_weights(self) -> None:
@@ -239,14 +242,6 @@ class FusedLlavaForConditionalGeneration(_LoadsWhole, GeneratesFromImages, Llava
         self._tied_weights_keys = {"lm_head.weight": name}
         forbid_token(self.generation_config, config.image_token_index)
         self.post_init()
-
-    @classmethod
-    def from_pretrained(cls, *args: Any, output_loading_info: bool = False, **kwargs: Any) -> Any:
-        """As in transformers, but weights that do not cover the model are an error; see `_LoadsWhole`."""
-        model, info = super().from_pretrained(*args, output_loading_info=True, **kwargs)
-        # Its generation config, which 0.1 wrote without it, has been read after the model was built.
-        forbid_token(model.generation_config, model.config.image_token_index)
-        return (model, info) if output_loading_info else model
 
     def set_output_embeddings(self, new_embeddings: Any) -> None:
         """Put another linear layer in the head's place; scale and cap of the language model's logits stay."""

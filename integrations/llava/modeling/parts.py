@@ -144,18 +144,16 @@ def draw(model: nn.Module, keys: Set[str]) -> None:
         weights = dict(part.named_parameters(prefix=path)) if isinstance(part, Backbone | Fuser | Projector) else {}
         if missing := keys & weights.keys():
             with torch.device("cpu"):
-                drawn = dict(_built_like(part).named_parameters(prefix=path))
+                if isinstance(part, Backbone):
+                    built: nn.Module = backbone_from_config(part.config)
+                elif isinstance(part, Fuser):
+                    built = fuser_from_config(part.config)
+                else:
+                    assert isinstance(part, Projector)
+                    built = Projector(part.linear_1.in_features, part.linear_2.out_features)
+            drawn = dict(built.named_parameters(prefix=path))
             for key in missing:
                 weights[key].copy_(drawn[key])
-
-
-def _built_like(part: nn.Module) -> nn.Module:
-    if isinstance(part, Backbone):
-        return backbone_from_config(part.config)
-    if isinstance(part, Fuser):
-        return fuser_from_config(part.config)
-    assert isinstance(part, Projector)
-    return Projector(part.linear_1.in_features, part.linear_2.out_features)
 
 
 def part_of(name: str) -> str:

@@ -130,7 +130,7 @@ class FusedLlavaProcessor(LlavaProcessor):
         return MultiModalData(num_image_tokens=numbers, num_image_patches=[1] * len(numbers))
 
 
-# Keys of a saved processor's own that say nothing about images.
+# Keys in the file of a saved processor that say nothing about images.
 _SAVED = ("image_processor_type", "processor_class", "auto_map")
 _FORMATS = ("channels_first", "channels_last")
 
