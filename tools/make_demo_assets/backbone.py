@@ -24,7 +24,7 @@ from integrations.llava.synthetic.scene import CELL, COLORS, IMAGE_SIZE, SHAPES,
 
 from .training import deterministic, make_optimizer, make_schedule
 
-__all__ = ["BackboneRecipe", "coarse_words", "image_processor", "pretrain_backbone"]
+__all__ = ["BackboneRecipe", "coarse_words", "pretrain_backbone", "to_pixels"]
 
 _LOG = logging.getLogger(__name__)
 
@@ -62,7 +62,7 @@ class BackboneRecipe:
 
 
 def coarse_words(scene: Scene) -> list[str]:
-    """Return the words of a scene's coarse caption: photograph, number, and what objects there are."""
+    """Return the words of a scene's coarse caption: photograph, number of objects, each object's colour and shape."""
     words = [scene.photograph, str(len(scene.objects))]
     return words + sorted(f"{item.color} {item.shape}" for item in scene.objects)
 
@@ -86,33 +86,23 @@ class _TextEncoder(nn.Module):
         return hidden + self.mlp(hidden)
 
 
-def image_processor() -> CLIPImageProcessor:
-    """Return the embedded backbone's image processor."""
-    side = {"height": IMAGE_SIZE, "width": IMAGE_SIZE}
-    return CLIPImageProcessor(
-        size={"shortest_edge": IMAGE_SIZE}, crop_size=side, image_mean=list(MEAN), image_std=list(STD)
-    )
-
-
 def to_pixels(images: torch.Tensor) -> torch.Tensor:
-    """(B, H, W, 3) uint8 -> (B, 3, H, W) float32, normalised as `image_processor` does."""
+    """(B, H, W, 3) uint8 -> (B, 3, H, W) float32, normalised as the image processor does that is saved."""
     pixels = images.permute(0, 3, 1, 2).float() / 255
     return (pixels - torch.tensor(MEAN).view(1, 3, 1, 1)) / torch.tensor(STD).view(1, 3, 1, 1)
 
 
 def pretrain_backbone(folder: str | Path, recipe: BackboneRecipe | None = None) -> None:
-    """Train the backbone and save it, with its image processor, as transformers folders are.
-
-    Args:
-        folder: where to save.
-        recipe: how; None takes the one that the shipped weights were made with.
-    """
+    """Train the backbone and save it with its image processor as a transformers folder; None: by the shipped recipe."""
     recipe = recipe or BackboneRecipe()
     with deterministic(recipe.seed, num_threads=recipe.num_threads):
         images, bags = _pool(recipe)
         model = _train(recipe, images, bags)
     model.half().save_pretrained(folder)
-    image_processor().save_pretrained(folder)
+    side = {"height": IMAGE_SIZE, "width": IMAGE_SIZE}
+    CLIPImageProcessor(
+        size={"shortest_edge": IMAGE_SIZE}, crop_size=side, image_mean=list(MEAN), image_std=list(STD)
+    ).save_pretrained(folder)
 
 
 def _pool(recipe: BackboneRecipe) -> tuple[torch.Tensor, torch.Tensor]:
@@ -164,7 +154,7 @@ def _train(recipe: BackboneRecipe, images: torch.Tensor, bags: torch.Tensor) -> 
     scale = nn.Linear(1, 1, bias=False)
     nn.init.constant_(scale.weight, np.log(10))
     modules = [model, text, head, scale]
-    optimizer = make_optimizer(modules, learning_rate=recipe.learning_rate, weight_decay=0.05)
+    optimizer = make_optimizer(modules, learning_rate=recipe.learning_rate)
     schedule = make_schedule(optimizer, num_steps=recipe.num_steps)
     progress = tqdm(range(recipe.num_steps), desc="backbone: contrastive", disable=None)
     for step in progress:

@@ -1,9 +1,7 @@
-r"""The embedded language model: a tiny Llama, pretrained on scenes written out as text.
+"""The embedded language model: a tiny Llama, pretrained on scenes written out as text, as `writing` says.
 
-A sample is what LLaVA will show the model later, except that each visual token is the cell word of what its cell
-shows: `USER: [cat][cat][K][7][P][cat]…\\nWhat does the text say? ASSISTANT: K7P</s>USER: …`. So the model can
-already look things up when it meets images, and training has to align visual tokens with cell words, no more.
-Cell words are blurred while training (mixed with other words, noise added), because visual tokens will never be exact.
+So the model can already look things up when it meets images, and training has to align visual tokens with cell words,
+no more. Cell words are blurred while training (mixed with other words, noise added): visual tokens are never exact.
 """
 
 from __future__ import annotations
@@ -18,10 +16,11 @@ import numpy as np
 import torch
 from torch import nn
 from torch.nn import functional as F
+from torch.nn.utils.rnn import pad_sequence
 from tqdm.auto import tqdm
 from transformers import AttentionInterface, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
 
-from integrations.llava.prompts import IGNORE_INDEX
+from integrations.llava.prompts import IGNORE_INDEX, Rendered
 from integrations.llava.synthetic.captions import DENSE_CAPTION_PROMPT, dense_caption
 from integrations.llava.synthetic.questions import (
     CAPTION_PROMPT,
@@ -34,7 +33,7 @@ from integrations.llava.synthetic.scene import sample_scene
 
 from .tokenizer import CELL_WORDS, build_tokenizer, cell_description
 from .training import deterministic, make_optimizer, make_schedule
-from .writing import SceneWriter, WrittenScene, embed_written, stands_for_image
+from .writing import SceneWriter, embed_written, stands_for_image
 
 __all__ = ["LanguageModelRecipe", "Phase", "pretrain_language_model"]
 
@@ -108,12 +107,7 @@ class LanguageModelRecipe:
 
 
 def pretrain_language_model(folder: str | Path, recipe: LanguageModelRecipe | None = None) -> None:
-    """Train the language model and save it, with its tokenizer, as transformers folders are.
-
-    Args:
-        folder: where to save.
-        recipe: how; None takes the one that the shipped weights were made with.
-    """
+    """Train the language model and save it with its tokenizer as a transformers folder; None: by the shipped recipe."""
     recipe = recipe or LanguageModelRecipe()
     writer = SceneWriter(build_tokenizer())
     with deterministic(recipe.seed, num_threads=recipe.num_threads):
@@ -126,17 +120,7 @@ def _turns(questions: Sequence[SceneQuestion]) -> list[tuple[str, str]]:
     return [(question.text, question.answer) for question in questions]
 
 
-def _pool(recipe: LanguageModelRecipe, writer: SceneWriter, name: str) -> list[WrittenScene]:
-    """Write the samples of a pool, sorted by length."""
-    if name == "boxes":
-        samples = _about_boxes(recipe, writer)
-    else:
-        samples = _about_scenes(recipe, writer, dense_every=_DENSE_EVERY[name])
-    # Equal lengths stay in random order: Python's sort keeps the order in which they were drawn.
-    return sorted(samples, key=lambda sample: len(sample.input_ids))
-
-
-def _about_scenes(recipe: LanguageModelRecipe, writer: SceneWriter, *, dense_every: int) -> Iterator[WrittenScene]:
+def _about_scenes(recipe: LanguageModelRecipe, writer: SceneWriter, *, dense_every: int) -> Iterator[Rendered]:
     """Write training scenes: dense captions in template `plain`, conversations in `v1` and `brief`."""
     for index in tqdm(range(recipe.num_samples), desc="llm: scenes", disable=None):
         rng = np.random.default_rng([recipe.seed, index])
@@ -150,7 +134,7 @@ def _about_scenes(recipe: LanguageModelRecipe, writer: SceneWriter, *, dense_eve
         yield writer.write(scene, turns, "v1" if index % 5 < 2 else "brief")
 
 
-def _about_boxes(recipe: LanguageModelRecipe, writer: SceneWriter) -> Iterator[WrittenScene]:
+def _about_boxes(recipe: LanguageModelRecipe, writer: SceneWriter) -> Iterator[Rendered]:
     """Write training scenes with a question for every box."""
     for index in tqdm(range(recipe.num_samples // 4), desc="llm: boxes", disable=None):
         rng = np.random.default_rng([recipe.seed, index, 1])
@@ -217,18 +201,7 @@ def _causal_attention(
 ) -> tuple[torch.Tensor, None]:
     """Attend causally in plain matrix products: on CPU, twice as fast as SDPA's backward in bfloat16 at this size.
 
-    Args:
-        module: the attention layer; unused, part of transformers' interface, as are mask, dropout and kwargs.
-        query: (B, heads, T, C / heads).
-        key: like query.
-        value: like query.
-        attention_mask: ignored, because padding is on the right.
-        scaling: factor of the scores.
-        dropout: ignored; the model has none.
-        **kwargs: ignored.
-
-    Returns:
-        (B, T, heads, C / heads), and no attention weights.
+    (B, heads, T, C / heads) queries, keys and values give (B, T, heads, C / heads). No mask: padding is on the right.
     """
     length = query.shape[2]
     dtype = torch.bfloat16 if torch.is_autocast_enabled("cpu") else query.dtype
@@ -248,16 +221,7 @@ def _blur(
     mixing: float,
     noise: float,
 ) -> torch.Tensor:
-    """Mix every cell word with another one and add noise; other tokens stay exact.
-
-    Args:
-        embeddings: (B, T, D) of `input_ids`.
-        input_ids: (B, T).
-        table: (V, D) embedding weights.
-        cells: ids of the cell words, (words,).
-        mixing: largest share of the other cell word.
-        noise: largest noise, in units of the cell words' standard deviation.
-    """
+    """Mix every cell word of (B, T, D) embeddings with another one and add noise; other tokens stay exact."""
     in_image = stands_for_image(input_ids, cells).unsqueeze(-1)
     other = cells[torch.randint(len(cells), input_ids.shape)]
     share = mixing * torch.rand(*input_ids.shape, 1)
@@ -267,23 +231,23 @@ def _blur(
 
 
 def _train(recipe: LanguageModelRecipe, writer: SceneWriter) -> LlamaForCausalLM:
-    """Run the phases of language modelling, with a loss on answers only, and return the trained model."""
+    """Run the phases of language modelling, with a loss on answers only; return the model as it is to be saved."""
     AttentionInterface.register(_ATTENTION, _causal_attention)
     model = _build(recipe, writer.tokenizer)
-    pools: dict[str, list[WrittenScene]] = {}
+    pools: dict[str, list[Rendered]] = {}
     for number, phase in enumerate(recipe.phases):
         if number:
             # Phases hand over in the precision that weights are stored in, so that each can be run by itself.
             model.half().float()
             torch.manual_seed(recipe.seed + number)
         if phase.pool not in pools:
-            pools[phase.pool] = _pool(recipe, writer, phase.pool)
+            if phase.pool == "boxes":
+                samples = _about_boxes(recipe, writer)
+            else:
+                samples = _about_scenes(recipe, writer, dense_every=_DENSE_EVERY[phase.pool])
+            # Equal lengths stay in random order: Python's sort keeps the order in which they were drawn.
+            pools[phase.pool] = sorted(samples, key=lambda sample: len(sample.input_ids))
         _run_phase(model, recipe, phase, writer, pools[phase.pool])
-    return _finished(model)
-
-
-def _finished(model: LlamaForCausalLM) -> LlamaForCausalLM:
-    """Prepare a trained model for saving."""
     # The usual attention from here on: saved folders never name the one of this file.
     model.set_attn_implementation("sdpa")
     # Untied again, as Vicuna is: finetuning may then read and write words differently.
@@ -297,17 +261,20 @@ def _run_phase(
     recipe: LanguageModelRecipe,
     phase: Phase,
     writer: SceneWriter,
-    samples: Sequence[WrittenScene],
+    samples: Sequence[Rendered],
 ) -> None:
-    """Train for one phase."""
     num_steps = phase.num_steps
-    optimizer = make_optimizer([model], learning_rate=phase.learning_rate, weight_decay=0.05)
+    optimizer = make_optimizer([model], learning_rate=phase.learning_rate)
     schedule = make_schedule(optimizer, num_steps=num_steps)
     cells = torch.tensor(sorted(writer.cell_ids.values()))
     assert len(cells) == cells.max() - cells.min() + 1
     progress = tqdm(range(num_steps), desc=f"llm: {phase.name}", disable=None)
     for step in progress:
-        input_ids, labels = _collate(_batch(samples, recipe.batch_size))
+        # Neighbours, sorted by length, so that little is padded.
+        start = int(torch.randint(len(samples) - recipe.batch_size + 1, ()))
+        batch = samples[start : start + recipe.batch_size]
+        input_ids = pad_sequence([torch.tensor(sample.input_ids) for sample in batch], batch_first=True)
+        labels = pad_sequence([torch.tensor(sample.labels) for sample in batch], True, IGNORE_INDEX)
         with torch.autocast("cpu", dtype=torch.bfloat16, enabled=recipe.bfloat16):
             table = model.get_parameter("model.embed_tokens.weight")
             # Exact words first, while look-ups form; the full blur from half-way on.
@@ -331,20 +298,3 @@ def _run_phase(
             right = (logits.argmax(-1) == target[answered]).float().mean().item()
             progress.set_postfix(loss=f"{loss.item():.3f}", tokens=f"{right:.0%}")
             _LOG.info("step %d: loss %.3f, answer tokens right %.1f%%", step, loss.item(), 100 * right)
-
-
-def _batch(samples: Sequence[WrittenScene], size: int) -> Sequence[WrittenScene]:
-    """Draw neighbours from samples sorted by length, so that little is padded."""
-    start = int(torch.randint(len(samples) - size + 1, ()))
-    return samples[start : start + size]
-
-
-def _collate(samples: Sequence[WrittenScene]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Pad samples on the right: ids (B, T) and labels (B, T)."""
-    length = max(len(sample.input_ids) for sample in samples)
-    input_ids = torch.zeros(len(samples), length, dtype=torch.long)
-    labels = torch.full((len(samples), length), IGNORE_INDEX, dtype=torch.long)
-    for row, sample in enumerate(samples):
-        input_ids[row, : len(sample.input_ids)] = torch.tensor(sample.input_ids)
-        labels[row, : len(sample.labels)] = torch.tensor(sample.labels)
-    return input_ids, labels

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from transformers import AutoTokenizer, LlamaForCausalLM
 
+from integrations.llava.evaluation.metrics.boxes import intersection_over_union, parse_box
 from integrations.llava.synthetic.questions import KINDS, SceneQuestion, questions_of_kind
 from integrations.llava.synthetic.scene import sample_scene
 
@@ -17,20 +18,8 @@ from .writing import SceneWriter, embed_written
 __all__ = ["answer_accuracy", "is_right"]
 
 
-def answer_accuracy(
-    folder: str | Path, *, num_scenes: int = 100, template: str = "v1", seed: int = 4000
-) -> dict[str, float]:
-    """Ask one question of each kind about scenes of the test split.
-
-    Args:
-        folder: of the language model and its tokenizer.
-        num_scenes: scenes to ask about.
-        template: name of the prompt template.
-        seed: of scenes and questions.
-
-    Returns:
-        For each kind the share of right answers: exact for words, intersection over union > 0.5 for boxes.
-    """
+def answer_accuracy(folder: str | Path, *, num_scenes: int = 100, seed: int = 4000) -> dict[str, float]:
+    """Ask a language model one question of each kind about scenes of the test split; return kind -> share right."""
     tokenizer = AutoTokenizer.from_pretrained(folder)
     model = LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     writer = SceneWriter(tokenizer)
@@ -44,7 +33,7 @@ def answer_accuracy(
             if not questions:
                 continue
             question = questions[int(rng.integers(len(questions)))]
-            ids = torch.tensor([writer.prompt(scene, question.text, template)])
+            ids = torch.tensor([writer.prompt(scene, question.text)])
             with torch.no_grad():
                 embeddings = embed_written(model, ids, cells)
             written = model.generate(
@@ -57,14 +46,7 @@ def answer_accuracy(
 
 def is_right(answer: str, question: SceneQuestion) -> bool:
     """Score one answer: exact for words, intersection over union > 0.5 for boxes."""
-    answer = answer.strip()
     if question.box is None:
-        return answer == question.answer
-    try:
-        x1, y1, x2, y2 = (float(part) for part in answer.strip("[]").split(","))
-    except ValueError:
-        return False
-    left, top, right, bottom = question.box
-    overlap = max(0.0, min(x2, right) - max(x1, left)) * max(0.0, min(y2, bottom) - max(y1, top))
-    union = max(0.0, x2 - x1) * max(0.0, y2 - y1) + (right - left) * (bottom - top) - overlap
-    return overlap / union > 0.5
+        return answer.strip() == question.answer
+    box = parse_box(answer)
+    return box is not None and intersection_over_union(box, question.box) > 0.5

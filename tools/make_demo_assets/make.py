@@ -5,21 +5,19 @@ from __future__ import annotations
 import json
 import logging
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-import torch
-from transformers import CLIPVisionModel
-
 from integrations.llava.checkpoints.tensors import read_json
+from integrations.llava.study.probes import probe_text
+from layerfuse.backbones import create_backbone
 from layerfuse.errors import ExistingFileError, InputError
 from layerfuse.files import atomic_folder, write_text
 
-from .backbone import BackboneRecipe, pretrain_backbone, to_pixels
+from .backbone import BackboneRecipe, pretrain_backbone
 from .language_model import LanguageModelRecipe, pretrain_language_model
 from .lookup import answer_accuracy
-from .probing import probe_layers
 
 __all__ = ["ASSETS", "AssetsRecipe", "make_assets"]
 
@@ -30,29 +28,19 @@ ASSETS = ("backbone", "llm")
 
 @dataclass(frozen=True)
 class AssetsRecipe:
-    """Both recipes; the defaults made the weights in this folder.
-
-    Attributes:
-        backbone: of the tiny vision transformer.
-        llm: of the tiny language model.
-    """
+    """Recipes of both models; the defaults made the weights that are shipped."""
 
     backbone: BackboneRecipe = field(default_factory=BackboneRecipe)
     llm: LanguageModelRecipe = field(default_factory=LanguageModelRecipe)
 
 
-def make_assets(
-    folder: str | Path,
-    *,
-    parts: Sequence[str] = ASSETS,
-    recipe: AssetsRecipe | None = None,
-) -> Path:
+def make_assets(folder: str | Path, *, parts: Sequence[str] = ASSETS, recipe: AssetsRecipe | None = None) -> Path:
     """Pretrain the embedded models and measure them.
 
     Args:
         folder: receives `backbone/`, `llm/` and, for each, `<part>.json`: recipe, seconds and measured numbers.
         parts: which of `ASSETS` to make.
-        recipe: how; None takes the recipes that made the weights in this folder.
+        recipe: how; None takes the one that made the weights that are shipped.
 
     Returns:
         The folder.
@@ -66,19 +54,17 @@ def make_assets(
         raise InputError(f"assets have no part {', '.join(unknown)}; known: {', '.join(ASSETS)}")
     recipe = recipe or AssetsRecipe()
     folder = Path(folder)
-    makers: Mapping[str, tuple[Callable[[Path], None], object]] = {
-        "backbone": (lambda path: pretrain_backbone(path, recipe.backbone), recipe.backbone),
-        "llm": (lambda path: pretrain_language_model(path, recipe.llm), recipe.llm),
-    }
     _refuse_foreign(folder, parts)
     for part in parts:
-        make, settings = makers[part]
         start = time.perf_counter()
         with atomic_folder(folder / part) as scratch:
-            make(scratch)
+            if part == "llm":
+                pretrain_language_model(scratch, recipe.llm)
+            else:
+                pretrain_backbone(scratch, recipe.backbone)
         seconds = round(time.perf_counter() - start)
         measured = _measure(part, folder / part)
-        report = {"recipe": asdict(settings), "seconds": seconds, "measured": measured}  # type: ignore[call-overload]
+        report = {"recipe": asdict(recipe)[part], "seconds": seconds, "measured": measured}
         write_text(folder / f"{part}.json", json.dumps(report, indent=1) + "\n")
         _LOG.info("%s: made in %d s; %s", part, seconds, measured)
     return folder
@@ -96,12 +82,10 @@ def _refuse_foreign(folder: Path, parts: Sequence[str]) -> None:
 
 
 def _measure(part: str, folder: Path) -> object:
-    """Return what the README says about a part: probes by layer, or answers right by kind."""
+    """Return what the README says about a part: by layer, what the report's probes read; or answers right by kind."""
     if part == "llm":
         return {kind: round(share, 3) for kind, share in answer_accuracy(folder).items()}
-    model = CLIPVisionModel.from_pretrained(folder, dtype=torch.float32).eval()
-
-    def encode(images: torch.Tensor) -> list[torch.Tensor]:
-        return [states[:, 1:] for states in model(to_pixels(images), output_hidden_states=True).hidden_states]
-
-    return [{name: round(value, 3) for name, value in layer.items()} for layer in probe_layers(encode)]
+    backbone = create_backbone(f"transformers:{folder}", layers=lambda depth: range(depth + 1)).float().eval()
+    probes = probe_text(backbone, {}, seed=3000, num_train=1200, num_test=400)
+    named = list(zip(("character", "shape", "color"), probes, strict=True))
+    return [{name: round(probe.layers[layer], 3) for name, probe in named} for layer in backbone.layers]

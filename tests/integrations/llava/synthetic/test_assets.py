@@ -29,7 +29,6 @@ from tools.make_demo_assets.backbone import BackboneRecipe, coarse_words, pretra
 from tools.make_demo_assets.language_model import LanguageModelRecipe, Phase, pretrain_language_model
 from tools.make_demo_assets.lookup import answer_accuracy, is_right
 from tools.make_demo_assets.make import AssetsRecipe, make_assets
-from tools.make_demo_assets.probing import linear_probe, probe_layers
 from tools.make_demo_assets.tokenizer import CELL_WORDS, build_tokenizer, cell_description
 from tools.make_demo_assets.writing import SceneWriter, embed_written, place_codes
 
@@ -201,25 +200,6 @@ def test_make_assets_writes_recipe_seconds_and_measurements(tmp_path: Path) -> N
 def test_make_assets_refuses_an_unknown_part(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="assets have no part vit; known: backbone, llm"):
         make_assets(tmp_path, parts=["vit"])
-
-
-def test_linear_probe_separates_separable_classes_and_not_noise() -> None:
-    generator = torch.Generator().manual_seed(0)
-    labels = torch.randint(3, (300,), generator=generator)
-    features = torch.randn(300, 8, generator=generator)
-    apart = features.clone()
-    apart[torch.arange(300), labels] += 8
-    assert linear_probe(apart[:200], labels[:200], apart[200:], labels[200:], num_classes=3) > 0.95
-    assert linear_probe(features[:200], labels[:200], features[200:], labels[200:], num_classes=3) < 0.55
-
-
-def test_probe_layers_reads_the_cells_that_scenes_fill() -> None:
-    def encode(images: torch.Tensor) -> list[torch.Tensor]:
-        cells = images.float().unfold(1, 8, 8).unfold(2, 8, 8).mean((-1, -2))
-        return [cells.flatten(1, 2)]
-
-    (accuracy,) = probe_layers(encode, num_train=60, num_test=30)
-    assert accuracy["color"] > 0.8 > accuracy["character"]
 
 
 def test_answers_are_scored_exactly_and_boxes_by_overlap() -> None:
