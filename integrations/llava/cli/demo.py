@@ -48,28 +48,21 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def table(results: DemoResults) -> str:
     """Write the table fuser × kind as text: per cent of right answers, ± standard deviation over seeds."""
-    kinds = results.kinds
-    questions = results.runs[0].kinds
-    several = len(results.seeds) > 1
-    width = 14 if several else 10
-    name = max(len("without looking"), *map(len, results.fusers)) + 2
-    lines = ["fuser".ljust(name) + "".join(kind.rjust(width) for kind in (*kinds, "mean"))]
-    lines.append("questions".ljust(name) + "".join(str(questions[kind].num_questions).rjust(width) for kind in kinds))
+    rows = [
+        ["fuser", *results.kinds, "mean"],
+        ["questions", *(str(scores.num_questions) for scores in results.runs[0].kinds.values())],
+    ]
     for fuser in results.fusers:
-        runs = results.of(fuser)
-        columns = [[run.kinds[kind].accuracy for run in runs] for kind in kinds] + [[run.average for run in runs]]
-        lines.append(fuser.ljust(name) + "".join(_cell(column).rjust(width) for column in columns))
-    levels = [results.chance[kind] for kind in kinds]
-    levels.append(sum(levels) / len(levels))
-    return "\n".join(
-        [*lines, "without looking".ljust(name) + "".join(f"{100 * level:.1f}".rjust(width) for level in levels)]
-    )
+        rows.append([fuser, *(_cell(values) for values in results.accuracies(fuser))])
+    rows.append(["without looking", *(f"{100 * level:.1f}" for level in results.chance_levels)])
+    width = 14 if len(results.seeds) > 1 else 10
+    name = max(len(row[0]) for row in rows) + 2
+    return "\n".join(first.ljust(name) + "".join(cell.rjust(width) for cell in cells) for first, *cells in rows)
 
 
 def _cell(values: Sequence[float]) -> str:
-    own = estimate(values)
-    spread = "" if own.spread is None else f" ±{100 * own.spread:.1f}"
-    return f"{100 * own.mean:.1f}{spread}"
+    value = estimate(values)
+    return f"{100 * value.mean:.1f}" + ("" if value.spread is None else f" ±{100 * value.spread:.1f}")
 
 
 def _parser() -> argparse.ArgumentParser:

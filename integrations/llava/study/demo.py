@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import logging
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from contextlib import contextmanager
 from pathlib import Path
 
 from integrations.llava.checkpoints import load_model
@@ -35,8 +34,8 @@ def run_demo(settings: DemoSettings, *, command: str | None = None) -> tuple[Dem
     """Train every fuser with every seed, evaluate and probe, and write the report.
 
     Args:
-        settings: what to run.
-        command: noted in the report as the way to get the same; this call if None.
+        settings: of the study.
+        command: noted in the report as the way to get the same numbers; this call if None.
 
     Returns:
         The results, and the path of ``report.html``.
@@ -45,20 +44,19 @@ def run_demo(settings: DemoSettings, *, command: str | None = None) -> tuple[Dem
         UserError: as `check_settings`, before anything is trained.
     """
     check_settings(settings)
-    clock = _Clock()
-    with clock.part("making data"):
+    seconds: dict[str, float] = {}
+    with _timed("making data", seconds):
         data = _make_data(settings)
     recipes = {(f, seed): run_recipe(settings, f, seed, data) for f in settings.fusers for seed in settings.seeds}
     runs = []
     for number, ((fuser, seed), recipe) in enumerate(recipes.items(), start=1):
         _LOG.info("run %d of %d: %s, seed %d", number, len(recipes), fuser, seed)
         runs.append(finish_run(recipe, run_folder(settings.output, fuser, seed), data))
-    firsts = {run.fuser: run for run in reversed(runs)}
-    firsts = {fuser: firsts[fuser] for fuser in settings.fusers}
-    models = {fuser: load_model(run.folder) for fuser, run in firsts.items()}
+    firsts = runs[:: len(settings.seeds)]
+    models = {run.fuser: load_model(run.folder) for run in firsts}
     recipe = recipes[settings.fusers[0], settings.seeds[0]]
-    examples = draw_examples(list(firsts.values()), data / "images", count=settings.num_examples)
-    with clock.part("probing layers"):
+    examples = draw_examples(firsts, data / "images", count=settings.num_examples)
+    with _timed("probing layers", seconds):
         probes = probe_text(
             all_layers_backbone(recipe.model),
             models,
@@ -66,7 +64,7 @@ def run_demo(settings: DemoSettings, *, command: str | None = None) -> tuple[Dem
             num_train=settings.num_probe_images,
             num_test=max(1, settings.num_probe_images // 3),
         )
-    with clock.part("drawing feature maps"):
+    with _timed("drawing feature maps", seconds):
         names = [example.name for example in examples[:_NUM_FIGURES]]
         figures = draw_feature_maps(models, names, data / "images")
     results = DemoResults(
@@ -77,7 +75,7 @@ def run_demo(settings: DemoSettings, *, command: str | None = None) -> tuple[Dem
         examples=examples,
         facts=describe_sizes(settings, recipe, runs[0], models[settings.fusers[0]]),
         origin=describe_origin(command or f"run_demo({settings})"),
-        seconds={part: seconds for part, seconds in clock.seconds.items() if seconds >= 0.05},
+        seconds={part: taken for part, taken in seconds.items() if taken >= 0.05},
         photo=_answer_photo(settings, runs),
     )
     rows = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in results.rows())
@@ -103,18 +101,12 @@ def _make_data(settings: DemoSettings) -> Path:
     return folder
 
 
-@dataclass
-class _Clock:
-    """Adds up how long the parts of the demo take, in seconds."""
-
-    seconds: dict[str, float] = field(default_factory=dict)
-
-    @contextlib.contextmanager
-    def part(self, name: str) -> Iterator[None]:
-        _LOG.info("%s …", name)
-        started = time.perf_counter()
-        yield
-        self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - started
+@contextmanager
+def _timed(part: str, seconds: dict[str, float]) -> Iterator[None]:
+    _LOG.info("%s …", part)
+    started = time.perf_counter()
+    yield
+    seconds[part] = time.perf_counter() - started
 
 
 def _chance(data: Path) -> dict[str, float]:
@@ -124,15 +116,13 @@ def _chance(data: Path) -> dict[str, float]:
     for sample in read_samples(data / "train.json"):
         texts = [turn["value"].replace("<image>", "").strip() for turn in sample["conversations"]]
         turns += list(zip(texts[0::2], texts[1::2], strict=True))
-    scores = summarise(score_answers(questions, blind_answers(questions, turns)))
-    return {kind: own.accuracy for kind, own in scores.items()}
+    answers = score_answers(questions, blind_answers(questions, turns))
+    return {kind: scores.accuracy for kind, scores in summarise(answers).items()}
 
 
 def _answer_photo(settings: DemoSettings, runs: list[FuserRun]) -> PhotoAnswer | None:
     if settings.image is None or settings.prompt is None:
         return None
-    image = read_image(settings.image)
-    answers = {
-        f"{run.fuser}, seed {run.seed}": load_predictor(run.folder)([image], [settings.prompt])[0] for run in runs
-    }
-    return PhotoAnswer(name=settings.image.name, image=thumbnail(image), prompt=settings.prompt, answers=answers)
+    image, prompt = read_image(settings.image), settings.prompt
+    answers = {f"{run.fuser}, seed {run.seed}": load_predictor(run.folder)([image], [prompt])[0] for run in runs}
+    return PhotoAnswer(settings.image.name, thumbnail(image), prompt, answers)

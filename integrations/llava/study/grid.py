@@ -110,27 +110,18 @@ def _check_output(folder: Path) -> None:
 
 
 def run_recipe(settings: DemoSettings, fuser: str, seed: int, data: Path) -> Recipe:
-    """Make the recipe of a run: fuser, seed and data of its own, all else as in the study's recipe.
+    """Make the recipe of a run: the study's with this fuser, this seed in both stages, and the data of this folder.
 
-    Args:
-        settings: of the study.
-        fuser: its name; ``select`` taps the last of the recipe's layers alone, as LLaVA-1.5 does.
-        seed: of both stages.
-        data: folder that `make_dataset` wrote.
+    ``select`` taps the last of the recipe's layers alone, as LLaVA-1.5 does.
     """
-    overrides: dict[str, object] = {
-        "pretrain.seed": seed,
-        "finetune.seed": seed,
-        "pretrain.data.path": str(data / "pretrain.json"),
-        "finetune.data.path": str(data / "train.json"),
-        "pretrain.data.image_folder": str(data / "images"),
-        "finetune.data.image_folder": str(data / "images"),
-    }
-    steps = {"pretrain": settings.pretrain_steps, "finetune": settings.finetune_steps}
-    overrides |= {f"{stage}.max_steps": number for stage, number in steps.items() if number is not None}
-    if settings.batch_size is not None:
-        overrides |= {f"{stage}.batch_size": settings.batch_size for stage in steps}
     layers = load_recipe(settings.recipe).model.layers
     # Another fuser than the recipe's takes its own default options.
-    overrides |= {"model.fuser": fuser, "model.layers": layers[-1:] if fuser == "select" else layers}
-    return load_recipe(settings.recipe, overrides)
+    values: dict[str, object] = {"model.fuser": fuser, "model.layers": layers[-1:] if fuser == "select" else layers}
+    stages = {
+        "pretrain": ("pretrain.json", settings.pretrain_steps),
+        "finetune": ("train.json", settings.finetune_steps),
+    }
+    for stage, (file, steps) in stages.items():
+        values |= {f"{stage}.seed": seed, f"{stage}.max_steps": steps, f"{stage}.batch_size": settings.batch_size}
+        values |= {f"{stage}.data.path": str(data / file), f"{stage}.data.image_folder": str(data / "images")}
+    return load_recipe(settings.recipe, {key: value for key, value in values.items() if value is not None})

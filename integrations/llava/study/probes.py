@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -39,8 +39,8 @@ class CellLabels:
     @property
     def chance(self) -> float:
         """Share of the commonest class among the labelled cells."""
-        own = self.labels[self.labels != _NOTHING]
-        return own.bincount().max().item() / own.numel()
+        labelled = self.labels[self.labels != _NOTHING]
+        return labelled.bincount().max().item() / labelled.numel()
 
     @property
     def num_cells(self) -> int:
@@ -67,18 +67,13 @@ def cell_labels(scenes: Sequence[Scene]) -> list[CellLabels]:
 
 def all_layers_backbone(config: ModelConfig) -> Backbone:
     """Build a recipe's backbone with every layer tapped, 0 = embeddings to the last block."""
-
-    def build(layers: Sequence[int]) -> Backbone:
-        return create_backbone(
-            f"{config.family}:{config.backbone}",
-            layers=layers,
-            pretrained=config.backbone_pretrained,
-            image_size=config.image_size,
-            options=config.backbone_options,
-        )
-
-    depth = build([0]).num_blocks
-    return build(range(depth + 1)).eval()
+    return create_backbone(
+        f"{config.family}:{config.backbone}",
+        layers=lambda depth: range(depth + 1),
+        pretrained=config.backbone_pretrained,
+        image_size=config.image_size,
+        options=config.backbone_options,
+    ).eval()
 
 
 def probe_text(
@@ -101,31 +96,27 @@ def probe_text(
     Returns:
         A probe for characters, one for shapes and one for colours.
     """
-    scenes = {
-        split: [scene_at(seed, split, index) for index in range(count)]
-        for split, count in (("train", num_train), ("test", num_test))
-    }
-    maps: dict[str, list[FeatureMaps]] = {}
-    for split, own in scenes.items():
-        images = backbone.preprocessing.batch([draw_scene(scene) for scene in own])
-        fused = [_fused(model, images) for model in models.values()]
-        maps[split] = [_features(backbone, images), *fused]
+    labels, maps = [], []
+    for split, count in (("train", num_train), ("test", num_test)):
+        scenes = [scene_at(seed, split, index) for index in range(count)]
+        images = backbone.preprocessing.batch([draw_scene(scene) for scene in scenes])
+        labels.append(cell_labels(scenes))
+        maps.append([_features(backbone, images), *(_fused(model, images) for model in models.values())])
     probes = []
-    for train, test in zip(cell_labels(scenes["train"]), cell_labels(scenes["test"]), strict=True):
-        accuracies = [
+    for train, test in zip(*labels, strict=True):
+        layers, *outputs = (
             probe_layers(fit, train.labels, held, test.labels, num_classes=len(train.classes))
-            for fit, held in zip(maps["train"], maps["test"], strict=True)
-        ]
-        outputs = {name: own[0] for name, own in zip(models, accuracies[1:], strict=True)}
-        probes.append(Probe(train.title, test.num_cells, test.chance, layers=accuracies[0], fusers=outputs))
+            for fit, held in zip(*maps, strict=True)
+        )
+        fusers = {name: output[0] for name, output in zip(models, outputs, strict=True)}
+        probes.append(Probe(train.title, test.num_cells, test.chance, layers, fusers))
     return probes
 
 
 @torch.inference_mode()
 def _features(backbone: Backbone, images: torch.Tensor) -> FeatureMaps:
     batches = [backbone(batch) for batch in images.split(_BATCH)]
-    maps = tuple(torch.cat(own) for own in zip(*(batch.maps for batch in batches), strict=True))
-    return FeatureMaps(maps=maps, layers=batches[0].layers, grids=batches[0].grids)
+    return replace(batches[0], maps=tuple(map(torch.cat, zip(*batches, strict=True))), prefix=())
 
 
 @torch.inference_mode()

@@ -13,15 +13,15 @@ __all__ = ["DemoResults", "Example", "Figure", "FuserRun", "PhotoAnswer", "Probe
 
 @dataclass(frozen=True)
 class FuserRun:
-    """One fuser, trained in both stages with one seed, and evaluated.
+    """One fuser, trained in both stages with one seed, and evaluated on the test split.
 
     Attributes:
         fuser: its name.
         seed: of weights and sampling.
         folder: the run folder, which `from_pretrained` reloads.
         layers: tapped layers.
-        kinds: question kind -> scores on the test split.
-        answers: every test answer, in the order of the questions.
+        kinds: question kind -> scores.
+        answers: in the order of the questions.
         losses: stage -> (step, loss) pairs.
         seconds: part (pretrain, finetune, evaluation) -> seconds it took when it was run.
         cost: parameters, tokens, out_channels and flops of the fuser, see `layerfuse.fusers.FuserCost`.
@@ -131,12 +131,23 @@ class DemoResults:
         """The kinds of questions, in the order of the test file."""
         return tuple(self.runs[0].kinds)
 
+    @property
+    def chance_levels(self) -> list[float]:
+        """Accuracy without seeing the image: a number per kind, and their mean."""
+        levels = [self.chance[kind] for kind in self.kinds]
+        return [*levels, sum(levels) / len(levels)]
+
     def of(self, fuser: str) -> list[FuserRun]:
         """All runs of one fuser, in the order of the seeds."""
         return [run for run in self.runs if run.fuser == fuser]
 
+    def accuracies(self, fuser: str) -> list[list[float]]:
+        """Accuracies of one fuser's runs: a list per kind, and one of their means, as in `chance_levels`."""
+        runs = self.of(fuser)
+        return [[run.kinds[kind].accuracy for run in runs] for kind in self.kinds] + [[run.average for run in runs]]
+
     def rows(self) -> list[dict[str, Any]]:
-        """One reproducible row per fuser, seed and kind: the lines of ``results.jsonl``."""
+        """A reproducible row per fuser, seed and kind: the lines of ``results.jsonl``."""
         return [
             {
                 **self.origin,

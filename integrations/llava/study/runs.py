@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -56,18 +56,22 @@ def finish_run(recipe: Recipe, folder: Path, data: Path) -> FuserRun:
     predictions = read_predictions(folder / _EVALUATION / "predictions.jsonl")
     answers = score_answers(read_questions(questions_file), predictions)
     kinds = summarise(answers)
-    model = load_model(folder)
+    losses: dict[str, list[tuple[int, float]]] = {}
+    for _, row in json_lines(folder / "metrics.jsonl"):
+        losses.setdefault(row["stage"], []).append((row["step"], row["loss"]))
+    model = load_model(folder).model
+    backbone = model.vision_tower.backbone
     return FuserRun(
         fuser=recipe.model.fuser,
         seed=recipe.finetune.seed,
         folder=str(folder),
-        layers=tuple(model.model.vision_tower.backbone.layers),
+        layers=tuple(backbone.layers),
         # In the data set's own order, whatever the first image asks.
         kinds={kind: kinds[kind] for kind in sorted(kinds, key=KINDS.index)},
         answers=answers,
-        losses=_losses(folder / "metrics.jsonl"),
+        losses=losses,
         seconds={**seconds, **noted},
-        cost=asdict(model.model.fuser.cost(model.model.vision_tower.backbone.grids())),
+        cost=asdict(model.fuser.cost(backbone.grids())),
     )
 
 
@@ -101,11 +105,7 @@ def _train(recipe: Recipe, folder: Path, data: Path) -> str:
 
 
 class _Stopwatch(TrainerCallback):
-    """Notes how long each stage trains, in seconds, without loading and saving.
-
-    Args:
-        begun: called when a stage's first step is about to be made.
-    """
+    """Notes how long each stage trains, in seconds, without loading and saving; calls `begun` before its first step."""
 
     def __init__(self, begun: Callable[[], None]) -> None:
         self.seconds: list[float] = []
@@ -118,10 +118,3 @@ class _Stopwatch(TrainerCallback):
 
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         self.seconds.append(time.perf_counter() - self._started)
-
-
-def _losses(path: Path) -> Mapping[str, list[tuple[int, float]]]:
-    losses: dict[str, list[tuple[int, float]]] = {}
-    for _, row in json_lines(path):
-        losses.setdefault(row["stage"], []).append((row["step"], row["loss"]))
-    return losses

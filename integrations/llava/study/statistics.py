@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from statistics import fmean, stdev
 
 from integrations.llava.evaluation import TASKS
@@ -22,12 +23,7 @@ _CLEAR = 2.0
 
 @dataclass(frozen=True)
 class Estimate:
-    """A mean over seeds.
-
-    Attributes:
-        mean: between 0 and 1.
-        spread: standard deviation over the seeds; None with one seed.
-    """
+    """A mean over seeds, between 0 and 1, and the standard deviation over them; None with one seed."""
 
     mean: float
     spread: float | None
@@ -38,8 +34,8 @@ class Difference:
     """How far a fuser is ahead of the baseline on one kind of question.
 
     Attributes:
-        fuser: the fuser.
-        kind: the kind, or `AVERAGE`.
+        fuser: its name.
+        kind: of question, or `AVERAGE`.
         points: accuracy minus the baseline's, in percentage points, averaged over seeds.
         error: standard error of ``points``: from the questions, and from the seeds if there are several.
         by_seed: ``points`` of each seed.
@@ -68,7 +64,7 @@ def baseline(results: DemoResults) -> str:
 
 
 def differences(results: DemoResults) -> list[Difference]:
-    """Compare every fuser with the baseline, question by question.
+    """Compare every fuser with the baseline, question by question; by fuser, in the order of the kinds, `AVERAGE` last.
 
     The same questions are asked of both, so the error is that of paired differences, which is smaller than that of two
     separate accuracies.
@@ -100,28 +96,23 @@ def _difference(results: DemoResults, fuser: str, reference: str, kind: str) -> 
 
 
 def conclude(results: DemoResults) -> list[str]:
-    """Say what the table shows.
-
-    Returns:
-        Sentences: the order of the fusers, the clear differences from the baseline, and what limits them.
-    """
-    averages = {fuser: estimate([run.average for run in results.of(fuser)]).mean for fuser in results.fusers}
+    """Say what the table shows: the order of the fusers, the clear differences from the baseline, and their limits."""
+    averages = {fuser: fmean(run.average for run in results.of(fuser)) for fuser in results.fusers}
     ranking = sorted(averages, key=lambda fuser: -averages[fuser])
     listed = ", ".join(f"{fuser} {100 * averages[fuser]:.1f} %" for fuser in ranking)
-    kinds = len(results.kinds)
-    sentences = [f"Right answers, averaged over {kinds} kinds of questions: {listed}."]
-    found = differences(results)
+    sentences = [f"Right answers, averaged over {len(results.kinds)} kinds of questions: {listed}."]
     reference = baseline(results)
-    for fuser in (name for name in results.fusers if name != reference):
-        own = [difference for difference in found if difference.fuser == fuser]
-        sentences.append(_sentence(own, reference))
-    sentences.append(_limits(results))
-    return sentences
+    for _, compared in groupby(differences(results), key=lambda difference: difference.fuser):
+        sentences.append(_sentence(list(compared), reference))
+    seeds, covered = len(results.seeds), "the standard errors cover the choice of questions"
+    if seeds > 1:
+        return [*sentences, f"Means over {seeds} seeds; {covered} and of seeds."]
+    luck = f'One seed was trained: {covered}, not the luck of a training run. Run SEEDS="0 1 2" for that.'
+    return [*sentences, luck]
 
 
-def _sentence(own: Sequence[Difference], reference: str) -> str:
-    total = next(difference for difference in own if difference.kind == AVERAGE)
-    kinds = [difference for difference in own if difference.kind != AVERAGE]
+def _sentence(compared: Sequence[Difference], reference: str) -> str:
+    *kinds, total = compared
     if not any(difference.points for difference in kinds):
         return f"{total.fuser} and {reference} answer equally many questions of every kind right."
     size = f"{abs(total.points):.1f} points (standard error {total.error:.1f})"
@@ -132,27 +123,12 @@ def _sentence(own: Sequence[Difference], reference: str) -> str:
     else:
         where = "above" if total.points > 0 else "below"
         head = f"{total.fuser} is {size} {where} {reference} on average, not clearly different from it"
-    better = [f"{_title(d.kind)} ({_signed(d.points)})" for d in kinds if d.clear and d.points > 0]
-    worse = [f"{_title(d.kind)} ({_signed(d.points)})" for d in kinds if d.clear and d.points < 0]
-    tail = [f"clearly {word} at {', '.join(names)}" for word, names in (("better", better), ("worse", worse)) if names]
+    tail = []
+    for word, sign in (("better", 1), ("worse", -1)):
+        clear = [difference for difference in kinds if difference.clear and sign * difference.points > 0]
+        signed = [f"{difference.points:+.1f}".replace("-", "\u2212") for difference in clear]
+        names = [f"{TASKS.get(d.kind).title} ({points})" for d, points in zip(clear, signed, strict=True)]
+        tail += [f"clearly {word} at {', '.join(names)}"] if names else []
     if not tail:
         return f"{head}; on no kind of question do they differ by more than two standard errors."
     return f"{head}; {total.fuser} is {' and '.join(tail)}."
-
-
-def _signed(points: float) -> str:
-    return f"{points:+.1f}".replace("-", "\u2212")
-
-
-def _title(kind: str) -> str:
-    return TASKS.get(kind).title
-
-
-def _limits(results: DemoResults) -> str:
-    seeds = len(results.seeds)
-    if seeds == 1:
-        return (
-            "One seed was trained: the standard errors cover the choice of questions, not the luck of a training run. "
-            'Run SEEDS="0 1 2" for that.'
-        )
-    return f"Means over {seeds} seeds; the standard errors cover the choice of questions and of seeds."

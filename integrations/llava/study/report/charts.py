@@ -18,15 +18,7 @@ _SHAPES = ("circle", "square", "triangle", "diamond", "cross")
 
 @dataclass(frozen=True)
 class Series:
-    """A line.
-
-    Attributes:
-        name: for tooltips.
-        points: (x, y) pairs.
-        slot: number of its colour and marker in the style sheet, from 0.
-        faint: raw values behind a smoothed line.
-        markers: whether points are marked.
-    """
+    """A line through (x, y) points, as a faint one or with marks; `slot` is its colour in the style sheet, from 0."""
 
     name: str
     points: Sequence[tuple[float, float]]
@@ -85,7 +77,7 @@ def line_chart(
         title: for screen readers.
         x_label: with unit.
         y_label: with unit.
-        y_range: lowest and highest y; from the points if None.
+        y_range: lowest and highest y; of the points if None.
         integer_x: mark every whole x.
         level: name and y of a dashed horizontal line.
         columns: named points to the right of the lines.
@@ -140,14 +132,15 @@ def interval_chart(intervals: Sequence[Interval], *, title: str, x_label: str) -
     for tick in ticks:
         kind = "zero" if tick == 0 else "grid"
         parts.append(f'<line class="{kind}" x1="{place(tick):.1f}" x2="{place(tick):.1f}" y1="{_TOP}" y2="{bottom}"/>')
-        parts.append(_text("tick", place(tick), bottom + 17, _signed(tick)))
+        signed = "0" if tick == 0 else f"{tick:+.10g}".replace("-", "\u2212")
+        parts.append(_text("tick", place(tick), bottom + 17, signed))
     parts.append(_text("label", (left + width - _RIGHT) / 2, height - 8, x_label))
     for number, row in enumerate(rows):
         centre = _TOP + row_height * (number + 0.5)
         parts.append(_text("row", left - 12, centre + 4, row, anchor="end"))
-        own = [(i, e) for i, e in zip(intervals, finite, strict=True) if i.row == row]
-        for lane, (interval, error) in enumerate(own):
-            y = centre + 15 * (lane - (len(own) - 1) / 2)
+        bars = [(i, e) for i, e in zip(intervals, finite, strict=True) if i.row == row]
+        for lane, (interval, error) in enumerate(bars):
+            y = centre + 15 * (lane - (len(bars) - 1) / 2)
             low, high = place(interval.value - error), place(interval.value + error)
             parts.append(
                 f'<line class="bar c{interval.slot % 8}" x1="{low:.1f}" x2="{high:.1f}" y1="{y:.1f}" y2="{y:.1f}"/>'
@@ -195,12 +188,11 @@ def _axes(
 def _line(entry: Series, scale: _Scale) -> str:
     path = " ".join(f"{scale.x(x):.1f},{scale.y(y):.1f}" for x, y in entry.points)
     css = f"line c{entry.slot % 8}{' faint' if entry.faint else ''}"
-    parts = [f'<polyline class="{css}" points="{path}"><title>{escape(entry.name)}</title></polyline>']
-    if entry.markers:
-        parts += [
-            marker(scale.x(x), scale.y(y), entry.slot, f"{entry.name}, {_plain(x)}: {y:.3g}") for x, y in entry.points
-        ]
-    return "".join(parts)
+    line = f'<polyline class="{css}" points="{path}"><title>{escape(entry.name)}</title></polyline>'
+    marked = entry.points if entry.markers else ()
+    return line + "".join(
+        marker(scale.x(x), scale.y(y), entry.slot, f"{entry.name}, {_plain(x)}: {y:.3g}") for x, y in marked
+    )
 
 
 def marker(x: float, y: float, slot: int, tooltip: str) -> Markup:
@@ -228,10 +220,6 @@ def _text(css: str, x: float, y: float, text: str, *, anchor: str = "middle", ex
 
 def _plain(value: float) -> str:
     return f"{value:,.10g}".replace(",", "\u202f")
-
-
-def _signed(value: float) -> str:
-    return "0" if value == 0 else f"{value:+.10g}".replace("-", "\u2212")
 
 
 def _svg(parts: Sequence[str], title: str, width: float, height: float) -> Markup:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
@@ -29,80 +30,54 @@ def render_report(results: DemoResults) -> str:
     )
     environment.filters["data_uri"] = _data_uri
     slots = {fuser: number for number, fuser in enumerate(results.fusers)}
-    page = environment.get_template("report.html.j2").render(
+    time_parts = list(dict.fromkeys(part for run in results.runs for part in run.seconds))
+    return environment.get_template("report.html.j2").render(
+        results=results,
         style=Markup((_PAGE / "report.css").read_text(encoding="utf-8")),
-        fusers=results.fusers,
-        seeds=results.seeds,
-        facts=results.facts,
-        origin=results.origin,
-        seconds=results.seconds,
         markers={fuser: marker(0, 0, slot, fuser) for fuser, slot in slots.items()},
-        num_questions=sum(scores.num_questions for scores in results.runs[0].kinds.values()),
-        kinds=_kinds(results),
+        kinds=[(TASKS.get(kind), scores.num_questions) for kind, scores in results.runs[0].kinds.items()],
         table=_table(results, slots),
-        chance=_chance(results),
         sentences=conclude(results),
         secondary=_secondary(results),
         baseline=baseline(results),
-        others=[fuser for fuser in results.fusers if fuser != baseline(results)],
         difference_chart=_difference_chart(results, slots),
         examples=[_example(example, slots) for example in results.examples],
-        photo=results.photo,
         probe_charts=[_probe(probe, slots, wide=number == 0) for number, probe in enumerate(results.probes)],
         probe_sentence=_probe_sentence(results.probes),
-        taps={fuser: results.of(fuser)[0].layers for fuser in results.fusers},
-        figures=results.figures,
         loss_charts=_loss_charts(results, slots),
-        time_parts=_time_parts(results),
+        time_parts=time_parts,
         total_seconds=sum(sum(run.seconds.values()) for run in results.runs),
-        costs=_costs(results),
-        folders=[run.folder for run in results.runs],
+        costs=_costs(results, time_parts),
     )
-    return page
-
-
-def _kinds(results: DemoResults) -> list[dict[str, Any]]:
-    scores = results.runs[0].kinds
-    return [
-        {"title": TASKS.get(kind).title, "source": TASKS.get(kind).source, "num_questions": scores[kind].num_questions}
-        for kind in results.kinds
-    ]
 
 
 def _table(results: DemoResults, slots: Mapping[str, int]) -> list[dict[str, Any]]:
-    rows: list[dict[str, Any]] = []
-    for fuser in results.fusers:
-        columns = [[run.kinds[kind].accuracy for run in results.of(fuser)] for kind in results.kinds]
-        columns.append([run.average for run in results.of(fuser)])
-        cells = [
-            {"mean": own.mean, "spread": own.spread, "chance": chance, "best": False}
-            for own, chance in zip(map(estimate, columns), _chance(results), strict=True)
-        ]
-        rows.append({"fuser": fuser, "slot": slots[fuser] % 8, "cells": cells})
-    for index in range(len(results.kinds) + 1):
-        highest = max(row["cells"][index]["mean"] for row in rows)
-        for row in rows:
-            # Nothing is best where all are alike.
-            alike = all(other["cells"][index]["mean"] == highest for other in rows)
-            row["cells"][index]["best"] = row["cells"][index]["mean"] == highest and not alike
-    return rows
-
-
-def _chance(results: DemoResults) -> list[float]:
-    levels = [results.chance[kind] for kind in results.kinds]
-    return [*levels, sum(levels) / len(levels)]
+    estimates = {fuser: list(map(estimate, results.accuracies(fuser))) for fuser in results.fusers}
+    columns = [{cell.mean for cell in column} for column in zip(*estimates.values(), strict=True)]
+    # Nothing is best where all are alike.
+    best = [max(means) if len(means) > 1 else None for means in columns]
+    return [
+        {
+            "fuser": fuser,
+            "slot": slots[fuser] % 8,
+            "cells": [
+                {"mean": cell.mean, "spread": cell.spread, "chance": chance, "best": cell.mean == highest}
+                for cell, chance, highest in zip(cells, results.chance_levels, best, strict=True)
+            ],
+        }
+        for fuser, cells in estimates.items()
+    ]
 
 
 def _secondary(results: DemoResults) -> dict[str, Any] | None:
-    scores = results.runs[0].kinds
-    pairs = [(kind, name) for kind in results.kinds for name in scores[kind].scores if name != "accuracy"]
+    kinds = results.runs[0].kinds.items()
+    pairs = [(kind, name) for kind, scores in kinds for name in scores.scores if name != "accuracy"]
     if not pairs:
         return None
-    rows = []
-    for fuser in results.fusers:
-        runs = results.of(fuser)
-        means = [sum(run.kinds[kind].scores[metric] for run in runs) / len(runs) for kind, metric in pairs]
-        rows.append({"fuser": fuser, "values_": means})
+    rows = {
+        fuser: [fmean(run.kinds[kind].scores[metric] for run in results.of(fuser)) for kind, metric in pairs]
+        for fuser in results.fusers
+    }
     names = [
         f"{TASKS.get(kind).title}: {metric.replace('_', ' ').replace('iou', 'mean IoU')}" for kind, metric in pairs
     ]
@@ -131,41 +106,33 @@ def _data_uri(png: bytes) -> str:
 
 
 def _example(example: Example, slots: Mapping[str, int]) -> dict[str, Any]:
-    columns = [example.answers[fuser] for fuser in slots]
-    by_question = list(zip(*columns, strict=True))
-    overlay = [_boxes(answers, slots) for answers in by_question if answers[0].question.kind == "box"]
+    by_question = list(zip(*(example.answers[fuser] for fuser in slots), strict=True))
     questions = [answers[0].question for answers in by_question]
+    overlay = [_boxes(answers, slots) for answers in by_question if answers[0].question.kind == "box"]
     return {
         "name": example.name,
         "image": example.image,
         "questions": [question.text for question in questions],
-        "expected": [_expected(question.answer) for question in questions],
-        "rows": [
-            {"fuser": fuser, "answers": [{"text": answer.prediction, "right": answer.right} for answer in own]}
-            for fuser, own in zip(slots, columns, strict=True)
+        "expected": [
+            own.answer if isinstance(own.answer, str) else f"[{', '.join(f'{value:.2f}' for value in own.answer)}]"
+            for own in questions
         ],
+        "rows": {fuser: example.answers[fuser] for fuser in slots},
         "overlay": Markup("").join(overlay),
     }
 
 
-def _expected(answer: str | tuple[float, ...]) -> str:
-    return answer if isinstance(answer, str) else f"[{', '.join(f'{value:.2f}' for value in answer)}]"
-
-
 def _boxes(answers: Sequence[ScoredAnswer], slots: Mapping[str, int]) -> Markup:
     truth = answers[0].question.answer
-    drawn = [("truth", truth if isinstance(truth, tuple) else parse_box(truth))]
-    drawn += [
-        (f"c{slot % 8}", parse_box(answer.prediction)) for slot, answer in zip(slots.values(), answers, strict=True)
-    ]
-    rectangles = [
-        Markup('<rect class="{}" x="{:.3f}" y="{:.3f}" width="{:.3f}" height="{:.3f}"/>').format(
-            css, box[0], box[1], box[2] - box[0], box[3] - box[1]
-        )
-        for css, box in drawn
+    drawn = {"truth": truth if isinstance(truth, tuple) else parse_box(truth)}
+    for slot, answer in zip(slots.values(), answers, strict=True):
+        drawn[f"c{slot % 8}"] = parse_box(answer.prediction)
+    rectangle = Markup('<rect class="{}" x="{:.3f}" y="{:.3f}" width="{:.3f}" height="{:.3f}"/>')
+    return Markup("").join(
+        rectangle.format(css, box[0], box[1], box[2] - box[0], box[3] - box[1])
+        for css, box in drawn.items()
         if box is not None
-    ]
-    return Markup("").join(rectangles)
+    )
 
 
 def _probe(probe: Probe, slots: Mapping[str, int], *, wide: bool) -> dict[str, Any]:
@@ -198,9 +165,10 @@ def _probe_sentence(probes: Sequence[Probe]) -> str:
 
 def _loss_charts(results: DemoResults, slots: Mapping[str, int]) -> dict[str, Markup]:
     firsts = [results.of(fuser)[0] for fuser in results.fusers]
-    stages = [stage for stage in firsts[0].losses if all(run.losses.get(stage) for run in firsts)]
     charts = {}
-    for stage in stages:
+    for stage in firsts[0].losses:
+        if not all(run.losses.get(stage) for run in firsts):
+            continue
         series = []
         for run in firsts:
             points = [(float(step), loss) for step, loss in run.losses[stage]]
@@ -222,7 +190,7 @@ def _smoothed(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]
     """Average over a window of a twentieth of the curve, centred."""
     half = max(1, len(points) // 40)
     windows = [points[max(0, i - half) : i + half + 1] for i in range(len(points))]
-    return [(x, sum(y for _, y in window) / len(window)) for (x, _), window in zip(points, windows, strict=True)]
+    return [(x, fmean(y for _, y in window)) for (x, _), window in zip(points, windows, strict=True)]
 
 
 def _thinned(points: Sequence[tuple[float, float]], most: int = 240) -> list[tuple[float, float]]:
@@ -232,18 +200,11 @@ def _thinned(points: Sequence[tuple[float, float]], most: int = 240) -> list[tup
     return kept if kept[-1] == points[-1] else [*kept, points[-1]]
 
 
-def _time_parts(results: DemoResults) -> list[str]:
-    return list(dict.fromkeys(part for run in results.runs for part in run.seconds))
-
-
-def _costs(results: DemoResults) -> list[dict[str, Any]]:
+def _costs(results: DemoResults, time_parts: Sequence[str]) -> list[dict[str, Any]]:
     rows = []
     for fuser in results.fusers:
         runs = results.of(fuser)
-        seconds = []
-        for part in _time_parts(results):
-            taken = [run.seconds[part] for run in runs if part in run.seconds]
-            seconds.append(sum(taken) / len(taken) if taken else None)
-        layers = ", ".join(map(str, runs[0].layers))
-        rows.append({"fuser": fuser, "layers": layers, "seconds": seconds, **runs[0].cost})
+        taken = [[run.seconds[part] for run in runs if part in run.seconds] for part in time_parts]
+        seconds = [fmean(values) if values else None for values in taken]
+        rows.append({"fuser": fuser, "layers": runs[0].layers, "seconds": seconds, **runs[0].cost})
     return rows

@@ -37,31 +37,20 @@ def draw_examples(runs: Sequence[FuserRun], image_folder: Path, *, count: int) -
         image_folder: where the images are.
         count: number of images.
     """
-    names = list(dict.fromkeys(answer.question.images[0] for answer in runs[0].answers))[:count]
-    return [
-        Example(
-            name=name,
-            image=thumbnail(read_image(image_folder / name)),
-            answers={
-                run.fuser: [answer for answer in run.answers if answer.question.images == (name,)] for run in runs
-            },
-        )
-        for name in names
-    ]
+    examples = []
+    for name in list(dict.fromkeys(answer.question.images[0] for answer in runs[0].answers))[:count]:
+        answers = {run.fuser: [each for each in run.answers if each.question.images == (name,)] for run in runs}
+        examples.append(Example(name, thumbnail(read_image(image_folder / name)), answers))
+    return examples
 
 
 @torch.inference_mode()
 def draw_feature_maps(
     models: Mapping[str, FusedLlavaForConditionalGeneration], names: Sequence[str], image_folder: Path
 ) -> list[Figure]:
-    """Draw what goes into the fusers and what comes out: a figure per image, with one colour scale.
+    """Draw the maps that go into the fusers and those that come out: a figure per image, with one colour scale.
 
     The key/value layers and the query are those of the model that taps most layers; its last map is the query.
-
-    Args:
-        models: fuser -> trained model.
-        names: of the images.
-        image_folder: where they are.
     """
     widest = max(models.values(), key=lambda model: len(model.model.vision_tower.backbone.layers))
     figures = []
@@ -74,12 +63,9 @@ def draw_feature_maps(
         maps = {key: value[0] for key, value in inputs.items() if key != "output"}
         for fuser, model in models.items():
             output = model.model.fuser(model.model.vision_tower(pixels))
-            maps[f"output of {fuser}"] = _same_sign(reduce_map(output, grid)[0], maps["query"])
+            reduced = reduce_map(output, grid)[0]
+            # The sign of a component means nothing: one that runs against the query's is turned round.
+            maps[f"output of {fuser}"] = -reduced if (reduced * maps["query"]).sum() < 0 else reduced
         pictures = dict(zip(maps, map(png_bytes, colorize(maps, size=_MAP_SIZE)), strict=True))
-        figures.append(Figure(name=name, image=thumbnail(image), maps=pictures))
+        figures.append(Figure(name, thumbnail(image), pictures))
     return figures
-
-
-def _same_sign(values: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:
-    """Turn a component round if it runs against the query's, since its sign means nothing."""
-    return -values if (values * reference).sum() < 0 else values
