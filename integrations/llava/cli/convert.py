@@ -34,20 +34,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    parser.add_argument("--from", dest="source", required=True, help="folder of a checkpoint, or an adapter file")
-    parser.add_argument("--to", dest="target", required=True, help="folder to be written; new or empty")
-    parser.add_argument("--layout", choices=LAYOUTS, default=LAYOUTS[0], help="of what is written")
-    parser.add_argument(
-        "--template", choices=sorted(TEMPLATES), help="prompt template the model was trained with (default: v1)"
-    )
-    parser.add_argument(
-        "--image-mode", choices=get_args(Mode), help="how images are prepared (default: as the checkpoint says)"
-    )
-    parser.add_argument(
-        "--vision-tower", metavar="FOLDER_OR_NAME", help="the vision model, where the checkpoint lacks it or its name"
-    )
-    parser.add_argument("--merge-lora", metavar="FOLDER", help="adapters to merge into the language model")
-    parser.add_argument("--adapter-only", action="store_true", help="convert fuser and projector alone")
+    add = parser.add_argument
+    add("--from", dest="source", required=True, help="folder of a checkpoint, or an adapter file")
+    add("--to", dest="target", required=True, help="folder to be written; new or empty")
+    add("--layout", choices=LAYOUTS, default=LAYOUTS[0], help="of what is written")
+    add("--template", choices=sorted(TEMPLATES), help="prompt template the model was trained with (default: v1)")
+    add("--image-mode", choices=get_args(Mode), help="how images are prepared (default: as the checkpoint says)")
+    add("--vision-tower", metavar="FOLDER_OR_NAME", help="the vision model, where the checkpoint lacks it or its name")
+    add("--merge-lora", metavar="FOLDER", help="adapters to merge into the language model")
+    add("--adapter-only", action="store_true", help="convert fuser and projector alone")
     arguments = parser.parse_args(argv)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     quiet_bars()

@@ -47,27 +47,26 @@ def _parser() -> argparse.ArgumentParser:
         prog="python -m integrations.llava evaluate",
         description="Ask a trained model every question of a file or a task, and score its answers by kind.",
     )
-    parser.add_argument("--model", help="folder of a finished run")
+    add = parser.add_argument
+    add("--model", help="folder of a finished run")
     asked = parser.add_mutually_exclusive_group(required=True)
     asked.add_argument("--questions", help="question file: JSON lines of question_id, image, text, kind, answer")
     asked.add_argument("--task", help=f"a task that loads its questions from --image-folder: {', '.join(TASKS)}")
-    parser.add_argument(
+    add(
         "--image-folder",
         "--images",
         help="what names of images are relative to (default: 'images' beside the question file)",
     )
-    parser.add_argument("--predictions", help="score this predictions.jsonl in place of a model")
-    parser.add_argument(
+    add("--predictions", help="score this predictions.jsonl in place of a model")
+    add(
         "--output",
         help="folder for answers, predictions, metrics; continued (default: MODEL/evaluation, for a task /TASK in it)",
     )
-    parser.add_argument("--overwrite", action="store_true", help="replace other answers and predictions in --output")
-    parser.add_argument(
-        "--shard", metavar="INDEX/COUNT", help="answer a share (default: torchrun's RANK/WORLD_SIZE); the last scores"
-    )
-    parser.add_argument("--batch-size", type=int, default=32)
-    parser.add_argument("--max-new-tokens", type=int, default=32)
-    parser.add_argument("--device", help="torch device (default: CUDA if there is one, else the CPU)")
+    add("--overwrite", action="store_true", help="replace other answers and predictions in --output")
+    add("--shard", metavar="INDEX/COUNT", help="answer a share (default: torchrun's RANK/WORLD_SIZE); the last scores")
+    add("--batch-size", type=int, default=32)
+    add("--max-new-tokens", type=int, default=32)
+    add("--device", help="torch device (default: CUDA if there is one, else the CPU)")
     return parser
 
 

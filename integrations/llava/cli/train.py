@@ -33,13 +33,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(render(dry_run(recipe, gpu=arguments.gpu, stages=arguments.stages)))
             return 0
         output = arguments.output or f"runs/{recipe.name}"
-        train(
-            recipe,
-            output,
-            stages=arguments.stages,
-            adapter=arguments.adapter,
-            overwrite=arguments.overwrite,
-        )
+        train(recipe, output, stages=arguments.stages, adapter=arguments.adapter, overwrite=arguments.overwrite)
     except UserError as error:
         # Where another process found it, that is the cause.
         failed = getattr(error.__cause__, "process", None)
@@ -67,25 +61,24 @@ def _parser() -> argparse.ArgumentParser:
         epilog=f"recipes: {', '.join(recipe_names())}",
         allow_abbrev=False,
     )
-    parser.add_argument("--recipe", required=True, help="name of a recipe, or a YAML file")
-    parser.add_argument("--output", help="folder of the run (default: runs/RECIPE)")
-    parser.add_argument("--data", nargs="+", help="LLaVA json or jsonl: one file for all stages, or one a stage")
-    parser.add_argument("--image-folder", nargs="+", help="folder of the images: one for all stages, or one a stage")
-    parser.add_argument(
-        "--stages", nargs="+", choices=STAGES, default=STAGES, help="stages to run, in their order (default: both)"
-    )
-    parser.add_argument(
+    add = parser.add_argument
+    add("--recipe", required=True, help="name of a recipe, or a YAML file")
+    add("--output", help="folder of the run (default: runs/RECIPE)")
+    add("--data", nargs="+", help="LLaVA json or jsonl: one file for all stages, or one a stage")
+    add("--image-folder", nargs="+", help="folder of the images: one for all stages, or one a stage")
+    add("--stages", nargs="+", choices=STAGES, default=STAGES, help="stages to run, in their order (default: both)")
+    add(
         "--adapter",
         help="fuser and projector to start from: RUN/pretrain/adapter.safetensors, the published mm_projector.bin, or "
         f"{RANDOM!r} for new ones",
     )
-    parser.add_argument(
+    add(
         "--dry-run",
         action="store_true",
         help="say what the run would take and what is wrong with its data; train nothing",
     )
-    parser.add_argument("--gpu", choices=GPUS, default="h100", help="the GPU a dry run reckons with (default: h100)")
-    parser.add_argument(
+    add("--gpu", choices=GPUS, default="h100", help="the GPU a dry run reckons with (default: h100)")
+    add(
         "--overwrite",
         action="store_true",
         help="train the stages asked for anew, once the first step is made, and remove what the folder holds of them; "

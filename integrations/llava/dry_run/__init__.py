@@ -6,11 +6,4 @@ from .estimate import Report, StageReport, dry_run
 from .gpus import GPUS, Gpu
 from .report import render
 
-__all__ = [
-    "GPUS",
-    "Gpu",
-    "Report",
-    "StageReport",
-    "dry_run",
-    "render",
-]
+__all__ = ["GPUS", "Gpu", "Report", "StageReport", "dry_run", "render"]

@@ -8,7 +8,6 @@ from dataclasses import dataclass, replace
 from integrations.llava.config import STAGES, Recipe, StageConfig
 from integrations.llava.data import read_samples
 from integrations.llava.data.doctor import Survey, survey_samples
-from integrations.llava.image_layout import ImageLayout
 from integrations.llava.modeling import FusedLlavaForConditionalGeneration
 from integrations.llava.prompts import get_template
 from layerfuse.errors import InputError
@@ -17,8 +16,7 @@ from .facts import ModelFacts, build_on_meta, model_facts
 from .flops import PartFlops, sample_flops
 from .gpus import Gpu, get_gpu
 from .memory import Memory, engines_for, estimate_memory
-from .steps import optimizer_steps, samples_seen
-from .workload import Workload, assumed_workload, measured_workload
+from .workload import Workload, assumed_workload, measured_workload, optimizer_steps, samples_seen
 
 __all__ = ["NUM_GPUS", "UTILIZATION", "Report", "StageReport", "dry_run"]
 
@@ -68,7 +66,7 @@ class Report:
         gpu: on which it would be.
         utilization: share of its peak that hours are computed with.
         model: of the first stage, on the meta device.
-        llm_origin: where the language model's config was found.
+        llm_origin: of the language model's config.
         stages: in order.
     """
 
@@ -120,15 +118,19 @@ def _stage_report(
     name: str, config: StageConfig, model: FusedLlavaForConditionalGeneration, gpu: Gpu, num_gpus: Sequence[int]
 ) -> StageReport:
     facts = model_facts(model)
-    workload, survey = _look_at_data(name, config, model.config.layout)
-    flops = sample_flops(
-        model,
-        facts,
-        images=workload.images,
-        tokens=workload.tokens,
-        checkpointing=config.gradient_checkpointing,
-    )
-    longest = workload.longest
+    if config.data.path:
+        samples = read_samples(config.data.path)
+        survey = survey_samples(
+            samples,
+            image_folder=config.data.image_folder,
+            template=get_template(config.template),
+            check_images=config.data.check_images,
+        )
+        workload = measured_workload(samples, config, model.config.layout)
+    else:
+        survey, workload = None, assumed_workload(name, config, model.config.layout)
+    images, tokens, longest = workload.images, workload.tokens, workload.longest
+    flops = sample_flops(model, facts, images=images, tokens=tokens, checkpointing=config.gradient_checkpointing)
     numbers = [number for number in num_gpus if config.batch_size % (number * (config.micro_batch_size or 1)) == 0]
     return StageReport(
         name=name,
@@ -148,25 +150,12 @@ def _stage_report(
     )
 
 
-def _look_at_data(name: str, config: StageConfig, layout: ImageLayout) -> tuple[Workload, Survey | None]:
-    if not config.data.path:
-        return assumed_workload(name, config, layout), None
-    samples = read_samples(config.data.path)
-    survey = survey_samples(
-        samples,
-        image_folder=config.data.image_folder,
-        template=get_template(config.template),
-        check_images=config.data.check_images,
-    )
-    return measured_workload(samples, config, layout), survey
-
-
 def _largest_micro_batch(facts: ModelFacts, config: StageConfig, num_gpus: int, longest: int, gpu: Gpu) -> int:
-    """Find the largest micro batch, up to the stage's own, that fits with the stage's engine; 0 if none does."""
-    own, accumulation = config.batches(num_gpus)
+    """Find the largest micro batch, up to the stage's, that fits with the stage's engine; 0 if none does."""
+    largest, accumulation = config.batches(num_gpus)
     engine = config.engine if config.engine in engines_for(config, num_gpus) else "ddp"
-    for size in range(own, 0, -1):
-        if own * accumulation % size:
+    for size in range(largest, 0, -1):
+        if largest * accumulation % size:
             continue
         smaller = replace(config, micro_batch_size=size)
         memory = estimate_memory(facts, smaller, engine=engine, num_gpus=num_gpus, longest=longest)

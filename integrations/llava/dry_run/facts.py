@@ -93,8 +93,8 @@ def build_on_meta(config: ModelConfig, stage: StageConfig) -> tuple[FusedLlavaFo
     """Build a recipe's model as a stage trains it, on the meta device.
 
     Returns:
-        The model, all in the precision that the stage computes in, not quantised; and where the language model's config
-        was found.
+        The model, all in the precision that the stage computes in, not quantised; and the origin of the language
+        model's config.
 
     Raises:
         ValueError: if a name, layer or option is not possible, or nothing describes the language model.
@@ -127,8 +127,7 @@ def model_facts(model: FusedLlavaForConditionalGeneration) -> ModelFacts:
         matrices=sum(layer.weight.numel() for _, layer in linear_layers(model) if layer.weight.requires_grad),
         quantized=sum(
             layer.weight.numel()
-            for block in blocks
-            for name, layer in linear_layers(block)
+            for name, layer in linear_layers(blocks)
             if "lora_" not in name and not layer.weight.requires_grad
         ),
         connector_bytes=_connector_bytes(model),
@@ -154,7 +153,6 @@ def _blocks(model: FusedLlavaForConditionalGeneration) -> nn.ModuleList:
 def _block(block: nn.Module, text: Any) -> Block:
     head_width = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
     keys = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
-    down = [layer for name, layer in linear_layers(block) if "lora_A" in name]
     return Block(
         hidden=text.hidden_size,
         intermediate=text.intermediate_size,
@@ -163,7 +161,7 @@ def _block(block: nn.Module, text: Any) -> Block:
         heads=text.num_attention_heads,
         trained=sum(p.numel() for p in block.parameters() if p.requires_grad),
         frozen=sum(p.numel() for p in block.parameters() if not p.requires_grad),
-        adapters=tuple((layer.in_features, layer.out_features) for layer in down),
+        adapters=tuple((a.in_features, a.out_features) for name, a in linear_layers(block) if "lora_A" in name),
     )
 
 

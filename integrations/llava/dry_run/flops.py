@@ -12,7 +12,6 @@ masking saves nothing here) and twice that backward. Norms, softmax and element-
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import NamedTuple
 
 from torch import nn
@@ -27,13 +26,7 @@ __all__ = ["PartFlops", "hours", "sample_flops"]
 
 
 class PartFlops(NamedTuple):
-    """Floating point operations of a part.
-
-    Attributes:
-        forward: of the forward pass.
-        recompute: of forward passes repeated by checkpointing.
-        backward: of the backward pass.
-    """
+    """Floating point operations of a part: forward, forward again through checkpointing, and backward."""
 
     forward: float = 0.0
     recompute: float = 0.0
@@ -46,12 +39,7 @@ class PartFlops(NamedTuple):
 
 
 def sample_flops(
-    model: FusedLlavaForConditionalGeneration,
-    facts: ModelFacts,
-    *,
-    images: float,
-    tokens: float,
-    checkpointing: bool,
+    model: FusedLlavaForConditionalGeneration, facts: ModelFacts, *, images: float, tokens: float, checkpointing: bool
 ) -> dict[str, PartFlops]:
     """Count the operations of one sample in training.
 
@@ -94,31 +82,29 @@ def _backbone_forward(backbone: Backbone) -> float:
     rows, columns = backbone.grid(*backbone.image_size)
     patches = rows * columns
     tokens = patches + backbone.num_prefix_tokens
-    linear = sum(layer.weight.numel() for _, layer in linear_layers(backbone))
     embedding = sum(layer.weight.numel() for layer in backbone.modules() if isinstance(layer, nn.Conv2d))
-    blocks = max(backbone.layers)
-    return 2.0 * tokens * linear + 2.0 * patches * embedding + 4.0 * tokens**2 * backbone.embed_dim * blocks
+    attention = 4.0 * tokens**2 * backbone.embed_dim * max(backbone.layers)
+    return 2.0 * tokens * _weights(backbone) + 2.0 * patches * embedding + attention
 
 
 def _language_model(
     model: FusedLlavaForConditionalGeneration, facts: ModelFacts, tokens: float, gradient: bool, checkpointing: bool
 ) -> PartFlops:
-    blocks, head = _count(model.model.language_model), _count(model.lm_head)
+    inner, head = model.model.language_model, model.lm_head
     attention = 4.0 * tokens**2 * facts.block.queries * facts.num_blocks
-    forward = 2.0 * tokens * (blocks["all"] + head["all"]) + attention
-    if not gradient and not blocks["trained"]:
+    forward = 2.0 * tokens * (_weights(inner) + _weights(head)) + attention
+    if not gradient and not _weights(inner, trained=True):
         return PartFlops(forward)
-    again = 2.0 * tokens * (blocks["all"] - _last_layers(model)) + attention if checkpointing else 0.0
-    backward = 2.0 * tokens * sum([*blocks.values(), *head.values()]) + 2 * attention
-    return PartFlops(forward, again, backward)
+    again = 0.0
+    if checkpointing:
+        # Torch stops repeating a block when it has what backward needs: before the last linear layer.
+        last = sum(list(linear_layers(block))[-1][1].weight.numel() for block in inner.layers)
+        again = 2.0 * tokens * (_weights(inner) - last) + attention
+    trained = _weights(inner, trained=True) + _weights(head, trained=True)
+    return PartFlops(forward, again, forward + attention + 2.0 * tokens * trained)
 
 
-def _last_layers(model: FusedLlavaForConditionalGeneration) -> int:
-    """Count the weights of every block's last linear layer: torch stops repeating when it has what backward needs."""
-    last = [list(linear_layers(block))[-1][1] for block in model.model.language_model.layers]
-    return sum(layer.weight.numel() for layer in last)
-
-
-def _count(module: nn.Module) -> Mapping[str, int]:
-    sizes = [(layer.weight.numel(), layer.weight.requires_grad) for _, layer in linear_layers(module)]
-    return {"all": sum(size for size, _ in sizes), "trained": sum(size for size, trained in sizes if trained)}
+def _weights(module: nn.Module, *, trained: bool = False) -> int:
+    """Count the weights of linear layers: all, or those that learn."""
+    weights = [layer.weight for _, layer in linear_layers(module)]
+    return sum(weight.numel() for weight in weights if weight.requires_grad or not trained)

@@ -16,18 +16,40 @@ and 1/64 of it for their scales (float32 per 64 weights, themselves quantised), 
 On top come, in turn, (1) the end of the forward pass: what the backward pass will need, all copies, three versions of
 the logits; (2) the backward pass of the loss: four bytes of logits three times; (3) the backward pass of a block. The
 largest counts. Activations are those of a micro batch of the longest samples.
+
+Of a block like Llama's (D width, F of the MLP, Q of all query heads, K of all key-value heads, h heads) autograd keeps
+so many bytes per token, which a test holds against those that it really saves:
+
+    float32 weights under autocast    26 D + 4 Q + 4 K + 8 F + 4 h    the sum of residuals is float32, and every linear
+                                                                      layer keeps a bf16 copy of its input
+    bf16 weights that learn           16 D + 4 Q + 4 K + 8 F + 4 h    FSDP2's and DeepSpeed's mixed precision
+    bf16 weights, frozen               8 D + 4 Q + 4 K + 6 F + 4 h    inputs of linear layers are not needed
+    float32 throughout                24 D + 8 Q + 8 K + 16 F + 4 h
+    a LoRA adapter, besides            2 W + W (dropout) + 2 r        W what it reads, r its rank; it computes in bf16
+
+With checkpointing only each block's input stays, and one block at a time is computed again.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 from integrations.llava.config import StageConfig
 
-from .activations import Weights, block_bytes, residual_bytes
-from .facts import ModelFacts
+from .facts import Block, ModelFacts
 
-__all__ = ["GIB", "RESERVE", "SLACK", "Memory", "engines_for", "estimate_memory"]
+__all__ = [
+    "GIB",
+    "RESERVE",
+    "SLACK",
+    "Memory",
+    "Weights",
+    "block_bytes",
+    "engines_for",
+    "estimate_memory",
+    "residual_bytes",
+]
 
 GIB = 2**30
 RESERVE = 1.0
@@ -36,6 +58,9 @@ SLACK = 0.05
 """Share that the allocator loses between tensors."""
 
 _LIVE_PARAMETERS = 10**9  # DeepSpeed's stage3_max_live_parameters
+
+Weights = Literal["autocast", "bf16", "fp32"]
+"""How trained weights enter the computation: float32 under autocast, bf16 copies of an engine, or plain float32."""
 
 
 @dataclass(frozen=True)
@@ -76,16 +101,6 @@ class Memory:
         return "yes" if need + SLACK * self.peak / GIB <= memory else "tight"
 
 
-@dataclass(frozen=True)
-class _Held:
-    weights: float
-    gradients: float
-    optimizer: float
-    copies: float
-    first_gradients: float
-    """Gradients that exist before the backward pass of a step's first micro batch."""
-
-
 def engines_for(config: StageConfig, num_gpus: int) -> tuple[str, ...]:
     """Name the engines that can run a stage on so many GPUs; quantised weights cannot be taken apart."""
     if num_gpus == 1:
@@ -108,7 +123,7 @@ def estimate_memory(facts: ModelFacts, config: StageConfig, *, engine: str, num_
     """
     micro_batch, accumulation = config.batches(num_gpus)
     weights: Weights = "fp32" if config.precision == "fp32" else "autocast" if engine == "ddp" else "bf16"
-    held = _held(facts, config, engine, num_gpus)
+    stored, gradients, optimizer, copies, first_gradients = _held(facts, config, engine, num_gpus)
     tokens = micro_batch * longest
     logits = tokens * facts.vocabulary
     size = 4 if weights == "fp32" else 2
@@ -120,59 +135,81 @@ def estimate_memory(facts: ModelFacts, config: StageConfig, *, engine: str, num_
         kept, again = connector + facts.num_blocks * residual, one_block
     else:
         kept, again = connector + facts.num_blocks * one_block, 0
-    earlier = held.gradients if accumulation > 1 else held.first_gradients
-    always = held.weights + held.optimizer
+    earlier = gradients if accumulation > 1 else first_gradients
+    always = stored + optimizer
     at_loss = (size + 8) * logits
     # An engine's copies stay. With checkpointing, only two of autocast's do: the output layer's, the block's at work.
     fleeting = engine == "ddp" and config.gradient_checkpointing
-    tail = min(held.copies, size * facts.tail) if fleeting else held.copies
-    at_work = min(held.copies, size * facts.block.trained) if fleeting else held.copies
+    tail = min(copies, size * facts.tail) if fleeting else copies
+    at_work = min(copies, size * facts.block.trained) if fleeting else copies
     moments = (
-        always + earlier + kept + held.copies + at_loss,
+        always + earlier + kept + copies + at_loss,
         always + earlier + kept + tail + 12 * logits,
         always + earlier + kept + again + at_work,
-        always + held.gradients + connector + again + at_work,
-        always + held.gradients + (4 * facts.num_trained / num_gpus if engine == "zero2" else 0),
+        always + gradients + connector + again + at_work,
+        always + gradients + (4 * facts.num_trained / num_gpus if engine == "zero2" else 0),
     )
     return Memory(
         engine=engine,
         num_gpus=num_gpus,
         micro_batch=micro_batch,
         accumulation=accumulation,
-        weights=held.weights,
-        gradients=held.gradients,
-        optimizer=held.optimizer,
+        weights=stored,
+        gradients=gradients,
+        optimizer=optimizer,
         activations=kept + again,
         logits=max(at_loss, 12 * logits),
-        copies=held.copies,
+        copies=copies,
         peak=max(moments),
     )
 
 
-def _held(facts: ModelFacts, config: StageConfig, engine: str, num_gpus: int) -> _Held:
-    """Tell what an engine holds from the second step on."""
-    trained, full = facts.num_trained, config.precision == "fp32"
+def _held(
+    facts: ModelFacts, config: StageConfig, engine: str, num_gpus: int
+) -> tuple[float, float, float, float, float]:
+    """Bytes from the second step on: weights, gradients, states, copies, and gradients before the first backward pass."""
+    trained, block, full = facts.num_trained, facts.block, config.precision == "fp32"
     size = 4 if full else 2
-    frozen = _frozen_bytes(facts, config)
-    outside = trained + facts.num_frozen - facts.num_blocks * (facts.block.trained + facts.block.frozen)
-    one_block = facts.block.trained + facts.block.frozen
+    stored = {"none": float(size), "int8": 1.0, "nf4": 0.5 * (1 + 1 / 32 + 1 / 2048)}[config.lora.quantize]
+    frozen = size * (facts.num_frozen - facts.quantized) + stored * facts.quantized
     if engine == "ddp":
         buckets = 4 * trained if num_gpus > 1 else 0
         copies = 0 if full else 2 * facts.matrices
-        return _Held(4 * trained + frozen, 4 * trained + buckets, 8 * trained, copies, buckets)
-    master = 12 * trained if not full else 8 * trained
+        return 4 * trained + frozen, 4 * trained + buckets, 8 * trained, copies, buckets
+    if engine == "fsdp2":
+        one_block = block.trained + block.frozen
+        outside = trained + facts.num_frozen - facts.num_blocks * one_block
+        gathered = size * outside + 2 * size * (one_block + block.trained)
+        return (4 * trained + frozen) / num_gpus, 4 * trained / num_gpus, 8 * trained / num_gpus, gathered, 0
+    gradients, states = size * trained / num_gpus, (8 if full else 12) * trained / num_gpus
     if engine == "zero2":
-        return _Held(
-            size * trained + frozen, size * trained / num_gpus, master / num_gpus, size * facts.block.trained, 0
-        )
-    if engine == "zero3":
-        gathered = size * min(_LIVE_PARAMETERS, trained + facts.num_frozen)
-        return _Held((size * trained + frozen) / num_gpus, size * trained / num_gpus, master / num_gpus, gathered, 0)
-    gathered = size * outside + 2 * size * (one_block + facts.block.trained)
-    return _Held((4 * trained + frozen) / num_gpus, 4 * trained / num_gpus, 8 * trained / num_gpus, gathered, 0)
+        return size * trained + frozen, gradients, states, size * block.trained, 0
+    gathered = size * min(_LIVE_PARAMETERS, trained + facts.num_frozen)
+    return (size * trained + frozen) / num_gpus, gradients, states, gathered, 0
 
 
-def _frozen_bytes(facts: ModelFacts, config: StageConfig) -> float:
-    plain = 4 if config.precision == "fp32" else 2
-    per_weight = {"none": float(plain), "int8": 1.0, "nf4": 0.5 * (1 + 1 / 32 + 1 / 2048)}[config.lora.quantize]
-    return plain * (facts.num_frozen - facts.quantized) + per_weight * facts.quantized
+def residual_bytes(block: Block, weights: Weights) -> int:
+    """Bytes of one token between two blocks: 4 D or 2 D, as the embedding, which autocast leaves alone, has it."""
+    wide = weights == "fp32" or (weights == "autocast" and _learns(block))
+    return block.hidden * (4 if wide else 2)
+
+
+def block_bytes(block: Block, weights: Weights, *, dropout: bool = False) -> int:
+    """Bytes that a block saves for its backward pass, per token, without weights; LoRA adapters may have dropout."""
+    width, mlp, attention = block.hidden, block.intermediate, block.queries + block.keys
+    if weights == "fp32":
+        saved = 24 * width + 8 * attention + 16 * mlp if _learns(block) else 8 * width + 8 * attention + 12 * mlp
+    elif not _learns(block):
+        saved = 8 * width + 4 * attention + 6 * mlp
+    else:
+        saved = (26 if weights == "autocast" else 16) * width + 4 * attention + 8 * mlp
+    size = 4 if weights == "fp32" else 2
+    for read, rank in block.adapters:
+        saved += (size + dropout) * read + size * rank
+    statistics = 4 * block.heads + 2 * 4
+    return saved + statistics
+
+
+def _learns(block: Block) -> bool:
+    """Tell whether the block's own weights learn, not only adapters."""
+    return block.trained > 0 and not block.adapters

@@ -87,36 +87,25 @@ def _model(report: Report) -> Iterator[str]:
 
 def _parameters(report: Report) -> Iterator[str]:
     yield _title("Parameters")
+    counted = [counts for stage in report.stages for counts in (stage.facts.trained, stage.facts.frozen)]
     rows = [["part", *("trained", "frozen") * len(report.stages)]]
-    for part in PARTS:
-        counts = [count[part] for stage in report.stages for count in (stage.facts.trained, stage.facts.frozen)]
-        rows.append([part, *(f"{count:,}" if count else "–" for count in counts)])
-    totals = [count for stage in report.stages for count in (stage.facts.num_trained, stage.facts.num_frozen)]
-    rows.append(["all", *(f"{total:,}" for total in totals)])
+    rows += [[part, *(f"{counts[part]:,}" if counts[part] else "–" for counts in counted)] for part in PARTS]
+    rows.append(["all", *(f"{sum(counts.values()):,}" for counts in counted)])
     yield from _table(rows, groups=[stage.name for stage in report.stages])
 
 
 def _steps(report: Report) -> Iterator[str]:
     yield _title("Samples and steps")
-    heads = ["stage", "samples", "tokens", "image", "text", "longest", "epochs", "batch", "steps"]
-    rows = [heads]
-    for stage in report.stages:
-        config, work = stage.config, stage.workload
-        lengths = (work.tokens, work.image_tokens, work.text_tokens, work.longest)
-        rows.append(
-            [
-                stage.name,
-                f"{work.samples:,}",
-                *(f"{length:,.0f}" for length in lengths),
-                f"{config.epochs:g}" if config.max_steps is None else "–",
-                f"{config.batch_size:,}",
-                f"{stage.steps:,}",
-            ]
-        )
-    yield from _table(rows)
+    rows = [["stage", "samples", "tokens", "image", "text", "longest", "epochs", "batch", "steps"]]
     origins: dict[str, list[str]] = {}
     for stage in report.stages:
-        origins.setdefault(stage.workload.origin, []).append(stage.name)
+        config, work = stage.config, stage.workload
+        lengths = (work.samples, work.tokens, work.image_tokens, work.text_tokens, work.longest)
+        epochs = f"{config.epochs:g}" if config.max_steps is None else "–"
+        numbers = [f"{length:,.0f}" for length in lengths]
+        rows.append([stage.name, *numbers, epochs, f"{config.batch_size:,}", f"{stage.steps:,}"])
+        origins.setdefault(work.origin, []).append(stage.name)
+    yield from _table(rows)
     for origin, names in origins.items():
         yield from _wrapped(f"{' and '.join(names)}: {origin}.")
 
@@ -179,16 +168,11 @@ def _memory(report: Report) -> Iterator[str]:
         columns = ("weights", "gradients", "optimizer", "activations", "logits", "copies", "peak")
         rows = [["GPUs", "engine", "batch", *columns, f"fits {gpu.name}"]]
         for memory in stage.memory:
-            own = memory.num_gpus > 1 and memory.engine == stage.config.engine
-            rows.append(
-                [
-                    str(memory.num_gpus),
-                    "none" if memory.num_gpus == 1 else f"{memory.engine}{' *' if own else ''}",
-                    f"{memory.micro_batch} x {memory.accumulation}",
-                    *(f"{getattr(memory, column) / unit:.1f}" for column in columns),
-                    memory.fits(gpu.memory),
-                ]
-            )
+            engine = memory.engine + (" *" if memory.engine == stage.config.engine else "")
+            batch = f"{memory.micro_batch} x {memory.accumulation}"
+            sizes = [f"{getattr(memory, column) / unit:.1f}" for column in columns]
+            number = memory.num_gpus
+            rows.append([str(number), "none" if number == 1 else engine, batch, *sizes, memory.fits(gpu.memory)])
         yield from _table(rows, left=2)
         yield from _wrapped(_advice(stage, gpu))
         host = max((memory.weights for memory in stage.memory if memory.engine == "ddp"), default=0.0)

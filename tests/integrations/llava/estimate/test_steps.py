@@ -15,8 +15,7 @@ from transformers import Trainer, TrainingArguments
 
 from integrations.llava.config.schema import StageConfig
 from integrations.llava.config.yaml_io import load_recipe, recipe_names
-from integrations.llava.dry_run.steps import optimizer_steps, samples_seen
-from integrations.llava.dry_run.workload import PUBLISHED_SAMPLES
+from integrations.llava.dry_run.workload import PUBLISHED_SAMPLES, optimizer_steps, samples_seen
 
 STAGE = StageConfig(trainable=("fuser",), template="plain", batch_size=6, micro_batch_size=2)
 
