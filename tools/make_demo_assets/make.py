@@ -1,25 +1,33 @@
-"""`make assets`: make the embedded backbone and language model again, from their recipes."""
+"""`make assets`: make the embedded backbone and language model again, from their recipes, and measure both."""
 
 from __future__ import annotations
 
 import json
 import logging
 import time
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
+import numpy as np
+import torch
+from transformers import AutoTokenizer, LlamaForCausalLM
+
 from integrations.llava.checkpoints.tensors import read_json
+from integrations.llava.evaluation.metrics.boxes import intersection_over_union, parse_box
 from integrations.llava.study.probes import probe_text
+from integrations.llava.synthetic.questions import KINDS, SceneQuestion, questions_of_kind
+from integrations.llava.synthetic.scene import sample_scene
 from layerfuse.backbones import create_backbone
 from layerfuse.errors import ExistingFileError, InputError
 from layerfuse.files import atomic_folder, write_text
 
 from .backbone import BackboneRecipe, pretrain_backbone
 from .language_model import LanguageModelRecipe, pretrain_language_model
-from .lookup import answer_accuracy
+from .writing import SceneWriter, embed_written
 
-__all__ = ["ASSETS", "AssetsRecipe", "make_assets"]
+__all__ = ["ASSETS", "AssetsRecipe", "answer_accuracy", "is_right", "make_assets"]
 
 _LOG = logging.getLogger(__name__)
 
@@ -89,3 +97,37 @@ def _measure(part: str, folder: Path) -> object:
     probes = probe_text(backbone, {}, seed=3000, num_train=1200, num_test=400)
     named = list(zip(("character", "shape", "color"), probes, strict=True))
     return [{name: round(probe.layers[layer], 3) for name, probe in named} for layer in backbone.layers]
+
+
+def answer_accuracy(folder: str | Path, *, num_scenes: int = 100, seed: int = 4000) -> dict[str, float]:
+    """Ask a language model one question of each kind about scenes of the test split; return kind -> share right."""
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    model = LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    writer = SceneWriter(tokenizer)
+    cells = torch.tensor(sorted(writer.cell_ids.values()))
+    right: dict[str, list[bool]] = defaultdict(list)
+    for index in range(num_scenes):
+        rng = np.random.default_rng([seed, index])
+        scene = sample_scene(rng, "test")
+        for kind in KINDS:
+            questions = questions_of_kind(scene, kind)
+            if not questions:
+                continue
+            question = questions[int(rng.integers(len(questions)))]
+            ids = torch.tensor([writer.prompt(scene, question.text)])
+            with torch.no_grad():
+                embeddings = embed_written(model, ids, cells)
+            written = model.generate(
+                inputs_embeds=embeddings, attention_mask=torch.ones_like(ids), max_new_tokens=14, do_sample=False
+            )
+            (answer,) = tokenizer.batch_decode(written, skip_special_tokens=True)
+            right[kind].append(is_right(answer, question))
+    return {kind: float(np.mean(right[kind])) for kind in KINDS}
+
+
+def is_right(answer: str, question: SceneQuestion) -> bool:
+    """Score one answer: exact for words, intersection over union > 0.5 for boxes."""
+    if question.box is None:
+        return answer.strip() == question.answer
+    box = parse_box(answer)
+    return box is not None and intersection_over_union(box, question.box) > 0.5

@@ -59,20 +59,16 @@ def _parser() -> argparse.ArgumentParser:
         epilog=_EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    prompts = parser.add_argument_group("questions as arguments")
-    prompts.add_argument(
-        "--image", action="append", nargs="+", default=[], help="the images of one question; repeat for more questions"
-    )
-    prompts.add_argument("--prompt", action="append", help="question; one for all images, or one each")
-    files = parser.add_argument_group("questions in a file")
-    files.add_argument("--input", help="jsonl or json: id, prompt (or text, or conversations), image")
-    files.add_argument("--image-folder", help="what image names are relative to (default: the input's folder)")
-    files.add_argument("--output", help="jsonl of id, prompt, answer, model_id, metadata; continued if it is there")
-    files.add_argument("--shard", metavar="INDEX/COUNT", help="answer a share (default: torchrun's RANK/WORLD_SIZE)")
-    files.add_argument(
-        "--overwrite", action="store_true", help="answer anew; earlier answers go once a new one is there"
-    )
-    files.add_argument("--num-workers", type=int, help="processes that prepare images (default: 4 with CUDA, else 0)")
+    add = parser.add_argument_group("questions as arguments").add_argument
+    add("--image", action="append", nargs="+", default=[], help="the images of one question; repeat for more questions")
+    add("--prompt", action="append", help="question; one for all images, or one each")
+    add = parser.add_argument_group("questions in a file").add_argument
+    add("--input", help="jsonl or json: id, prompt (or text, or conversations), image")
+    add("--image-folder", help="what image names are relative to (default: the input's folder)")
+    add("--output", help="jsonl of id, prompt, answer, model_id, metadata; continued if it is there")
+    add("--shard", metavar="INDEX/COUNT", help="answer a share (default: torchrun's RANK/WORLD_SIZE)")
+    add("--overwrite", action="store_true", help="answer anew; earlier answers go once a new one is there")
+    add("--num-workers", type=int, help="processes that prepare images (default: 4 with CUDA, else 0)")
     parser.add_argument("--batch-size", type=int, default=8, help="prompts at a time")
     add_model_options(parser)
     add_sampling_options(parser)
@@ -90,8 +86,8 @@ def _answer_prompts(arguments: argparse.Namespace, sampling: SamplingParams) -> 
     images = images if len(images) == count else images * count
     prompts = arguments.prompt if len(arguments.prompt) == count else arguments.prompt * count
     preparer = load_preparer(arguments.model)
-    for own, prompt in zip(images, prompts, strict=True):
-        preparer.encode(prompt, preparer.sizes(own), max_new_tokens=sampling.max_new_tokens)
+    for shown, prompt in zip(images, prompts, strict=True):
+        preparer.encode(prompt, preparer.sizes(shown), max_new_tokens=sampling.max_new_tokens)
     predictor = load_predictor(arguments.model, **loading_options(arguments))
     print_anything()
     for answer in predictor(images, prompts, batch_size=arguments.batch_size, sampling=sampling):
@@ -100,8 +96,7 @@ def _answer_prompts(arguments: argparse.Namespace, sampling: SamplingParams) -> 
 
 
 def _answer_file(arguments: argparse.Namespace, sampling: SamplingParams) -> int:
-    shard = find_shard(arguments.shard)
-    requests = read_requests(arguments.input)
+    shard, requests = find_shard(arguments.shard), read_requests(arguments.input)
     output, answered = answer_requests(
         requests,
         arguments.model,
@@ -118,9 +113,7 @@ def _answer_file(arguments: argparse.Namespace, sampling: SamplingParams) -> int
     )
     missing = output.merge()
     who = f"process {shard.index} of {shard.count}: " if shard.count > 1 else ""
-    if missing:
-        what = f"{missing} are left to other processes; the last one writes {output.path}"
-    else:
-        what = f"all {len(requests)} are in {output.path}"
-    print(f"{who}{answered} questions answered; {what}", file=sys.stderr)
+    others = f"{missing} are left to other processes; the last one writes {output.path}"
+    rest = others if missing else f"all {len(requests)} are in {output.path}"
+    print(f"{who}{answered} questions answered; {rest}", file=sys.stderr)
     return 0

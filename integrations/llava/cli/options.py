@@ -27,39 +27,28 @@ _DTYPES = {"auto": None, "bf16": torch.bfloat16, "fp16": torch.float16, "fp32": 
 
 def add_model_options(parser: argparse.ArgumentParser) -> None:
     """Add the options that say which model is loaded, and how."""
-    group = parser.add_argument_group("model")
-    group.add_argument("--model", required=True, help="folder of a finished run")
-    group.add_argument("--device", help="torch device (default: CUDA if there is one, else the CPU)")
-    group.add_argument(
-        "--dtype", choices=_DTYPES, default="auto", help="auto: the checkpoint's, but bf16 on CUDA where that is fp32"
-    )
-    group.add_argument(
-        "--quantize", choices=QUANTIZATIONS, default="none", help="store the language model in 8 or 4 bits"
-    )
-    group.add_argument(
-        "--compile", action="store_true", help="compile decoding (CUDA): a slow start, then faster tokens"
-    )
+    add = parser.add_argument_group("model").add_argument
+    add("--model", required=True, help="folder of a finished run")
+    add("--device", help="torch device (default: CUDA if there is one, else the CPU)")
+    add("--dtype", choices=_DTYPES, default="auto", help="auto: the checkpoint's, but bf16 on CUDA where that is fp32")
+    add("--quantize", choices=QUANTIZATIONS, default="none", help="store the language model in 8 or 4 bits")
+    add("--compile", action="store_true", help="compile decoding (CUDA): a slow start, then faster tokens")
 
 
 def add_sampling_options(parser: argparse.ArgumentParser) -> None:
     """Add the options that say how answers are decoded."""
     default = SamplingParams()
-    group = parser.add_argument_group("decoding")
-    group.add_argument("--max-new-tokens", type=int, default=default.max_new_tokens, help="longest answer")
-    group.add_argument("--temperature", type=float, default=default.temperature, help="0 is greedy (default)")
-    group.add_argument("--top-p", type=float, default=default.top_p, help="sample among the likeliest tokens only")
-    group.add_argument("--num-beams", type=int, default=default.num_beams, help="width of beam search")
-    group.add_argument("--seed", type=int, default=default.seed, help="of sampling")
+    add = parser.add_argument_group("decoding").add_argument
+    add("--max-new-tokens", type=int, default=default.max_new_tokens, help="longest answer")
+    add("--temperature", type=float, default=default.temperature, help="0 is greedy (default)")
+    add("--top-p", type=float, default=default.top_p, help="sample among the likeliest tokens only")
+    add("--num-beams", type=int, default=default.num_beams, help="width of beam search")
+    add("--seed", type=int, default=default.seed, help="of sampling")
 
 
 def read_sampling(arguments: argparse.Namespace) -> SamplingParams:
-    """Read the options of `add_sampling_options`.
-
-    Raises:
-        ValueError: if a value is not possible.
-    """
-    names = SamplingParams().to_dict()
-    return SamplingParams(**{name: getattr(arguments, name) for name in names})
+    """Read the options of `add_sampling_options`; a ValueError if a value is not possible."""
+    return SamplingParams(**{name: getattr(arguments, name) for name in SamplingParams().to_dict()})
 
 
 def print_anything() -> None:

@@ -33,8 +33,6 @@ class StageReport:
     """Estimates for one stage.
 
     Attributes:
-        name: of the stage.
-        config: of the stage.
         facts: of the model as this stage trains it.
         workload: its samples.
         steps: optimizer steps.
@@ -62,12 +60,9 @@ class Report:
     """Estimates for a recipe, from `dry_run`.
 
     Attributes:
-        recipe: that would be run.
-        gpu: on which it would be.
-        utilization: share of its peak that hours are computed with.
+        utilization: share of the GPU's peak that hours are computed with.
         model: of the first stage, on the meta device.
         llm_origin: of the language model's config.
-        stages: in order.
     """
 
     recipe: Recipe
@@ -86,19 +81,16 @@ def dry_run(
     num_gpus: Sequence[int] = NUM_GPUS,
     utilization: float = UTILIZATION,
 ) -> Report:
-    """Estimate a run, and check its data, without starting it.
+    """Estimate a run, and check its data, without starting it; `render` writes the report out.
 
     The model is built on the meta device: seconds, and no memory to speak of. Data are read if the recipe names them.
 
     Args:
         recipe: from `load_recipe`.
         gpu: name from `GPUS`.
-        stages: which stages to look at.
-        num_gpus: numbers of GPUs to look at.
+        stages: names of stages.
+        num_gpus: one estimate each.
         utilization: share of the GPU's peak speed that training reaches, for the hours.
-
-    Returns:
-        The report; `render` writes it out.
 
     Raises:
         ValueError: if a name is unknown, a layer or option is not possible, or nothing describes the language model.

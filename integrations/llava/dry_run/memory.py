@@ -167,7 +167,7 @@ def estimate_memory(facts: ModelFacts, config: StageConfig, *, engine: str, num_
 def _held(
     facts: ModelFacts, config: StageConfig, engine: str, num_gpus: int
 ) -> tuple[float, float, float, float, float]:
-    """Bytes from the second step on: weights, gradients, states, copies, and gradients before the first backward pass."""
+    """Bytes from the second step on: weights, gradients, states, copies, gradients before the first backward pass."""
     trained, block, full = facts.num_trained, facts.block, config.precision == "fp32"
     size = 4 if full else 2
     stored = {"none": float(size), "int8": 1.0, "nf4": 0.5 * (1 + 1 / 32 + 1 / 2048)}[config.lora.quantize]

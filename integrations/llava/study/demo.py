@@ -22,7 +22,7 @@ from .origin import describe_origin, describe_sizes
 from .probes import all_layers_backbone, probe_text
 from .report import draw_examples, draw_feature_maps, render_report, thumbnail
 from .results import DemoResults, FuserRun, PhotoAnswer
-from .runs import finish_run, run_folder
+from .runs import finish_run
 
 __all__ = ["run_demo"]
 
@@ -51,7 +51,7 @@ def run_demo(settings: DemoSettings, *, command: str | None = None) -> tuple[Dem
     runs = []
     for number, ((fuser, seed), recipe) in enumerate(recipes.items(), start=1):
         _LOG.info("run %d of %d: %s, seed %d", number, len(recipes), fuser, seed)
-        runs.append(finish_run(recipe, run_folder(settings.output, fuser, seed), data))
+        runs.append(finish_run(recipe, settings.output / "runs" / f"{fuser}-seed{seed}", data))
     firsts = runs[:: len(settings.seeds)]
     models = {run.fuser: load_model(run.folder) for run in firsts}
     recipe = recipes[settings.fusers[0], settings.seeds[0]]

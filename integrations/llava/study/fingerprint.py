@@ -55,28 +55,23 @@ def code_digest(part: str) -> str:
     """
     folders = {"data": _PACKAGE / "synthetic", "evaluation": _PACKAGE / "evaluation"}
     if part in folders:
-        files: Iterable[Path] = folders[part].rglob("*.py")
+        files = list(folders[part].rglob("*.py"))
     else:
-        apart = (_PACKAGE / "evaluation", _PACKAGE / "study", _LIBRARY / "analysis")
-        files = [
-            path
-            for folder in (_PACKAGE, _LIBRARY)
-            for path in folder.rglob("*")
-            if path.suffix in {".py", ".safetensors", ".json"} and not any(path.is_relative_to(f) for f in apart)
-        ]
-    files = sorted(path for path in files if path.is_file())
-    state = {str(path): file_digest(path) for path in files}
+        apart = {_PACKAGE / "evaluation", _PACKAGE / "study", _LIBRARY / "analysis"}
+        entries = (path for path in (*_PACKAGE.rglob("*"), *_LIBRARY.rglob("*")) if apart.isdisjoint(path.parents))
+        files = [path for path in entries if path.suffix in {".py", ".safetensors", ".json"}]
+    state = {str(path): file_digest(path) for path in sorted(files) if path.is_file()}
     return digest({**state, **{name: metadata.version(name) for name in ("torch", "transformers")}})
 
 
 def finished(folder: Path, part: str, fingerprint: str) -> dict[str, Any] | None:
-    """Return what was noted when a part of a run finished; None if it did not, or had another fingerprint."""
+    """Return the notes of a part of a run that finished; None if it did not, or had another fingerprint."""
     entry = (_marks(folder) or {}).get(part)
     return entry["notes"] if entry is not None and entry["fingerprint"] == fingerprint else None
 
 
 def mark_finished(folder: Path, part: str, fingerprint: str, notes: Mapping[str, Any]) -> None:
-    """Note in a run's folder that a part is finished, the fingerprint of what it was made from, and JSON-able notes."""
+    """Write down in a run's folder that a part is finished, with a fingerprint of its inputs and JSON-able notes."""
     marks = {**(_marks(folder) or {}), part: {"fingerprint": fingerprint, "notes": dict(notes)}}
     write_text(folder / _MARK, json.dumps(marks, indent=1))
 
@@ -93,11 +88,7 @@ def begin(folder: Path) -> None:
 
 
 def refuse_foreign(folder: Path, names: Iterable[str] = ()) -> None:
-    """Refuse a folder without the demo's mark that holds anything, or, if names are given, one of these files.
-
-    Raises:
-        FileExistsError: if so.
-    """
+    """Raise a FileExistsError for a folder without the demo's mark that holds anything, or one of `names` if any."""
     if _marks(folder) is not None or not folder.is_dir():
         return
     found = sorted(path.name for path in folder.iterdir() if path.name in names or not names)
@@ -109,7 +100,7 @@ def refuse_foreign(folder: Path, names: Iterable[str] = ()) -> None:
 
 
 def _marks(folder: Path) -> dict[str, Any] | None:
-    """Read what is noted in a folder; None where it is no folder of the demo's."""
+    """Read the notes in a folder; None where it is no folder of the demo's."""
     path = folder / _MARK
     try:
         marks = json.loads(path.read_text(encoding="utf-8"))

@@ -26,49 +26,37 @@ def describe_sizes(
     """Label -> value: sizes of the data, of the training and of a model."""
     steps = [len(run.losses.get(stage, ())) for stage in STAGES]
     backbone = model.model.vision_tower.backbone
-    count = sum(parameter.numel() for parameter in model.parameters())
-    questions = sum(scores.num_questions for scores in run.kinds.values())
     return {
         "training images": f"{settings.num_train:,}",
-        "test images": f"{settings.num_test:,} ({questions:,} questions)",
+        "test images": f"{settings.num_test:,} ({len(run.answers):,} questions)",
         "steps": f"{steps[0]:,} pretrain + {steps[1]:,} finetune",
         "batch": f"{recipe.pretrain.batch_size} / {recipe.finetune.batch_size} images",
         "backbone": f"{backbone.num_blocks} blocks, width {backbone.embed_dim}, frozen",
-        "whole model": f"{count / 1e6:.1f} M parameters",
+        "whole model": f"{model.num_parameters() / 1e6:.1f} M parameters",
         "seeds": ", ".join(map(str, settings.seeds)),
     }
 
 
 def describe_origin(command: str) -> dict[str, str]:
     """Label -> value: command, commit, hardware, versions and date."""
+    git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
+    try:
+        commit = subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        commit = "none (not in a git checkout)"
     return {
         "command": command,
-        "commit": _commit(),
-        "hardware": _hardware(),
+        "commit": commit,
+        "hardware": torch.cuda.get_device_name() if torch.cuda.is_available() else _cpu(),
         "versions": f"layerfuse {__version__}, torch {torch.__version__}, Python {platform.python_version()}",
         "date": time.strftime("%Y-%m-%d"),
     }
 
 
-def _commit() -> str:
-    git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
-    try:
-        return subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return "none (not in a git checkout)"
-
-
-def _hardware() -> str:
-    if torch.cuda.is_available():
-        return torch.cuda.get_device_name()
+def _cpu() -> str:
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return f"{cores} CPU cores ({_processor()}), {torch.get_num_threads()} torch threads"
-
-
-def _processor() -> str:
     info = Path("/proc/cpuinfo")
-    if info.is_file():
-        for line in info.read_text(encoding="utf-8").splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
+    lines = info.read_text(encoding="utf-8").splitlines() if info.is_file() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    name = names[0] if names else platform.processor() or platform.machine()
+    return f"{cores} CPU cores ({name}), {torch.get_num_threads()} torch threads"

@@ -16,9 +16,7 @@ class FuserRun:
     """One fuser, trained in both stages with one seed, and evaluated on the test split.
 
     Attributes:
-        fuser: its name.
-        seed: of weights and sampling.
-        folder: the run folder, which `from_pretrained` reloads.
+        folder: of the run, which `from_pretrained` reloads.
         layers: tapped layers.
         kinds: question kind -> scores.
         answers: in the order of the questions.
@@ -95,7 +93,7 @@ class DemoResults:
     """All that a report shows.
 
     Attributes:
-        runs: all fusers and seeds, fusers in the order asked.
+        runs: by fuser and seed, both in the order of the settings.
         chance: question kind -> accuracy without seeing the image.
         probes: the first is the legibility of text.
         figures: feature maps of the first test images.
@@ -118,12 +116,12 @@ class DemoResults:
 
     @property
     def fusers(self) -> tuple[str, ...]:
-        """Names of the fusers, in the order asked."""
+        """Names of the fusers, in the order of the settings."""
         return tuple(dict.fromkeys(run.fuser for run in self.runs))
 
     @property
     def seeds(self) -> tuple[int, ...]:
-        """The seeds, in the order asked."""
+        """The seeds, in the order of the settings."""
         return tuple(dict.fromkeys(run.seed for run in self.runs))
 
     @property

@@ -21,16 +21,11 @@ from integrations.llava.training import RunFolder, train
 from .fingerprint import begin, code_digest, digest, file_digest, finished, folder_digest, mark_finished
 from .results import FuserRun
 
-__all__ = ["finish_run", "run_folder"]
+__all__ = ["finish_run"]
 
 _LOG = logging.getLogger(__name__)
 # Parts that are noted: training has begun to write, training is finished, all questions are answered.
 _BEGUN, _TRAINING, _EVALUATION = "begun", "training", "evaluation"
-
-
-def run_folder(output: Path, fuser: str, seed: int) -> Path:
-    """Folder of a run inside the study's."""
-    return output / "runs" / f"{fuser}-seed{seed}"
 
 
 def finish_run(recipe: Recipe, folder: Path, data: Path) -> FuserRun:
@@ -42,9 +37,8 @@ def finish_run(recipe: Recipe, folder: Path, data: Path) -> FuserRun:
     training = _train(recipe, folder, data)
     seconds = dict(finished(folder, _TRAINING, training) or {})
     questions_file = data / "test.jsonl"
-    evaluation = digest(
-        {"training": training, "code": code_digest("evaluation"), "questions": file_digest(questions_file)}
-    )
+    parts = {"training": training, "code": code_digest("evaluation"), "questions": file_digest(questions_file)}
+    evaluation = digest(parts)
     noted = finished(folder, _EVALUATION, evaluation)
     if noted is None:
         started = time.perf_counter()

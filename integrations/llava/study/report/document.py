@@ -108,7 +108,7 @@ def _data_uri(png: bytes) -> str:
 def _example(example: Example, slots: Mapping[str, int]) -> dict[str, Any]:
     by_question = list(zip(*(example.answers[fuser] for fuser in slots), strict=True))
     questions = [answers[0].question for answers in by_question]
-    overlay = [_boxes(answers, slots) for answers in by_question if answers[0].question.kind == "box"]
+    boxed = [answers for answers in by_question if answers[0].question.kind == "box"]
     return {
         "name": example.name,
         "image": example.image,
@@ -118,21 +118,16 @@ def _example(example: Example, slots: Mapping[str, int]) -> dict[str, Any]:
             for own in questions
         ],
         "rows": {fuser: example.answers[fuser] for fuser in slots},
-        "overlay": Markup("").join(overlay),
+        "boxes": [box for answers in boxed for box in _boxes(answers, slots)],
     }
 
 
-def _boxes(answers: Sequence[ScoredAnswer], slots: Mapping[str, int]) -> Markup:
+def _boxes(answers: Sequence[ScoredAnswer], slots: Mapping[str, int]) -> list[tuple[str, tuple[float, ...]]]:
+    """List the right box and each fuser's, with their classes in the style sheet."""
     truth = answers[0].question.answer
-    drawn = {"truth": truth if isinstance(truth, tuple) else parse_box(truth)}
-    for slot, answer in zip(slots.values(), answers, strict=True):
-        drawn[f"c{slot % 8}"] = parse_box(answer.prediction)
-    rectangle = Markup('<rect class="{}" x="{:.3f}" y="{:.3f}" width="{:.3f}" height="{:.3f}"/>')
-    return Markup("").join(
-        rectangle.format(css, box[0], box[1], box[2] - box[0], box[3] - box[1])
-        for css, box in drawn.items()
-        if box is not None
-    )
+    drawn = [("truth", truth if isinstance(truth, tuple) else parse_box(truth))]
+    drawn += [(f"c{slot % 8}", parse_box(said.prediction)) for slot, said in zip(slots.values(), answers, strict=True)]
+    return [(css, box) for css, box in drawn if box is not None]
 
 
 def _probe(probe: Probe, slots: Mapping[str, int], *, wide: bool) -> dict[str, Any]:

@@ -30,13 +30,7 @@ def thumbnail(image: Image.Image, *, size: int = 384) -> bytes:
 
 
 def draw_examples(runs: Sequence[FuserRun], image_folder: Path, *, count: int) -> list[Example]:
-    """Collect the first test images, in the order of the question file: none is picked.
-
-    Args:
-        runs: one per fuser, with the same questions.
-        image_folder: where the images are.
-        count: number of images.
-    """
+    """Make examples of the first test images, in the order of the question file: none is picked; a run per fuser."""
     examples = []
     for name in list(dict.fromkeys(answer.question.images[0] for answer in runs[0].answers))[:count]:
         answers = {run.fuser: [each for each in run.answers if each.question.images == (name,)] for run in runs}

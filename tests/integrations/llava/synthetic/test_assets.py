@@ -27,8 +27,7 @@ from tests.integrations.llava.tiny_parts import tiny_llm
 from tools.make_demo_assets.__main__ import main
 from tools.make_demo_assets.backbone import BackboneRecipe, coarse_words, pretrain_backbone, to_pixels
 from tools.make_demo_assets.language_model import LanguageModelRecipe, Phase, pretrain_language_model
-from tools.make_demo_assets.lookup import answer_accuracy, is_right
-from tools.make_demo_assets.make import AssetsRecipe, make_assets
+from tools.make_demo_assets.make import AssetsRecipe, answer_accuracy, is_right, make_assets
 from tools.make_demo_assets.tokenizer import CELL_WORDS, build_tokenizer, cell_description
 from tools.make_demo_assets.writing import SceneWriter, embed_written, place_codes
 
