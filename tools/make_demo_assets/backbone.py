@@ -93,7 +93,7 @@ def to_pixels(images: torch.Tensor) -> torch.Tensor:
 
 
 def pretrain_backbone(folder: str | Path, recipe: BackboneRecipe | None = None) -> None:
-    """Train the backbone and save it with its image processor as a transformers folder; None: by the shipped recipe."""
+    """Train the backbone by a recipe (None: that of the shipped weights); save it and its image processor."""
     recipe = recipe or BackboneRecipe()
     with deterministic(recipe.seed, num_threads=recipe.num_threads):
         images, bags = _pool(recipe)

@@ -107,7 +107,7 @@ class LanguageModelRecipe:
 
 
 def pretrain_language_model(folder: str | Path, recipe: LanguageModelRecipe | None = None) -> None:
-    """Train the language model and save it with its tokenizer as a transformers folder; None: by the shipped recipe."""
+    """Train the language model by a recipe (None: that of the shipped weights); save it and its tokenizer."""
     recipe = recipe or LanguageModelRecipe()
     writer = SceneWriter(build_tokenizer())
     with deterministic(recipe.seed, num_threads=recipe.num_threads):

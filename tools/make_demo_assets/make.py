@@ -79,7 +79,7 @@ def make_assets(folder: str | Path, *, parts: Sequence[str] = ASSETS, recipe: As
 
 
 def _refuse_foreign(folder: Path, parts: Sequence[str]) -> None:
-    """Make sure that no model is replaced which was not made here: beside one that was lies its report."""
+    """Make sure that no model is replaced that was made elsewhere: one made here has its report beside it."""
     for part in parts:
         report = folder / f"{part}.json"
         ours = report.is_file() and {"recipe", "seconds", "measured"} <= set(read_json(report))
@@ -90,7 +90,7 @@ def _refuse_foreign(folder: Path, parts: Sequence[str]) -> None:
 
 
 def _measure(part: str, folder: Path) -> object:
-    """Return what the README says about a part: by layer, what the report's probes read; or answers right by kind."""
+    """Measure a part for its README: accuracies of the report's probes by layer, or shares of right answers by kind."""
     if part == "llm":
         return {kind: round(share, 3) for kind, share in answer_accuracy(folder).items()}
     backbone = create_backbone(f"transformers:{folder}", layers=lambda depth: range(depth + 1)).float().eval()

@@ -48,7 +48,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     conversation.shown = opened
     print_anything()
     if isinstance(sys.stdin, io.TextIOWrapper):
-        # Bytes that are no text are told as such, with what else a model cannot be asked, and the conversation goes on.
+        # Bytes that are no text become an error like any other that a question meets, and the conversation goes on.
         sys.stdin.reconfigure(errors="surrogateescape")
     _talk(conversation)
     return 0
@@ -82,7 +82,7 @@ def _talk(conversation: Conversation) -> None:
 
 
 def print_answer(conversation: Conversation, text: str) -> None:
-    """Print the answer to a message while it is written; Ctrl-C keeps what is there by then."""
+    """Print the answer to a message while it is written; Ctrl-C keeps the text written by then."""
     room = conversation.room(text)
     if room is not None and 0 < room < conversation.sampling.max_new_tokens:
         print(f"(room for {room} more tokens is left; /clear forgets what was said)", file=sys.stderr, flush=True)

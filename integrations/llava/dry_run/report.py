@@ -144,7 +144,7 @@ def _hours(report: Report) -> Iterator[str]:
 
 
 def _published(report: Report, stage: StageReport) -> Iterator[str]:
-    """Say which utilisation the published hours mean, where what ran then is like what would run now."""
+    """Say which share of the peak the published hours mean, where that run was like this one."""
     known = _PUBLISHED_HOURS.get(report.recipe.model.llm, {}).get(stage.name)
     alike = stage.facts.tokens_per_image == _PUBLISHED_TOKENS and not stage.config.lora.rank
     if known is None or not alike or stage.config.max_steps is not None:

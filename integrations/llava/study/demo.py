@@ -87,7 +87,7 @@ def run_demo(settings: DemoSettings, *, command: str | None = None) -> tuple[Dem
 
 def _make_data(settings: DemoSettings) -> Path:
     folder = settings.output / "data"
-    # The data set knows its own settings; whether the code that draws it has changed is noted here.
+    # `make_dataset` compares the settings; here it is noted whether the code that draws has changed.
     fingerprint = code_digest("data")
     make_dataset(
         folder,

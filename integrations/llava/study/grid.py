@@ -36,7 +36,7 @@ class DemoSettings:
         data_seed: of the images and questions.
         num_examples: test images that the report shows.
         num_probe_images: images that the probes are fitted on; a third as many test images score them.
-        image: the user's own photograph.
+        image: a photograph of the user's.
         prompt: a question about it.
     """
 
@@ -60,7 +60,7 @@ def check_settings(settings: DemoSettings) -> None:
     """Find every mistake that would otherwise end a study after minutes of training.
 
     Raises:
-        UserError: naming what is unknown, given twice, too small, missing, unreadable or not to be written.
+        UserError: for a value that is unknown, given twice or too small, and a file that cannot be read or written.
     """
     if not settings.fusers or not settings.seeds:
         raise InputError(f"a demo needs a fuser and a seed; got fusers {settings.fusers} and seeds {settings.seeds}.")

@@ -1,4 +1,4 @@
-"""Training and evaluating one fuser with one seed, unless that has been done already in just this way."""
+"""Training and evaluating one fuser with one seed, unless the folder holds the same already."""
 
 from __future__ import annotations
 

@@ -18,7 +18,7 @@ _SHAPES = ("circle", "square", "triangle", "diamond", "cross")
 
 @dataclass(frozen=True)
 class Series:
-    """A line through (x, y) points, as a faint one or with marks; `slot` is its colour in the style sheet, from 0."""
+    """A line through (x, y) points, faint or with marks; `slot` numbers its colour in the style sheet, from 0."""
 
     name: str
     points: Sequence[tuple[float, float]]

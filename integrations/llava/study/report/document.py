@@ -114,8 +114,8 @@ def _example(example: Example, slots: Mapping[str, int]) -> dict[str, Any]:
         "image": example.image,
         "questions": [question.text for question in questions],
         "expected": [
-            own.answer if isinstance(own.answer, str) else f"[{', '.join(f'{value:.2f}' for value in own.answer)}]"
-            for own in questions
+            each.answer if isinstance(each.answer, str) else f"[{', '.join(f'{value:.2f}' for value in each.answer)}]"
+            for each in questions
         ],
         "rows": {fuser: example.answers[fuser] for fuser in slots},
         "boxes": [box for answers in boxed for box in _boxes(answers, slots)],
