@@ -6,10 +6,10 @@ import warnings
 from typing import Any
 
 from .connector import load_connector, save_connector
+from .content import Options
 from .convert import LAYOUTS, convert, convert_connector, layout_of
 from .lora import save_lora
 from .model_io import load_config, load_model, load_processor, save_model
-from .options import Options
 
 __all__ = [
     "LAYOUTS",

@@ -23,16 +23,7 @@ __all__ = ["load_connector", "save_connector"]
 
 
 def save_connector(model: nn.Module, parts: Sequence[str], path: str | Path) -> Path:
-    """Write the parameters of some parts, such as fuser and projector after the first stage.
-
-    Args:
-        model: the whole model.
-        parts: names from `PARTS`.
-        path: a `.safetensors` file.
-
-    Returns:
-        The path.
-    """
+    """Write the parameters of some parts of a model (names from `PARTS`) to a `.safetensors` file; its path."""
     path = Path(path)
     with atomic_folder(path.parent) as scratch:
         save_file(_state_of(model, parts), scratch / path.name, metadata={"format": "pt", "parts": ",".join(parts)})
@@ -40,12 +31,13 @@ def save_connector(model: nn.Module, parts: Sequence[str], path: str | Path) -> 
 
 
 def load_connector(model: nn.Module, parts: Sequence[str], path: str | Path) -> None:
-    """Load fuser and projector into a model: what `save_connector` wrote, or the published code's stage 1.
+    """Load fuser and projector into a model, which is changed in place.
 
     Args:
-        model: the whole model, changed in place.
-        parts: the parts that the file has to cover.
-        path: a `.safetensors` file, or one that `torch.save` wrote (`mm_projector.bin`), read without running code.
+        model: the whole model.
+        parts: those that the file has to cover.
+        path: a file of `save_connector`, or of the published code's stage 1 (`mm_projector.bin`), read without running
+            code.
 
     Raises:
         FileNotFoundError: if there is no such file.

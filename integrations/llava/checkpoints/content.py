@@ -26,16 +26,16 @@ from integrations.llava.prompts import Template
 from layerfuse.backbones import Backbone
 from layerfuse.errors import InputError, MissingFileError, UserError
 from layerfuse.fusers import Fuser
-from layerfuse.preprocessing import Preprocessing
+from layerfuse.preprocessing import Mode, Preprocessing
 
-from .tensors import StoredTensor, check_fit, read_json
+from .tensors import StoredTensor, check_fit
 
 __all__ = [
     "KEPT_FILES",
     "TOKENIZER_FILES",
     "Content",
+    "Options",
     "Origin",
-    "check_files",
     "check_weights",
     "copy_files",
     "meta_model",
@@ -63,8 +63,23 @@ KEPT_FILES = (
 )
 """Small files of another layout that a converted model keeps, so that it can go back as it came."""
 
-_MOST_LISTED = 20
 _EMBEDDING, _HEAD = "model.language_model.embed_tokens.weight", "lm_head.weight"
+
+
+@dataclass(frozen=True)
+class Options:
+    """Choices for a conversion, which the files do not say; None leaves them to the files.
+
+    Attributes:
+        template: name of the prompt template the model was trained with.
+        image_mode: how images are brought to the model's size.
+        vision_tower: folder or hub name of the vision model: its weights where the checkpoint has none, its config
+            where the checkpoint only names it, and the name that is written where a layout wants one.
+    """
+
+    template: str | None = None
+    image_mode: Mode | None = None
+    vision_tower: str | None = None
 
 
 @dataclass(frozen=True)
@@ -97,7 +112,7 @@ class Content:
         tail: weights of the vision model behind the deepest tapped layer, which our model leaves out.
         origin: None for a model that was trained here.
         folder: where it was read from.
-        generation: settings of `generate` that go with it.
+        generation: settings of `generate`.
     """
 
     model: FusedLlavaForConditionalGeneration
@@ -155,7 +170,7 @@ def meta_model(
     head: Mapping[str, Any] | None = None,
     layout: ImageLayout | None = None,
 ) -> FusedLlavaForConditionalGeneration:
-    """Assemble a model that takes no memory.
+    """Model on the meta device, as `build_model` assembles it.
 
     Args:
         backbone: on the meta device.
@@ -163,8 +178,8 @@ def meta_model(
         text_config: of the language model; its vocabulary grows if it has no row for the image token.
         image_token_id: the tokenizer's id of `<image>`.
         template: how prompts are written.
-        head: what the layout's own model does beside the product with its head's weight, the fields of `HeadSettings`;
-            the language model's class may do another thing where it stands alone.
+        head: what the layout's model does beside the product with its head's weight, the fields of `HeadSettings`; the
+            language model's class may do another thing where it stands alone.
         layout: as for `build_model`.
     """
     text_config.vocab_size = max(text_config.vocab_size, image_token_id + 1)
@@ -185,18 +200,10 @@ def meta_model(
 def check_weights(
     model: FusedLlavaForConditionalGeneration, tensors: Mapping[str, StoredTensor], where: str
 ) -> dict[str, StoredTensor]:
-    """Compare stored weights with those the model has.
-
-    Args:
-        model: what its config describes.
-        tensors: under our names.
-        where: they come from, for the message.
-
-    Returns:
-        The weights, in the model's order; a head that is tied to the embedding may be left out.
+    """Stored weights, under our names, in the model's order; a head that is tied to the embedding may be left out.
 
     Raises:
-        ValueError: listing missing, unexpected and misshapen weights.
+        ValueError: listing missing, unexpected and misshapen weights; `where` says what they were read from.
     """
     expected = model.state_dict()
     if getattr(model.config.text_config, "tie_word_embeddings", False) and _HEAD not in tensors:
@@ -206,52 +213,33 @@ def check_weights(
         tensors,
         fault=f"the weights of {where} are not those of the model its config describes (in our names)",
         advice="Check that config and weights belong together",
-        most=_MOST_LISTED,
+        most=20,
     )
     return {name: tensors[name] for name in expected}
 
 
 def with_rows(tensors: Mapping[str, StoredTensor], rows: int) -> dict[str, StoredTensor]:
-    """Give embedding and head another number of rows: new ones are zero, surplus ones are cut.
+    """All tensors of a model, embedding and head with another number of rows: new ones are zero, surplus ones are cut.
 
     A row for the image token is never read: its place in the text is taken by image features, and the head forbids it.
-
-    Args:
-        tensors: of the whole model, under our names.
-        rows: of the result.
     """
+
+    def resize(tensor: torch.Tensor) -> torch.Tensor:
+        cut = tensor[:rows]
+        return torch.cat([cut, cut.new_zeros(rows - len(cut), *cut.shape[1:])])
+
     changed = dict(tensors)
     for name in (_EMBEDDING, _HEAD):
         if name in tensors and tensors[name].shape[0] != rows:
-            changed[name] = tensors[name].then(lambda tensor: _resize(tensor, rows), (rows, *tensors[name].shape[1:]))
+            changed[name] = tensors[name].then(resize, (rows, *tensors[name].shape[1:]))
     return changed
-
-
-def _resize(tensor: torch.Tensor, rows: int) -> torch.Tensor:
-    kept = tensor[:rows]
-    return torch.cat([kept, kept.new_zeros(rows - len(kept), *kept.shape[1:])])
-
-
-def check_files(folder: Path) -> None:
-    """Make sure that the small files of a checkpoint came whole: a library that reads half of one fails anywhere.
-
-    Raises:
-        ValueError: naming one that is no JSON object in UTF-8.
-    """
-    for name in KEPT_FILES:
-        if name.endswith(".json") and (folder / name).is_file():
-            read_json(folder / name)
 
 
 @contextmanager
 def reading(what: str) -> Iterator[None]:
-    """Turn what a library says about a file that it cannot make sense of into an error of ours.
+    """Turn what a library says about a file that it cannot make sense of into an InputError.
 
-    Args:
-        what: it reads; the block calls the library and does nothing else.
-
-    Raises:
-        ValueError: in place of the library's own error.
+    The block calls the library and does nothing else; `what` names what it reads.
     """
     try:
         yield
@@ -281,17 +269,13 @@ def copy_files(source: Path, target: Path, names: tuple[str, ...]) -> None:
 
 
 def token_ids(text_config: PreTrainedConfig) -> dict[str, Any]:
-    """Take from a language model's config what `generate` needs: nothing about sampling, which old files mix up."""
+    """Settings of `generate` in a language model's config: nothing about sampling, which old files mix up."""
     names = ("bos_token_id", "eos_token_id", "pad_token_id")
     return {name: getattr(text_config, name) for name in names if getattr(text_config, name, None) is not None}
 
 
 def read_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
-    """Load the tokenizer in a folder, whatever model the folder's config is of.
-
-    Raises:
-        FileNotFoundError: if there is none.
-    """
+    """Tokenizer of a folder, whatever model its config is of; a FileNotFoundError if there is none."""
     if not any((folder / name).is_file() for name in TOKENIZER_FILES[:2]):
         raise MissingFileError(f"{folder} holds no tokenizer; expected tokenizer.model or tokenizer.json.")
     with tempfile.TemporaryDirectory() as scratch:

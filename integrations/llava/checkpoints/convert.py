@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,15 +16,14 @@ from layerfuse.errors import ExistingFileError, InputError, MissingFileError
 from layerfuse.files import atomic_folder, check_disk_space, explain_missing_config
 from layerfuse.registry import unknown_name_message
 
-from .content import Content, check_files
+from .content import KEPT_FILES, Content, Options
 from .key_maps import connector_to_published, has_published_fuser, our_connector
 from .layouts.layerfuse import OWN, read_own, write_own
 from .layouts.llava import PUBLISHED, read_published, write_published
 from .layouts.llava_config import check_fuser
 from .layouts.llava_hf import LLAVA_HF, read_llava_hf, write_llava_hf
 from .lora import merged_tensors
-from .options import Options
-from .tensors import CONFIG_FILE, StoredTensor, holds_model, read_json, stored_model, stored_tensors
+from .tensors import CONFIG_FILE, holds_model, read_json, stored_model, stored_tensors
 
 __all__ = ["LAYOUTS", "convert", "convert_connector", "layout_of"]
 
@@ -40,13 +38,7 @@ _CONNECTORS = (_OUR_CONNECTOR, "mm_projector.safetensors", _PUBLISHED_CONNECTOR)
 
 
 def layout_of(folder: str | Path) -> str:
-    """Recognise a checkpoint's layout by what its files hold, never by what the folder is called.
-
-    Args:
-        folder: of the checkpoint.
-
-    Returns:
-        One of `LAYOUTS`.
+    """One of `LAYOUTS`: that of a checkpoint, by what its files hold, never by what the folder is called.
 
     Raises:
         FileNotFoundError: if the folder holds no config or no weights.
@@ -81,10 +73,10 @@ def convert(
 
     Args:
         source: folder of a checkpoint of any layout.
-        target: folder to be written; it must not hold anything yet. It is filled when all is written, or not at all.
+        target: folder that does not hold anything yet; it is filled when all is written, or not at all.
         layout: of the target, one of `LAYOUTS`.
         options: what the source's files do not say.
-        lora: folder of adapters that are merged on the way, as `save_lora` or PEFT wrote it.
+        lora: folder of `save_lora` or PEFT whose adapters are merged on the way.
 
     Returns:
         The target.
@@ -97,7 +89,11 @@ def convert(
     """
     source, target, options = Path(source), Path(target), options or Options()
     _check_layout(layout)
-    _refuse_used(target)
+    _refuse_file(target)
+    # Hidden files do not count: a conversion that was killed leaves its scratch folder.
+    present = sorted(path.name for path in target.glob("*") if not path.name.startswith("."))
+    if present:
+        raise InputError(f"{target} already holds {', '.join(present[:3])}; give a new or empty folder.")
     content = _read(source, options)
     images = content.model.config.layout
     if layout != OWN and not isinstance(images, FixedLayout):
@@ -122,7 +118,10 @@ def convert(
 def _read(source: Path, options: Options) -> Content:
     found, config = layout_of(source), _read_config(source)
     _log.info("%s has the layout %s", source, found)
-    check_files(source)
+    # A library that reads half of a file fails anywhere.
+    for name in KEPT_FILES:
+        if name.endswith(".json") and (source / name).is_file():
+            read_json(source / name)
     if found == OWN:
         return read_own(source, options)
     if found == LLAVA_HF:
@@ -135,11 +134,11 @@ def convert_connector(source: str | Path, target: str | Path, layout: str = OWN)
 
     Args:
         source: a connector's file of any layout, a folder with one, or a whole checkpoint.
-        target: folder; `adapter.safetensors` (ours) or `mm_projector.bin` (published) is written to it.
+        target: folder for `adapter.safetensors` (ours) or `mm_projector.bin` (published).
         layout: of the target, one of `LAYOUTS`.
 
     Returns:
-        The file.
+        The file that was written.
 
     Raises:
         FileNotFoundError: if there is no connector.
@@ -155,11 +154,20 @@ def convert_connector(source: str | Path, target: str | Path, layout: str = OWN)
     _refuse_file(target)
     if layout == LLAVA_HF:
         raise InputError(f"the layout {layout} has no files of connectors; give one of {', '.join((OWN, *PUBLISHED))}.")
-    connector = our_connector(_connector_tensors(source))
+    # A whole model counts more than a connector beside it, which may be of an earlier stage.
+    beside = [] if holds_model(source) else [source / name for name in _CONNECTORS if (source / name).is_file()]
+    file = source if source.is_file() else next(iter(beside), None)
+    connector = our_connector(stored_model(source) if file is None else stored_tensors(file))
     if not connector:
         raise InputError(f"{source} holds neither a fuser nor a projector under a name of any layout.")
     if layout in PUBLISHED:
-        _check_connector(source, connector, layout)
+        fused = any(name.startswith("model.fuser.") for name in connector)
+        fitting = PUBLISHED[0] if fused else PUBLISHED[1]
+        if layout != fitting:
+            had = "a" if fused else "no"
+            raise InputError(f"{source} has {had} fuser, so its connector has the layout {fitting!r}.")
+        if (source / CONFIG_FILE).is_file() and layout_of(source) == OWN:
+            check_fuser(_read_config(source)["fuser"], fused=fused)
         connector = connector_to_published(connector)
     tensors = {name: tensor.read().contiguous() for name, tensor in connector.items()}
     check_disk_space(target, sum(tensor.nbytes for tensor in tensors.values()), "the converted connector")
@@ -171,34 +179,9 @@ def convert_connector(source: str | Path, target: str | Path, layout: str = OWN)
     return written
 
 
-def _connector_tensors(source: Path) -> dict[str, StoredTensor]:
-    if source.is_file():
-        return stored_tensors(source)
-    # A whole model counts more than a connector beside it, which may be of an earlier stage.
-    found = [] if holds_model(source) else [source / name for name in _CONNECTORS if (source / name).is_file()]
-    return stored_tensors(found[0]) if found else stored_model(source)
-
-
-def _check_connector(source: Path, connector: Mapping[str, StoredTensor], layout: str) -> None:
-    fused = any(name.startswith("model.fuser.") for name in connector)
-    if fused != (layout == PUBLISHED[0]):
-        fitting = PUBLISHED[0] if fused else PUBLISHED[1]
-        raise InputError(f"{source} has {'a' if fused else 'no'} fuser, so its connector has the layout {fitting!r}.")
-    if (source / CONFIG_FILE).is_file() and layout_of(source) == OWN:
-        check_fuser(_read_config(source)["fuser"], fused=fused)
-
-
 def _check_layout(layout: str) -> None:
     if layout not in LAYOUTS:
         raise InputError(unknown_name_message("layout", layout, LAYOUTS))
-
-
-def _refuse_used(target: Path) -> None:
-    # Hidden files do not count: a conversion that was killed leaves its scratch folder.
-    _refuse_file(target)
-    found = sorted(path.name for path in target.glob("*") if not path.name.startswith(".")) if target.is_dir() else []
-    if found:
-        raise InputError(f"{target} already holds {', '.join(found[:3])}; give a new or empty folder.")
 
 
 def _refuse_file(target: Path) -> None:

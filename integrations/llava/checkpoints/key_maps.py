@@ -20,7 +20,6 @@ from .tensors import StoredTensor
 
 __all__ = [
     "BACKBONE",
-    "connector_from_published",
     "connector_to_published",
     "from_llava_hf",
     "from_published",
@@ -59,23 +58,23 @@ _START_AT_ZERO = tuple(
 
 
 def has_published_fuser(names: Iterable[str]) -> bool:
-    """Tell whether the published projector begins with a fuser."""
+    """Whether the published projector begins with a fuser."""
     return any(re.search(r"mm_projector\.0\.(?!(?:weight|bias)$)", name) for name in names)
 
 
 def from_published(tensors: Mapping[str, StoredTensor]) -> dict[str, StoredTensor]:
-    """Rename a whole published checkpoint; names without a rule stay, for the caller to list.
+    """Tensors of a whole published checkpoint under our names; one without a rule keeps its name.
 
     Raises:
         ValueError: if the fuser's scales are missing, renamed, or those of a broken load.
     """
     connector = {name: tensor for name, tensor in tensors.items() if "mm_projector." in name}
     rest = {name: tensor for name, tensor in tensors.items() if name not in connector}
-    return _apply(_PUBLISHED_RULES, rest) | connector_from_published(connector)
+    return _apply(_PUBLISHED_RULES, rest) | _connector_from_published(connector)
 
 
 def from_llava_hf(tensors: Mapping[str, StoredTensor]) -> dict[str, StoredTensor]:
-    """Rename a checkpoint of transformers' LLaVA, in any of its layouts."""
+    """Tensors of transformers' LLaVA, as any of its versions names them, under our names."""
     return _apply(_LLAVA_HF_RULES, tensors)
 
 
@@ -97,18 +96,8 @@ def _apply(
     return renamed
 
 
-def connector_from_published(tensors: Mapping[str, StoredTensor]) -> dict[str, StoredTensor]:
-    """Rename the published projector, with or without fuser in front.
-
-    Args:
-        tensors: under `mm_projector.*`, whatever stands before that.
-
-    Returns:
-        Fuser and projector under our names.
-
-    Raises:
-        ValueError: if the fuser's scales are missing, renamed, or those of a broken load, or a name is unknown.
-    """
+def _connector_from_published(tensors: Mapping[str, StoredTensor]) -> dict[str, StoredTensor]:
+    """Projector, and the fuser if there is one, under our names, from `mm_projector.*`, whatever stands before that."""
     rest = {name.partition("mm_projector.")[2]: tensor for name, tensor in tensors.items()}
     fused = has_published_fuser(tensors)
     ours = {}
@@ -129,20 +118,15 @@ def connector_from_published(tensors: Mapping[str, StoredTensor]) -> dict[str, S
 
 
 def our_connector(tensors: Mapping[str, StoredTensor]) -> dict[str, StoredTensor]:
-    """Take fuser and projector out of weights of any layout.
-
-    Args:
-        tensors: of a connector's file, or of a whole checkpoint.
-
-    Returns:
-        Those of fuser and projector, under our names; none if there are none.
+    """Tensors of fuser and projector under our names, out of a connector's file or a checkpoint of any layout.
 
     Raises:
-        ValueError: if a published fuser lost its scales, or a name in the published projector is unknown.
+        ValueError: if a published fuser's scales are missing, renamed, or those of a broken load, or a name in the
+            published projector is unknown.
     """
     published = {name: tensor for name, tensor in tensors.items() if "mm_projector." in name}
     if published:
-        return connector_from_published(published)
+        return _connector_from_published(published)
     ours = from_llava_hf(tensors)
     return {name: tensor for name, tensor in ours.items() if name.startswith((_FUSER, _PROJECTOR))}
 
@@ -167,13 +151,9 @@ def _check_scales(ours: Mapping[str, StoredTensor]) -> None:
 
 
 def to_published(tensors: Mapping[str, StoredTensor]) -> dict[str, StoredTensor]:
-    """Name our weights as the published code does.
+    """Our tensors under the published names, language model first, as the published code saves them.
 
-    Args:
-        tensors: under our names; those of the vision model in transformers' words, or left out.
-
-    Returns:
-        The same under the published names, language model first, as the published code saves them.
+    Those of the vision model are as transformers holds them, or left out.
     """
     published, connector, tower = {}, {}, {}
     for name, tensor in tensors.items():
@@ -187,17 +167,10 @@ def to_published(tensors: Mapping[str, StoredTensor]) -> dict[str, StoredTensor]
 
 
 def connector_to_published(tensors: Mapping[str, StoredTensor]) -> dict[str, StoredTensor]:
-    """Name our fuser and projector as the published stage 1 saves them.
-
-    Raises:
-        ValueError: if the fuser is none that the published code has.
-    """
+    """Our fuser and projector as the published stage 1 saves them; a ValueError if that has no such fuser."""
     fuser = {name.removeprefix(_FUSER): tensor for name, tensor in tensors.items() if name.startswith(_FUSER)}
-    published = (
-        {f"model.mm_projector.0.{name}": tensor for name, tensor in to_published_state_dict(fuser).items()}
-        if (fuser)
-        else {}
-    )
+    theirs = to_published_state_dict(fuser) if fuser else {}
+    published = {f"model.mm_projector.0.{name}": tensor for name, tensor in theirs.items()}
     for place, linear in _LINEARS[bool(fuser)].items():
         for kind in ("weight", "bias"):
             published[f"model.mm_projector.{place}.{kind}"] = tensors[f"{_PROJECTOR}{linear}.{kind}"]
@@ -205,7 +178,7 @@ def connector_to_published(tensors: Mapping[str, StoredTensor]) -> dict[str, Sto
 
 
 def to_llava_hf(tensors: Mapping[str, StoredTensor]) -> dict[str, StoredTensor]:
-    """Name our weights as the checkpoints of llava-hf on the hub do, which every version of transformers reads."""
+    """Our tensors as checkpoints of llava-hf on the hub name them, which every version of transformers reads."""
     prefixes = {
         BACKBONE: "vision_tower.vision_model.",
         _PROJECTOR: "multi_modal_projector.",

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors.torch import save_file
@@ -24,11 +25,7 @@ _VARIANTS = ("use_dora", "modules_to_save", "rank_pattern", "alpha_pattern", "fa
 
 
 def save_lora(model: nn.Module, folder: str | Path) -> Path:
-    """Write the adapters in PEFT's format.
-
-    Args:
-        model: with adapters.
-        folder: `adapter_config.json` and `adapter_model.safetensors` go there.
+    """Write a model's adapters as `adapter_config.json` and `adapter_model.safetensors` into a folder.
 
     Returns:
         The folder.
@@ -36,13 +33,12 @@ def save_lora(model: nn.Module, folder: str | Path) -> Path:
     Raises:
         ValueError: if the model has no adapters.
     """
-    config = lora_config(model)
+    config = copy.copy(lora_config(model))
+    config.inference_mode = True
     weights = {name: parameter.detach().cpu().contiguous() for name, parameter in lora_weights(model).items()}
-    learning, config.inference_mode = config.inference_mode, True
     with atomic_folder(folder) as scratch:
         save_file(weights, scratch / _WEIGHTS, metadata={"format": "pt"})
         config.save_pretrained(str(scratch))
-    config.inference_mode = learning
     return Path(folder)
 
 
@@ -74,14 +70,7 @@ def load_lora(model: nn.Module, folder: str | Path, *, trainable: bool = False) 
 
 
 def merged_tensors(tensors: Mapping[str, StoredTensor], folder: str | Path) -> dict[str, StoredTensor]:
-    """Merge saved adapters into stored weights, one at a time, as they are read.
-
-    Args:
-        tensors: a whole model's, under our names.
-        folder: of the adapters, as `save_lora` wrote it.
-
-    Returns:
-        All tensors; those with an adapter are merged when they are read.
+    """All tensors of a model, under our names; those with an adapter in the folder are merged when they are read.
 
     Raises:
         FileNotFoundError: if the folder holds no adapters.
@@ -95,10 +84,8 @@ def merged_tensors(tensors: Mapping[str, StoredTensor], folder: str | Path) -> d
             f"{folder} holds adapters that cannot be merged tensor by tensor (peft_type {config.get('peft_type')!r}, "
             f"bias {config.get('bias')!r}, {', '.join(variants) or 'no variants'}); merge them with peft, then convert."
         )
-    merged = dict(tensors)
-    faults = []
-    names = sorted({name.rpartition(".lora_")[0] for name in stored})
-    for name in names:
+    merged, faults = dict(tensors), []
+    for name in sorted({name.rpartition(".lora_")[0] for name in stored}):
         down, up = (stored.get(f"{name}.lora_{side}.weight") for side in "AB")
         ours = f"{name.removeprefix(FILE_PREFIX)}.weight"
         if ours not in merged or down is None or up is None or merged[ours].shape != (up.shape[0], down.shape[1]):
@@ -106,18 +93,15 @@ def merged_tensors(tensors: Mapping[str, StoredTensor], folder: str | Path) -> d
             continue
         rank = down.shape[0]
         scale = config["lora_alpha"] / (rank**0.5 if config.get("use_rslora") else rank)
-        merged[ours] = merged[ours].then(_adder(down, up, scale))
+        merged[ours] = merged[ours].then(partial(_add, down, up, scale))
     if faults:
         raise InputError(f"the adapters in {folder} do not fit these weights of the model: {', '.join(faults)}.")
     return merged
 
 
-def _adder(down: StoredTensor, up: StoredTensor, scale: float) -> Any:
-    def add(weight: torch.Tensor) -> torch.Tensor:
-        change = (up.read().float() @ down.read().float()) * scale
-        return (weight.float() + change).to(weight.dtype)
-
-    return add
+def _add(down: StoredTensor, up: StoredTensor, scale: float, weight: torch.Tensor) -> torch.Tensor:
+    change = (up.read().float() @ down.read().float()) * scale
+    return (weight.float() + change).to(weight.dtype)
 
 
 def _stored_adapter(folder: Path) -> dict[str, StoredTensor]:

@@ -1,4 +1,4 @@
-"""Checkpoints: written whole or not at all, loaded completely or not at all."""
+"""Folders of a model: written whole or not at all, loaded completely or not at all."""
 
 from __future__ import annotations
 
@@ -23,12 +23,7 @@ from layerfuse.weights import fitting_weights
 from .content import reading
 from .tensors import CONFIG_FILE, read_json
 
-__all__ = [
-    "load_config",
-    "load_model",
-    "load_processor",
-    "save_model",
-]
+__all__ = ["load_config", "load_model", "load_processor", "save_model"]
 
 
 def save_model(model: FusedLlavaForConditionalGeneration, processor: LlavaProcessor, folder: str | Path) -> Path:
@@ -50,7 +45,7 @@ def save_model(model: FusedLlavaForConditionalGeneration, processor: LlavaProces
 
 
 def load_config(folder: str | Path) -> FusedLlavaConfig:
-    """Read the config of a model that `save_model` wrote.
+    """The config of a model that `save_model` wrote.
 
     Raises:
         FileNotFoundError: if the folder holds no model.
@@ -84,7 +79,7 @@ def load_model(
     """Load a model that `save_model` wrote.
 
     Args:
-        folder: the folder.
+        folder: of the model.
         device: where to put the model.
         dtype: of its parameters, and of the computation with quantised ones.
         quantize: "int8" or "nf4" stores the language model's linear layers in 8 or 4 bits, through bitsandbytes.
@@ -101,15 +96,13 @@ def load_model(
     config = load_config(folder)
     _check_weights(Path(folder))
     _check_preprocessing(config, Path(folder))
-    # Quantised weights cannot be moved afterwards, so they are loaded to where they belong.
-    quantized: dict[str, Any] = {
-        "quantization_config": quantization_config(quantize, dtype),
-        "device_map": {"": device},
-    }
-    model: FusedLlavaForConditionalGeneration = FusedLlavaForConditionalGeneration.from_pretrained(
-        folder, config=config, dtype=dtype, **({} if quantize == "none" else quantized)
-    )
-    return model.eval() if quantize != "none" else model.to(device).eval()  # type: ignore[no-any-return, arg-type]
+    given: dict[str, Any] = {"config": config, "dtype": dtype}
+    bits = quantization_config(quantize, dtype)
+    if bits is not None:
+        # Quantised weights cannot be moved afterwards, so they are loaded to where they belong.
+        given |= {"quantization_config": bits, "device_map": {"": device}}
+    model: Any = FusedLlavaForConditionalGeneration.from_pretrained(folder, **given)
+    return (model if bits is not None else model.to(device)).eval()  # type: ignore[no-any-return]
 
 
 def _check_weights(folder: Path) -> None:

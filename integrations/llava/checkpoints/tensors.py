@@ -1,4 +1,4 @@
-"""Files of weights: read one tensor at a time without running code, written in shards, whole or not at all.
+"""Files of weights: read one tensor at a time, written in shards.
 
 Reads safetensors, and `.bin` files as `torch.save` writes them, through `weights_only=True`: a file that wants to build
 anything but tensors is refused before it does.
@@ -19,6 +19,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from tqdm.auto import tqdm
+from transformers.modeling_utils import str_to_torch_dtype
 
 from integrations.llava._text import listed
 from layerfuse.errors import InputError, MissingFileError
@@ -39,35 +40,13 @@ CONFIG_FILE = "config.json"
 _SHARD_BYTES = 2 * 2**30
 # The first that a folder has counts; a connector (`mm_projector.bin`) may lie beside.
 _MODEL_FILES = ("model.safetensors", "pytorch_model.bin")
-_DTYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E5M2": torch.float8_e5m2,
-    "C64": torch.complex64,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "I16": torch.int16,
-    "I8": torch.int8,
-    "U64": torch.uint64,
-    "U32": torch.uint32,
-    "U16": torch.uint16,
-    "U8": torch.uint8,
-    "BOOL": torch.bool,
-}
+# As safetensors names them.
+_DTYPES: Mapping[str, torch.dtype] = {**str_to_torch_dtype, "C64": torch.complex64}
 
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """A tensor that is still in its file.
-
-    Attributes:
-        shape: its shape.
-        dtype: its type.
-        read: reads it.
-    """
+    """A tensor that is still in its file, from which `read` takes it."""
 
     shape: tuple[int, ...]
     dtype: torch.dtype
@@ -75,39 +54,28 @@ class StoredTensor:
 
     @classmethod
     def of(cls, tensor: torch.Tensor) -> StoredTensor:
-        """Wrap a tensor that is in memory."""
+        """A tensor in memory, as if it were in a file."""
         return cls(tuple(tensor.shape), tensor.dtype, lambda: tensor)
 
     @property
     def num_bytes(self) -> int:
-        """Its size."""
+        """Size of the tensor."""
         return math.prod(self.shape) * self.dtype.itemsize
 
     def then(
         self, change: Callable[[torch.Tensor], torch.Tensor], shape: tuple[int, ...] | None = None
     ) -> StoredTensor:
-        """Change it once it is read.
-
-        Args:
-            change: takes and returns a tensor of the same dtype.
-            shape: of the result, if it differs.
-        """
+        """The tensor as `change` returns it, of the same dtype, once it is read; `shape` is given if it differs."""
         return StoredTensor(self.shape if shape is None else shape, self.dtype, lambda: change(self.read()))
 
 
 def holds_model(folder: Path) -> bool:
-    """Tell whether a folder holds a model's weights, in one file or in shards."""
+    """Whether a folder holds a model's weights, in one file or in shards."""
     return any((folder / f"{name}{index}").is_file() for name in _MODEL_FILES for index in ("", ".index.json"))
 
 
 def stored_model(folder: Path) -> dict[str, StoredTensor]:
-    """Find a model's weights, in one file or in shards with an index.
-
-    Args:
-        folder: of the model.
-
-    Returns:
-        Its tensors, in the order of the files.
+    """Tensors of the model in a folder, in the order of its files: one, or shards with an index.
 
     Raises:
         FileNotFoundError: if it holds no weights, or a shard is missing.
@@ -150,21 +118,13 @@ def _stored_shards(index: Path) -> dict[str, StoredTensor]:
 
 
 def stored_tensors(path: Path) -> dict[str, StoredTensor]:
-    """Look into one file of weights.
-
-    Args:
-        path: a `.safetensors` file, or one that `torch.save` wrote.
-
-    Returns:
-        Its tensors; what a safetensors file holds is read when it is asked for, other files are mapped into memory.
+    """Tensors of a `.safetensors` file, or of one that `torch.save` wrote, which is mapped into memory.
 
     Raises:
         ValueError: if it is damaged, holds code, or something that is no tensor.
     """
-    return _safetensors(path) if path.suffix == ".safetensors" else _pickled(path)
-
-
-def _safetensors(path: Path) -> dict[str, StoredTensor]:
+    if path.suffix != ".safetensors":
+        return _pickled(path)
     try:
         # Closed when the last of its tensors is forgotten.
         file = safe_open(path, framework="pt")
@@ -222,11 +182,11 @@ def check_fit(
     """Compare the names and shapes of weights.
 
     Args:
-        expected: name -> tensor of that shape, as the model has it.
-        found: as it came.
+        expected: the model's.
+        found: those that are to be loaded.
         fault: a sentence that says what does not fit; names and shapes follow.
         advice: a sentence that says what to do.
-        most: names of each kind that are written; None writes all.
+        most: names of each kind that the message lists; None lists all.
 
     Raises:
         ValueError: listing every missing, unexpected and misshapen weight.
@@ -251,10 +211,10 @@ def write_sharded(
     shard_bytes: int = _SHARD_BYTES,
     num_shards: int | None = None,
 ) -> None:
-    """Write a model's weights as safetensors; no more than one shard is in memory at a time.
+    """Write a model's weights as safetensors, in their order; no more than one shard is in memory at a time.
 
     Args:
-        tensors: name -> tensor, all of them, in the order they are to be stored in.
+        tensors: all of them.
         folder: where `model.safetensors`, or shards and their index, go.
         shard_bytes: a shard's size; the tensor that reaches it still goes in.
         num_shards: write so many, of like sizes, whatever that is.
@@ -277,11 +237,7 @@ def write_sharded(
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """Read a JSON object.
-
-    Raises:
-        ValueError: if it is none.
-    """
+    """The JSON object in a file; a ValueError if it is none."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:

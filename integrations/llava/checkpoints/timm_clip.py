@@ -1,9 +1,10 @@
-"""CLIP's vision transformer as timm names it, in the words of transformers: the same weights, q, k and v apart."""
+"""CLIP's vision transformer of timm as transformers holds it: the same weights, q, k and v apart."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -31,17 +32,7 @@ _QKV = re.compile(r"^blocks\.(\d+)\.attn\.qkv\.(weight|bias)$")
 
 
 def clip_config_of_timm(backbone: Backbone) -> dict[str, Any]:
-    """Describe a timm backbone as transformers describes CLIP.
-
-    Args:
-        backbone: of the family timm.
-
-    Returns:
-        Fields of CLIPVisionConfig, all blocks counted.
-
-    Raises:
-        ValueError: if it is no CLIP vision transformer.
-    """
+    """Fields of CLIPVisionConfig for a timm backbone, with all its blocks; a ValueError if it is no CLIP."""
     model: Any = backbone.model
     block = model.blocks[0]
     activation = _ACTIVATIONS.get(type(block.mlp.act).__name__)
@@ -72,14 +63,7 @@ def clip_config_of_timm(backbone: Backbone) -> dict[str, Any]:
 
 
 def clip_tensors_of_timm(tensors: Mapping[str, StoredTensor]) -> dict[str, StoredTensor]:
-    """Rename and reshape the weights.
-
-    Args:
-        tensors: of a backbone that `clip_config_of_timm` takes, under our names.
-
-    Returns:
-        The same numbers as transformers' CLIP holds them, under our names for such a backbone.
-    """
+    """Weights of a backbone that `clip_config_of_timm` takes, under our names, as transformers' CLIP holds them."""
     renamed = {}
     for name, tensor in tensors.items():
         inner = name.removeprefix(BACKBONE)
@@ -89,24 +73,18 @@ def clip_tensors_of_timm(tensors: Mapping[str, StoredTensor]) -> dict[str, Store
             for index, part in enumerate("qkv"):
                 shape = (width, *tensor.shape[1:])
                 key = f"encoder.layers.{split[1]}.self_attn.{part}_proj.{split[2]}"
-                renamed[BACKBONE + key] = tensor.then(_third(index, width), shape)
+                renamed[BACKBONE + key] = tensor.then(partial(_third, index), shape)
         elif inner == "cls_token":
             renamed[f"{BACKBONE}embeddings.class_embedding"] = tensor.then(torch.flatten, tensor.shape[2:])
         elif inner == "pos_embed":
             table = f"{BACKBONE}embeddings.position_embedding.weight"
             renamed[table] = tensor.then(torch.squeeze, tensor.shape[1:])
         else:
-            renamed[BACKBONE + _rename(inner)] = tensor
+            for pattern, replacement in _RULES:
+                inner = pattern.sub(replacement, inner)
+            renamed[BACKBONE + inner] = tensor
     return renamed
 
 
-def _rename(name: str) -> str:
-    for pattern, replacement in _RULES:
-        renamed, count = pattern.subn(replacement, name)
-        if count:
-            return renamed
-    return name
-
-
-def _third(index: int, width: int) -> Callable[[torch.Tensor], torch.Tensor]:
-    return lambda tensor: tensor[index * width : (index + 1) * width].clone()
+def _third(index: int, tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.chunk(3)[index].clone()

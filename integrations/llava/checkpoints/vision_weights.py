@@ -12,15 +12,13 @@ import torch
 from huggingface_hub import snapshot_download
 from transformers import AutoConfig, AutoModel
 
-from integrations.llava._text import listed
 from integrations.llava.modeling import FusedLlavaForConditionalGeneration
 from layerfuse.backbones import Backbone, create_backbone
 from layerfuse.errors import InputError
 
-from .content import Content
+from .content import Content, Options
 from .key_maps import BACKBONE, from_llava_hf
-from .options import Options
-from .tensors import CONFIG_FILE, StoredTensor, stored_model
+from .tensors import CONFIG_FILE, StoredTensor, check_fit, stored_model
 from .timm_clip import clip_config_of_timm, clip_tensors_of_timm
 
 __all__ = [
@@ -41,21 +39,17 @@ _WEIGHTS = (
     ["model*.safetensors", "model.safetensors.index.json"],
     ["pytorch_model*.bin", "pytorch_model.bin.index.json"],
 )
-# Of a model of text and vision, such as CLIP, what is not the vision model.
-_OTHER_PARTS = re.compile(r"^(?:text_model\.|text_projection\.|visual_projection\.|logit_scale|logit_bias)")
-_COMPUTED = re.compile(r"position_ids$")
+# Of a model of text and vision, such as CLIP, what is not the vision model; and a table that models compute.
+_OTHERS = re.compile(r"^(?:text_model\.|text_projection\.|visual_projection\.|logit_scale|logit_bias)|position_ids$")
 
 
 def find_tower(name: str, *, beside: Path, weights: bool) -> Path:
-    """Find a vision model: a folder as it is written, beside the checkpoint or in it, or one on the hub.
+    """Folder of a vision model: one that exists, beside or in the checkpoint's or anywhere, or a copy from the hub.
 
     Args:
         name: folder or hub name, as `mm_vision_tower` has it.
         beside: folder of the checkpoint.
         weights: whether its weights are needed, too.
-
-    Returns:
-        Its folder.
 
     Raises:
         ValueError: if it is in none of these places; the message says what to give.
@@ -80,11 +74,7 @@ def find_tower(name: str, *, beside: Path, weights: bool) -> Path:
 
 
 def backbone_like(folder: Path, layers: tuple[int, ...]) -> Backbone:
-    """Build the backbone that a folder's config describes, on the meta device.
-
-    Args:
-        folder: of a vision model, or of a model that has one.
-        layers: to tap.
+    """Backbone on the meta device, as the config in a folder describes it or a model that contains it.
 
     Raises:
         ValueError: if layerfuse cannot tap such a model.
@@ -94,36 +84,29 @@ def backbone_like(folder: Path, layers: tuple[int, ...]) -> Backbone:
 
 
 def tower_tensors(folder: Path) -> dict[str, StoredTensor]:
-    """Find the weights of the vision model in a folder, also of a CLIP that reads text, or of transformers' LLaVA.
-
-    Returns:
-        Under our names, as if no layer had been left out.
+    """Weights of a whole vision model, under our names, from its folder, or that of a CLIP or of transformers' LLaVA.
 
     Raises:
-        FileNotFoundError: if it holds no weights.
+        FileNotFoundError: if the folder holds no weights.
         ValueError: if they cannot be read.
     """
     stored = stored_model(folder)
     if any("vision_tower." in name for name in stored):
         renamed = from_llava_hf(stored)
         return {name: tensor for name, tensor in renamed.items() if name.startswith(BACKBONE)}
-    found = {}
-    for name, tensor in stored.items():
-        if not _OTHER_PARTS.match(name) and not _COMPUTED.search(name):
-            found[BACKBONE + name.removeprefix("vision_model.")] = tensor
-    return found
+    return {
+        BACKBONE + name.removeprefix("vision_model."): tensor
+        for name, tensor in stored.items()
+        if not _OTHERS.search(name)
+    }
 
 
 def vision_config_of(backbone: Backbone) -> dict[str, Any]:
-    """Describe a backbone as transformers' config of its vision model, all its layers counted.
-
-    Args:
-        backbone: of the families transformers and timm (CLIP only).
+    """Transformers' config of a backbone of the families transformers and timm (CLIP only), with all its layers.
 
     Raises:
         ValueError: if transformers has no such model, or the backbone takes another size than its model.
     """
-    recipe = backbone.config["recipe"]
     if backbone.family == "timm":
         return clip_config_of_timm(backbone)
     if backbone.family != "transformers":
@@ -131,7 +114,7 @@ def vision_config_of(backbone: Backbone) -> dict[str, Any]:
             f"the backbone is of family {backbone.family!r}, whose weights the other layouts have no names for; they "
             "hold vision models of transformers, and CLIP as timm has it."
         )
-    config: dict[str, Any] = recipe["config"]
+    config: dict[str, Any] = backbone.config["recipe"]["config"]
     own = config["image_size"]
     if list(backbone.image_size) != ([own, own] if isinstance(own, int) else list(own)):
         raise InputError(
@@ -142,17 +125,14 @@ def vision_config_of(backbone: Backbone) -> dict[str, Any]:
 
 
 def vision_tensors_of(backbone: Backbone, tensors: Mapping[str, StoredTensor]) -> dict[str, StoredTensor]:
-    """Take a backbone's weights in transformers' words.
+    """Weights of a backbone, up to its deepest tapped layer, as transformers holds them.
 
     Args:
-        backbone: of the families transformers and timm (CLIP only).
+        backbone: as for `vision_config_of`.
         tensors: of the whole model, under our names.
 
-    Returns:
-        Those of the backbone, up to the deepest tapped layer.
-
     Raises:
-        ValueError: if transformers has no such model.
+        ValueError: as `vision_config_of`.
     """
     vision_config_of(backbone)
     own = {name: tensor for name, tensor in tensors.items() if name.startswith(BACKBONE)}
@@ -162,46 +142,41 @@ def vision_tensors_of(backbone: Backbone, tensors: Mapping[str, StoredTensor]) -
 def split_tail(
     model: FusedLlavaForConditionalGeneration, tensors: Mapping[str, StoredTensor]
 ) -> tuple[dict[str, StoredTensor], dict[str, StoredTensor]]:
-    """Part the vision model's weights behind the deepest tapped layer from all others.
+    """All weights but the vision model's behind the deepest tapped layer, where our model ends, and those behind it.
 
     Args:
-        model: ours, which ends at that layer.
+        model: ours.
         tensors: under our names, the vision model whole.
-
-    Returns:
-        The others, and those behind.
     """
-    behind = _shapes(vision_config_of(model.model.vision_tower.backbone)).keys() - model.state_dict().keys()
+    behind = _tower_on_meta(vision_config_of(model.model.vision_tower.backbone)).keys() - model.state_dict().keys()
     tail = {name: tensor for name, tensor in tensors.items() if name in behind}
     return {name: tensor for name, tensor in tensors.items() if name not in tail}, tail
 
 
 def whole_tower(content: Content, vision_config: Mapping[str, Any], options: Options) -> dict[str, StoredTensor]:
-    """Put the vision model together again, the layers behind the deepest tapped one included.
+    """Weights of the whole vision model, the layers behind the deepest tapped one included.
 
     Args:
-        content: has what is tapped, and perhaps the rest.
+        content: has those up to the deepest tapped layer, and perhaps the rest.
         vision_config: of the whole vision model.
         options: `vision_tower` has the rest, if the content does not.
 
     Raises:
         ValueError: if the rest is not to be had, or does not fit.
     """
-    shapes = _shapes(vision_config)
-    tapped = vision_tensors_of(content.backbone, content.tensors)
-    found = {**content.tail, **tapped}
+    whole = _tower_on_meta(vision_config)
+    found = {**content.tail, **vision_tensors_of(content.backbone, content.tensors)}
     name = options.vision_tower or (content.origin.config.get("mm_vision_tower") if content.origin else None)
-    if shapes.keys() - found.keys() and name is not None:
+    if whole.keys() - found.keys() and name is not None:
         found = {**tower_tensors(find_tower(name, beside=content.folder, weights=True)), **found}
-    missing, unexpected = sorted(shapes.keys() - found.keys()), sorted(found.keys() - shapes.keys())
-    misshapen = sorted(key for key in shapes.keys() & found.keys() if shapes[key] != found[key].shape)
-    if missing or unexpected or misshapen:
-        listing = listed([key.removeprefix(BACKBONE) for key in [*missing, *unexpected, *misshapen]])
-        raise InputError(
-            "the layout holds the whole vision model, but ours ends at its deepest tapped layer; missing, or of "
-            f"another shape: {listing}. Give the vision model that it was trained with: --vision-tower FOLDER_OR_NAME"
-        )
-    return {key: found[key] for key in shapes}
+    check_fit(
+        whole,
+        found,
+        fault="the layout holds the whole vision model, but ours ends at its deepest tapped layer",
+        advice="Give the vision model that it was trained with: --vision-tower FOLDER_OR_NAME",
+        most=20,
+    )
+    return {key: found[key] for key in whole}
 
 
 def check_tower(name: str, tensors: Mapping[str, StoredTensor], *, beside: Path) -> None:
@@ -209,7 +184,7 @@ def check_tower(name: str, tensors: Mapping[str, StoredTensor], *, beside: Path)
 
     Args:
         name: folder or hub name of that vision model.
-        tensors: of the backbone, in transformers' words.
+        tensors: of the backbone, as transformers holds them.
         beside: folder of the checkpoint.
 
     Raises:
@@ -235,7 +210,7 @@ def check_tower(name: str, tensors: Mapping[str, StoredTensor], *, beside: Path)
         )
 
 
-def _shapes(vision_config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
+def _tower_on_meta(vision_config: Mapping[str, Any]) -> dict[str, torch.Tensor]:
     with torch.device("meta"):
         model: Any = AutoModel.from_config(AutoConfig.for_model(**vision_config))
-    return {BACKBONE + name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    return {BACKBONE + name: tensor for name, tensor in model.state_dict().items()}

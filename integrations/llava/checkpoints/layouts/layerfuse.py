@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors.torch import save_file
@@ -26,8 +25,7 @@ from layerfuse.errors import InputError
 from layerfuse.fusers import fuser_from_config
 from layerfuse.preprocessing import Preprocessing
 
-from ..content import KEPT_FILES, Content, Origin, check_weights, copy_files, meta_model, reading, token_ids
-from ..options import Options
+from ..content import KEPT_FILES, Content, Options, Origin, check_weights, copy_files, meta_model, reading, token_ids
 from ..tensors import CONFIG_FILE, read_json, stored_model, stored_tensors, write_json, write_sharded
 
 __all__ = ["OWN", "read_own", "write_own"]
@@ -41,13 +39,6 @@ _GENERATION = "generation_config.json"
 
 def read_own(folder: Path, options: Options) -> Content:
     """Read a model that training or a conversion wrote.
-
-    Args:
-        folder: of the model.
-        options: template and preparation of images, if they are to be others than the model's.
-
-    Returns:
-        The model in our terms.
 
     Raises:
         FileNotFoundError: if weights are missing.
@@ -82,36 +73,27 @@ def read_own(folder: Path, options: Options) -> Content:
             f"{LayerfuseImageProcessor.__name__}. Take the processor_config.json that was saved with the model."
         )
     preprocessing = Preprocessing.from_dict(image_processor.preprocessing)
-    kept = folder / _KEPT
+    tensors = check_weights(model, stored_model(folder), str(folder))
+    kept, origin = folder / _KEPT, None
+    if kept.is_dir():
+        noted = read_json(kept / "conversion.json")
+        origin = Origin(noted["layout"], kept, noted["has_tower"], read_json(kept / CONFIG_FILE))
+    generation = read_json(folder / _GENERATION) if (folder / _GENERATION).is_file() else {}
     return Content(
         model=model,
-        tensors=check_weights(model, stored_model(folder), str(folder)),
+        tensors=tensors,
         tokenizer=processor.tokenizer,
         preprocessing=replace(preprocessing, mode=options.image_mode or preprocessing.mode),
         template=template,
         folder=folder,
         tail=stored_tensors(kept / _TAIL) if (kept / _TAIL).is_file() else {},
-        origin=_origin(kept) if kept.is_dir() else None,
-        generation=_generation(folder) or token_ids(described.get_text_config()),
+        origin=origin,
+        generation=generation or token_ids(described.get_text_config()),
     )
 
 
-def _generation(folder: Path) -> dict[str, Any]:
-    return read_json(folder / _GENERATION) if (folder / _GENERATION).is_file() else {}
-
-
-def _origin(kept: Path) -> Origin:
-    noted = read_json(kept / "conversion.json")
-    return Origin(noted["layout"], kept, noted["has_tower"], read_json(kept / CONFIG_FILE))
-
-
 def write_own(content: Content, folder: Path) -> None:
-    """Write a model that `load_model` and transformers' Auto classes read.
-
-    Args:
-        content: what to write.
-        folder: exists.
-    """
+    """Write a model that `load_model` and transformers' Auto classes read into a folder that exists."""
     model = content.model
     model.config.architectures = [type(model).__name__]
     model.config.dtype = content.dtype

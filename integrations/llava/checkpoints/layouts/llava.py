@@ -21,7 +21,9 @@ from layerfuse.fusers import create_fuser
 from layerfuse.preprocessing import Mode
 
 from ..content import (
+    TOKENIZER_FILES,
     Content,
+    Options,
     Origin,
     check_weights,
     copy_files,
@@ -32,9 +34,7 @@ from ..content import (
     with_rows,
 )
 from ..key_maps import BACKBONE, from_published, has_published_fuser, to_published
-from ..options import Options
-from ..tensors import CONFIG_FILE, stored_model, write_json, write_sharded
-from ..tokenizer_files import write_plain_tokenizer
+from ..tensors import CONFIG_FILE, read_json, stored_model, write_json, write_sharded
 from ..vision_weights import backbone_like, check_tower, find_tower, split_tail, tower_tensors, vision_tensors_of
 from .llava_config import check_published_config, llama_config, published_config, published_layers
 
@@ -47,18 +47,14 @@ PUBLISHED = ("mmfuser", "llava")
 _MODES: Mapping[str, Mode] = {"pad": "pad", "square": "crop"}
 # The published loader looks for the fuser's scales in model-00003-of-00003 and model-00006-of-00006, nowhere else.
 _FEW_SHARDS, _MANY_SHARDS, _LARGE = 3, 6, 20 * 2**30
+# Keys that hold a token, or several.
+_TOKEN_KEYS = ("bos_token", "eos_token", "unk_token", "pad_token", "additional_special_tokens", "extra_special_tokens")
+# What only our processor, and today's transformers, write.
+_NOT_THEIRS = ("processor_class", "image_token", "backend", "is_local", "local_files_only")
 
 
 def read_published(folder: Path, config: Mapping[str, Any], options: Options) -> Content:
-    """Read a published checkpoint.
-
-    Args:
-        folder: of the checkpoint.
-        config: its `config.json`.
-        options: template and vision model, where the checkpoint does not hold them.
-
-    Returns:
-        The checkpoint in our terms.
+    """Read a published checkpoint, whose `config.json` is `config`.
 
     Raises:
         FileNotFoundError: if weights or tokenizer are missing.
@@ -101,16 +97,11 @@ def read_published(folder: Path, config: Mapping[str, Any], options: Options) ->
 
 
 def write_published(content: Content, folder: Path, options: Options, *, fused: bool) -> None:
-    """Write a published checkpoint.
+    """Write a published checkpoint, with a fuser (MMFuser) or without (LLaVA-1.5), into a folder that exists.
 
     The vision model's weights are written where they came that way; otherwise they are left out, as in the released
-    checkpoints, and the published code reads the vision model that is named.
-
-    Args:
-        content: what to write.
-        folder: exists.
-        options: `vision_tower` names the vision model, if the model's origin does not.
-        fused: with a fuser (MMFuser), or without (LLaVA-1.5).
+    checkpoints, and the published code reads the vision model that is named: by the model's origin, or else in the
+    options.
 
     Raises:
         ValueError: if the published code cannot be given this model; the message says why.
@@ -129,8 +120,49 @@ def write_published(content: Content, folder: Path, options: Options, *, fused: 
         total = sum(tensor.num_bytes for tensor in rest.values())
         shards = _FEW_SHARDS if total < _LARGE else _MANY_SHARDS
     write_sharded(to_published(rest), folder, num_shards=shards)
-    write_plain_tokenizer(content, folder, config["vocab_size"], as_it_came=origin is not None)
+    _write_tokenizer(content, folder, config["vocab_size"], as_it_came=origin is not None)
     if origin is not None:
         copy_files(origin.folder, folder, ("generation_config.json",))
     write_json(folder / CONFIG_FILE, dict(sorted(config.items())))
     _log.info("the published code is told the template on its command line: --conv-mode %s", content.template.name)
+
+
+def _write_tokenizer(content: Content, folder: Path, vocabulary: int, *, as_it_came: bool) -> None:
+    """Write tokenizer files without what we added: no `<image>`, no token behind the language model's own vocabulary.
+
+    Where the files came from a published checkpoint, they are written as they came.
+    """
+    source = content.folder if content.origin is None else content.origin.folder
+    copy_files(source, folder, TOKENIZER_FILES)
+    if not as_it_came:
+        added = {token for token, number in content.tokenizer.get_vocab().items() if number >= vocabulary}
+        for name in TOKENIZER_FILES[1:]:
+            if (folder / name).is_file():
+                write_json(folder / name, _without(read_json(folder / name), added))
+    if not (folder / "tokenizer.model").is_file():
+        _log.warning(
+            "%s has no tokenizer.model, which the published code needs; copy it from the language model's own folder",
+            source,
+        )
+
+
+def _without(content: dict[str, Any], added: set[str]) -> dict[str, Any]:
+    # added_tokens.json is a table of token -> id.
+    plain = {key: value for key, value in content.items() if key not in {*added, *_NOT_THEIRS}}
+    if "added_tokens" in plain:
+        plain["added_tokens"] = [token for token in plain["added_tokens"] if token["content"] not in added]
+    if "added_tokens_decoder" in plain:
+        decoder = plain["added_tokens_decoder"]
+        plain["added_tokens_decoder"] = {key: token for key, token in decoder.items() if token["content"] not in added}
+    for key in _TOKEN_KEYS:
+        value = plain.get(key)
+        if isinstance(value, list):
+            plain[key] = [token for token in value if _text(token) not in added]
+        elif value is not None and _text(value) in added:
+            # The published code pads with the unknown token.
+            plain[key] = plain.get("unk_token")
+    return plain
+
+
+def _text(token: str | Mapping[str, Any]) -> str:
+    return token if isinstance(token, str) else str(token["content"])

@@ -8,8 +8,7 @@ from typing import Any
 from integrations.llava.modeling import describe_head
 from layerfuse.errors import InputError
 
-from ..content import Content
-from ..options import Options
+from ..content import Content, Options
 
 __all__ = ["check_fuser", "check_published_config", "llama_config", "published_config", "published_layers"]
 
@@ -62,11 +61,7 @@ _FIXED: Mapping[str, Any] = {
 
 
 def check_published_config(config: Mapping[str, Any]) -> None:
-    """Refuse what has no counterpart here.
-
-    Raises:
-        ValueError: listing the keys, their values, and those that can be converted.
-    """
+    """Refuse a config that has no counterpart here; the ValueError lists keys, values, and those that are possible."""
     faults = [
         f"{key} is {config[key]!r}, can be {' or '.join(map(repr, allowed))}"
         for key, allowed in _ALLOWED.items()
@@ -82,13 +77,7 @@ def check_published_config(config: Mapping[str, Any]) -> None:
 
 
 def published_layers(config: Mapping[str, Any], *, fused: bool) -> tuple[int, ...]:
-    """Read the tapped layers.
-
-    The published fuser takes the first four selected layers as values and the last as query, and ignores others.
-
-    Args:
-        config: the published config.
-        fused: whether there is a fuser.
+    """Tapped layers: the published fuser takes the first four as values and the last as query, and ignores others.
 
     Raises:
         ValueError: if there are too few layers for the fuser, or several without one.
@@ -103,7 +92,7 @@ def published_layers(config: Mapping[str, Any], *, fused: bool) -> tuple[int, ..
 
 
 def llama_config(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Read the fields of LlamaConfig."""
+    """Fields of LlamaConfig in a published config."""
     scaling = dict(config.get("rope_scaling") or {})
     rope = {"rope_type": scaling.pop("rope_type", scaling.pop("type", "default")), **scaling}
     fields = {key: config[key] for key in _LLAMA_FIELDS if key in config}
@@ -111,11 +100,11 @@ def llama_config(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def published_config(content: Content, earlier: Mapping[str, Any], options: Options, *, fused: bool) -> dict[str, Any]:
-    """Describe a model as the published code does.
+    """Published config of a model.
 
     Args:
         content: the model.
-        earlier: the config that it had in a published layout, if it comes from one; what we have no place for is kept.
+        earlier: the config that it had in a published layout, if it comes from one; keys that we do not know stay.
         options: `vision_tower` names the vision model, if `earlier` does not.
         fused: with a fuser, or without.
 
@@ -157,15 +146,7 @@ def published_config(content: Content, earlier: Mapping[str, Any], options: Opti
 
 
 def check_fuser(config: Mapping[str, Any], *, fused: bool) -> None:
-    """Make sure that the published code has such a fuser.
-
-    Args:
-        config: `Fuser.config`.
-        fused: whether the layout has a fuser.
-
-    Raises:
-        ValueError: if it has not; the message says which fit.
-    """
+    """Refuse a fuser (`Fuser.config`) that the published layout has no place for; the message says which fit."""
     name, num_layers = config["name"], config["num_layers"]
     if not fused:
         if name != "select" or num_layers != 1:

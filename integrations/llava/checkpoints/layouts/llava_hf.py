@@ -18,6 +18,7 @@ from layerfuse.fusers import create_fuser
 from ..content import (
     KEPT_FILES,
     Content,
+    Options,
     Origin,
     check_weights,
     copy_files,
@@ -27,7 +28,6 @@ from ..content import (
     token_ids,
 )
 from ..key_maps import BACKBONE, from_llava_hf, to_llava_hf
-from ..options import Options
 from ..tensors import CONFIG_FILE, stored_model, write_json, write_sharded
 from ..vision_weights import backbone_like, split_tail, vision_config_of, whole_tower
 from .layerfuse import OWN
@@ -40,11 +40,7 @@ _RESAMPLE = {"nearest": 0, "lanczos": 1, "bilinear": 2, "bicubic": 3, "box": 4, 
 
 
 def read_llava_hf(folder: Path, config: Mapping[str, Any], options: Options) -> Content:
-    """Read a checkpoint of transformers' LLaVA, whatever version wrote it.
-
-    Arguments, result and errors are those of `read_published`. Where the options give no template, it is v1; where they
-    give no mode, images are prepared as the checkpoint's processor says.
-    """
+    """Read a checkpoint of transformers' LLaVA, whatever version wrote it; errors are those of `read_published`."""
     with reading(f"the config of {folder}"):
         described = AutoConfig.from_pretrained(folder)
     assert isinstance(described, LlavaConfig)
@@ -66,14 +62,12 @@ def read_llava_hf(folder: Path, config: Mapping[str, Any], options: Options) -> 
         image_token_id=image_token_id,
         template=template,
     )
-    tensors = from_llava_hf(stored_model(folder))
-    own, tail = split_tail(model, tensors)
-    preprocessing = backbone.preprocessing
+    own, tail = split_tail(model, from_llava_hf(stored_model(folder)))
     return Content(
         model=model,
         tensors=check_weights(model, own, str(folder)),
         tokenizer=tokenizer,
-        preprocessing=replace(preprocessing, mode=options.image_mode or preprocessing.mode),
+        preprocessing=replace(backbone.preprocessing, mode=options.image_mode or backbone.preprocessing.mode),
         template=template,
         folder=folder,
         tail=tail,
@@ -98,12 +92,9 @@ def _check(config: LlavaConfig, backbone: Backbone) -> None:
 
 
 def write_llava_hf(content: Content, folder: Path, options: Options) -> None:
-    """Write a checkpoint for `LlavaForConditionalGeneration` and everything that reads its checkpoints.
+    """Write a checkpoint for `LlavaForConditionalGeneration` into a folder that exists.
 
-    Args:
-        content: a baseline model: its fuser is `select` on one layer.
-        folder: exists.
-        options: `vision_tower` has the layers of the vision model that ours leaves out, if they were not kept.
+    Layers of the vision model behind the tapped one come from the model's origin, or else from `options.vision_tower`.
 
     Raises:
         ValueError: if there is a fuser, the head does more than a product, or the vision model is not to be had whole.
