@@ -36,12 +36,12 @@ _PEER_GONE = re.compile(r"connection (closed|reset|refused)|broken pipe", re.IGN
 
 
 class ProcessFailedError(RuntimeError):
-    """Raised where another process of the run has failed; the message holds that one's own.
+    """Raised where another process of the run has failed; the message quotes that process.
 
     Args:
-        process: rank of the one that failed; None if it ended without a word.
+        process: its rank; None if it ended without a word.
         kind: name of its exception's class.
-        text: its message.
+        text: message of its exception.
         traceback: as it would have been printed there.
     """
 
@@ -69,12 +69,8 @@ class _Board:
         self.guarded = False
         self.cpu_group: Any = None
 
-    def enter(self) -> None:
-        """Begin a block with nothing on the board; all processes count their blocks alike."""
-        self.block, self.heard, self.guarded = self.block + 1, None, True
-
     def key(self, name: str) -> str:
-        """Name a value of the present block."""
+        """Key of a value of the present block."""
         return f"layerfuse/{self.block}/{name}"
 
     def publish(self, error: BaseException, same: tuple[type[BaseException], ...]) -> None:
@@ -94,11 +90,11 @@ class _Board:
                 time.sleep(_LOOK / 2)
 
     def set(self, key: str, value: Any) -> None:
-        """Write something that can be pickled."""
+        """Write a value that can be pickled."""
         self.store.set(key, pickle.dumps(value))  # type: ignore[arg-type]  # its bytes are taken, too
 
     def leave(self) -> None:
-        """Let the process that holds the store end last; else those that still read there would take it for dead."""
+        """Let the process that holds the store end last; else others that still read there would take it for dead."""
         key = self.key("left")
         left = self.store.add(key, 1)
         while self.rank == 0 and left < self.size and self.look() is None:
@@ -152,11 +148,9 @@ def _board() -> _Board | None:
 class shared_failures(AbstractContextManager[None]):  # noqa: N801 (used as a function)
     """Lets every process of a run end when one fails in the block; every process has to enter it.
 
-    The one that fails keeps its exception. The others raise within seconds, wherever they are; a process that cannot,
-    because it sits in a collective which waits for ever, is ended with exit code 1, the message on stderr.
-
-    Args:
-        same: classes of exceptions that all processes raise, instead of `ProcessFailedError`.
+    The one that fails raises its exception. The others raise within seconds, wherever they are: the same one if it is
+    of the classes in `same`, else `ProcessFailedError`. A process that cannot, because it sits in a collective which
+    waits for ever, is ended with exit code 1, the message on stderr.
     """
 
     def __init__(self, *, same: tuple[type[BaseException], ...] = ()) -> None:
@@ -168,7 +162,8 @@ class shared_failures(AbstractContextManager[None]):  # noqa: N801 (used as a fu
         """Begin to listen, unless a block around this one does."""
         board = _board()
         if board is not None and not board.guarded:
-            board.enter()
+            # Nothing is on the board of a new block; all processes count their blocks alike.
+            board.block, board.heard, board.guarded = board.block + 1, None, True
             self.board = board
             threading.Thread(target=_watch, args=(board, self.done), name="failures of others", daemon=True).start()
 
@@ -209,16 +204,9 @@ def _watch(board: _Board, done: threading.Event) -> None:
 
 
 def on_main(work: Callable[[], Result]) -> Result:
-    """Do something in the main process for all of them, however long it takes; every process has to call this.
+    """Result of a work that the main process does for all, however long it takes; every process has to call this.
 
-    Args:
-        work: done in the main process alone; its result can be pickled.
-
-    Returns:
-        Its result, in every process.
-
-    Raises:
-        ProcessFailedError: in the others, if the work raised, or as `shared_failures` says.
+    The result can be pickled. If the work raises, the others raise as `shared_failures` says.
     """
     board = _board()
     if board is None:
@@ -241,7 +229,7 @@ def on_main(work: Callable[[], Result]) -> Result:
 
 
 def any_process(flag: bool) -> bool:
-    """Tell every process whether any of them says yes, once all have called this; no device is waited for."""
+    """Whether any process says yes, once all have called this; no device is waited for."""
     board = _board()
     if board is None:
         return flag

@@ -1,4 +1,4 @@
-"""What is known of an optimizer step, and the error that stops a run whose numbers have broken."""
+"""Numbers of an optimizer step, and the error that stops a run when one of them is NaN or infinite."""
 
 from __future__ import annotations
 
@@ -12,11 +12,7 @@ __all__ = ["BrokenBatch", "Later", "NonFiniteLossError", "OptimizerStep"]
 
 
 class Later:
-    """A value on its way from the device; nobody waits for it before it is read.
-
-    Args:
-        value: on any device.
-    """
+    """A value on its way from its device; nobody waits for it before it is read."""
 
     def __init__(self, value: torch.Tensor) -> None:
         self._value = value.detach()
@@ -28,7 +24,7 @@ class Later:
             self._arrived.record()
 
     def read(self) -> torch.Tensor:
-        """Wait until the device has come as far as the value, no further, and return it on the CPU."""
+        """The value on the CPU, once the device has come as far, no further."""
         if self._arrived is not None:
             self._arrived.synchronize()
         return self._value.cpu()
@@ -40,10 +36,10 @@ class OptimizerStep:
 
     Attributes:
         number: counted from 1, as checkpoints and logs do.
-        learning_rate: that the step is made with; of the first parameter group.
+        learning_rate: of the first parameter group.
         sample_ids: of each micro batch; empty where the data have no ids.
         num_skipped: samples left out of the micro batches.
-        losses: one number per micro batch, on the device.
+        losses: a scalar per micro batch, on the device.
         finite: whether each loss is finite; None until the last one is computed.
         grad_norm: norm of all gradients before they are clipped; None until it is known.
     """
@@ -59,13 +55,7 @@ class OptimizerStep:
 
 @dataclass(frozen=True)
 class BrokenBatch:
-    """A micro batch that made a number NaN or infinite.
-
-    Attributes:
-        process: rank of the process it belongs to.
-        loss: its loss.
-        sample_ids: its samples.
-    """
+    """A micro batch that made a number NaN or infinite, of the process with this rank."""
 
     process: int
     loss: float
@@ -82,9 +72,7 @@ class NonFiniteLossError(FloatingPointError):
     """
 
     def __init__(self, step: int, batches: Sequence[BrokenBatch], *, grad_norm: float | None = None) -> None:
-        self.step = step
-        self.batches = tuple(batches)
-        self.grad_norm = grad_norm
+        self.step, self.batches, self.grad_norm = step, tuple(batches), grad_norm
         what = "the loss" if grad_norm is None else f"the gradients' norm is {grad_norm}, though the loss"
         listing = "; ".join(
             f"{batch.loss} in process {batch.process} for samples {', '.join(batch.sample_ids) or '(without ids)'}"
@@ -97,10 +85,10 @@ class NonFiniteLossError(FloatingPointError):
         )
 
     def to_dict(self) -> dict[str, object]:
-        """Describe the error so that JSON can hold it; numbers that JSON has no word for are text."""
-        batches = [asdict(batch) | {"loss": _number(batch.loss)} for batch in self.batches]
-        return {"step": self.step, "grad_norm": _number(self.grad_norm), "micro_batches": batches}
+        """The error as JSON can hold it; numbers that JSON has no word for are text."""
 
+        def number(value: float | None) -> float | str | None:
+            return value if value is None or math.isfinite(value) else str(value)
 
-def _number(value: float | None) -> float | str | None:
-    return value if value is None or math.isfinite(value) else str(value)
+        batches = [asdict(batch) | {"loss": number(batch.loss)} for batch in self.batches]
+        return {"step": self.step, "grad_norm": number(self.grad_norm), "micro_batches": batches}

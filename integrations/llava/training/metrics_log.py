@@ -1,4 +1,4 @@
-"""The log of a run: one line per optimizer step, transformers' reporters, a progress bar, and what was left out."""
+"""The log of a run: one line per optimizer step, transformers' reporters, and a progress bar."""
 
 from __future__ import annotations
 
@@ -31,12 +31,7 @@ _log = logging.getLogger(__name__)
 
 
 def check_reporters(names: Iterable[str]) -> None:
-    """Refuse reporters that transformers does not know, or whose package is not installed.
-
-    Raises:
-        ValueError: if a name is unknown.
-        ImportError: if a package is missing.
-    """
+    """Refuse reporters that transformers does not know (ValueError), or whose package is not there (ImportError)."""
     installed = get_available_reporting_integrations()
     for name in names:
         if name not in INTEGRATION_TO_CALLBACK:
@@ -59,7 +54,7 @@ class RunLog(TrainerCallback):
     Args:
         trainer: whose steps are written.
         folder: gets `metrics.jsonl`, appended to, and TensorBoard files under `logs/<stage>`.
-        stage: name of the stage, written into every line.
+        stage: written into every line.
         report_to: transformers' names of reporters. Trainer itself must have none: it would start them before the
             first step, and tell them one step in `logging_steps`.
     """
@@ -104,7 +99,12 @@ class RunLog(TrainerCallback):
             if self.reporters is None:
                 # What an interrupted run logged after its last checkpoint is forgotten.
                 self._rewind(self.start)
-                self.reporters = self._start_reporters()
+                kinds = dict(zip(self.report_to, get_reporting_integration_callbacks([*self.report_to]), strict=True))
+                logs = str(self.folder / "logs" / self.stage)
+                self.reporters = [
+                    kind(SummaryWriter(logs, purge_step=self.start + 1)) if name == "tensorboard" else kind()
+                    for name, kind in kinds.items()
+                ]
                 self._tell("on_init_end", args, state)
                 self._tell("on_train_begin", args, state)
             with self.file.open("a", encoding="utf-8") as file:
@@ -116,14 +116,6 @@ class RunLog(TrainerCallback):
             self.num_skipped += _skipped(rows)
             self.bar.set_postfix(loss=f"{rows[-1]['loss']:.4f}", refresh=False)
         self.trainer.stop_if_gradients_broke()
-
-    def _start_reporters(self) -> list[TrainerCallback]:
-        kinds = dict(zip(self.report_to, get_reporting_integration_callbacks(list(self.report_to)), strict=True))
-        folder = str(self.folder / "logs" / self.stage)
-        return [
-            kind(SummaryWriter(folder, purge_step=self.start + 1)) if name == "tensorboard" else kind()
-            for name, kind in kinds.items()
-        ]
 
     def _tell(self, event: str, args: TrainingArguments, state: TrainerState, **given: Any) -> None:
         for reporter in self.reporters or ():

@@ -15,18 +15,15 @@ __all__ = ["parameter_groups"]
 def parameter_groups(
     model: nn.Module, *, learning_rate: float, learning_rates: Mapping[str, float] | None = None, weight_decay: float
 ) -> list[dict[str, Any]]:
-    """Sort trainable parameters into groups: by part, where it has its own learning rate, with or without decay.
+    """Groups of trainable parameters for a torch optimizer, none empty; `names` lists the parameters of each.
 
     Biases and everything inside norms are never decayed.
 
     Args:
         model: the whole model.
-        learning_rate: peak learning rate.
-        learning_rates: part -> its own peak learning rate.
+        learning_rate: of parts that `learning_rates` does not name.
+        learning_rates: part -> its peak learning rate.
         weight_decay: of the parameters that are decayed.
-
-    Returns:
-        Groups for a torch optimizer, none empty; `names` lists the parameters of each.
     """
     norms = {
         f"{path}.{name}"

@@ -1,22 +1,30 @@
-"""The plan of a start: which stages it runs, and what the fuser and projector of each begin from."""
+"""The plan of a start: which stages it runs, whether they can be, and what fuser and projector of each begin from."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from accelerate import PartialState
-from transformers import TrainerCallback
+from transformers import SchedulerType, TrainerCallback, get_scheduler
 
-from integrations.llava.config import STAGES, Recipe
-from layerfuse.errors import InputError, MissingFileError
+from integrations.llava.config import STAGES, Recipe, StageConfig
+from integrations.llava.modeling import build_recipe_model, quantization_config, read_language_files
+from integrations.llava.prompts import get_template
+from layerfuse.errors import InputError, MissingFileError, MissingPackageError, UserError
 from layerfuse.files import file_digest
+from layerfuse.registry import unknown_name_message
 
+from .engines import check_engine, forget_engine
+from .metrics_log import check_reporters
 from .run_folder import RunFolder
 from .signals import StopRequest
+from .trainer import training_arguments
 
-__all__ = ["RANDOM", "ConnectorOrigin", "Plan", "find_origin", "in_order"]
+__all__ = ["RANDOM", "ConnectorOrigin", "Plan", "check_plan", "find_origin", "in_order"]
 
 RANDOM = "random"
 """Said in place of an adapter's file: fuser and projector start from random weights."""
@@ -33,9 +41,6 @@ class Plan:
         left: those of them that are not finished.
         adapter: what the first stage asked for starts from: a file, `RANDOM`, or None.
         overwrite: whether earlier results of the stages are replaced.
-        callbacks: of transformers' Trainer.
-        request: whether this process was asked to stop.
-        process: rank and number of the processes.
     """
 
     recipe: Recipe
@@ -59,7 +64,7 @@ class ConnectorOrigin:
 
     Attributes:
         path: a file; None for new weights.
-        note: remembered in the run's folder: the digest of the file and its name, or `RANDOM`.
+        note: for the run's folder: the digest of the file and its name, or `RANDOM`.
         before: the stage that wrote it, if one of this folder did.
     """
 
@@ -69,11 +74,7 @@ class ConnectorOrigin:
 
 
 def in_order(stages: Sequence[str], recipe: Recipe) -> tuple[str, ...]:
-    """Bring stages into the order in which they are trained, each once.
-
-    Raises:
-        ValueError: if a name is unknown, or none is given.
-    """
+    """Stages in the order in which they are trained, each once; a ValueError if a name is unknown, or none is given."""
     for name in stages:
         recipe.stage(name)
     if not stages:
@@ -82,10 +83,9 @@ def in_order(stages: Sequence[str], recipe: Recipe) -> tuple[str, ...]:
 
 
 def find_origin(plan: Plan, stage: str) -> ConnectorOrigin | None:
-    """Find what a stage starts from; without a word from the user, no stage but the first starts from random weights.
+    """What a stage starts from, or None if the stage before it has still to write it.
 
-    Returns:
-        The origin; None if the stage before it has still to write it.
+    Without a word from the user, no stage but the first starts from random weights.
 
     Raises:
         ValueError: if there is nothing to start from, or the stage began from something else.
@@ -135,3 +135,66 @@ def _of_file(path: Path, before: str | None = None) -> ConnectorOrigin:
 
 def _words(note: str) -> str:
     return "random weights" if note == RANDOM else note.partition(" ")[2]
+
+
+def check_plan(plan: Plan) -> None:
+    """Look for faults in every stage before data are read: names, packages, settings; nothing is written.
+
+    All are built on the meta device and their TrainingArguments are made, so that a fault in the second stage is not
+    found after the hours of the first.
+
+    Raises:
+        ValueError: if something in the recipe is not possible; the stage is named.
+        ImportError: if a package is missing.
+    """
+    recipe, num_processes = plan.recipe, plan.process.num_processes
+    check_reporters(recipe.report_to)
+    for name in plan.left:
+        with _named(name):
+            config = recipe.stage(name)
+            config.batches(num_processes)
+            cpu, quantized = plan.process.device.type == "cpu", config.lora.quantize != "none"
+            check_engine(config.engine, num_processes=num_processes, cpu=cpu, quantized=quantized)
+            get_template(config.template)
+            _check_scheduler(config)
+            if quantization_config(config.lora.quantize, torch.float32) and not recipe.model.llm_pretrained:
+                raise InputError("quantised weights need a pretrained language model; set model.llm_pretrained.")
+            if not config.data.path:
+                raise InputError(f"no data; give --{name}.data.path FILE and --{name}.data.image_folder FOLDER.")
+    files = read_language_files(recipe.model)
+    for name in plan.left:
+        with _named(name):
+            config = recipe.stage(name)
+            model = build_recipe_model(recipe.model, files, config, device="meta")
+            try:
+                training_arguments(config, plan.folder.path / name, model, num_processes)
+            except UserError:
+                raise
+            except (ValueError, ImportError) as error:
+                raise InputError(f"transformers cannot train with these settings: {error}") from error
+            finally:
+                forget_engine()
+
+
+@contextmanager
+def _named(stage: str) -> Iterator[None]:
+    """Put the stage's name in front of what is wrong with it."""
+    try:
+        yield
+    except (MissingPackageError, InputError) as error:
+        kind = MissingPackageError if isinstance(error, MissingPackageError) else InputError
+        raise kind(f"stage {stage}: {error}") from error
+
+
+def _check_scheduler(config: StageConfig) -> None:
+    known = {kind.value for kind in SchedulerType} - {SchedulerType.REDUCE_ON_PLATEAU.value}
+    if config.scheduler not in known:
+        raise InputError(unknown_name_message("scheduler", config.scheduler, known))
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1.0)
+    try:
+        get_scheduler(config.scheduler, optimizer, num_warmup_steps=1, num_training_steps=4)
+    except (TypeError, ValueError) as error:
+        raise InputError(
+            f"scheduler {config.scheduler!r} wants settings that a recipe does not have ({error}); take another, such "
+            "as cosine, linear or constant_with_warmup."
+        ) from error

@@ -52,11 +52,10 @@ __all__ = [
 _TRAINED = "trained.safetensors"
 _SCHEDULER = "scheduler.pt"
 _SCRATCH = ".saving"
-_ADAMW_STATES = 2
 
 
 def checkpoints(folder: str | Path) -> list[Path]:
-    """Find the checkpoints of a stage, oldest first; a folder that somebody named otherwise is none."""
+    """Checkpoints of a stage, oldest first; a folder that somebody named otherwise is none."""
     found = [
         (int(match[1]), path)
         for path in Path(folder).glob("checkpoint-*")
@@ -68,19 +67,13 @@ def checkpoints(folder: str | Path) -> list[Path]:
 def state_bytes(model: nn.Module) -> int:
     """Bytes that a checkpoint of a model takes: its trained parameters and AdamW's two states of each, in float32."""
     trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
-    return trained * 4 * (1 + _ADAMW_STATES)
+    return trained * 4 * 3
 
 
 def save_state(model: nn.Module, optimizer: Optimizer, folder: Path) -> None:
-    """Write trained parameters and optimizer states; every process has to call this, the main one writes.
+    """Write trained parameters and optimizer states into a folder that exists; an OSError if that is not possible.
 
-    Args:
-        model: the wrapped or plain model.
-        optimizer: of its trained parameters.
-        folder: exists.
-
-    Raises:
-        OSError: if a file cannot be written.
+    Every process has to call this, the main one writes. The model may be wrapped or plain.
     """
     parameters, main = _trained(model), PartialState().is_main_process
     # A parameter that never had a gradient has no state.
@@ -104,14 +97,9 @@ def _write(tensors: dict[str, torch.Tensor], path: Path) -> None:
 
 
 def trained_state(model: nn.Module, *, keep: bool = True) -> dict[str, torch.Tensor]:
-    """Gather the trained parameters of a model whose engine may have taken them apart; every process has to call this.
+    """Whole trained parameters, on the CPU, of a model whose engine may have taken them apart; empty without `keep`.
 
-    Args:
-        model: the wrapped or plain model.
-        keep: whether this process wants them; the others only send their part.
-
-    Returns:
-        Name -> whole parameter, on the CPU; empty if not kept.
+    Every process has to call this; one that does not keep them only sends its part.
     """
     return _whole(_trained(model), keep=keep)
 
@@ -129,11 +117,7 @@ def _whole(tensors: Mapping[str, torch.Tensor], *, keep: bool) -> dict[str, torc
 
 
 def load_trained(model: nn.Module, state: Mapping[str, torch.Tensor]) -> None:
-    """Copy the weights that `trained_state` gathered into a plain model that trains the same parameters.
-
-    Raises:
-        ValueError: if it trains others; all names are listed.
-    """
+    """Copy what `trained_state` returned into a plain model; a ValueError with all names if it trains others."""
     names = _trained(model)
     _check_names("the trained parameters", names, state)
     with torch.no_grad():
@@ -173,7 +157,7 @@ def load_state(model: nn.Module, optimizer: Optimizer, folder: Path) -> None:
 def _read(
     path: Path, names: Mapping[str, nn.Parameter], *, all_of_them: bool = True
 ) -> Iterator[tuple[str, torch.Tensor]]:
-    """Read tensors; of a sharded parameter, this process's part alone."""
+    """Yield name and tensor; of a sharded parameter, this process's part alone."""
     with safe_open(path, framework="pt") as file:
         stored = set(file.keys())
         _check_names(f"checkpoint {path}", names if all_of_them else names.keys() & stored, stored)
@@ -187,7 +171,7 @@ def _read(
 
 
 def own_part(value: DTensor) -> tuple[slice, ...]:
-    """Say which part of a sharded tensor this process holds, as slices of the whole."""
+    """Slices of a whole tensor that this process holds."""
     part = [slice(0, size) for size in value.shape]
     for dimension, placement in enumerate(value.placements):
         if isinstance(placement, Shard):
@@ -220,7 +204,7 @@ def _gathered(tensor: torch.Tensor) -> AbstractContextManager[Any]:
 
 
 def _trained(model: nn.Module) -> dict[str, nn.Parameter]:
-    """Name trained parameters as the plain model does; DDP and compile put a module around it."""
+    """Trained parameters by the names of the plain model; DDP and compile put a module around it."""
     return {
         re.sub(r"(^|\.)(module|_orig_mod)\.", r"\1", name): parameter
         for name, parameter in model.named_parameters()
@@ -265,14 +249,13 @@ class CheckpointingTrainer(Trainer):
         scratch.mkdir(parents=True)
 
     def _write(self, scratch: Path) -> None:
-        main = self.is_world_process_zero()
         assert self.lr_scheduler is not None
         if self.is_deepspeed_enabled:
             self.model_wrapped.save_checkpoint(str(scratch))  # type: ignore[operator]
         else:
             save_state(self.model_wrapped, _plain(self.optimizer), scratch)
         self._save_rng_state(str(scratch))
-        if main:
+        if self.is_world_process_zero():
             torch.save(self.lr_scheduler.state_dict(), scratch / _SCHEDULER)
             self.state.save_to_json(str(scratch / "trainer_state.json"))
 
@@ -317,5 +300,5 @@ class CheckpointingTrainer(Trainer):
 
 
 def _plain(optimizer: Any) -> Optimizer:
-    """Take accelerate's wrapper off."""
+    """Optimizer without accelerate's wrapper."""
     return getattr(optimizer, "optimizer", optimizer)  # type: ignore[no-any-return]

@@ -55,11 +55,7 @@ _FREE = {
 
 
 class RunFolder:
-    """A run's folder.
-
-    Args:
-        path: need not exist.
-    """
+    """A run's folder, which need not exist yet."""
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
@@ -109,13 +105,12 @@ class RunFolder:
                 _remove_if_empty(folder)
 
     def adapter(self, stage: str) -> Path:
-        """Name the file of fuser and projector after a stage."""
+        """File of fuser and projector after a stage."""
         return self.path / stage / "adapter.safetensors"
 
     def checkpoint(self, stage: str) -> Path | None:
-        """Find the newest checkpoint of a stage, or None."""
-        found = checkpoints(self.path / stage)
-        return found[-1] if found else None
+        """The newest checkpoint of a stage, or None."""
+        return next(reversed(checkpoints(self.path / stage)), None)
 
     @property
     def finished(self) -> tuple[str, ...]:
@@ -127,7 +122,7 @@ class RunFolder:
         return max((row.get("step", 0) for row in self._rows() if row.get("stage") == stage), default=0)
 
     def begun(self, stage: str) -> bool:
-        """Tell whether there is something of a stage that could be lost."""
+        """Whether there is something of a stage that could be lost."""
         return stage in self.finished or self.checkpoint(stage) is not None or self.logged_steps(stage) > 0
 
     def finish(self, stage: str) -> None:
@@ -137,15 +132,7 @@ class RunFolder:
             shutil.rmtree(checkpoint)
 
     def open(self, recipe: Recipe, stages: Sequence[str], *, overwrite: bool = False) -> tuple[str, ...]:
-        """List the stages that are left to do, or refuse the start; nothing is changed.
-
-        Args:
-            recipe: what is to be trained.
-            stages: the stages asked for, in order.
-            overwrite: train them anew, whatever the folder holds of them.
-
-        Returns:
-            The stages asked for that are not finished.
+        """Stages asked for that are not finished, all of them with `overwrite`; nothing is changed.
 
         Raises:
             ValueError: if the folder holds stages of another recipe, if these stages are finished, or if a later one,
@@ -174,7 +161,7 @@ class RunFolder:
         return left
 
     def _differences(self, recipe: Recipe, kept: Sequence[str]) -> Iterator[str]:
-        """Compare the recipe with the one in the folder, as far as what is kept depends on it."""
+        """Differences from the recipe in the folder, in all that the stages in `kept` depend on."""
         file = self.path / "recipe.yaml"
         if not kept or not file.is_file():
             return
@@ -202,8 +189,8 @@ class RunFolder:
             recipe: written out.
             stage: that has made a step.
             samples: how many it trains on, and the digest of them.
-            origin: what its fuser and projector started from.
-            parameters: per part, its number of trainable and of frozen parameters.
+            origin: `ConnectorOrigin.note`.
+            parameters: part -> its number of trainable and of frozen parameters.
             replaces: stages whose earlier results are removed.
         """
         self._clear(replaces)
@@ -213,16 +200,12 @@ class RunFolder:
         self._note("parameters.json", {stage: parameters})
 
     def origin(self, stage: str) -> str | None:
-        """Origin of a stage's fuser and projector, as `claim` noted it; None if it did not."""
+        """Origin of a stage's fuser and projector that `claim` noted, or None."""
         origin: str | None = self._noted("run.json").get("origins", {}).get(stage)
         return origin
 
     def check_samples(self, stage: str, number: int, digest: str) -> None:
-        """Make sure that a stage that has begun goes on with the same samples.
-
-        Raises:
-            ValueError: if there were more or fewer of them, or others.
-        """
+        """Refuse other samples, or another number of them, for a stage that has begun."""
         if not self.begun(stage):
             return
         noted = self._noted("run.json")
@@ -245,7 +228,7 @@ class RunFolder:
         return sum(file.stat().st_size for file in paths if file.is_file())
 
     def _written(self, stages: Sequence[str]) -> Iterator[Path]:
-        """Iterate over what belongs to stages, the model that came of them first of all."""
+        """Files and folders of stages, after those of the model that came of them."""
         for pattern in _MODEL if stages else ():
             yield from self.path.glob(pattern)
         for stage in stages:

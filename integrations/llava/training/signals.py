@@ -14,14 +14,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
 
-__all__ = [
-    "EXIT_INTERRUPTED",
-    "EXIT_REQUEUE",
-    "RunInterrupted",
-    "StopRequest",
-    "start_deaf",
-    "stop_requests",
-]
+__all__ = ["EXIT_INTERRUPTED", "EXIT_REQUEUE", "RunInterrupted", "StopRequest", "start_deaf", "stop_requests"]
 
 EXIT_REQUEUE = 75
 """Exit code of a run that a scheduler stopped and that can go on: EX_TEMPFAIL of sysexits.h."""
@@ -36,19 +29,14 @@ _SAME = 2.0
 
 
 class RunInterrupted(Exception):  # noqa: N818 (no error: the run did what it was told)
-    """Raised when a run has stopped on request and its checkpoint is written.
-
-    Args:
-        message: where it stopped, and how to go on.
-        exit_code: for the command line.
-    """
+    """Raised when a run has stopped on request and its checkpoint is written; `exit_code` is for the command line."""
 
     def __init__(self, message: str, exit_code: int = EXIT_REQUEUE) -> None:
         super().__init__(message, exit_code)
         self.exit_code = exit_code
 
     def __str__(self) -> str:
-        """Show the message alone."""
+        """The message alone."""
         return str(self.args[0])
 
 
@@ -78,11 +66,7 @@ class StopRequest:
 
     @contextmanager
     def at_once(self) -> Iterator[None]:
-        """While the block runs there is nothing to save: a request ends it.
-
-        Raises:
-            RunInterrupted: when a request arrives, or has arrived before.
-        """
+        """While the block runs there is nothing to save: a request that arrives or has arrived ends it at once."""
         self._nothing_to_save = True
         try:
             self._stop_if_nothing_to_save()
@@ -102,12 +86,9 @@ class StopRequest:
 
 @contextmanager
 def stop_requests() -> Iterator[StopRequest]:
-    """Turn SIGTERM, SIGUSR1 and Ctrl-C into a request while the block runs; elsewhere than in the main thread, nothing.
+    """Turn SIGTERM, SIGUSR1 (where the system has it) and Ctrl-C into a request while the block runs.
 
-    Signals that the system does not know (Windows has no SIGUSR1) are left out.
-
-    Yields:
-        The request, not yet received.
+    In a thread other than the main one, where signals do not arrive, the request is never received.
     """
     request = StopRequest()
     if threading.current_thread() is not threading.main_thread():
@@ -128,7 +109,7 @@ def start_deaf(prepare: Callable[[int], None] | None, worker: int) -> None:
     """Let a process that loads data leave requests to stop to the process that trains.
 
     A scheduler's signal reaches them all, as Ctrl-C does, and a run whose loaders died could not finish its step.
-    `prepare` is the loader's own `worker_init_fn`.
+    `prepare` is the `worker_init_fn` that the loader had.
     """
     for number in _SIGNALS:
         signal.signal(number, signal.SIG_IGN)

@@ -28,8 +28,8 @@ from integrations.llava.data import (
     read_samples,
     sample_lengths,
     select_samples,
+    usable_indices,
 )
-from integrations.llava.data.doctor import usable_indices
 from integrations.llava.modeling import (
     Assembled,
     FusedLlavaForConditionalGeneration,
@@ -64,10 +64,6 @@ class Stage(TrainerCallback):
 
     It is also the callback that makes the folder this run's after the first step (a run that never makes one changes
     nothing), and that ends training with a log entry and a checkpoint when any process was asked to stop.
-
-    Args:
-        plan: that it belongs to.
-        name: of the stage.
     """
 
     samples: Sequence[Sample]
@@ -89,7 +85,7 @@ class Stage(TrainerCallback):
         """Open the samples, which the main process reads and checks for all.
 
         Raises:
-            ValueError: if they are at fault, or others than the stage began with.
+            ValueError: if they are at fault, or the stage began with others.
         """
         config = self.config
 
@@ -114,7 +110,7 @@ class Stage(TrainerCallback):
         self.samples, self.num_left_out = select_samples(samples, usable), len(samples) - len(usable)
 
     def prepare(self) -> None:
-        """Build the model and its trainer, from what an earlier start or stage has left in the folder.
+        """Build the model and its trainer, from files that an earlier start or stage has left in the folder.
 
         Raises:
             RunInterrupted: if the run was told to stop.
@@ -134,7 +130,12 @@ class Stage(TrainerCallback):
             self.assembled = self._build()
             # Counted before an engine takes parameters apart.
             self.counts = self.assembled.counts
-            _log.info("stage %s: %s", self.name, _describe(self.counts))
+            described = "; ".join(
+                f"{part} {count['trainable']:,} parameters trained, {count['frozen']:,} frozen"
+                for part, count in self.counts.items()
+                if sum(count.values())
+            )
+            _log.info("stage %s: %s", self.name, described)
             on_main(self._check_room)
             self.trainer = stage_trainer(
                 self.assembled,
@@ -166,7 +167,7 @@ class Stage(TrainerCallback):
             _log.warning("stage %s: %d bad samples of its data had been left out", self.name, self.num_left_out)
 
     def save(self) -> None:
-        """Write what was trained, of the last stage the whole model, and mark the stage as finished.
+        """Write fuser and projector, after the last stage the whole model, and mark the stage as finished.
 
         Raises:
             OSError: if it cannot be written; the last checkpoint stays.
@@ -216,7 +217,7 @@ class Stage(TrainerCallback):
             )
 
     def _build(self, *, quantized: bool = True) -> Assembled:
-        """Build the model as the stage begins with it, the same whenever it is built."""
+        """The model as the stage begins with it, the same whenever it is built."""
         recipe, origin = self.plan.recipe, self.origin
         assembled = assemble(recipe.model, self.config, quantized=quantized, seed=recipe.pretrain.seed)
         if origin.path is not None:
@@ -291,7 +292,7 @@ def stage_trainer(
     callbacks: Sequence[TrainerCallback] = (),
     report_to: Sequence[str] = (),
 ) -> LlavaTrainer:
-    """Build the trainer of a stage, with its log.
+    """Trainer of a stage, with its log.
 
     Args:
         assembled: the model as the stage trains it.
@@ -299,7 +300,7 @@ def stage_trainer(
         samples: without those that cannot be used.
         lengths: of the samples, where batches are grouped by them.
         folder: of the stage, inside the run's.
-        num_processes: how many share the run.
+        num_processes: of the run.
         callbacks: called before the log, which may find that they have asked for a checkpoint.
         report_to: transformers' names of the reporters that the log tells.
     """
@@ -334,13 +335,13 @@ def stage_trainer(
 
 
 def _preprocessing(model: FusedLlavaForConditionalGeneration, config: StageConfig) -> Preprocessing:
-    """Say how a stage brings images to the backbone's size."""
-    prepared = model.model.vision_tower.backbone.preprocessing
-    return replace(prepared, mode=config.data.image_mode, upright=config.data.upright)
+    """How a stage brings images to the backbone's size."""
+    backbone = model.model.vision_tower.backbone
+    return replace(backbone.preprocessing, mode=config.data.image_mode, upright=config.data.upright)
 
 
 def _digest(samples: SampleFile, usable: np.ndarray) -> str:
-    """Digest samples as they are written, in their order: about a second for a gigabyte.
+    """Digest of samples as they are written, in their order: about a second for a gigabyte.
 
     Size and time of change would not do: an edit can keep both, a copy changes the time alone.
     """
@@ -352,13 +353,5 @@ def _digest(samples: SampleFile, usable: np.ndarray) -> str:
 
 
 def _adapter_parts(config: StageConfig) -> tuple[str, ...]:
-    """Name the parts that a stage's adapter file holds."""
+    """Parts that a stage's adapter file holds."""
     return (*_CONNECTOR, "backbone") if "backbone" in config.trainable else _CONNECTOR
-
-
-def _describe(counts: Mapping[str, Mapping[str, int]]) -> str:
-    return "; ".join(
-        f"{part} {count['trainable']:,} parameters trained, {count['frozen']:,} frozen"
-        for part, count in counts.items()
-        if sum(count.values())
-    )

@@ -18,9 +18,8 @@ from transformers import TrainerCallback
 from integrations.llava.config import STAGES, Recipe
 from layerfuse.errors import UserError
 
-from .checks import check_plan
 from .distributed import on_main, shared_failures
-from .plan import Plan, find_origin, in_order
+from .plan import Plan, check_plan, find_origin, in_order
 from .run_folder import RunFolder
 from .signals import RunInterrupted, stop_requests
 from .stage import Stage
@@ -43,16 +42,16 @@ def train(
     step is made, and the folder is this run's alone while it lasts.
 
     Args:
-        recipe: what to train, from `load_recipe`.
+        recipe: from `load_recipe`.
         output: the run's folder. If it holds an unfinished run of this recipe, that run goes on.
-        stages: which stages to run; they run in the recipe's order, each once.
+        stages: which to run; they run in the recipe's order, each once.
         adapter: weights of fuser and projector that the first stage asked for starts from, as an earlier `pretrain`
             wrote them; "random" for new ones, which a finetune without pretrain would otherwise refuse.
         overwrite: train these stages anew and remove what the folder holds of them; other stages stay.
         callbacks: of transformers' Trainer, for every stage.
 
     Returns:
-        The folder.
+        The run's folder.
 
     Raises:
         ValueError: if something in the recipe is not possible, the data are at fault, or the folder already holds

@@ -1,8 +1,7 @@
 """transformers' Trainer with LLaVA's samplers, learning rates by part, a choice of loss average, and a guard.
 
-What is averaged over what decides what a supervised token weighs. The published code takes the mean of each micro
-batch, then of all micro batches and processes; LLaVA-1.5's numbers come from that. Trainer's own way weighs all
-supervised tokens of an optimizer step alike.
+The published code takes the mean of each micro batch, then of all micro batches and processes; LLaVA-1.5's numbers come
+from that. Trainer without us weighs all supervised tokens of an optimizer step alike.
 """
 
 from __future__ import annotations
@@ -42,17 +41,17 @@ _log = logging.getLogger(__name__)
 
 
 class LlavaTrainer(CheckpointingTrainer):
-    """Trainer with LLaVA's samplers, learning rates by part, and a loss that is averaged as asked.
+    """Trainer with LLaVA's samplers, learning rates by part, and two ways to average the loss.
 
     A batch may carry `sample_ids` and `skipped` (why samples were left out), lists of text; they never reach the model.
 
     Args:
         args: as for Trainer.
-        learning_rates: part -> its own peak learning rate.
+        learning_rates: part -> its peak learning rate.
         loss_average: "micro_batch": micro batches and processes weigh alike, whatever they supervise; "token": every
             supervised token of an optimizer step weighs alike.
         group_by_modality: use `ModalityLengthSampler`.
-        lengths: of the samples, which that sampler needs; None: the data set's own `lengths`.
+        lengths: of the samples, for that sampler; None: `lengths` of the data set.
         **kwargs: Trainer's.
     """
 
@@ -75,16 +74,14 @@ class LlavaTrainer(CheckpointingTrainer):
             # Else Trainer would wrap the model in DataParallel, which tears images from their texts.
             args._n_gpu = 1
         super().__init__(args=args, **kwargs)
-        self.learning_rates = learning_rates
-        self.loss_average = loss_average
-        self.group_by_modality = group_by_modality
-        self.lengths = lengths
+        self.learning_rates, self.loss_average = learning_rates, loss_average
+        self.group_by_modality, self.lengths = group_by_modality, lengths
         self._step = OptimizerStep(0, 0.0, [])
         self._made: list[OptimizerStep] = []
         self._unchecked: tuple[OptimizerStep, Later] | None = None
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
-        """Build AdamW over `parameter_groups`."""
+        """AdamW over `parameter_groups`."""
         if self.optimizer is None:
             whole = model if model is not None else self.model
             assert whole is not None
@@ -111,7 +108,7 @@ class LlavaTrainer(CheckpointingTrainer):
         )
 
     def get_train_dataloader(self) -> DataLoader[Any]:
-        """As Trainer, with worker processes that no signal to stop ends before the step is finished."""
+        """Trainer's loader, with worker processes that no signal to stop ends before the step is finished."""
         loader: Any = super().get_train_dataloader()
         # accelerate keeps the loader that starts the workers inside its own.
         inner = getattr(loader, "base_dataloader", loader)
@@ -121,11 +118,10 @@ class LlavaTrainer(CheckpointingTrainer):
     def get_batch_samples(
         self, epoch_iterator: Iterator[dict[str, Any]], num_batches: int, device: torch.device
     ) -> tuple[list[dict[str, Any]], torch.Tensor | None]:
-        """Fetch the micro batches of an optimizer step, and take out what is not for the model.
+        """Micro batches of an optimizer step, without entries that are not for the model, and their losses' divisor.
 
-        Returns:
-            The micro batches, and what their losses are divided by: the number of supervised tokens over all of them
-            and all processes, or None where each has its own mean.
+        The divisor is the number of supervised tokens over all micro batches and processes, or None where the loss of
+        each is its mean.
         """
         if self.state.global_step >= self.state.max_steps:
             # A run that goes on behind its last step has nothing more to do; Trainer would make one step.
@@ -153,14 +149,9 @@ class LlavaTrainer(CheckpointingTrainer):
         return_outputs: bool = False,
         num_items_in_batch: torch.Tensor | int | None = None,
     ) -> Any:
-        """Compute the loss of a micro batch; a step in which any is NaN or infinite is not made.
+        """Loss of a micro batch, 0 if nothing in it is supervised; a step in which any is NaN or infinite is not made.
 
-        Args:
-            model: the whole model, as the engine has wrapped it.
-            inputs: the micro batch.
-            return_outputs: return the model's outputs, too.
-            num_items_in_batch: what the sum of the tokens' losses is divided by; None: their own number. A micro batch
-                in which nothing is supervised has loss 0.
+        The sum of the tokens' losses is divided by `num_items_in_batch`, or by the number of supervised tokens.
         """
         own = _num_supervised(inputs["labels"]).clamp(min=1)
         outputs = model(**inputs, num_items_in_batch=own if num_items_in_batch is None else num_items_in_batch)
@@ -177,7 +168,7 @@ class LlavaTrainer(CheckpointingTrainer):
         return (loss, outputs) if return_outputs else loss
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
-        """Take the norm, and look whether the step may be made: Trainer asks just before it is."""
+        """Norm of the gradients, for which Trainer asks just before the step: here is found whether it may be made."""
         norm = super()._get_grad_norm(model, grad_norm=grad_norm)
         # Of the step before: its norm came behind its backward pass, and is read where that costs nothing.
         self.stop_if_gradients_broke()
@@ -189,7 +180,7 @@ class LlavaTrainer(CheckpointingTrainer):
         return norm
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
-        """As Trainer, and look at the last step's gradients."""
+        """Train as Trainer does, and look at the last step's gradients."""
         output = super().train(*args, **kwargs)
         self.stop_if_gradients_broke()
         return output
@@ -199,11 +190,9 @@ class LlavaTrainer(CheckpointingTrainer):
         super()._save_checkpoint(model, trial)
 
     def take_rows(self) -> list[dict[str, float]]:
-        """Hand over the optimizer steps since the last call; every process has to call this.
+        """Rows of the log for the optimizer steps since the last call; every process has to call this.
 
-        Returns:
-            For each step `step`, `loss` (the step's over all processes), `learning_rate`, `grad_norm` where it is
-            known, and `skipped` where samples were left out.
+        `loss` is the step's over all processes; `grad_norm` is left out while it is not known, `skipped` where it is 0.
         """
         steps, self._made = self._made, []
         if not steps:
@@ -223,19 +212,15 @@ class LlavaTrainer(CheckpointingTrainer):
         return rows
 
     def stop_if_gradients_broke(self) -> None:
-        """Stop if the last step's gradients were NaN or infinite; all before it have been looked at.
-
-        Raises:
-            NonFiniteLossError: in every process, since all know the norm.
-        """
+        """Raise NonFiniteLossError, in every process, if the last step's gradients were NaN or infinite."""
         unchecked, self._unchecked = self._unchecked, None
         if unchecked is not None:
-            step, norm = unchecked
-            if not math.isfinite(float(norm.read())):
-                self._stop(step, range(len(step.losses)), grad_norm=float(norm.read()))
+            step, norm = unchecked[0], float(unchecked[1].read())
+            if not math.isfinite(norm):
+                self._stop(step, range(len(step.losses)), grad_norm=norm)
 
     def _stop_if_loss_broke(self, step: OptimizerStep) -> None:
-        """Read what was known when the last forward pass ended, while the device is busy with the backward pass."""
+        """Read losses that were known when the last forward pass ended, while the device computes the backward pass."""
         assert step.finite is not None
         finite = step.finite.read()
         if any_process(not finite.all()):
@@ -259,11 +244,7 @@ class LlavaTrainer(CheckpointingTrainer):
 def training_arguments(
     config: StageConfig, folder: Path, model: FusedLlavaForConditionalGeneration, num_processes: int
 ) -> TrainingArguments:
-    """Write a stage down as transformers' TrainingArguments; the model, which an engine asks, may be on meta.
-
-    Raises:
-        ValueError, ImportError: what transformers does not take.
-    """
+    """TrainingArguments of a stage, or transformers' ValueError or ImportError; the model may be on the meta device."""
     cuda = torch.cuda.is_available()
     micro_batch_size, accumulation = config.batches(num_processes)
     return TrainingArguments(
@@ -295,5 +276,5 @@ def training_arguments(
 
 
 def _num_supervised(labels: torch.Tensor) -> torch.Tensor:
-    """Count the tokens with a label; the first has none before it that could predict it."""
+    """Number of tokens with a label; the first has none before it that could predict it."""
     return (labels[..., 1:] != IGNORE_INDEX).sum()

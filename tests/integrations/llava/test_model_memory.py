@@ -19,8 +19,7 @@ from integrations.llava.config.schema import STAGES, Recipe
 from integrations.llava.modeling import model as model_module
 from integrations.llava.modeling.build import assemble, build_model
 from integrations.llava.modeling.model import FusedLlavaForConditionalGeneration
-from integrations.llava.training.checks import check_plan
-from integrations.llava.training.plan import Plan
+from integrations.llava.training.plan import Plan, check_plan
 from integrations.llava.training.run_folder import RunFolder
 from integrations.llava.training.signals import StopRequest
 from layerfuse.backbones import MODULES, Backbone, create_backbone
