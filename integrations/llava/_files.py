@@ -15,18 +15,11 @@ _BOM = b"\xef\xbb\xbf"
 
 
 def json_lines(path: str | Path, *, growing: bool = False) -> Iterator[tuple[int, dict[str, Any]]]:
-    r"""Read the objects of a JSON-lines file.
+    r"""Yield the number, from 1, and the object of each line of a JSON-lines file in UTF-8.
 
     A line ends at ``\n`` and nowhere else: U+2028 and U+0085, at which `str.splitlines` also splits, stand unescaped
-    inside texts. A byte-order mark and blank lines are passed over.
-
-    Args:
-        path: of the file, in UTF-8.
-        growing: whether a process may be writing its last line, or died while it did; if so, a last line that is no
-            JSON is passed over.
-
-    Yields:
-        Number of the line from 1, and its object.
+    inside texts. A byte-order mark and blank lines are passed over; of a `growing` file, whose last line a process may
+    be writing or have died over, also a last line that is no JSON.
 
     Raises:
         OSError: if the file cannot be read.

@@ -11,17 +11,12 @@ _SHOWN = 400
 
 
 def listed(names: Sequence[str], *, most: int | None = _MOST) -> str:
-    """Write names into a sentence; "none" if there are none.
-
-    Args:
-        names: in order.
-        most: that are written; None writes all.
-    """
+    """Names for a sentence, the first `most` of them (None: all); "none" if there are none."""
     return ", ".join(_first(names, most)) or "none"
 
 
 def bulleted(entries: Sequence[object]) -> str:
-    """Write entries below a sentence, each on its own line, the first 20 of them."""
+    """Entries for below a sentence, each on its own line, the first 20 of them."""
     return "".join(f"\n  {entry}" for entry in _first(entries, _MOST))
 
 
@@ -43,15 +38,7 @@ def column_widths(rows: Sequence[Sequence[str]]) -> list[int]:
 
 
 def aligned(rows: Sequence[Sequence[str]], *, left: int = 1) -> list[str]:
-    """Lay rows out in columns, two blanks between them.
-
-    Args:
-        rows: of equally many cells.
-        left: columns that are flush left; the others are flush right.
-
-    Returns:
-        A line per row.
-    """
+    """A line per row, in columns with two blanks between them: the first `left` flush left, the others flush right."""
     widths = column_widths(rows)
     lines = []
     for row in rows:

@@ -1,4 +1,4 @@
-"""Recipes: parts of the model, data and settings of each stage, as typed data; `yaml_io` reads and writes them."""
+"""Recipes as typed data: parts of the model, data and settings of each stage."""
 
 from __future__ import annotations
 
@@ -36,13 +36,7 @@ ImageMode = Literal["pad", "crop", "squash"]
 
 @dataclass(frozen=True)
 class Within:
-    """Limits of a number.
-
-    Attributes:
-        least: the smallest that is allowed.
-        most: the largest.
-        above: `least` itself is not allowed.
-    """
+    """Limits of a number; with `above`, `least` itself is not allowed."""
 
     least: float
     most: float = math.inf
@@ -196,8 +190,8 @@ class StageConfig(_Checked):
         template: name of the prompt template.
         data: the samples.
         lora: train the language model through adapters.
-        learning_rate: peak learning rate.
-        learning_rates: peak learning rates of parts that have their own, such as {"fuser": 1e-4}.
+        learning_rate: the peak.
+        learning_rates: part -> its peak, where it differs, such as {"fuser": 1e-4}.
         batch_size: samples per optimizer step, over all processes.
         micro_batch_size: samples per process at a time; gradients of several are summed until `batch_size` is
             reached. None: as many as one process has to take in a step.
@@ -262,13 +256,7 @@ class StageConfig(_Checked):
             raise InputError(f"lora.quantize={self.lora.quantize!r} needs adapters to train; set lora.rank.")
 
     def batches(self, num_processes: int = 1) -> tuple[int, int]:
-        """Divide a step's samples among processes.
-
-        Args:
-            num_processes: how many share the run.
-
-        Returns:
-            Samples per process at a time, and how many times a process does that in one optimizer step.
+        """Samples per process at a time, and how many times a process takes them in one optimizer step.
 
         Raises:
             ValueError: if `batch_size` cannot be divided like that; possible values are named.
@@ -319,7 +307,7 @@ class Recipe:
             raise InputError("stage pretrain cannot train the llm: only finetune keeps it; remove it from trainable.")
 
     def stage(self, name: str) -> StageConfig:
-        """Look a stage up; a ValueError if there is none of that name."""
+        """Settings of a stage; a ValueError if there is none of that name."""
         if name not in STAGES:
             raise InputError(unknown_name_message("stage", name, STAGES))
         return cast(StageConfig, getattr(self, name))

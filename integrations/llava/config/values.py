@@ -21,7 +21,7 @@ _TRUE, _FALSE = ("true", "yes", "on"), ("false", "no", "off")
 
 
 def field_types(cls: type, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Yield dotted key and type of every field of a dataclass and of the dataclasses in it."""
+    """Dotted key and type of every field of a dataclass and of the dataclasses in it."""
     hints = typing.get_type_hints(cls)
     for item in dataclasses.fields(cls):
         kind = hints[item.name]
@@ -31,20 +31,15 @@ def field_types(cls: type, prefix: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def is_text(kind: Any) -> bool:
-    """Tell whether a field takes text as it stands, or None."""
+    """Whether a field takes text as it stands, or None."""
     return kind is str or (_is_optional(kind) and str in get_args(kind))
 
 
 def decode(kind: Any, value: Any, key: str = "") -> Any:
-    """Bring a value to the type of a field, or of a whole dataclass.
-
-    Args:
-        kind: the type; a dataclass takes a mapping with a value for every one of its fields.
-        value: as YAML has it.
-        key: dotted name of the field, for messages.
+    """Value of YAML in the type `kind`; a dataclass takes a mapping with a value for every one of its fields.
 
     Raises:
-        ValueError: naming the key, what was given and what is allowed.
+        ValueError: naming the dotted key, the value and what is allowed.
     """
     if dataclasses.is_dataclass(kind):
         hints = typing.get_type_hints(kind)
@@ -131,7 +126,7 @@ _READERS: Mapping[Any, Callable[[Any, str], Any]] = {
 
 
 def _shown(value: Any) -> str:
-    """Write a value as a recipe has it."""
+    """Value as a recipe has it."""
     if value is None:
         return "empty"
     if isinstance(value, bool):

@@ -43,21 +43,30 @@ def recipe_names() -> tuple[str, ...]:
 
 
 def load_recipe(recipe: str | Path, overrides: Mapping[str, Any] | None = None) -> Recipe:
-    """Read a recipe.
+    """Read a recipe, every value typed and every default filled in.
 
     Args:
         recipe: name of a recipe of this package, or path of a YAML file.
         overrides: dotted key -> value, such as {"finetune.learning_rate": 1e-5}; they win over the file.
-
-    Returns:
-        The recipe, every value typed and every default filled in.
 
     Raises:
         ValueError: if the recipe, a key or a value is not allowed; keys are suggested.
         FileNotFoundError: if the file does not exist.
     """
     path = _find(recipe)
-    return _decode({"name": path.stem} | _read(path), overrides or {}, origin=str(path))
+    merged = _merge(dataclasses.asdict(Recipe()), {"name": path.stem} | _read(path))
+    options = tuple(f"model.{name}" for name in _BELONG_TO)
+    # What options belong to comes before them, wherever it stands on the command line.
+    for key, value in sorted((overrides or {}).items(), key=lambda item: item[0].startswith(options)):
+        nested: Any = value
+        for part in reversed(key.split(".")):
+            nested = {part: nested}
+        _check_keys(nested, f"override {key!r}")
+        merged = _merge(merged, nested)
+    try:
+        return decode(Recipe, merged)  # type: ignore[no-any-return]
+    except InputError as error:
+        raise InputError(f"{path}: {error}") from error
 
 
 def _read(path: Path, variants: Sequence[Path] = ()) -> dict[str, Any]:
@@ -66,7 +75,8 @@ def _read(path: Path, variants: Sequence[Path] = ()) -> dict[str, Any]:
         names = " -> ".join(file.name for file in (*variants, path))
         raise InputError(f"{path} derives from itself ({names}); remove one `base`.")
     values = read_yaml(path)
-    values = {} if values is None else values
+    if values is None:
+        values = {}
     if not isinstance(values, dict):
         raise InputError(f"{path} holds a {type(values).__name__}; a recipe is a mapping of keys to values.")
     _check_keys({key: value for key, value in values.items() if key != "base"}, str(path))
@@ -76,21 +86,18 @@ def _read(path: Path, variants: Sequence[Path] = ()) -> dict[str, Any]:
         return values
     if not isinstance(base, str):
         raise InputError(f"{path}: base is {base!r}; give the file or the name of a recipe.")
-    below = _read(_find_base(base, path), (*variants, path.resolve()))
+    file = path.parent / base
+    if not file.is_file():
+        if base not in recipe_names():
+            raise MissingFileError(
+                f"{path} derives from {file}, which does not exist; recipes of the package: "
+                f"{', '.join(recipe_names())}."
+            )
+        file = RECIPE_FOLDER / f"{base}.yaml"
+    below = _read(file, (*variants, path.resolve()))
     # The name is the file's own: a variant that took it over would train into its base's folder.
     below.pop("name", None)
     return _merge(below, values)
-
-
-def _find_base(base: str, path: Path) -> Path:
-    beside = path.parent / base
-    if not beside.is_file() and base in recipe_names():
-        return RECIPE_FOLDER / f"{base}.yaml"
-    if not beside.is_file():
-        raise MissingFileError(
-            f"{path} derives from {beside}, which does not exist; recipes of the package: {', '.join(recipe_names())}."
-        )
-    return beside
 
 
 def _find(recipe: str | Path) -> Path:
@@ -103,23 +110,6 @@ def _find(recipe: str | Path) -> Path:
         message = unknown_name_message("recipe", str(recipe), recipe_names())
         raise InputError(f"{message} A file of your own ends in .yaml.")
     return RECIPE_FOLDER / f"{recipe}.yaml"
-
-
-def _decode(values: Mapping[str, Any], overrides: Mapping[str, Any], *, origin: str) -> Recipe:
-    merged = _merge(dataclasses.asdict(Recipe()), values)
-    options = tuple(f"model.{name}" for name in _BELONG_TO)
-    # What options belong to comes before them, wherever it stands on the command line.
-    for key, value in sorted(overrides.items(), key=lambda item: item[0].startswith(options)):
-        nested: Any = value
-        for part in reversed(key.split(".")):
-            nested = {part: nested}
-        _check_keys(nested, f"override {key!r}")
-        merged = _merge(merged, nested)
-    try:
-        read: Recipe = decode(Recipe, merged)
-    except InputError as error:
-        raise InputError(f"{origin}: {error}") from error
-    return read
 
 
 def _check_keys(values: Mapping[str, Any], origin: str) -> None:
@@ -183,11 +173,9 @@ def _anchor(value: Any, folder: Path) -> Any:
 
 
 def parse_overrides(arguments: Sequence[str]) -> dict[str, Any]:
-    """Read `--section.key value` pairs; several values, or none for a switch, are allowed.
+    """Dotted key -> value of `--section.key value` arguments; a switch needs no value, a list several or commas.
 
-    Returns:
-        Dotted key -> value: as it stands where the recipe has text there, read as YAML elsewhere. Several values may
-        stand apart, or be divided by commas.
+    A value stays as it is where the recipe has text; elsewhere it is read as YAML.
 
     Raises:
         ValueError: if an argument stands where a `--key` is expected, or a key has no value that is no switch.
@@ -226,5 +214,5 @@ def _read_word(key: str, word: str, kind: Any) -> Any:
 
 
 def dump_recipe(recipe: Recipe) -> str:
-    """Write a recipe as YAML with every value spelled out; `load_recipe` reads it back as the same recipe."""
+    """YAML of a recipe with every value spelled out; `load_recipe` reads it back as the same recipe."""
     return dump_yaml(dataclasses.asdict(recipe))

@@ -41,7 +41,7 @@ class _Loader(yaml.SafeLoader):
     yaml_implicit_resolvers: dict[str, Any] = {}  # noqa: RUF012  (PyYAML's own attribute)
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        """Read a mapping; a key that stands twice is an error."""
+        """Refuse a key that stands twice."""
         seen: set[str] = set()
         for key in (key for key, _ in node.value if isinstance(key, yaml.ScalarNode)):
             if key.value in seen:
@@ -72,7 +72,7 @@ for _tag, _pattern, _first in _PLAIN:
 
 
 def parse_yaml(text: str | bytes, where: str) -> Any:
-    """Read mappings, lists, text, numbers, truth values, `Word` and None from UTF-8, or bytes that mark their encoding.
+    """Mappings, lists, text, numbers, truth values, `Word` and None from UTF-8, or bytes that mark their encoding.
 
     Raises:
         ValueError: if it is no YAML, a key stands twice, or its encoding is another one.
@@ -91,7 +91,7 @@ def parse_yaml(text: str | bytes, where: str) -> Any:
 
 
 def read_yaml(path: Path) -> Any:
-    """Read a YAML file; errors as `parse_yaml`, and OSError if it cannot be read."""
+    """Content of a YAML file; errors as `parse_yaml`, and OSError if it cannot be read."""
     try:
         content = path.read_bytes()
     except OSError as error:
@@ -100,5 +100,5 @@ def read_yaml(path: Path) -> Any:
 
 
 def dump_yaml(values: Any) -> str:
-    """Write mappings, lists and plain values as YAML that `parse_yaml` reads back as they are."""
+    """YAML of mappings, lists and plain values that `parse_yaml` reads back as they are."""
     return yaml.dump(values, Dumper=_Dumper, sort_keys=False, allow_unicode=True)
