@@ -14,7 +14,7 @@ from integrations.llava.config.yaml_io import load_recipe
 from integrations.llava.dry_run import dry_run
 from integrations.llava.modeling.build import assemble, checkpoint_activations
 from integrations.llava.synthetic import LLM_FOLDER
-from integrations.llava.training.optimizer import parameter_groups
+from integrations.llava.training.trainer import parameter_groups
 
 __all__ = ["bench_training_step"]
 

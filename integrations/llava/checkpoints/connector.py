@@ -36,8 +36,7 @@ def load_connector(model: nn.Module, parts: Sequence[str], path: str | Path) -> 
     Args:
         model: the whole model.
         parts: those that the file has to cover.
-        path: a file of `save_connector`, or of the published code's stage 1 (`mm_projector.bin`), read without running
-            code.
+        path: a file of `save_connector`, or `mm_projector.bin` of the published stage 1, read without running code.
 
     Raises:
         FileNotFoundError: if there is no such file.

@@ -43,12 +43,7 @@ def save_lora(model: nn.Module, folder: str | Path) -> Path:
 
 
 def load_lora(model: nn.Module, folder: str | Path, *, trainable: bool = False) -> None:
-    """Put saved adapters into the language model.
-
-    Args:
-        model: the model they were trained on, or its unquantised twin; changed in place.
-        folder: as `save_lora` or PEFT wrote it.
-        trainable: whether they go on learning.
+    """Put adapters that `save_lora` or PEFT wrote into the model they were trained on, or its unquantised twin.
 
     Raises:
         FileNotFoundError: if the folder holds no adapters.

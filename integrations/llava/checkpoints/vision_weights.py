@@ -1,15 +1,17 @@
-"""The vision model that published checkpoints only name: find it, read it, write ours in its words."""
+"""The vision model that published checkpoints only name: find it, read it, and hold ours as transformers holds it."""
 
 from __future__ import annotations
 
 import logging
 import re
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from huggingface_hub import snapshot_download
+from torch import nn
 from transformers import AutoConfig, AutoModel
 
 from integrations.llava.modeling import FusedLlavaForConditionalGeneration
@@ -19,7 +21,6 @@ from layerfuse.errors import InputError
 from .content import Content, Options
 from .key_maps import BACKBONE, from_llava_hf
 from .tensors import CONFIG_FILE, StoredTensor, check_fit, stored_model
-from .timm_clip import clip_config_of_timm, clip_tensors_of_timm
 
 __all__ = [
     "backbone_like",
@@ -41,6 +42,17 @@ _WEIGHTS = (
 )
 # Of a model of text and vision, such as CLIP, what is not the vision model; and a table that models compute.
 _OTHERS = re.compile(r"^(?:text_model\.|text_projection\.|visual_projection\.|logit_scale|logit_bias)|position_ids$")
+_ACTIVATIONS = {"QuickGELU": "quick_gelu", "GELU": "gelu"}
+# Of CLIP, timm's name -> transformers'; `qkv`, and the two tables whose shape differs, are handled below.
+_TIMM_RULES = (
+    (re.compile(r"^patch_embed\.proj\."), "embeddings.patch_embedding."),
+    (re.compile(r"^norm_pre\."), "pre_layrnorm."),
+    (re.compile(r"^norm\."), "post_layernorm."),
+    (re.compile(r"^blocks\.(\d+)\.norm([12])\."), r"encoder.layers.\1.layer_norm\2."),
+    (re.compile(r"^blocks\.(\d+)\.attn\.proj\."), r"encoder.layers.\1.self_attn.out_proj."),
+    (re.compile(r"^blocks\.(\d+)\.mlp\."), r"encoder.layers.\1.mlp."),
+)
+_QKV = re.compile(r"^blocks\.(\d+)\.attn\.qkv\.(weight|bias)$")
 
 
 def find_tower(name: str, *, beside: Path, weights: bool) -> Path:
@@ -108,7 +120,7 @@ def vision_config_of(backbone: Backbone) -> dict[str, Any]:
         ValueError: if transformers has no such model, or the backbone takes another size than its model.
     """
     if backbone.family == "timm":
-        return clip_config_of_timm(backbone)
+        return _clip_config_of_timm(backbone)
     if backbone.family != "transformers":
         raise InputError(
             f"the backbone is of family {backbone.family!r}, whose weights the other layouts have no names for; they "
@@ -125,41 +137,27 @@ def vision_config_of(backbone: Backbone) -> dict[str, Any]:
 
 
 def vision_tensors_of(backbone: Backbone, tensors: Mapping[str, StoredTensor]) -> dict[str, StoredTensor]:
-    """Weights of a backbone, up to its deepest tapped layer, as transformers holds them.
-
-    Args:
-        backbone: as for `vision_config_of`.
-        tensors: of the whole model, under our names.
+    """Weights of a backbone, up to its deepest tapped layer, as transformers holds them, out of those of our model.
 
     Raises:
         ValueError: as `vision_config_of`.
     """
     vision_config_of(backbone)
     own = {name: tensor for name, tensor in tensors.items() if name.startswith(BACKBONE)}
-    return clip_tensors_of_timm(own) if backbone.family == "timm" else own
+    return _clip_tensors_of_timm(own) if backbone.family == "timm" else own
 
 
 def split_tail(
     model: FusedLlavaForConditionalGeneration, tensors: Mapping[str, StoredTensor]
 ) -> tuple[dict[str, StoredTensor], dict[str, StoredTensor]]:
-    """All weights but the vision model's behind the deepest tapped layer, where our model ends, and those behind it.
-
-    Args:
-        model: ours.
-        tensors: under our names, the vision model whole.
-    """
+    """All weights but the vision model's behind the deepest tapped layer, where our model ends, and those behind it."""
     behind = _tower_on_meta(vision_config_of(model.model.vision_tower.backbone)).keys() - model.state_dict().keys()
     tail = {name: tensor for name, tensor in tensors.items() if name in behind}
     return {name: tensor for name, tensor in tensors.items() if name not in tail}, tail
 
 
 def whole_tower(content: Content, vision_config: Mapping[str, Any], options: Options) -> dict[str, StoredTensor]:
-    """Weights of the whole vision model, the layers behind the deepest tapped one included.
-
-    Args:
-        content: has those up to the deepest tapped layer, and perhaps the rest.
-        vision_config: of the whole vision model.
-        options: `vision_tower` has the rest, if the content does not.
+    """Weights of the whole vision model; those that the content lacks are read from `options.vision_tower`.
 
     Raises:
         ValueError: if the rest is not to be had, or does not fit.
@@ -180,12 +178,7 @@ def whole_tower(content: Content, vision_config: Mapping[str, Any], options: Opt
 
 
 def check_tower(name: str, tensors: Mapping[str, StoredTensor], *, beside: Path) -> None:
-    """Compare a backbone with the vision model that the published code will read instead.
-
-    Args:
-        name: folder or hub name of that vision model.
-        tensors: of the backbone, as transformers holds them.
-        beside: folder of the checkpoint.
+    """Compare a backbone, as transformers holds it, with the vision model that the published code reads instead.
 
     Raises:
         ValueError: if they differ: then the published code would compute something else, in silence.
@@ -214,3 +207,62 @@ def _tower_on_meta(vision_config: Mapping[str, Any]) -> dict[str, torch.Tensor]:
     with torch.device("meta"):
         model: Any = AutoModel.from_config(AutoConfig.for_model(**vision_config))
     return {BACKBONE + name: tensor for name, tensor in model.state_dict().items()}
+
+
+def _clip_config_of_timm(backbone: Backbone) -> dict[str, Any]:
+    """Fields of CLIPVisionConfig for a timm backbone, with all its blocks; a ValueError if it is no CLIP."""
+    model: Any = backbone.model
+    block = model.blocks[0]
+    activation = _ACTIVATIONS.get(type(block.mlp.act).__name__)
+    is_clip = (
+        type(model).__name__ == "VisionTransformer"
+        and isinstance(model.norm_pre, nn.LayerNorm)
+        and isinstance(block.attn.q_norm, nn.Identity)
+        and backbone.num_prefix_tokens == 1
+        and activation is not None
+        and len({*backbone.image_size}) == len({*backbone.patch_size}) == 1
+    )
+    if not is_clip:
+        raise InputError(
+            f"the backbone is timm's {backbone.config['recipe']['name']!r}, which is no CLIP vision transformer; the "
+            "other layouts hold vision models of transformers, and of timm's only CLIP is one of them."
+        )
+    return {
+        "model_type": "clip_vision_model",
+        "hidden_size": backbone.embed_dim,
+        "intermediate_size": block.mlp.fc1.out_features,
+        "num_hidden_layers": backbone.num_blocks,
+        "num_attention_heads": block.attn.num_heads,
+        "image_size": backbone.image_size[0],
+        "patch_size": backbone.patch_size[0],
+        "hidden_act": activation,
+        "layer_norm_eps": block.norm1.eps,
+    }
+
+
+def _clip_tensors_of_timm(tensors: Mapping[str, StoredTensor]) -> dict[str, StoredTensor]:
+    """Weights of a backbone that `_clip_config_of_timm` takes, under our names, as transformers' CLIP holds them."""
+    renamed = {}
+    for name, tensor in tensors.items():
+        inner = name.removeprefix(BACKBONE)
+        split = _QKV.match(inner)
+        if split:
+            width = tensor.shape[0] // 3
+            for index, part in enumerate("qkv"):
+                shape = (width, *tensor.shape[1:])
+                key = f"encoder.layers.{split[1]}.self_attn.{part}_proj.{split[2]}"
+                renamed[BACKBONE + key] = tensor.then(partial(_third, index), shape)
+        elif inner == "cls_token":
+            renamed[f"{BACKBONE}embeddings.class_embedding"] = tensor.then(torch.flatten, tensor.shape[2:])
+        elif inner == "pos_embed":
+            table = f"{BACKBONE}embeddings.position_embedding.weight"
+            renamed[table] = tensor.then(torch.squeeze, tensor.shape[1:])
+        else:
+            for pattern, replacement in _TIMM_RULES:
+                inner = pattern.sub(replacement, inner)
+            renamed[BACKBONE + inner] = tensor
+    return renamed
+
+
+def _third(index: int, tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.chunk(3)[index].clone()

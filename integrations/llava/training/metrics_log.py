@@ -52,9 +52,7 @@ class RunLog(TrainerCallback):
     checkpoint.
 
     Args:
-        trainer: whose steps are written.
-        folder: gets `metrics.jsonl`, appended to, and TensorBoard files under `logs/<stage>`.
-        stage: written into every line.
+        folder: of the run: gets `metrics.jsonl`, appended to, and TensorBoard files under `logs/<stage>`.
         report_to: transformers' names of reporters. Trainer itself must have none: it would start them before the
             first step, and tell them one step in `logging_steps`.
     """

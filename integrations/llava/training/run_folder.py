@@ -62,10 +62,9 @@ class RunFolder:
 
     @contextmanager
     def locked(self) -> Iterator[None]:
-        """Keep other trainings out of the folder while the block runs.
+        """Keep other trainings out of the folder while the block runs; where nothing was written, nothing stays behind.
 
-        The operating system gives the lock back when the process ends, however it ends. Where nothing was written,
-        nothing is left behind.
+        The operating system gives the lock back when the process ends, however it ends.
 
         Raises:
             InputError: if a training works in the folder; its process and machine are named.
@@ -183,15 +182,10 @@ class RunFolder:
         parameters: Mapping[str, Mapping[str, int]],
         replaces: Sequence[str] = (),
     ) -> None:
-        """Make the folder this recipe's; called when a stage has made its first step, nothing is written before.
+        """Make the folder this recipe's, when a stage has made its first step; nothing is written before.
 
-        Args:
-            recipe: written out.
-            stage: that has made a step.
-            samples: how many it trains on, and the digest of them.
-            origin: `ConnectorOrigin.note`.
-            parameters: part -> its number of trainable and of frozen parameters.
-            replaces: stages whose earlier results are removed.
+        Noted are number and digest of its samples, `ConnectorOrigin.note`, and the numbers of trainable and frozen
+        parameters of each part. Earlier results of the stages in `replaces` are removed.
         """
         self._clear(replaces)
         write_text(self.path / "recipe.yaml", dump_recipe(recipe))

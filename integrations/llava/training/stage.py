@@ -292,17 +292,10 @@ def stage_trainer(
     callbacks: Sequence[TrainerCallback] = (),
     report_to: Sequence[str] = (),
 ) -> LlavaTrainer:
-    """Trainer of a stage, with its log.
+    """Trainer of a stage, which writes into `folder`, and its log into the folder around it.
 
-    Args:
-        assembled: the model as the stage trains it.
-        config: of the stage.
-        samples: without those that cannot be used.
-        lengths: of the samples, where batches are grouped by them.
-        folder: of the stage, inside the run's.
-        num_processes: of the run.
-        callbacks: called before the log, which may find that they have asked for a checkpoint.
-        report_to: transformers' names of the reporters that the log tells.
+    `lengths` of the samples are for batches that are grouped by them. The log is called after the callbacks, and finds
+    that they have asked for a checkpoint.
     """
     model, tokenizer = assembled.model, assembled.tokenizer
     dataset = ConversationDataset(

@@ -100,13 +100,9 @@ def llama_config(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def published_config(content: Content, earlier: Mapping[str, Any], options: Options, *, fused: bool) -> dict[str, Any]:
-    """Published config of a model.
+    """Published config of a model, over the one that it had in a published layout, if it comes from one.
 
-    Args:
-        content: the model.
-        earlier: the config that it had in a published layout, if it comes from one; keys that we do not know stay.
-        options: `vision_tower` names the vision model, if `earlier` does not.
-        fused: with a fuser, or without.
+    The vision model is named by the options, or else by the earlier config.
 
     Raises:
         ValueError: if the published code has no such model, or the vision model has no name.
