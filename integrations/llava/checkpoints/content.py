@@ -152,7 +152,7 @@ class Content:
 
     @property
     def own_vocabulary(self) -> int:
-        """Rows of the language model's embedding without what was added for images."""
+        """Rows of the language model's embedding without those that were added for images."""
         rows, image = self.tensors[_EMBEDDING].shape[0], self.model.config.image_token_index
         tokens = self.tokenizer.get_vocab()
         behind = {token for token, number in tokens.items() if number > image}
@@ -203,7 +203,7 @@ def check_weights(
     """Stored weights, under our names, in the model's order; a head that is tied to the embedding may be left out.
 
     Raises:
-        ValueError: listing missing, unexpected and misshapen weights; `where` says what they were read from.
+        ValueError: listing missing, unexpected and misshapen weights of `where`, a folder.
     """
     expected = model.state_dict()
     if getattr(model.config.text_config, "tie_word_embeddings", False) and _HEAD not in tensors:
@@ -237,10 +237,7 @@ def with_rows(tensors: Mapping[str, StoredTensor], rows: int) -> dict[str, Store
 
 @contextmanager
 def reading(what: str) -> Iterator[None]:
-    """Turn what a library says about a file that it cannot make sense of into an InputError.
-
-    The block calls the library and does nothing else; `what` names what it reads.
-    """
+    """Turn a library's error about a file into an InputError; the block calls the library and does nothing else."""
     try:
         yield
     except UserError:
@@ -261,7 +258,7 @@ def reading(what: str) -> Iterator[None]:
 
 
 def copy_files(source: Path, target: Path, names: tuple[str, ...]) -> None:
-    """Copy those of the files that are there."""
+    """Copy files; names that the source lacks are passed over."""
     target.mkdir(exist_ok=True)
     for name in names:
         if (source / name).is_file():

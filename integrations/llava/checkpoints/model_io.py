@@ -118,7 +118,7 @@ def _check_weights(folder: Path) -> None:
 
 
 def _check_preprocessing(config: FusedLlavaConfig, folder: Path) -> None:
-    """Compare what the processor does to images, which counts, with what the backbone's config says of them."""
+    """Compare the preprocessing of the processor, which counts, with that in the backbone's config."""
     assert isinstance(config.vision_config, LayerfuseVisionConfig)
     named = (config.vision_config.backbone or {}).get("preprocessing", {})
     for file in (folder / name for name in ("processor_config.json", "preprocessor_config.json")):

@@ -40,7 +40,7 @@ _WEIGHTS = (
     ["model*.safetensors", "model.safetensors.index.json"],
     ["pytorch_model*.bin", "pytorch_model.bin.index.json"],
 )
-# Of a model of text and vision, such as CLIP, what is not the vision model; and a table that models compute.
+# Parts of a model of text and vision, such as CLIP, beside the vision model; and a table that models compute.
 _OTHERS = re.compile(r"^(?:text_model\.|text_projection\.|visual_projection\.|logit_scale|logit_bias)|position_ids$")
 _ACTIVATIONS = {"QuickGELU": "quick_gelu", "GELU": "gelu"}
 # Of CLIP, timm's name -> transformers'; `qkv`, and the two tables whose shape differs, are handled below.

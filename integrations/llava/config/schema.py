@@ -7,6 +7,7 @@ import math
 import typing
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Annotated, Any, Literal, cast, get_args
 
 from layerfuse.errors import InputError
@@ -272,14 +273,10 @@ class StageConfig(_Checked):
         return micro, per_process // micro
 
 
-def _pretrain() -> StageConfig:
-    return StageConfig(trainable=("fuser", "projector"), template="plain")
-
-
-def _finetune() -> StageConfig:
-    return StageConfig(
-        trainable=("fuser", "projector", "llm"), template="v1", learning_rate=2e-5, group_by_modality=True
-    )
+_PRETRAIN = partial(StageConfig, trainable=("fuser", "projector"), template="plain")
+_FINETUNE = partial(
+    StageConfig, trainable=("fuser", "projector", "llm"), template="v1", learning_rate=2e-5, group_by_modality=True
+)
 
 
 @dataclass(frozen=True)
@@ -297,8 +294,8 @@ class Recipe:
 
     name: str = ""
     model: ModelConfig = field(default_factory=ModelConfig)
-    pretrain: StageConfig = field(default_factory=_pretrain)
-    finetune: StageConfig = field(default_factory=_finetune)
+    pretrain: StageConfig = field(default_factory=_PRETRAIN)
+    finetune: StageConfig = field(default_factory=_FINETUNE)
     report_to: tuple[str, ...] = ("tensorboard",)
 
     def __post_init__(self) -> None:

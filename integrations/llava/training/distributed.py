@@ -170,7 +170,7 @@ class shared_failures(AbstractContextManager[None]):  # noqa: N801 (used as a fu
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, where: TracebackType | None
     ) -> None:
-        """Tell of an error, or raise what another process has told."""
+        """Tell of an error, or raise the one that another process has told of."""
         board = self.board
         if board is None:
             return

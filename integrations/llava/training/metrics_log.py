@@ -82,7 +82,7 @@ class RunLog(TrainerCallback):
         self._write(args, state)
 
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """Write the last steps, say what was left out, close bar and reporters."""
+        """Write the last steps, warn of skipped samples, close bar and reporters."""
         self._write(args, state)
         if self.bar is not None:
             self.bar.close()

@@ -54,7 +54,7 @@ class Plan:
     process: PartialState
 
     def replaces(self, stage: str) -> bool:
-        """Whether a stage's first step removes what the folder holds of it: all stages' results go with the first's."""
+        """Whether a stage's first step removes earlier results: those of all stages go with the first one's."""
         return self.overwrite and stage == self.left[0]
 
 
@@ -178,7 +178,7 @@ def check_plan(plan: Plan) -> None:
 
 @contextmanager
 def _named(stage: str) -> Iterator[None]:
-    """Put the stage's name in front of what is wrong with it."""
+    """Put the stage's name in front of an error."""
     try:
         yield
     except (MissingPackageError, InputError) as error:

@@ -105,7 +105,7 @@ def trained_state(model: nn.Module, *, keep: bool = True) -> dict[str, torch.Ten
 
 
 def _whole(tensors: Mapping[str, torch.Tensor], *, keep: bool) -> dict[str, torch.Tensor]:
-    """Put tensors together one by one, a collective of all processes, and hold them on the CPU where they are kept."""
+    """Whole tensors on the CPU, put together one by one, a collective of all processes; empty without `keep`."""
     state = {}
     for name, tensor in tensors.items():
         with _gathered(tensor):

@@ -66,16 +66,6 @@ class Stage(TrainerCallback):
     nothing), and that ends training with a log entry and a checkpoint when any process was asked to stop.
     """
 
-    samples: Sequence[Sample]
-    lengths: list[int] | None
-    num_left_out: int
-    digest: str
-    origin: ConnectorOrigin
-    checkpoint: Path | None
-    assembled: Assembled
-    counts: Mapping[str, Mapping[str, int]]
-    trainer: LlavaTrainer
-
     def __init__(self, plan: Plan, name: str) -> None:
         self.plan, self.name, self.config = plan, name, plan.recipe.stage(name)
         self.folder, self.is_last = plan.folder.path / name, name == plan.left[-1]
@@ -181,7 +171,7 @@ class Stage(TrainerCallback):
         del self.assembled, self.trainer
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """Note in the folder, after the first step, what the stage trains on and from; agree whether to stop."""
+        """Note samples and origin in the folder after the first step; agree with all processes whether to stop."""
         # A stage at its last step ends by itself.
         if any_process(self.plan.request.received) and state.global_step < state.max_steps:
             self.stopped = True

@@ -167,7 +167,7 @@ class LlavaTrainer(CheckpointingTrainer):
         return (loss, outputs) if return_outputs else loss
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
-        """Norm of the gradients, for which Trainer asks just before the step: here is found whether it may be made."""
+        """Norm of the gradients, for which Trainer asks just before the step; one that may not be made stops here."""
         norm = super()._get_grad_norm(model, grad_norm=grad_norm)
         # Of the step before: its norm came behind its backward pass, and is read where that costs nothing.
         self.stop_if_gradients_broke()

@@ -17,7 +17,7 @@ from torch.distributed.tensor import DTensor
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from integrations.llava.config.yaml_io import load_recipe
-from integrations.llava.training import checks as starting
+from integrations.llava.training import plan as starting
 from integrations.llava.training import train
 from integrations.llava.training.signals import RunInterrupted
 

@@ -128,7 +128,7 @@ def write_published(content: Content, folder: Path, options: Options, *, fused: 
 
 
 def _write_tokenizer(content: Content, folder: Path, vocabulary: int, *, as_it_came: bool) -> None:
-    """Write tokenizer files without what we added: no `<image>`, no token behind the language model's own vocabulary.
+    """Write tokenizer files without our additions: no `<image>`, no token behind the language model's vocabulary.
 
     Where the files came from a published checkpoint, they are written as they came.
     """

@@ -58,7 +58,7 @@ def engine_arguments(engine: str, model: FusedLlavaForConditionalGeneration, *, 
 
 
 def forget_engine() -> None:
-    """Undo what an engine leaves behind, so that the next stage has its own and models are loaded whole again.
+    """Undo an engine's settings, so that they do not reach the next stage and models are loaded whole again.
 
     accelerate remembers FSDP2 and DeepSpeed in the environment; after ZeRO-3, transformers takes every model apart that
     it loads, together with all processes.
