@@ -68,7 +68,6 @@ class _Checked:
     """A dataclass whose numbers lie within the limits that their types declare."""
 
     def __post_init__(self) -> None:
-        """Refuse a number outside its limits."""
         for name, kind in typing.get_type_hints(type(self), include_extras=True).items():
             value = getattr(self, name)
             # Limits may stand on an entry, as in `int | None` or `dict[str, float]`.
@@ -120,7 +119,6 @@ class ModelConfig(_Checked):
     attention: str = "sdpa"
 
     def __post_init__(self) -> None:
-        """Refuse numbers outside their limits, and layers that no model has."""
         super().__post_init__()
         twice = sorted({layer for layer in self.layers if self.layers.count(layer) > 1})
         if twice or not self.layers:
@@ -156,7 +154,6 @@ class DataConfig(_Checked):
     bad_samples: Literal["fail", "skip"] = "fail"
 
     def __post_init__(self) -> None:
-        """Warn of `cache_images`, which has no effect any more."""
         super().__post_init__()
         if self.cache_images:
             _log.warning("data.cache_images has no effect any more, as the cache was hardly ever hit; leave it out.")
@@ -242,7 +239,6 @@ class StageConfig(_Checked):
     seed: Seed = 42
 
     def __post_init__(self) -> None:
-        """Refuse numbers outside their limits, parts that do not exist and batches that cannot be."""
         super().__post_init__()
         for part in (*self.trainable, *self.learning_rates):
             if part not in PARTS:
@@ -299,7 +295,6 @@ class Recipe:
     report_to: tuple[str, ...] = ("tensorboard",)
 
     def __post_init__(self) -> None:
-        """Refuse to train the language model in pretrain, which does not save it."""
         if "llm" in self.pretrain.trainable:
             raise InputError("stage pretrain cannot train the llm: only finetune keeps it; remove it from trainable.")
 

@@ -50,7 +50,6 @@ class ProcessFailedError(RuntimeError):
         self.process, self.kind, self.text, self.traceback = process, kind, text, traceback
 
     def __str__(self) -> str:
-        """Who failed, with what, and where."""
         if self.process is None:
             return f"another process of this run ended without a word (was it killed, was memory short?): {self.text}"
         where = f"\n\nThere:\n{self.traceback.rstrip()}" if self.traceback else ""
@@ -159,7 +158,6 @@ class shared_failures(AbstractContextManager[None]):  # noqa: N801 (used as a fu
         self.done = threading.Event()
 
     def __enter__(self) -> None:
-        """Begin to listen, unless a block around this one does."""
         board = _board()
         if board is not None and not board.guarded:
             # Nothing is on the board of a new block; all processes count their blocks alike.
@@ -170,7 +168,6 @@ class shared_failures(AbstractContextManager[None]):  # noqa: N801 (used as a fu
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, where: TracebackType | None
     ) -> None:
-        """Tell of an error, or raise the one that another process has told of."""
         board = self.board
         if board is None:
             return

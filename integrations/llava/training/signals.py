@@ -36,7 +36,6 @@ class RunInterrupted(Exception):  # noqa: N818 (no error: the run did what it wa
         self.exit_code = exit_code
 
     def __str__(self) -> str:
-        """The message alone."""
         return str(self.args[0])
 
 
