@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
+from zipfile import is_zipfile
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -142,7 +143,8 @@ def stored_tensors(path: Path) -> dict[str, StoredTensor]:
 
 def _pickled(path: Path) -> dict[str, StoredTensor]:
     try:
-        content = _load(path)
+        # Files of PyTorch before 1.6, which are no zip files, cannot be mapped.
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=is_zipfile(path))
     except pickle.UnpicklingError as error:
         raise InputError(
             f"{path} holds more than tensors: Python objects, which run code when they are read. It was refused and "
@@ -159,16 +161,6 @@ def _pickled(path: Path) -> dict[str, StoredTensor]:
         raise InputError(f"{path} holds more than named tensors: {', '.join(strange)}. Save the state dict alone.")
     # Copied, since tensors of one file may share memory, which safetensors does not store.
     return {str(name): StoredTensor(tuple(value.shape), value.dtype, value.clone) for name, value in content.items()}
-
-
-def _load(path: Path) -> Any:
-    try:
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except RuntimeError as error:
-        if "mmap" not in str(error):
-            raise
-        # Files of PyTorch before 1.6 cannot be mapped.
-        return torch.load(path, map_location="cpu", weights_only=True)
 
 
 def check_fit(
