@@ -23,7 +23,7 @@ __all__ = ["load_connector", "save_connector"]
 
 
 def save_connector(model: nn.Module, parts: Sequence[str], path: str | Path) -> Path:
-    """Write the parameters of some parts of a model (names from `PARTS`) to a `.safetensors` file; its path."""
+    """Write the parameters of some parts of a model (names from `PARTS`) to a `.safetensors` file; return its path."""
     path = Path(path)
     with atomic_folder(path.parent) as scratch:
         save_file(_state_of(model, parts), scratch / path.name, metadata={"format": "pt", "parts": ",".join(parts)})
