@@ -39,12 +39,7 @@ class Conversation:
         self.shown: list[Image.Image] = []
 
     def show(self, path: str | Path) -> None:
-        """Read an image for the next message.
-
-        Raises:
-            FileNotFoundError: if there is no such file.
-            ValueError: if it cannot be read.
-        """
+        """Read an image file for the next message; errors are those of `read_image`."""
         self.shown.append(read_image(path))
 
     def room(self, text: str) -> int | None:

@@ -210,12 +210,7 @@ def as_list(images: Images) -> list[Picture]:
 
 
 def as_turns(prompt: Prompt) -> list[Message]:
-    """A question, or a conversation, as turns in LLaVA's form.
-
-    Raises:
-        ValueError: if a turn is of another form, or its text is no whole Unicode.
-        TypeError: if it is neither text nor a list of turns.
-    """
+    """A question, or a conversation, as turns in LLaVA's form; a ValueError or TypeError says what is none."""
     if isinstance(prompt, bytes) or not isinstance(prompt, Sequence):
         raise InvalidTypeError(
             f"a prompt is a {type(prompt).__name__}; give a text, or a list of turns {turns.FORM}.{_other_form(prompt)}"

@@ -112,10 +112,7 @@ class AnswerFile:
             self._stale.pop().unlink(missing_ok=True)
 
     def merge(self) -> int:
-        """Write the output, if every question is answered by now, and remove the parts.
-
-        Returns:
-            Number of questions that wait for their answer; with 0 the output is complete.
+        """Write the output and remove the parts, if every question is answered by now; return how many are not.
 
         Raises:
             OSError: if the output cannot be written; the parts stay.

@@ -20,7 +20,7 @@ def forbid_token(config: GenerationConfig, token: int) -> None:
 def end_answers(config: GenerationConfig, tokenizer: PreTrainedTokenizerBase, template: Template) -> None:
     """Let answers end where training, with this tokenizer and template, taught them to, and where they ended before.
 
-    The config is changed in place. A text that ends answers is known here only if it is one token;
+    The config is changed in place. Of texts that end answers, only those of one token are known to it;
     `generate(stop_strings=...)` knows all.
     """
     taught = [tokenizer.eos_token_id]

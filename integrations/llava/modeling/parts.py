@@ -170,11 +170,7 @@ def learns(module: nn.Module) -> bool:
 
 
 def set_trainable(model: nn.Module, parts: Sequence[str], *, adapters_only: bool = False) -> dict[str, dict[str, int]]:
-    """Let some of `PARTS` learn and freeze the others; `adapters_only`: of the language model only its LoRA adapters.
-
-    Returns:
-        As `count_parameters`.
-    """
+    """Let some of `PARTS` learn, and freeze the others; `adapters_only` lets the language model's adapters alone learn."""
     for name, parameter in model.named_parameters():
         part = part_of(name)
         parameter.requires_grad_(part in parts and not (adapters_only and part == "llm" and ".lora_" not in name))
@@ -182,7 +178,7 @@ def set_trainable(model: nn.Module, parts: Sequence[str], *, adapters_only: bool
 
 
 def count_parameters(model: nn.Module) -> dict[str, dict[str, int]]:
-    """Per part, its number of trainable and of frozen parameters."""
+    """Numbers of trainable and of frozen parameters, per part."""
     counts = {part: {"trainable": 0, "frozen": 0} for part in PARTS}
     for name, parameter in model.named_parameters():
         counts[part_of(name)]["trainable" if parameter.requires_grad else "frozen"] += parameter.numel()
