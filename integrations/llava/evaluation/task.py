@@ -96,7 +96,7 @@ class Task(ABC):
         asked = [own for own in read_questions(path) if type(self) is TASKS.get(own.kind)]
         if not asked:
             raise InputError(f"question file {path} has no question for {type(self).__name__}; look at its 'kind'.")
-        return [replace(own, image=_below("images", own.image)) for own in asked]
+        return [replace(own, image=_in_images(own.image)) for own in asked]
 
     def prompt(self, question: Question) -> str:
         """Return the text that the model is asked."""
@@ -176,8 +176,8 @@ def check_ids(questions: Sequence[Question], place: str) -> None:
         raise InputError(f"{place} uses these ids more than once: {', '.join(twice)}; every id names one question.")
 
 
-def _below(folder: str, image: str | tuple[str, ...]) -> str | tuple[str, ...]:
-    return f"{folder}/{image}" if isinstance(image, str) else tuple(f"{folder}/{name}" for name in image)
+def _in_images(image: str | tuple[str, ...]) -> str | tuple[str, ...]:
+    return f"images/{image}" if isinstance(image, str) else tuple(f"images/{name}" for name in image)
 
 
 def _parse(row: Mapping[str, Any], place: str) -> Question:

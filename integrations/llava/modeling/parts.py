@@ -170,7 +170,7 @@ def learns(module: nn.Module) -> bool:
 
 
 def set_trainable(model: nn.Module, parts: Sequence[str], *, adapters_only: bool = False) -> dict[str, dict[str, int]]:
-    """Let some of `PARTS` learn, and freeze the others; `adapters_only` lets the language model's adapters alone learn."""
+    """Let some of `PARTS` learn and freeze the others; `adapters_only`: of the language model, LoRA alone learns."""
     for name, parameter in model.named_parameters():
         part = part_of(name)
         parameter.requires_grad_(part in parts and not (adapters_only and part == "llm" and ".lora_" not in name))
