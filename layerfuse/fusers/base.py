@@ -89,7 +89,7 @@ class Fuser(nn.Module, abc.ABC):
 
     Attributes:
         name: what ``FUSERS.register`` wrote on the class.
-        equal_grids: whether all maps must share one grid.
+        equal_grids: whether all maps must share one grid; set on the class, or by the constructor.
         equal_channels: whether all maps must share one width.
         unsaved_options: constructor arguments that say how to compute and not what; ``config`` leaves them out.
         condition_channels: D_c of the condition that the fuser needs, set on the class or in the constructor; None for
@@ -101,7 +101,7 @@ class Fuser(nn.Module, abc.ABC):
     """
 
     name: ClassVar[str] = ""
-    equal_grids: ClassVar[bool] = True
+    equal_grids: bool = True
     equal_channels: ClassVar[bool] = False
     unsaved_options: ClassVar[frozenset[str]] = frozenset()
     condition_channels: int | None = None
@@ -294,7 +294,9 @@ class Fuser(nn.Module, abc.ABC):
     @property
     def config(self) -> dict[str, Any]:
         """JSON-able description from which ``fuser_from_config`` builds the same architecture."""
-        saved = {name: value for name, value in self.options.items() if name not in self.unsaved_options}
+        options = {name: value for name, value in self.options.items() if name not in self.unsaved_options}
+        # Lists, as JSON gives them back.
+        saved = {name: list(value) if isinstance(value, tuple) else value for name, value in options.items()}
         return {"name": self.name, "in_channels": _uniform(self.in_channels), "num_layers": self.num_layers, **saved}
 
     def reset_parameters(self) -> None:
@@ -318,7 +320,8 @@ class Fuser(nn.Module, abc.ABC):
         if self.equal_grids and len(set(grids)) > 1:
             raise InputError(
                 f"fuser {self.name!r} got maps of grids {_listed(f'{height}x{width}' for height, width in grids)}; it "
-                "needs one grid for all maps. Tap layers of one grid, or use 'mmfuser', which samples across grids."
+                "needs one grid for all maps. Tap layers of one grid, or use a fuser that reads several: 'mmfuser', or "
+                "'concat' with resize='bilinear'."
             )
 
     def _check_condition(self, condition: torch.Tensor | None, batch_size: int) -> None:

@@ -161,6 +161,27 @@ def test_compiles_without_graph_breaks_on_changing_shapes(name: str, options: di
         torch.testing.assert_close(compiled(features), fuser(features))
 
 
+@every_form
+def test_exports_with_the_geometry_that_it_was_given(name: str, options: dict[str, Any]) -> None:
+    fuser = _build(name, options).eval()
+    features = random_features(8, num_layers=3, grids=(3, 4))
+    exported = torch.export.export(fuser, (features,)).module()
+    other = random_features(8, num_layers=3, grids=(3, 4), seed=1)
+    torch.testing.assert_close(exported(other), fuser(other))
+
+
+@every_form
+@settings(max_examples=6)
+@given(grid=grids, order=st.permutations(range(4)), seed=st.integers(0, 100))
+def test_permuting_the_batch_permutes_the_output(
+    name: str, options: dict[str, Any], grid: Grid, order: list[int], seed: int
+) -> None:
+    fuser = _build(name, options).double()
+    features = random_features(8, num_layers=3, grids=grid, batch_size=4, dtype=torch.float64, seed=seed)
+    permuted = features.map(lambda tokens: tokens[order])
+    torch.testing.assert_close(fuser(permuted), fuser(features)[order])
+
+
 @pytest.mark.slow
 def test_learned_fusers_give_the_same_output_and_gradients_under_inductor() -> None:
     torch._dynamo.reset()
