@@ -9,6 +9,8 @@ from layerfuse.fusers.creation import create_fuser, fuser_from_config, list_fuse
 from layerfuse.fusers.mmfuser import MMFuser
 from layerfuse.fusers.scalar_mix import ScalarMix
 from layerfuse.fusers.select import Select
+from layerfuse.fusers.spatial_aggregator import SpatialAggregator
+from layerfuse.fusers.text_gated import TextGated
 
 __all__ = [
     "FUSERS",
@@ -20,6 +22,8 @@ __all__ = [
     "MMFuser",
     "ScalarMix",
     "Select",
+    "SpatialAggregator",
+    "TextGated",
     "create_fuser",
     "fuser_from_config",
     "list_fusers",
