@@ -27,11 +27,12 @@ from layerfuse import (
 from layerfuse.testing import random_images, randomise_parameters, tiny_backbone
 
 LAYERS = (3, 1, 0, -2)
+FUSER_OPTIONS = {"mmfuser": {"num_heads": 4}, "text_gated": {"condition_channels": 6}}
 
 
 def _encoder(fuser: str = "mmfuser") -> FusedEncoder:
     backbone = tiny_backbone("timm", layers=LAYERS[:1] if fuser == "select" else LAYERS)
-    options = {"num_heads": 4} if fuser == "mmfuser" else None
+    options = FUSER_OPTIONS.get(fuser)
     fused = create_fuser(fuser, in_channels=backbone.embed_dim, num_layers=len(backbone.layers), options=options)
     return FusedEncoder(backbone, randomise_parameters(fused)).eval()
 
@@ -40,8 +41,10 @@ def _encoder(fuser: str = "mmfuser") -> FusedEncoder:
 def test_encoder_gives_the_fusers_output_and_reloads_to_the_bit(fuser: str, tmp_path: Path) -> None:
     encoder = _encoder(fuser)
     images = random_images(2, size=encoder.backbone.image_size)
-    tokens = encoder(images)
-    torch.testing.assert_close(tokens, encoder.fuser(encoder.backbone(images)), rtol=0, atol=0)
+    width = encoder.fuser.condition_channels
+    condition = None if width is None else torch.linspace(-1, 1, 2 * width).view(2, width)
+    tokens = encoder(images, condition)
+    torch.testing.assert_close(tokens, encoder.fuser(encoder.backbone(images), condition), rtol=0, atol=0)
     cost = encoder.cost()
     assert tokens.shape == (2, cost.num_tokens, encoder.out_channels)
     encoder.save_pretrained(tmp_path)
@@ -49,7 +52,7 @@ def test_encoder_gives_the_fusers_output_and_reloads_to_the_bit(fuser: str, tmp_
     again = FusedEncoder.from_pretrained(tmp_path)
     assert again.config == encoder.config
     assert again.preprocessing == encoder.preprocessing
-    torch.testing.assert_close(again(images), tokens, rtol=0, atol=0)
+    torch.testing.assert_close(again(images, condition), tokens, rtol=0, atol=0)
 
 
 def test_saving_leaves_no_partial_file_and_overwrites(tmp_path: Path) -> None:

@@ -88,7 +88,7 @@ class TextGated(Fuser):
             the number of maps of each group.
         base_index: position of the base map among the L; negative counts from the end. It also stays in its group.
         keys: what the gate sees of a map: ``"class"``, its first prefix token (where the backbone has none, the mean
-            patch token); or ``"mean"``, always the mean patch token, as for backbones whose prefix tokens are registers.
+            patch token); or ``"mean"``, always the mean patch token, for backbones whose prefix tokens are registers.
         num_attention_layers: of the gate.
         num_heads: of each of them.
         hidden_channels: width of the gate; if left out, C.
@@ -132,8 +132,8 @@ class TextGated(Fuser):
                 raise InputError(f"{name} of fuser {self.name!r} is {number}; expected at least 1.")
         if hidden % num_heads:
             raise InputError(
-                f"{hidden} channels cannot be split evenly over {num_heads} heads; give num_heads that divides them, or "
-                "hidden_channels."
+                f"{hidden} channels cannot be split evenly over {num_heads} heads; give num_heads that divides them, "
+                "or hidden_channels."
             )
         self.condition_channels = condition_channels
         self.group_sizes = _group_sizes(groups, num_layers)
@@ -175,9 +175,7 @@ class TextGated(Fuser):
         terms = self.num_layers + len(self.group_sizes)
         return 2 * terms * self.num_tokens(grids) * self.in_channels[0]
 
-    def _weights(
-        self, features: FeatureMaps, means: Sequence[torch.Tensor], condition: torch.Tensor
-    ) -> torch.Tensor:
+    def _weights(self, features: FeatureMaps, means: Sequence[torch.Tensor], condition: torch.Tensor) -> torch.Tensor:
         if self.keys == "class" and features.prefix and features.prefix[0].shape[1] > 0:
             tokens = self._group_means([prefix[:, 0] for prefix in features.prefix])
         else:

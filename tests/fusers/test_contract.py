@@ -6,7 +6,7 @@ import copy
 import dataclasses
 import json
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -21,40 +21,7 @@ from layerfuse.fusers import FUSERS, Fuser, create_fuser, fuser_from_config
 from layerfuse.ops import set_implementation
 from layerfuse.registry import Registry
 from layerfuse.testing import random_features, randomise_parameters
-
-
-@FUSERS.register("test_gated")
-class Gated(Fuser):
-    """A fuser as a user would write it: the last map plus a bottleneck of each other one."""
-
-    equal_channels = True
-
-    def __init__(self, in_channels: int | Sequence[int], num_layers: int, *, bottleneck: int = 3) -> None:
-        super().__init__(in_channels, num_layers)
-        width = self.in_channels[0]
-        self.down = nn.ModuleList(nn.Linear(width, bottleneck) for _ in range(num_layers))
-        self.up = nn.Linear(bottleneck, width)
-
-    def fuse(self, features: FeatureMaps, *, condition: torch.Tensor | None = None) -> torch.Tensor:
-        mixed = torch.stack([down(x) for down, x in zip(self.down, features, strict=True)]).sum(0)
-        return features.maps[-1] + self.up(mixed)
-
-
-# Every fuser, in every form that computes something else. A new fuser gets one entry, or is tested with its defaults.
-FORMS: dict[str, list[dict[str, Any]]] = {
-    "select": [{}, {"index": 0}],
-    "concat": [{}, {"norm": "layer"}, {"out_channels": 6}, {"norm": "layer", "out_channels": 6}],
-    "mmfuser": [
-        {"num_heads": 2},
-        {"num_heads": 1, "num_points": 2, "query_index": 0},
-        {"num_heads": 4, "num_points": 3, "query_index": 1, "implementation": "reference"},
-    ],
-    "test_gated": [{}, {"bottleneck": 5}],
-}
-ALL_FORMS = [(name, options) for name in FUSERS.names() for options in FORMS.get(name, [{}])]
-IDS = [f"{name}-{json.dumps(options)}" for name, options in ALL_FORMS]
-# Registered while this file is tested only: tests of other files see the registry as users do.
-del FUSERS._entries["test_gated"]
+from tests.fusers.contract_support import ALL_FORMS, IDS, Gated, inputs_of, uncounted_flops
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -112,7 +79,7 @@ def test_output_has_the_promised_shape_and_dtype_and_reaches_every_parameter(
         requires_grad=True,
         seed=seed,
     )
-    output = fuser(features)
+    output = fuser(*inputs_of(fuser, features))
     assert output.shape == (batch_size, fuser.num_tokens(features.grids), fuser.out_channels)
     cells = math.prod(fuser.out_grid(features.grids) or (0,))
     assert cells + sum(fuser.extra_tokens(features.grids)) == output.shape[1]
@@ -128,7 +95,8 @@ def test_output_has_the_promised_shape_and_dtype_and_reaches_every_parameter(
 @every_form
 def test_gradient_of_every_parameter_is_not_zero(name: str, options: dict[str, Any]) -> None:
     fuser = _build(name, options)
-    fuser(random_features(8, num_layers=3, grids=(4, 5), requires_grad=True)).square().sum().backward()
+    features = random_features(8, num_layers=3, grids=(4, 5), requires_grad=True)
+    fuser(*inputs_of(fuser, features)).square().sum().backward()
     for parameter_name, parameter in fuser.named_parameters():
         assert parameter.grad is not None and parameter.grad.abs().sum() > 0, parameter_name
 
@@ -143,10 +111,10 @@ def test_samples_of_a_batch_do_not_see_one_another(
     features = random_features(
         8, num_layers=3, grids=grid, batch_size=batch_size, dtype=torch.float64, requires_grad=True, seed=seed
     )
-    output = fuser(features)
+    output = fuser(*inputs_of(fuser, features))
     for sample in range(batch_size):
         alone = dataclasses.replace(features, maps=tuple(x[sample : sample + 1] for x in features))
-        torch.testing.assert_close(fuser(alone), output[sample : sample + 1])
+        torch.testing.assert_close(fuser(*inputs_of(fuser, alone)), output[sample : sample + 1])
     gradients = torch.autograd.grad(output[0].sum(), features.maps, allow_unused=True)
     assert all(gradient is None or not gradient[1:].any() for gradient in gradients)
 
@@ -158,16 +126,17 @@ def test_compiles_without_graph_breaks_on_changing_shapes(name: str, options: di
     compiled = torch.compile(fuser, fullgraph=True, backend="eager")
     for grid, batch_size in (((3, 4), 2), ((5, 2), 1), ((1, 1), 3)):
         features = random_features(8, num_layers=3, grids=grid, batch_size=batch_size)
-        torch.testing.assert_close(compiled(features), fuser(features))
+        inputs = inputs_of(fuser, features)
+        torch.testing.assert_close(compiled(*inputs), fuser(*inputs))
 
 
 @every_form
 def test_exports_with_the_geometry_that_it_was_given(name: str, options: dict[str, Any]) -> None:
     fuser = _build(name, options).eval()
     features = random_features(8, num_layers=3, grids=(3, 4))
-    exported = torch.export.export(fuser, (features,)).module()
-    other = random_features(8, num_layers=3, grids=(3, 4), seed=1)
-    torch.testing.assert_close(exported(other), fuser(other))
+    exported = torch.export.export(fuser, inputs_of(fuser, features)).module()
+    other = inputs_of(fuser, random_features(8, num_layers=3, grids=(3, 4), seed=1))
+    torch.testing.assert_close(exported(*other), fuser(*other))
 
 
 @every_form
@@ -179,7 +148,7 @@ def test_permuting_the_batch_permutes_the_output(
     fuser = _build(name, options).double()
     features = random_features(8, num_layers=3, grids=grid, batch_size=4, dtype=torch.float64, seed=seed)
     permuted = features.map(lambda tokens: tokens[order])
-    torch.testing.assert_close(fuser(permuted), fuser(features)[order])
+    torch.testing.assert_close(fuser(*inputs_of(fuser, permuted)), fuser(*inputs_of(fuser, features))[order])
 
 
 @pytest.mark.slow
@@ -206,8 +175,8 @@ def test_learned_fusers_give_the_same_output_and_gradients_under_inductor() -> N
 def test_state_dict_round_trip_restores_the_output(name: str, options: dict[str, Any]) -> None:
     fuser, other = _build(name, options), create_fuser(name, in_channels=8, num_layers=3, options=options)
     other.load_state_dict(copy.deepcopy(fuser.state_dict()))
-    features = random_features(8, num_layers=3, grids=(2, 5))
-    assert torch.equal(other(features), fuser(features))
+    inputs = inputs_of(fuser, random_features(8, num_layers=3, grids=(2, 5)))
+    assert torch.equal(other(*inputs), fuser(*inputs))
 
 
 @every_form
@@ -219,8 +188,8 @@ def test_config_survives_json_and_rebuilds_the_same_fuser(name: str, options: di
     assert rebuilt.config == fuser.config
     rebuilt.load_state_dict(fuser.state_dict())
     set_implementation(fuser, "auto")  # which path an operator takes is not saved
-    features = random_features(8, num_layers=3, grids=(3, 2))
-    assert torch.equal(rebuilt(features), fuser(features))
+    inputs = inputs_of(fuser, random_features(8, num_layers=3, grids=(3, 2)))
+    assert torch.equal(rebuilt(*inputs), fuser(*inputs))
 
 
 @every_form
@@ -236,17 +205,11 @@ def test_cost_told_in_advance_is_what_is_paid(
     fuser = create_fuser(name, in_channels=in_channels, num_layers=num_layers, options=options)
     features = random_features(in_channels, num_layers=num_layers, grids=grid, batch_size=1)
     with FlopCounterMode(display=False) as counter:
-        output = fuser(features)
+        output = fuser(*inputs_of(fuser, features))
     assert cost.parameters == sum(parameter.numel() for parameter in fuser.parameters())
     assert (1, cost.num_tokens, cost.out_channels) == output.shape
-    num_tokens = math.prod(grid)
-    # Weighted sums run as element-wise work or embedding_bag, which the counter does not see.
-    sums = {
-        "average": 2 * num_layers * num_tokens * in_channels,
-        "scalar_mix": 2 * num_layers * num_tokens * in_channels,
-        "mmfuser": 2 * num_layers * num_tokens * in_channels * 4 * options.get("num_points", 4),
-    }
-    assert cost.flops == counter.get_total_flops() + sums.get(name, 0)
+    uncounted = uncounted_flops(name, options, num_layers=num_layers, grid=grid, in_channels=in_channels)
+    assert cost.flops == counter.get_total_flops() + uncounted
 
 
 @every_form
@@ -276,12 +239,14 @@ def test_maps_of_another_precision_are_fused_in_the_fusers_own(
 ) -> None:
     fuser = _build(name, options).to(parameters)
     features = random_features(8, num_layers=3, grids=(2, 5), dtype=maps)
-    output = fuser(features)
+    inputs = inputs_of(fuser, features)
+    output = fuser(*inputs)
     assert output.dtype == maps
     # Without parameters there is no precision but the maps'.
     own = parameters if any(True for _ in fuser.parameters()) else maps
     converted = dataclasses.replace(features, maps=tuple(feature_map.to(own) for feature_map in features))
-    torch.testing.assert_close(output, fuser(converted).to(maps), rtol=0, atol=0)
+    condition = [given.to(own) for given in inputs[1:]]
+    torch.testing.assert_close(output, fuser(converted, *condition).to(maps), rtol=0, atol=0)
 
 
 @every_form
@@ -289,7 +254,9 @@ def test_autocast_chooses_the_precision_where_it_is_on(name: str, options: dict[
     fuser = _build(name, options)
     features = random_features(8, num_layers=3, grids=(2, 5), dtype=torch.bfloat16)
     with torch.autocast("cpu", torch.bfloat16):
-        assert torch.equal(fuser(features), fuser.fuse(features))
+        _, *condition = inputs_of(fuser, features)
+        given = {"condition": condition[0]} if condition else {}
+        assert torch.equal(fuser(features, **given), fuser.fuse(features, **given))
 
 
 @every_form
@@ -324,9 +291,14 @@ def test_wrong_widths_are_refused(name: str, options: dict[str, Any]) -> None:
 
 
 @every_form
-def test_a_condition_is_refused_by_fusers_that_take_none(name: str, options: dict[str, Any]) -> None:
+def test_a_condition_is_refused_by_fusers_that_take_none_and_asked_for_by_others(
+    name: str, options: dict[str, Any]
+) -> None:
     fuser = _build(name, options)
-    assert fuser.condition_channels is None
+    if fuser.condition_channels is not None:
+        with pytest.raises(ValueError, match=f"fuser '{name}' needs a condition"):
+            fuser(random_features(8, num_layers=3))
+        return
     with pytest.raises(ValueError, match=f"fuser '{name}' takes no condition; call it with the feature maps alone"):
         fuser(random_features(8, num_layers=3), torch.zeros(2, 8))
 
@@ -349,7 +321,7 @@ def test_differing_grids_are_fused_or_refused(name: str, options: dict[str, Any]
         with pytest.raises(ValueError, match="it needs one grid for all maps"):
             fuser.cost(features.grids)
     else:
-        assert fuser(features).shape == (2, fuser.num_tokens(features.grids), fuser.out_channels)
+        assert fuser(*inputs_of(fuser, features)).shape == (2, fuser.num_tokens(features.grids), fuser.out_channels)
 
 
 @every_form
@@ -360,5 +332,5 @@ def test_differing_widths_are_fused_or_refused(name: str, options: dict[str, Any
     else:
         fuser = create_fuser(name, in_channels=[8, 8, 4], num_layers=3, options=options)
         features = random_features([8, 8, 4])
-        assert fuser(features).shape == (2, fuser.num_tokens(features.grids), fuser.out_channels)
+        assert fuser(*inputs_of(fuser, features)).shape == (2, fuser.num_tokens(features.grids), fuser.out_channels)
         assert fuser_from_config(fuser.config).in_channels == (8, 8, 4)

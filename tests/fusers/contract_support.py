@@ -1,0 +1,87 @@
+"""Every fuser in every form that `test_contract.py` tries, and what it must know of each."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from layerfuse.features import FeatureMaps, Grid
+from layerfuse.fusers import FUSERS, Fuser
+
+
+@FUSERS.register("test_gated")
+class Gated(Fuser):
+    """A fuser as a user would write it: the last map plus a bottleneck of each other one."""
+
+    equal_channels = True
+
+    def __init__(self, in_channels: int | Sequence[int], num_layers: int, *, bottleneck: int = 3) -> None:
+        super().__init__(in_channels, num_layers)
+        width = self.in_channels[0]
+        self.down = nn.ModuleList(nn.Linear(width, bottleneck) for _ in range(num_layers))
+        self.up = nn.Linear(bottleneck, width)
+
+    def fuse(self, features: FeatureMaps, *, condition: torch.Tensor | None = None) -> torch.Tensor:
+        mixed = torch.stack([down(x) for down, x in zip(self.down, features, strict=True)]).sum(0)
+        return features.maps[-1] + self.up(mixed)
+
+
+# Every fuser, in every form that computes something else. A new fuser gets one entry, or is tested with its defaults.
+FORMS: dict[str, list[dict[str, Any]]] = {
+    "select": [{}, {"index": 0}],
+    "concat": [{}, {"norm": "layer"}, {"out_channels": 6}, {"norm": "layer", "out_channels": 6}],
+    "mmfuser": [
+        {"num_heads": 2},
+        {"num_heads": 1, "num_points": 2, "query_index": 0},
+        {"num_heads": 4, "num_points": 3, "query_index": 1, "implementation": "reference"},
+    ],
+    "spatial_aggregator": [
+        {"num_heads": 2},
+        {"num_heads": 1, "windows": 2, "depth": 1, "context_index": -1, "hidden_channels": 6},
+        {"num_heads": 2, "grid": [2, 3], "depth": 2, "context": "none", "mixing": "separate"},
+        {"num_heads": 2, "windows": 2, "depth": 1, "mixing": "separate"},
+    ],
+    "test_gated": [{}, {"bottleneck": 5}],
+    "text_gated": [
+        {"condition_channels": 6, "groups": 2, "num_heads": 2},
+        {"condition_channels": 3, "groups": 2, "num_heads": 3, "num_attention_layers": 1, "hidden_channels": 12},
+    ],
+}
+ALL_FORMS = [(name, options) for name in FUSERS.names() for options in FORMS.get(name, [{}])]
+IDS = [f"{name}-{json.dumps(options)}" for name, options in ALL_FORMS]
+# Registered while `test_contract.py` runs only: tests of other files see the registry as users do.
+del FUSERS._entries["test_gated"]
+
+
+def inputs_of(fuser: Fuser, features: FeatureMaps) -> tuple[Any, ...]:
+    """The maps and, for a fuser that takes one, a condition that each image has of its own."""
+    if fuser.condition_channels is None:
+        return (features,)
+    summary = features.maps[-1].detach().mean(1)
+    return features, summary.repeat(1, fuser.condition_channels)[:, : fuser.condition_channels]
+
+
+def _resampling(options: dict[str, Any], num_layers: int, grid: Grid, in_channels: int) -> int:
+    """Operations of `spatial_aggregator` for maps whose grid is not the output grid times the window."""
+    window = options.get("windows", 1)
+    height, width = options.get("grid") or [max(edge // window, 1) for edge in grid]
+    cells = 0 if (height * window, width * window) == grid else height * width * window**2
+    return 8 * num_layers * cells * in_channels
+
+
+def uncounted_flops(name: str, options: dict[str, Any], *, num_layers: int, grid: Grid, in_channels: int) -> int:
+    """Operations of weighted sums, which run as element-wise work or embedding_bag and are not seen by the counter."""
+    numbers = math.prod(grid) * in_channels
+    sums = {
+        "average": 2 * num_layers * numbers,
+        "mmfuser": 2 * num_layers * numbers * 4 * options.get("num_points", 4),
+        "scalar_mix": 2 * num_layers * numbers,
+        "spatial_aggregator": _resampling(options, num_layers, grid, in_channels),
+        "text_gated": 2 * (num_layers + 2) * numbers,
+    }
+    return sums.get(name, 0)
