@@ -204,8 +204,8 @@ class SpatialAggregator(Fuser):
         num_heads: M; must divide ``hidden_channels``.
 
     Raises:
-        ValueError: if a name is unknown, a number below 1, ``grid`` no pair, ``windows`` not one per map, there is no such
-            map, or the heads do not divide the channels.
+        ValueError: if a name is unknown, a number below 1, ``grid`` no pair, ``windows`` not one per map, a map not
+            there, or the heads do not divide the channels.
     """
 
     equal_grids = False
