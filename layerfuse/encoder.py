@@ -5,6 +5,7 @@ This is where layerfuse ends; a projector and a language model come after it.
 
 from __future__ import annotations
 
+import inspect
 import json
 import warnings
 from collections.abc import Mapping, Sequence
@@ -366,10 +367,11 @@ def create_encoder(
     if isinstance(fuser, Fuser) and fuser_options:
         raise InputError("fuser_options are for a fuser that is built by its name; this one is built already.")
     kind = type(fuser) if isinstance(fuser, Fuser) else FUSERS.get(fuser)
+    chosen = fuser.options if isinstance(fuser, Fuser) else fuser_options or {}
     backbone = create_backbone(
         model,
         held,
-        layers=partial(_published_layers, kind) if layers is None else layers,
+        layers=partial(_published_layers, kind, chosen) if layers is None else layers,
         pretrained=pretrained,
         image_size=image_size,
         options=backbone_options,
@@ -381,8 +383,10 @@ def create_encoder(
     return FusedEncoder(backbone, fuser).to(device=as_device(device), dtype=as_dtype(dtype)).eval()
 
 
-def _published_layers(fuser: type[Fuser], num_blocks: int) -> tuple[int, ...]:
-    published = fuser.default_layers(num_blocks)
+def _published_layers(fuser: type[Fuser], options: Mapping[str, Any], num_blocks: int) -> tuple[int, ...]:
+    asked = inspect.signature(fuser.default_layers).parameters.values()
+    taken = {entry.name for entry in asked if entry.kind is entry.KEYWORD_ONLY} & options.keys()
+    published = fuser.default_layers(num_blocks, **{name: options[name] for name in taken})
     if published is None:
         raise InputError(
             f"fuser {fuser.name!r} has no published choice of layers for {num_blocks} blocks; name them, for example "

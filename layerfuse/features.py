@@ -32,14 +32,23 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.nn import functional as F
 from torch.utils import _pytree as pytree
 
 from layerfuse.errors import InputError, MissingFileError, UnknownKeyError
 from layerfuse.files import atomic_file, read_safetensors
 
-__all__ = ["FeatureMaps", "Grid"]
+__all__ = ["RESAMPLING", "FeatureMaps", "Grid"]
 
 Grid = tuple[int, int]
+
+# What `FeatureMaps.resample` takes, and torch's own way of each. Corner cells stay on corner cells, as in Eagle
+# (arXiv:2408.15998); the nearest cell is the one whose centre is nearest.
+RESAMPLING: dict[str, dict[str, Any]] = {
+    "bilinear": {"mode": "bilinear", "align_corners": True},
+    "bicubic": {"mode": "bicubic", "align_corners": True},
+    "nearest": {"mode": "nearest-exact"},
+}
 
 _GEOMETRY = "layerfuse.feature_maps"
 
@@ -171,6 +180,28 @@ class FeatureMaps:
         """
         return replace(self, maps=tuple(map(function, self.maps)), prefix=tuple(map(function, self.prefix)))
 
+    def resample(self, grid: Grid, mode: str = "bilinear") -> FeatureMaps:
+        """Return feature maps whose maps all have one grid; those that have it stay as they are.
+
+        Interpolated in float32 at least. Prefix tokens stay.
+
+        Args:
+            grid: (H, W), in patches.
+            mode: ``"bilinear"`` or ``"bicubic"``, corner cells on corner cells, or ``"nearest"``.
+
+        Returns:
+            L maps, each (B, H * W, C_l).
+
+        Raises:
+            ValueError: if there is no such mode.
+        """
+        if mode not in RESAMPLING:
+            raise InputError(f"resampling mode {mode!r} is unknown. Known: {', '.join(RESAMPLING)}.")
+        maps = tuple(
+            [_resampled(tokens, given, grid, mode) for tokens, given in zip(self.maps, self.grids, strict=True)]
+        )
+        return replace(self, maps=maps, grids=(grid,) * len(maps))
+
     def to(
         self,
         device: torch.device | str | int | torch.dtype | None = None,
@@ -239,6 +270,14 @@ class FeatureMaps:
         )
         layers, grids, sources = _as_geometry(json.loads(metadata[_GEOMETRY]))
         return cls(maps, layers, grids, prefix, sources)
+
+
+def _resampled(tokens: torch.Tensor, given: Grid, grid: Grid, mode: str) -> torch.Tensor:
+    """Return (B, H * W, C) tokens on another grid."""
+    if given == grid:
+        return tokens
+    image = tokens.transpose(1, 2).unflatten(2, given).to(torch.promote_types(tokens.dtype, torch.float32))
+    return F.interpolate(image, size=grid, **RESAMPLING[mode]).flatten(2).transpose(1, 2).to(tokens.dtype)
 
 
 _Geometry = tuple[tuple[int, ...], tuple[Grid, ...], tuple[int, ...]]

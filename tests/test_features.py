@@ -206,3 +206,31 @@ def test_files_without_feature_maps_are_refused(tmp_path: Path) -> None:
     path.write_bytes(path.read_bytes()[:-9])
     with pytest.raises(InputError, match="is not a whole safetensors file"):
         FeatureMaps.load(path)
+
+
+@pytest.mark.parametrize("mode", ["bilinear", "bicubic", "nearest"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+def test_resampling_gives_all_maps_one_grid(mode: str, dtype: torch.dtype) -> None:
+    features = random_features([4, 3], grids=[(2, 5), (3, 4)], num_prefix_tokens=1, dtype=dtype)
+    resampled = features.resample((3, 4), mode)
+    assert resampled.grids == ((3, 4), (3, 4)) and [tokens.shape for tokens in resampled] == [(2, 12, 4), (2, 12, 3)]
+    assert resampled[0].dtype == dtype and resampled[1] is features[1] and resampled.prefix[0] is features.prefix[0]
+    constant = features.map(torch.ones_like).resample((4, 1), mode)
+    torch.testing.assert_close(constant[0], torch.ones(2, 4, 4, dtype=dtype))
+
+
+def test_corner_cells_stay_on_corner_cells() -> None:
+    features = random_features(4, num_layers=1, grids=(3, 5))
+    resampled = features.resample((7, 9)).nchw(0)
+    torch.testing.assert_close(resampled[..., ::3, ::4], features.nchw(0)[..., ::2])
+
+
+def test_the_nearest_cell_is_repeated() -> None:
+    features = random_features(4, num_layers=1, grids=(2, 3))
+    expected = features.nchw(0).repeat_interleave(2, 2).repeat_interleave(2, 3)
+    assert torch.equal(features.resample((4, 6), "nearest").nchw(0), expected)
+
+
+def test_an_unknown_way_of_resampling_is_refused() -> None:
+    with pytest.raises(InputError, match="resampling mode 'linear' is unknown. Known: bilinear, bicubic, nearest"):
+        random_features(4).resample((2, 2), "linear")

@@ -6,16 +6,19 @@ from layerfuse.fusers.average import Average
 from layerfuse.fusers.base import FUSERS, ExtraTokens, Fuser, FuserCost
 from layerfuse.fusers.concat import Concat
 from layerfuse.fusers.creation import create_fuser, fuser_from_config, list_fusers
+from layerfuse.fusers.dense_connector import DenseConnector
 from layerfuse.fusers.mmfuser import MMFuser
 from layerfuse.fusers.scalar_mix import ScalarMix
 from layerfuse.fusers.select import Select
 from layerfuse.fusers.spatial_aggregator import SpatialAggregator
 from layerfuse.fusers.text_gated import TextGated
+from layerfuse.fusers.token_concat import TokenConcat
 
 __all__ = [
     "FUSERS",
     "Average",
     "Concat",
+    "DenseConnector",
     "ExtraTokens",
     "Fuser",
     "FuserCost",
@@ -24,6 +27,7 @@ __all__ = [
     "Select",
     "SpatialAggregator",
     "TextGated",
+    "TokenConcat",
     "create_fuser",
     "fuser_from_config",
     "list_fusers",

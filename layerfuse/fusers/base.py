@@ -283,6 +283,8 @@ class Fuser(nn.Module, abc.ABC):
     def default_layers(cls, depth: int) -> tuple[int, ...] | None:
         """Return the layers that the fuser's source taps of a backbone of this depth, in the fuser's order.
 
+        A fuser whose options decide it may take those as keyword-only arguments, with their defaults.
+
         Args:
             depth: number of the backbone's blocks.
 

@@ -8,26 +8,37 @@ import torch
 from torch import nn
 
 from layerfuse.errors import InputError
-from layerfuse.features import FeatureMaps
+from layerfuse.features import RESAMPLING, FeatureMaps, Grid
 from layerfuse.fusers.base import FUSERS, Fuser
 
 __all__ = ["Concat"]
 
 _NORMS = ("none", "layer")
+_ORDERS = ("blocks", "interleaved")
+# Cells that each resampled cell is a weighted sum of.
+_CELLS_READ = {"bilinear": 4, "bicubic": 16, "nearest": 0}
 
 
 @FUSERS.register("concat")
 class Concat(Fuser):
-    """Concatenate the maps on channels, then optionally normalise and project. All maps share one grid.
+    """Concatenate the maps on channels, then optionally normalise and project.
 
     Args:
         in_channels: C of every map, or one number per map.
         num_layers: number of maps L.
         norm: ``"none"``, or ``"layer"``: LayerNorm over all concatenated channels, as in ViP-LLaVA.
+        norm_eps: epsilon of the norm; transformers' VipLlava calls it ``projector_layernorm_eps``.
+        order: of the channels. ``"blocks"``: all of the first map, then all of the second. ``"interleaved"``: the first
+            channel of every map, then the second, as Llama 3.2 Vision (arXiv:2407.21783) stores its intermediate
+            layers; the maps share one width.
+        resize: how maps of other grids come to one grid: ``"bilinear"`` as in Eagle (arXiv:2408.15998), ``"bicubic"``
+            or ``"nearest"``, see `FeatureMaps.resample`; None refuses maps of several grids.
+        grid: (H, W) that the maps are resized to, in patches; if left out, that of the last map.
         out_channels: width of a final linear layer; if left out there is none, and C_out is the sum of the widths.
 
     Raises:
-        ValueError: if the norm is unknown or ``out_channels`` below 1.
+        ValueError: if norm, order or resize is unknown, maps to interleave differ in width, or ``grid`` or
+            ``out_channels`` cannot be.
     """
 
     def __init__(
@@ -36,16 +47,32 @@ class Concat(Fuser):
         num_layers: int,
         *,
         norm: str = "none",
+        norm_eps: float = 1e-5,
+        order: str = "blocks",
+        resize: str | None = None,
+        grid: Sequence[int] | None = None,
         out_channels: int | None = None,
     ) -> None:
         super().__init__(in_channels, num_layers)
-        if norm not in _NORMS:
-            raise InputError(f"norm {norm!r} of fuser 'concat' is unknown. Known: {', '.join(_NORMS)}.")
+        _check("norm", norm, _NORMS)
+        _check("order", order, _ORDERS)
+        if resize is not None:
+            _check("resize", resize, tuple(RESAMPLING))
         if out_channels is not None and out_channels < 1:
             raise InputError(f"out_channels is {out_channels}; expected at least 1, or None for no linear layer.")
+        if order == "interleaved" and len(set(self.in_channels)) > 1:
+            widths = ", ".join(map(str, self.in_channels))
+            raise InputError(
+                f"fuser 'concat' with order='interleaved' got maps of widths {widths}; it needs one width for all "
+                "maps. Tap layers of one width, or give order='blocks'."
+            )
+        self.order = order
+        self.resize = resize
+        self.grid = _as_grid(grid, resize)
+        self.equal_grids = resize is None
         width = sum(self.in_channels)
         self.out_channels = width if out_channels is None else out_channels
-        self.norm: nn.Module = nn.LayerNorm(width) if norm == "layer" else nn.Identity()
+        self.norm: nn.Module = nn.LayerNorm(width, eps=norm_eps) if norm == "layer" else nn.Identity()
         self.proj: nn.Module = nn.Identity() if out_channels is None else nn.Linear(width, out_channels)
 
     @classmethod
@@ -55,5 +82,40 @@ class Concat(Fuser):
 
     def fuse(self, features: FeatureMaps, *, condition: torch.Tensor | None = None) -> torch.Tensor:
         """Return the concatenated map: (B, N, C_out)."""
-        fused: torch.Tensor = self.proj(self.norm(torch.cat(features.maps, dim=-1)))
+        if self.resize is not None:
+            features = features.resample(self.out_grid(features.grids), self.resize)
+        if self.order == "interleaved":
+            joined = torch.stack(features.maps, dim=-1).flatten(-2)
+        else:
+            joined = torch.cat(features.maps, dim=-1)
+        fused: torch.Tensor = self.proj(self.norm(joined))
         return fused
+
+    def out_grid(self, grids: Sequence[Grid]) -> Grid:
+        """Return the grid that the maps are resized to: ``grid``, or that of the last map."""
+        return self.grid or grids[-1]
+
+    def extra_flops(self, grids: Sequence[Grid]) -> int:
+        """Count the weighted sums of the resized maps."""
+        if self.resize is None:
+            return 0
+        target = self.out_grid(grids)
+        widths = sum(width for width, grid in zip(self.in_channels, grids, strict=True) if grid != target)
+        return 2 * _CELLS_READ[self.resize] * target[0] * target[1] * widths
+
+
+def _check(option: str, given: str, known: tuple[str, ...]) -> None:
+    if given not in known:
+        raise InputError(f"{option} {given!r} of fuser 'concat' is unknown. Known: {', '.join(known)}.")
+
+
+def _as_grid(grid: Sequence[int] | None, resize: str | None) -> Grid | None:
+    if grid is None:
+        return None
+    if len(grid) != 2 or min(grid) < 1:
+        raise InputError(f"grid of fuser 'concat' is {list(grid)}; give (H, W) in patches, both at least 1.")
+    if resize is None:
+        raise InputError(
+            f"grid {list(grid)} of fuser 'concat' needs a way to get there; give resize, too: {', '.join(RESAMPLING)}."
+        )
+    return grid[0], grid[1]

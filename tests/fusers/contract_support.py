@@ -34,12 +34,29 @@ class Gated(Fuser):
 # Every fuser, in every form that computes something else. A new fuser gets one entry, or is tested with its defaults.
 FORMS: dict[str, list[dict[str, Any]]] = {
     "select": [{}, {"index": 0}],
-    "concat": [{}, {"norm": "layer"}, {"out_channels": 6}, {"norm": "layer", "out_channels": 6}],
+    "concat": [
+        {},
+        {"norm": "layer"},
+        {"out_channels": 6},
+        {"norm": "layer", "out_channels": 6},
+        {"order": "interleaved", "norm": "layer"},
+        {"resize": "bilinear"},
+        {"resize": "bicubic", "grid": (2, 3)},
+        {"resize": "nearest", "grid": (3, 2), "out_channels": 6},
+    ],
+    "dense_connector": [
+        {},
+        {"groups": 1, "query_in_groups": False},
+        {"mode": "sci", "query_index": 0},
+        {"mode": "sti"},
+        {"mode": "sti", "pool": (2, 1)},
+    ],
     "mmfuser": [
         {"num_heads": 2},
         {"num_heads": 1, "num_points": 2, "query_index": 0},
         {"num_heads": 4, "num_points": 3, "query_index": 1, "implementation": "reference"},
     ],
+    "scalar_mix": [{}, {"normalise": "none"}, {"normalise": "none", "start": "query_layer", "query_index": 0}],
     "spatial_aggregator": [
         {"num_heads": 2},
         {"num_heads": 1, "windows": 2, "depth": 1, "context_index": -1, "hidden_channels": 6},
@@ -51,8 +68,11 @@ FORMS: dict[str, list[dict[str, Any]]] = {
         {"condition_channels": 6, "groups": 2, "num_heads": 2},
         {"condition_channels": 3, "groups": 2, "num_heads": 3, "num_attention_layers": 1, "hidden_channels": 12},
     ],
+    "token_concat": [{}, {"query_index": 0}],
 }
 ALL_FORMS = [(name, options) for name in FUSERS.names() for options in FORMS.get(name, [{}])]
+# Forms that take one width, of fusers that otherwise take several.
+ONE_WIDTH = [("concat", "order", "interleaved")]
 IDS = [f"{name}-{json.dumps(options)}" for name, options in ALL_FORMS]
 # Registered while `test_contract.py` runs only: tests of other files see the registry as users do.
 del FUSERS._entries["test_gated"]
@@ -74,11 +94,31 @@ def _resampling(options: dict[str, Any], num_layers: int, grid: Grid, in_channel
     return 8 * num_layers * cells * in_channels
 
 
+def _averaged_cells(options: dict[str, Any], grid: Grid, num_layers: int) -> int:
+    """Cells of all maps that dense_connector averages into others."""
+    mode = options.get("mode", "dci")
+    if mode == "dci":
+        inside = options.get("query_in_groups", num_layers % options.get("groups", 2) == 0)
+        return math.prod(grid) * (num_layers if inside else num_layers - 1)
+    rows, columns = options.get("pool", (0, 0))
+    pooled = (grid[0] // rows * rows) * (grid[1] // columns * columns) if rows else math.prod(grid) // 8 * 8
+    return (num_layers - 1) * pooled if mode == "sti" else 0
+
+
+def _resizing(options: dict[str, Any], num_layers: int, grid: Grid, in_channels: int) -> int:
+    """Operations of `concat` for maps of another grid than the output's."""
+    target = options.get("grid", grid)
+    read = {None: 0, "bilinear": 4, "bicubic": 16, "nearest": 0}[options.get("resize")]
+    return 0 if target == grid else 2 * num_layers * read * math.prod(target) * in_channels
+
+
 def uncounted_flops(name: str, options: dict[str, Any], *, num_layers: int, grid: Grid, in_channels: int) -> int:
     """Operations of weighted sums, which run as element-wise work or embedding_bag and are not seen by the counter."""
     numbers = math.prod(grid) * in_channels
     sums = {
         "average": 2 * num_layers * numbers,
+        "concat": _resizing(options, num_layers, grid, in_channels),
+        "dense_connector": 2 * in_channels * _averaged_cells(options, grid, num_layers),
         "mmfuser": 2 * num_layers * numbers * 4 * options.get("num_points", 4),
         "scalar_mix": 2 * num_layers * numbers,
         "spatial_aggregator": _resampling(options, num_layers, grid, in_channels),

@@ -21,7 +21,7 @@ from layerfuse.fusers import FUSERS, Fuser, create_fuser, fuser_from_config
 from layerfuse.ops import set_implementation
 from layerfuse.registry import Registry
 from layerfuse.testing import random_features, randomise_parameters
-from tests.fusers.contract_support import ALL_FORMS, IDS, Gated, inputs_of, uncounted_flops
+from tests.fusers.contract_support import ALL_FORMS, IDS, ONE_WIDTH, Gated, inputs_of, uncounted_flops
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -46,6 +46,7 @@ def _build(name: str, options: dict[str, Any], *, in_channels: int = 8, num_laye
 
 def test_the_registry_holds_the_fusers_of_this_package() -> None:
     assert {"average", "concat", "mmfuser", "scalar_mix", "select"} <= set(FUSERS.names())
+    assert {"dense_connector", "token_concat"} <= set(FUSERS.names())
     assert isinstance(FUSERS, Registry) and FUSERS.group == "layerfuse.fusers"
 
 
@@ -326,8 +327,9 @@ def test_differing_grids_are_fused_or_refused(name: str, options: dict[str, Any]
 
 @every_form
 def test_differing_widths_are_fused_or_refused(name: str, options: dict[str, Any]) -> None:
-    if FUSERS.get(name).equal_channels:
-        with pytest.raises(ValueError, match=f"'{name}' got maps of widths 8, 8, 4; it needs one width"):
+    one_width = any(name == fuser and options.get(option) == value for fuser, option, value in ONE_WIDTH)
+    if one_width or FUSERS.get(name).equal_channels:
+        with pytest.raises(ValueError, match=f"'{name}' .*got maps of widths 8, 8, 4; it needs one width"):
             create_fuser(name, in_channels=[8, 8, 4], num_layers=3, options=options)
     else:
         fuser = create_fuser(name, in_channels=[8, 8, 4], num_layers=3, options=options)
