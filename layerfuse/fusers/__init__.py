@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from layerfuse.fusers.attention_pool import AttentionPool
 from layerfuse.fusers.average import Average
 from layerfuse.fusers.base import FUSERS, ExtraTokens, Fuser, FuserCost
 from layerfuse.fusers.concat import Concat
 from layerfuse.fusers.creation import create_fuser, fuser_from_config, list_fusers
+from layerfuse.fusers.cross_attention import CrossAttention
 from layerfuse.fusers.dense_connector import DenseConnector
+from layerfuse.fusers.depth_attention import DepthAttention
 from layerfuse.fusers.mmfuser import MMFuser
 from layerfuse.fusers.scalar_mix import ScalarMix
 from layerfuse.fusers.select import Select
@@ -16,9 +19,12 @@ from layerfuse.fusers.token_concat import TokenConcat
 
 __all__ = [
     "FUSERS",
+    "AttentionPool",
     "Average",
     "Concat",
+    "CrossAttention",
     "DenseConnector",
+    "DepthAttention",
     "ExtraTokens",
     "Fuser",
     "FuserCost",

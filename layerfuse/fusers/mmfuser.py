@@ -19,38 +19,13 @@ from torch import nn
 from layerfuse.errors import InputError
 from layerfuse.features import FeatureMaps, Grid
 from layerfuse.fusers.base import FUSERS, Fuser
-from layerfuse.ops import MultiScaleDeformableAttention
+from layerfuse.ops import ChannelScale, MultiScaleDeformableAttention
 
 __all__ = ["MMFuser", "from_published_state_dict", "to_published_state_dict"]
 
 _T = TypeVar("_T")
 
 _PUBLISHED_SCALES = {"gamma1": "output_scale.scale", "gamma2": "self_scale.scale"}
-
-
-class ChannelScale(nn.Module):
-    """A layer of one learned factor per channel, zero at the start.
-
-    A module of its own, and no name with gamma or beta: transformers renames such parameters while it loads, and the
-    weights are then lost (huggingface/transformers#29554).
-
-    Args:
-        channels: C.
-    """
-
-    def __init__(self, channels: int) -> None:
-        super().__init__()
-        self.scale = nn.Parameter(torch.empty(channels))
-        self.reset_parameters()
-
-    @torch.no_grad()
-    def reset_parameters(self) -> None:
-        """Set the scales to zero."""
-        nn.init.zeros_(self.scale)
-
-    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
-        """Scale the channels of (B, N, C) tokens."""
-        return tokens * self.scale
 
 
 @FUSERS.register("mmfuser")

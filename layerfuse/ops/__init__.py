@@ -2,11 +2,20 @@
 
 from __future__ import annotations
 
+from layerfuse.ops.channel_scale import ChannelScale
 from layerfuse.ops.deformable import (
     IMPLEMENTATIONS,
     MultiScaleDeformableAttention,
     deformable_attention,
     set_implementation,
 )
+from layerfuse.ops.heads import check_heads
 
-__all__ = ["IMPLEMENTATIONS", "MultiScaleDeformableAttention", "deformable_attention", "set_implementation"]
+__all__ = [
+    "IMPLEMENTATIONS",
+    "ChannelScale",
+    "MultiScaleDeformableAttention",
+    "check_heads",
+    "deformable_attention",
+    "set_implementation",
+]

@@ -33,7 +33,15 @@ class Gated(Fuser):
 
 # Every fuser, in every form that computes something else. A new fuser gets one entry, or is tested with its defaults.
 FORMS: dict[str, list[dict[str, Any]]] = {
+    "attention_pool": [{"num_heads": 2}, {"num_heads": 4, "window": 3, "out_channels": 12}],
     "select": [{}, {"index": 0}],
+    "cross_attention": [{"num_heads": 2}, {"num_heads": 4, "query_index": 1}],
+    "depth_attention": [
+        {"num_heads": 2},
+        {"num_heads": 4, "logits": "own"},
+        {"num_heads": 1, "start": "query_layer", "query_index": 1},
+        {"num_heads": 2, "logits": "own", "start": "query_layer"},
+    ],
     "concat": [
         {},
         {"norm": "layer"},
@@ -119,6 +127,7 @@ def uncounted_flops(name: str, options: dict[str, Any], *, num_layers: int, grid
         "average": 2 * num_layers * numbers,
         "concat": _resizing(options, num_layers, grid, in_channels),
         "dense_connector": 2 * in_channels * _averaged_cells(options, grid, num_layers),
+        "depth_attention": 2 * num_layers * numbers * (1 + (options.get("logits") == "own")),
         "mmfuser": 2 * num_layers * numbers * 4 * options.get("num_points", 4),
         "scalar_mix": 2 * num_layers * numbers,
         "spatial_aggregator": _resampling(options, num_layers, grid, in_channels),

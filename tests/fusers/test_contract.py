@@ -14,6 +14,7 @@ import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from layerfuse.features import FeatureMaps, Grid
@@ -45,8 +46,9 @@ def _build(name: str, options: dict[str, Any], *, in_channels: int = 8, num_laye
 
 
 def test_the_registry_holds_the_fusers_of_this_package() -> None:
-    assert {"average", "concat", "mmfuser", "scalar_mix", "select"} <= set(FUSERS.names())
-    assert {"dense_connector", "token_concat"} <= set(FUSERS.names())
+    plain = {"average", "concat", "dense_connector", "scalar_mix", "select", "token_concat"}
+    attending = {"attention_pool", "cross_attention", "depth_attention", "mmfuser", "spatial_aggregator", "text_gated"}
+    assert plain | attending <= set(FUSERS.names())
     assert isinstance(FUSERS, Registry) and FUSERS.group == "layerfuse.fusers"
 
 
@@ -156,6 +158,7 @@ def test_permuting_the_batch_permutes_the_output(
 def test_learned_fusers_give_the_same_output_and_gradients_under_inductor() -> None:
     torch._dynamo.reset()
     forms = [("scalar_mix", {}), ("concat", {"norm": "layer", "out_channels": 6}), ("mmfuser", {"num_heads": 2})]
+    forms += [(name, {"num_heads": 2}) for name in ("attention_pool", "cross_attention", "depth_attention")]
     fusers = nn.ModuleList(_build(name, options) for name, options in forms)
     features = random_features(8, num_layers=3, grids=(3, 4))
 
@@ -205,7 +208,8 @@ def test_cost_told_in_advance_is_what_is_paid(
     cost = planned.cost([grid] * num_layers)
     fuser = create_fuser(name, in_channels=in_channels, num_layers=num_layers, options=options)
     features = random_features(in_channels, num_layers=num_layers, grids=grid, batch_size=1)
-    with FlopCounterMode(display=False) as counter:
+    # A CPU's fused attention is counted as no operations; the plain one's products are seen.
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
         output = fuser(*inputs_of(fuser, features))
     assert cost.parameters == sum(parameter.numel() for parameter in fuser.parameters())
     assert (1, cost.num_tokens, cost.out_channels) == output.shape

@@ -10,6 +10,7 @@ from torch import nn
 
 from layerfuse.errors import InputError
 from layerfuse.ops.deformable.attention import check_implementation, deformable_attention
+from layerfuse.ops.heads import check_heads
 
 __all__ = ["MultiScaleDeformableAttention", "set_implementation"]
 
@@ -40,15 +41,10 @@ class MultiScaleDeformableAttention(nn.Module):
         implementation: str = "auto",
     ) -> None:
         super().__init__()
-        for name, count in (("num_heads", num_heads), ("num_levels", num_levels), ("num_points", num_points)):
+        check_heads(channels, num_heads)
+        for name, count in (("num_levels", num_levels), ("num_points", num_points)):
             if count < 1:
                 raise InputError(f"{name} is {count}; expected at least 1.")
-        if channels % num_heads:
-            allowed = [count for count in range(1, channels + 1) if channels % count == 0]
-            raise InputError(
-                f"{channels} channels cannot be split evenly over {num_heads} heads; num_heads must be one of "
-                f"{', '.join(map(str, allowed))}."
-            )
         check_implementation(implementation)
         self.channels = channels
         self.num_heads = num_heads
