@@ -165,12 +165,7 @@ class Fuser(nn.Module, abc.ABC):
         Raises:
             ValueError: if number, widths or grids of the maps, or the condition, are not what the fuser was built for.
         """
-        self._check_grids(features.grids)
-        if features.channels != self.in_channels:
-            raise InputError(
-                f"fuser {self.name!r} got maps of widths {_listed(features.channels)}; it was built for "
-                f"{_listed(self.in_channels)}. Build it with in_channels=[{_listed(features.channels)}]."
-            )
+        self._check_maps(features)
         self._check_condition(condition, features.batch_size)
         precision, given = self._dtype, features.maps[0].dtype
         mixed = precision != given or (condition is not None and condition.dtype != precision)
@@ -312,6 +307,14 @@ class Fuser(nn.Module, abc.ABC):
     def extra_repr(self) -> str:
         """Return the config as text, for ``print(fuser)``."""
         return ", ".join(f"{key}={value!r}" for key, value in self.config.items() if key != "name")
+
+    def _check_maps(self, features: FeatureMaps) -> None:
+        self._check_grids(features.grids)
+        if features.channels != self.in_channels:
+            raise InputError(
+                f"fuser {self.name!r} got maps of widths {_listed(features.channels)}; it was built for "
+                f"{_listed(self.in_channels)}. Build it with in_channels=[{_listed(features.channels)}]."
+            )
 
     def _check_grids(self, grids: Sequence[Grid]) -> None:
         if len(grids) != self.num_layers:

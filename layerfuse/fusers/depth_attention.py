@@ -120,8 +120,11 @@ class DepthAttention(Fuser):
 
         Returns:
             (B, M, L, H, W) in the fuser's precision; sums to one over L. Its mean over M is one picture per layer.
+
+        Raises:
+            ValueError: if number, widths or grids of the maps are not what the fuser was built for.
         """
-        self._check_grids(features.grids)
+        self._check_maps(features)
         weights = self._weights(features.to(self.key_bias.dtype).maps)
         return weights.permute(0, 3, 2, 1).unflatten(-1, features.grids[0])
 

@@ -186,5 +186,17 @@ def test_impossible_options_are_refused(options: dict[str, Any], message: str) -
 
 
 def test_layer_weights_of_other_maps_are_refused() -> None:
+    fuser = DepthAttention(8, 3, num_heads=2)
     with pytest.raises(ValueError, match="'depth_attention' got 4 maps; it was built for num_layers=3"):
-        DepthAttention(8, 3, num_heads=2).layer_weights(random_features(8, num_layers=4))
+        fuser.layer_weights(random_features(8, num_layers=4))
+    with pytest.raises(ValueError, match="'depth_attention' got maps of widths 4, 4, 4; it was built for 8, 8, 8"):
+        fuser.layer_weights(random_features(4, num_layers=3))
+
+
+@every_form
+def test_maps_of_zeros_have_finite_gradients(logits: str, start: str) -> None:
+    fuser = randomise_parameters(DepthAttention(8, 3, num_heads=2, logits=logits, start=start))
+    zeros = random_features(8, num_layers=3).map(lambda tokens: torch.zeros_like(tokens).requires_grad_())
+    fuser(zeros).sum().backward()
+    gradients = [tensor.grad for tensor in (*zeros.maps, *fuser.parameters())]
+    assert all(gradient is None or gradient.isfinite().all() for gradient in gradients)
