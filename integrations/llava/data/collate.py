@@ -28,11 +28,13 @@ class Collator:
         """Pad and stack.
 
         Args:
-            samples: as `ConversationDataset` gives them; `labels`, `image_sizes` and `id` may be left out of all.
+            samples: as `ConversationDataset` gives them; `labels`, `image_sizes`, `condition` and `id` may be left out
+                of all.
 
         Returns:
             `input_ids`, `attention_mask`, `labels` (B, T); `pixel_values` (images, 3, height, width) and `image_sizes`
-            (images, 2) if there are any; `sample_ids`, B texts, where samples have an `id`; `skipped`, why samples
+            (images, 2) if there are any, with them `condition` (images, Q), ids filled up with `IGNORE_INDEX`, where
+            samples have it; `sample_ids`, B texts, where samples have an `id`; `skipped`, why samples
             are void, if any is.
         """
         ids = [sample["input_ids"] for sample in samples]
@@ -47,6 +49,8 @@ class Collator:
             batch["pixel_values"] = pixels
             if "image_sizes" in samples[0]:
                 batch["image_sizes"] = torch.cat([sample["image_sizes"] for sample in samples])
+            if "condition" in samples[0]:
+                batch["condition"] = self._pad([ids for sample in samples for ids in sample["condition"]], IGNORE_INDEX)
         if "id" in samples[0]:
             batch["sample_ids"] = [sample["id"] for sample in samples]
         skipped = [sample["skipped"] for sample in samples if "skipped" in sample]

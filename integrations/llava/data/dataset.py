@@ -11,7 +11,7 @@ import torch
 from torch.utils.data import Dataset
 
 from integrations.llava.image_layout import ImageLayout, ImageSize
-from integrations.llava.prompts import IGNORE_INDEX, Rendered, Template, TextEncoder, render
+from integrations.llava.prompts import IGNORE_INDEX, Rendered, Template, TextEncoder, asked_ids, render
 from layerfuse.errors import InputError, MissingFileError
 from layerfuse.preprocessing import Preprocessing
 from layerfuse.preprocessing.pixels import image_size
@@ -44,6 +44,7 @@ class ConversationDataset(Dataset[dict[str, Any]]):
         layout: how many tokens an image takes.
         max_length: longer samples are cut, T positions with images expanded.
         bad_samples: "skip" gives a void sample, without pixels and labels, where one cannot be read.
+        with_condition: whether samples say what is asked about their images, for a fuser that reads it.
     """
 
     def __init__(
@@ -57,6 +58,7 @@ class ConversationDataset(Dataset[dict[str, Any]]):
         layout: ImageLayout,
         max_length: int = 2048,
         bad_samples: BadSamples = "fail",
+        with_condition: bool = False,
     ) -> None:
         self.samples = samples
         self.image_folder = Path(image_folder)
@@ -66,6 +68,7 @@ class ConversationDataset(Dataset[dict[str, Any]]):
         self.layout = layout
         self.max_length = max_length
         self.bad_samples = bad_samples
+        self.with_condition = with_condition
         self._texts: dict[int, np.ndarray] = {}
         self._text_bytes = 0
 
@@ -78,7 +81,8 @@ class ConversationDataset(Dataset[dict[str, Any]]):
 
         Returns:
             `id`; `input_ids` and `labels` (T,); `pixel_values` (images, 3, height, width); `image_sizes` (images, 2),
-            height and width before that. A void sample, see `bad_samples`, also has `skipped`, the reason.
+            height and width before that; if asked for, `condition`, per image the ids of the human's turns. A void
+            sample, see `bad_samples`, also has `skipped`, the reason.
 
         Raises:
             BadSampleError: if its images do not fit into `max_length`, cannot be read, or are not those that its text
@@ -90,14 +94,16 @@ class ConversationDataset(Dataset[dict[str, Any]]):
             rendered = self._rendered(index, own_id)
             images = [self._image(name, own_id) for name in image_names(sample)]
             input_ids, labels = self._expanded(rendered, [size for _, size in images], own_id)
+            condition = self._condition(sample, own_id)
         except BadSampleError as error:
             if self.bad_samples == "fail":
                 raise
             # One position, so that every process still takes the same number of steps.
             begin = torch.tensor(self.encoder.begin[:1] or [self.encoder.end])
             void = {"input_ids": begin, "labels": torch.full_like(begin, IGNORE_INDEX)}
-            return {"id": own_id, **void, **self._stacked([]), "skipped": str(error)}
-        return {"id": own_id, "input_ids": input_ids, "labels": labels, **self._stacked(images)}
+            unasked: dict[str, Any] = {"condition": []} if self.with_condition else {}
+            return {"id": own_id, **void, **self._stacked([]), **unasked, "skipped": str(error)}
+        return {"id": own_id, "input_ids": input_ids, "labels": labels, **self._stacked(images), **condition}
 
     @property
     def lengths(self) -> list[int]:
@@ -147,6 +153,16 @@ class ConversationDataset(Dataset[dict[str, Any]]):
                 self._texts[index] = kept
                 self._text_bytes += kept.nbytes
         return kept
+
+    def _condition(self, sample: Sample, own_id: str) -> dict[str, list[torch.Tensor]]:
+        if not self.with_condition:
+            return {}
+        turns, count = sample["conversations"], len(image_names(sample))
+        try:
+            asked = asked_ids(turns, count, encoder=self.encoder, until_shown=False, at_most=self.max_length)
+        except InputError as error:
+            raise BadSampleError(f"sample {own_id}: {error}") from error
+        return {"condition": [torch.tensor(ids, dtype=torch.int64) for ids in asked]}
 
     def _image(self, name: str, own_id: str) -> tuple[torch.Tensor, ImageSize]:
         path = self.image_folder / name

@@ -16,6 +16,7 @@ from torch import nn
 from integrations.llava.config import ModelConfig, StageConfig
 from integrations.llava.modeling import (
     FusedLlavaForConditionalGeneration,
+    blank_condition,
     build_recipe_model,
     count_parameters,
     read_language_files,
@@ -175,8 +176,9 @@ def _connector_bytes(model: FusedLlavaForConditionalGeneration) -> int:
         return tensor
 
     pixels = torch.empty(1, 3, *model.model.vision_tower.backbone.image_size, device="meta")
+    blank = blank_condition(model.model.fuser, 1, pixels)
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        tokens = model.model.get_image_features(pixels).pooler_output
+        tokens = model.model.get_image_features(pixels, condition=blank).pooler_output
     for tensor in tokens or ():
         keep(tensor)
     for parameter in model.parameters():

@@ -8,6 +8,7 @@ import threading
 import warnings
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch.utils.data import DataLoader, Dataset
@@ -96,7 +97,7 @@ class Predictor:
 
     def asker(
         self,
-        prepared: Dataset[dict[str, torch.Tensor]],
+        prepared: Dataset[dict[str, Any]],
         keys: Sequence[str],
         sampling: SamplingParams,
         *,

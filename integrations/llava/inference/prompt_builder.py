@@ -19,7 +19,7 @@ from integrations.llava.checkpoints import load_config, load_processor
 from integrations.llava.data import read_image, read_image_size
 from integrations.llava.image_layout import ImageSize
 from integrations.llava.modeling import FusedLlavaConfig, LayerfuseImageProcessor
-from integrations.llava.prompts import IMAGE_TAG, Message, Template, TextEncoder, render, turns
+from integrations.llava.prompts import IMAGE_TAG, Message, Template, TextEncoder, asked_ids, render, turns
 from layerfuse.errors import InputError, InvalidTypeError, MissingFileError
 from layerfuse.preprocessing import Preprocessing
 from layerfuse.preprocessing.pixels import image_size
@@ -78,6 +78,7 @@ class Preparer:
         self.encoder = TextEncoder(processor.tokenizer)
         self.preprocessing = Preprocessing.from_dict({"upright": True} | processor.image_processor.preprocessing)
         self.layout = config.layout
+        self.with_condition = config.reads_questions
         self.image_token_id: int = config.image_token_index
         self.max_positions: int | None = getattr(config.text_config, "max_position_embeddings", None)
         self.fingerprint = self._fingerprint(processor)
@@ -90,11 +91,12 @@ class Preparer:
         read = [self.template.to_dict(), self.preprocessing.to_dict(), numbers, sorted(tokenizer.all_special_ids)]
         return hashlib.sha256(json.dumps([read, spelling], sort_keys=True).encode()).hexdigest()[:12]
 
-    def __call__(self, images: Images, prompt: Prompt, *, max_new_tokens: int = 1) -> dict[str, torch.Tensor]:
+    def __call__(self, images: Images, prompt: Prompt, *, max_new_tokens: int = 1) -> dict[str, Any]:
         """Write a prompt out and prepare its images.
 
         Returns:
-            `input_ids` (T,) with images expanded, `pixel_values` (images, 3, height, width), `image_sizes` (images, 2).
+            `input_ids` (T,) with images expanded, `pixel_values` (images, 3, height, width), `image_sizes` (images, 2);
+            for a fuser that reads it, `condition`, per image the ids of the human's turns up to the one that shows it.
 
         Raises:
             ValueError: as `encode`, or if an image file cannot be read.
@@ -107,7 +109,11 @@ class Preparer:
         opened = [own if isinstance(own, Image.Image) else read_image(own) for own in pictures]
         pixels = self.preprocessing.batch(opened) if opened else torch.empty(0, 3, *self.preprocessing.size)
         image_sizes = torch.tensor(sizes, dtype=torch.int64).view(-1, 2)
-        return {"input_ids": ids, "pixel_values": pixels, "image_sizes": image_sizes}
+        prepared = {"input_ids": ids, "pixel_values": pixels, "image_sizes": image_sizes}
+        if not self.with_condition:
+            return prepared
+        asked = asked_ids(as_turns(prompt), len(pictures), encoder=self.encoder, until_shown=True)
+        return prepared | {"condition": [torch.tensor(own, dtype=torch.int64) for own in asked]}
 
     def sizes(self, images: Sequence[Picture]) -> list[ImageSize | None]:
         """Read (height, width) of images in pixels, of files from their head; None for those that cannot be read."""
@@ -173,7 +179,7 @@ class Preparer:
             )
 
 
-class PreparedPrompts(Dataset[dict[str, torch.Tensor]]):
+class PreparedPrompts(Dataset[dict[str, Any]]):
     """Prompts and the images of each, prepared with `prepare` when a batch asks for them."""
 
     def __init__(
@@ -190,7 +196,7 @@ class PreparedPrompts(Dataset[dict[str, torch.Tensor]]):
     def __len__(self) -> int:
         return len(self.prompts)
 
-    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+    def __getitem__(self, index: int) -> dict[str, Any]:
         return self.prepare(self.images[index], self.prompts[index], max_new_tokens=self.max_new_tokens)
 
 

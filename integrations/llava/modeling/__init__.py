@@ -10,6 +10,7 @@ from .build import (
     checkpoint_activations,
     read_language_files,
 )
+from .condition import blank_condition
 from .generation import end_answers
 from .language_head import describe_head
 from .lora import FILE_PREFIX, inject_lora, lora_config, lora_weights, merge_lora
@@ -35,6 +36,7 @@ __all__ = [
     "Quantization",
     "add_image_token",
     "assemble",
+    "blank_condition",
     "build_model",
     "build_processor",
     "build_recipe_model",

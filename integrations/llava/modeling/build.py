@@ -24,7 +24,7 @@ from integrations.llava.image_layout import FixedLayout, ImageLayout
 from layerfuse.backbones import Backbone, create_backbone
 from layerfuse.encoder import check_fuser_fits
 from layerfuse.errors import InputError, UserError
-from layerfuse.fusers import Fuser, create_fuser
+from layerfuse.fusers import FUSERS, Fuser, create_fuser
 
 from .configuration import FusedLlavaConfig, LayerfuseVisionConfig
 from .generation import forbid_token
@@ -157,7 +157,8 @@ def build_recipe_model(
     with nullcontext() if device is None else torch.device(device):
         if seed is not None:
             set_seed(seed)
-        backbone, fuser = _vision(config, pretrained=real and config.backbone_pretrained)
+        width = getattr(files.config.get_text_config(), "hidden_size", None)
+        backbone, fuser = _vision(config, width, pretrained=real and config.backbone_pretrained)
         quantize = lora.quantize if lora is not None and real and quantized else "none"
         llm = _language_model(config, files.config, llm_dtype, quantize, pretrained=real and config.llm_pretrained)
         model = build_model(backbone, fuser, llm, image_token_id=files.image_token_id, dtype=torch.float32)
@@ -253,7 +254,7 @@ def build_model(
     return model
 
 
-def _vision(config: ModelConfig, *, pretrained: bool) -> tuple[Backbone, Fuser]:
+def _vision(config: ModelConfig, llm_width: int | None, *, pretrained: bool) -> tuple[Backbone, Fuser]:
     backbone = create_backbone(
         f"{config.family}:{config.backbone}",
         layers=config.layers,
@@ -261,10 +262,19 @@ def _vision(config: ModelConfig, *, pretrained: bool) -> tuple[Backbone, Fuser]:
         image_size=config.image_size,
         options=config.backbone_options,
     )
+    options = dict(config.fuser_options)
+    # A fuser that is told what is asked about an image reads the language model's embeddings.
+    if "condition_channels" in FUSERS.get(config.fuser).option_parameters():
+        asked = options.setdefault("condition_channels", llm_width)
+        if asked != llm_width:
+            raise InputError(
+                f"model.fuser_options sets condition_channels to {asked}, and the language model's embeddings, which "
+                f"the fuser reads, have {llm_width} numbers; leave condition_channels out."
+            )
     # Forked, so that runs which differ in nothing but the fuser start from the same projector.
     with torch.random.fork_rng():
         fuser = create_fuser(
-            config.fuser, in_channels=backbone.embed_dim, num_layers=len(config.layers), options=config.fuser_options
+            config.fuser, in_channels=backbone.embed_dim, num_layers=len(config.layers), options=options
         )
     return backbone, fuser
 

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from transformers import AutoConfig, LlavaConfig, PreTrainedConfig
 
 from integrations.llava.image_layout import ImageLayout, layout_from_config
 from layerfuse.errors import InputError
+from layerfuse.fusers import fuser_from_config
 
 __all__ = ["FusedLlavaConfig", "LayerfuseVisionConfig"]
 
@@ -59,6 +61,14 @@ class FusedLlavaConfig(LlavaConfig):
         """The layout, which says how many tokens an image takes."""
         described = self.image_layout or {"name": "fixed", "tokens_per_image": self.image_seq_length}
         return layout_from_config(described, image_token_id=self.image_token_index)
+
+    @property
+    def reads_questions(self) -> bool:
+        """Whether the fuser is told what is asked about an image."""
+        if self.fuser is None:
+            return False
+        with torch.device("meta"):
+            return fuser_from_config(self.fuser).condition_channels is not None
 
 
 AutoConfig.register("layerfuse_vision", LayerfuseVisionConfig, exist_ok=True)

@@ -44,10 +44,20 @@ class GeneratesFromImages:
     generation_config: Any
 
     def generate(self, *args: Any, pixel_values: torch.Tensor | None = None, **kwargs: Any) -> Any:
-        """As in transformers, but `pixel_values=None` means no images; transformers 5.23 would encode None."""
+        """As in transformers, but `pixel_values=None` means no images; transformers 5.23 would encode None.
+
+        For a fuser that reads what is asked, `condition` goes with the images, see `get_image_features`.
+        """
         images = {} if pixel_values is None else {"pixel_values": pixel_values}
+        if pixel_values is None:
+            kwargs.pop("condition", None)
         parent: Any = super()
         return parent.generate(*args, **images, **kwargs)
+
+    def _validate_model_kwargs(self, model_kwargs: dict[str, Any]) -> None:
+        """As in transformers, which finds no condition among the arguments of its own `forward`."""
+        parent: Any = super()
+        parent._validate_model_kwargs({name: given for name, given in model_kwargs.items() if name != "condition"})
 
     def _expand_inputs_for_generation(
         self,
@@ -62,7 +72,8 @@ class GeneratesFromImages:
         ones repeat encoded images and leave no pixels to us.
         """
         parent: Any = super()
-        names = () if expand_size == 1 or model_kwargs.get("pixel_values") is None else ("pixel_values", "image_sizes")
+        repeated = expand_size > 1 and model_kwargs.get("pixel_values") is not None
+        names = ("pixel_values", "image_sizes", "condition") if repeated else ()
         images = {name: model_kwargs.pop(name, None) for name in names}
         ids, rest = parent._expand_inputs_for_generation(expand_size, is_encoder_decoder, input_ids, **model_kwargs)
         if not images:

@@ -33,6 +33,7 @@ from layerfuse.errors import InputError
 from layerfuse.features import FeatureMaps
 from layerfuse.fusers import Fuser, fuser_from_config
 
+from .condition import blank_condition, read_condition
 from .configuration import FusedLlavaConfig, LayerfuseVisionConfig
 from .generation import GeneratesFromImages, forbid_token
 from .language_head import build_head, text_loss
@@ -184,21 +185,31 @@ class FusedLlavaModel(_LoadsWhole, LlavaModel):
         vision_feature_layer: int | list[int] | None = None,
         vision_feature_select_strategy: str | None = None,
         image_sizes: torch.Tensor | None = None,
+        condition: torch.Tensor | None = None,
         **_: Any,  # transformers passes what its own towers take
     ) -> BaseModelOutputWithPooling:
         """Encode, fuse and project (B, 3, height, width) images.
 
-        The backbone taps what its config says, and all images take the same number of tokens here, so other arguments
-        are unused.
+        Args:
+            pixel_values: (B, 3, height, width).
+            vision_feature_layer: unused; the backbone taps what its config says.
+            vision_feature_select_strategy: unused, likewise.
+            image_sizes: unused, since all images take the same number of tokens here.
+            condition: what a fuser with a condition reads of each image's question: (B, D_c); or (B, Q) token ids,
+                filled up with -100, whose mean embedding it is.
 
         Returns:
             `last_hidden_state`: (B, N, C_out) fused tokens; `pooler_output`: B tensors (N, D), projected. With
             `return_dict=False` they come as a tuple.
+
+        Raises:
+            ValueError: if the fuser needs a condition and there is none.
         """
         tower = self.vision_tower
         with torch.set_grad_enabled(torch.is_grad_enabled() and learns(tower)):
             features = tower(pixel_values.to(next(tower.parameters()).dtype))
-        fused = self.fuser(features)
+        asked = read_condition(self.fuser, condition, self.get_input_embeddings())
+        fused = self.fuser(features) if asked is None else self.fuser(features, asked.to(features[0].device))
         projected = self.multi_modal_projector(fused)
         return BaseModelOutputWithPooling(last_hidden_state=fused, pooler_output=list(projected))  # type: ignore[arg-type]
 
@@ -211,14 +222,32 @@ class FusedLlavaModel(_LoadsWhole, LlavaModel):
         """
         # Arguments have other names in other versions of transformers, so its own signature is read.
         kwargs.update(zip(_ARGUMENTS, args, strict=False))
+        condition = kwargs.pop("condition", None)
         text_only = kwargs.get("input_ids") is not None and kwargs.get("pixel_values") is None
         if text_only and self.training and torch.is_grad_enabled():
             inputs_embeds = self.get_input_embeddings()(kwargs.pop("input_ids"))
             assert isinstance(self.config.vision_config, LayerfuseVisionConfig)
             black = inputs_embeds.new_zeros(1, 3, *(self.config.vision_config.image_size or ()))
-            unused: Any = self.get_image_features(black).pooler_output
+            blank = blank_condition(self.fuser, 1, inputs_embeds)
+            unused: Any = self.get_image_features(black, condition=blank).pooler_output
             kwargs["inputs_embeds"] = inputs_embeds + 0 * unused[0].sum()
+        elif condition is not None and kwargs.get("pixel_values") is not None:
+            kwargs["inputs_embeds"] = self._spliced(kwargs, condition)
         return super().forward(**kwargs)
+
+    def _spliced(self, arguments: dict[str, Any], condition: torch.Tensor) -> torch.Tensor:
+        """Take ids and pixels out of the arguments of `forward`, and put the images among the embedded ids.
+
+        LlavaModel hands what it does not know on to the language model, which knows no condition either.
+        """
+        ids, embeds = arguments.pop("input_ids", None), arguments.pop("inputs_embeds", None)
+        if embeds is None:
+            embeds = self.get_input_embeddings()(ids)
+        output: Any = self.get_image_features(arguments.pop("pixel_values"), condition=condition)
+        features = torch.cat(output.pooler_output).to(embeds.device, embeds.dtype)
+        places = self.get_placeholder_mask(ids, inputs_embeds=embeds, image_features=features)
+        spliced: torch.Tensor = embeds.masked_scatter(places, features)
+        return spliced
 
 
 _ARGUMENTS = tuple(inspect.signature(LlavaModel.forward).parameters)[1:]
@@ -248,7 +277,12 @@ class FusedLlavaForConditionalGeneration(_LoadsWhole, GeneratesFromImages, Llava
         self.lm_head = build_head(new_embeddings, self.config.head)
 
     def loss_function(
-        self, logits: torch.Tensor, labels: torch.Tensor, vocab_size: int, **options: Any
+        self,
+        logits: torch.Tensor,
+        labels: torch.Tensor,
+        vocab_size: int,
+        condition: torch.Tensor | None = None,  # transformers hands all that `forward` was given on
+        **options: Any,
     ) -> torch.Tensor:  # type: ignore[override]
         """Compute `text_loss`; transformers' models call it so."""
         return text_loss(logits, labels, vocab_size, image_token_id=self.config.image_token_index, **options)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from . import turns
+from .asked import asked_ids
 from .chat_template import chat_template
 from .encoder import TextEncoder
 from .render import Rendered, render
@@ -16,6 +17,7 @@ __all__ = [
     "Rendered",
     "Template",
     "TextEncoder",
+    "asked_ids",
     "chat_template",
     "get_template",
     "render",

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from integrations.llava.config import ModelConfig
-from integrations.llava.modeling import FusedLlavaForConditionalGeneration
+from integrations.llava.modeling import FusedLlavaForConditionalGeneration, blank_condition
 from integrations.llava.synthetic import CHARACTERS, COLORS, GRID, SHAPES, Scene, draw_scene, scene_at
 from layerfuse.analysis import probe_layers
 from layerfuse.backbones import Backbone, create_backbone
@@ -123,7 +123,8 @@ def _features(backbone: Backbone, images: torch.Tensor) -> FeatureMaps:
 def _fused(model: FusedLlavaForConditionalGeneration, images: torch.Tensor) -> FeatureMaps:
     """Fuser output as if it were a layer of its own."""
     tower, fuser = model.model.vision_tower, model.model.fuser
-    tokens = torch.cat([fuser(tower(batch)) for batch in images.split(_BATCH)])
+    batches = images.split(_BATCH)
+    tokens = torch.cat([fuser(tower(batch), blank_condition(fuser, len(batch), batch)) for batch in batches])
     grid = fuser.out_grid(tower.backbone.grids())
     assert grid is not None  # as of all the demo's fusers
     return FeatureMaps(maps=(tokens,), layers=(0,), grids=(grid,))

@@ -297,6 +297,7 @@ def stage_trainer(
         layout=model.config.layout,
         max_length=config.data.max_length,
         bad_samples=config.data.bad_samples,
+        with_condition=model.model.fuser.condition_channels is not None,
     )
     if config.gradient_checkpointing:
         checkpoint_activations(model)

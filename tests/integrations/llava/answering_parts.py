@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -38,6 +40,8 @@ def save_run(
     template: str = "v1",
     ends: bool = True,
     positions: int = 512,
+    fuser: str = "mmfuser",
+    fuser_options: Mapping[str, Any] | None = None,
 ) -> Path:
     """Save a random model with a fuser that fuses, and a projector strong enough for images to matter.
 
@@ -47,12 +51,13 @@ def save_run(
     tokenizer = make_tokenizer("llama")
     image_token_id = add_image_token(tokenizer)
     backbone = create_backbone(f"transformers:{backbone_folder}", layers=(1, 2, 3, 4))
-    fuser = create_fuser("mmfuser", in_channels=backbone.embed_dim, num_layers=4, options={"num_heads": 4})
-    for parameter in fuser.parameters():
+    options = {"num_heads": 4, **(fuser_options or {})}
+    fused = create_fuser(fuser, in_channels=backbone.embed_dim, num_layers=4, options=options)
+    for parameter in fused.parameters():
         torch.nn.init.normal_(parameter, std=0.2)
     llm = tiny_llm(len(tokenizer), hidden_size=width, intermediate_size=2 * width, max_position_embeddings=positions)
     written = get_template(template)
-    model = build_model(backbone, fuser, llm, image_token_id=image_token_id, prompt_template=written.to_dict())
+    model = build_model(backbone, fused, llm, image_token_id=image_token_id, prompt_template=written.to_dict())
     with torch.no_grad():
         model.model.multi_modal_projector.linear_2.weight.mul_(10)
         model.lm_head.weight[3:259] = 0

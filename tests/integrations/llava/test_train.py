@@ -153,7 +153,7 @@ def test_a_batch_in_which_nothing_is_supervised_has_loss_zero(tiny_recipe: Recip
     assert [row["loss"] for row in rows] == [0, 0, 0]
 
 
-@pytest.mark.parametrize("fuser", ["select", "average", "scalar_mix", "concat"])
+@pytest.mark.parametrize("fuser", ["select", "average", "scalar_mix", "concat", "spatial_aggregator"])
 def test_every_fuser_trains(fuser: str, tiny_recipe: Recipe, tmp_path: Path) -> None:
     model = dataclasses.replace(tiny_recipe.model, fuser=fuser, fuser_options={})
     folder = train(dataclasses.replace(tiny_recipe, model=model), tmp_path / fuser)

@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 from integrations.llava.data import read_image
-from integrations.llava.modeling import FusedLlavaForConditionalGeneration
+from integrations.llava.modeling import FusedLlavaForConditionalGeneration, blank_condition
 from layerfuse.analysis import colorize, fusion_maps, png_bytes, reduce_map
 
 from ..results import Example, Figure, FuserRun
@@ -56,7 +56,8 @@ def draw_feature_maps(
         inputs = fusion_maps(features, features.maps[-1])
         maps = {key: value[0] for key, value in inputs.items() if key != "output"}
         for fuser, model in models.items():
-            output = model.model.fuser(model.model.vision_tower(pixels))
+            blank = blank_condition(model.model.fuser, 1, pixels)
+            output = model.model.fuser(model.model.vision_tower(pixels), blank)
             reduced = reduce_map(output, grid)[0]
             # The sign of a component means nothing: one that runs against the query's is turned round.
             maps[f"output of {fuser}"] = -reduced if (reduced * maps["query"]).sum() < 0 else reduced
