@@ -24,6 +24,7 @@ from torch.nn import functional as F
 from layerfuse.errors import InputError
 from layerfuse.features import FeatureMaps, Grid
 from layerfuse.fusers.base import FUSERS, Fuser
+from layerfuse.ops import check_heads
 
 __all__ = ["SpatialAggregator"]
 
@@ -229,14 +230,10 @@ class SpatialAggregator(Fuser):
         for name, value, known in (("context", context, _CONTEXTS), ("mixing", mixing, _MIXINGS)):
             if value not in known:
                 raise InputError(f"{name} {value!r} of fuser {self.name!r} is unknown. Known: {', '.join(known)}.")
-        for name, number in (("depth", depth), ("hidden_channels", channels), ("num_heads", num_heads)):
+        for name, number in (("depth", depth), ("hidden_channels", channels)):
             if number < 1:
                 raise InputError(f"{name} of fuser {self.name!r} is {number}; expected at least 1.")
-        if channels % num_heads:
-            raise InputError(
-                f"{channels} channels cannot be split evenly over {num_heads} heads; give num_heads that divides them, "
-                "or hidden_channels."
-            )
+        check_heads(channels, num_heads)
         if not -num_layers <= context_index < num_layers:
             raise InputError(
                 f"context_index {context_index} is outside the {num_layers} maps; allowed: "

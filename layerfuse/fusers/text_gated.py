@@ -22,6 +22,7 @@ from torch import nn
 from layerfuse.errors import InputError
 from layerfuse.features import FeatureMaps, Grid
 from layerfuse.fusers.base import FUSERS, Fuser
+from layerfuse.ops import check_heads
 
 __all__ = ["TextGated"]
 
@@ -125,16 +126,11 @@ class TextGated(Fuser):
         for name, number in (
             ("condition_channels", condition_channels),
             ("num_attention_layers", num_attention_layers),
-            ("num_heads", num_heads),
             ("hidden_channels", hidden),
         ):
             if number < 1:
                 raise InputError(f"{name} of fuser {self.name!r} is {number}; expected at least 1.")
-        if hidden % num_heads:
-            raise InputError(
-                f"{hidden} channels cannot be split evenly over {num_heads} heads; give num_heads that divides them, "
-                "or hidden_channels."
-            )
+        check_heads(hidden, num_heads)
         self.condition_channels = condition_channels
         self.group_sizes = _group_sizes(groups, num_layers)
         self.base_index = base_index

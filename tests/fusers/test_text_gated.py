@@ -144,9 +144,9 @@ def test_the_width_of_the_condition_must_be_given() -> None:
         ({"base_index": 5}, r"base_index 5 is outside the 5 maps; allowed: -5\.\.4"),
         ({"condition_channels": 0}, "condition_channels of fuser 'text_gated' is 0; expected at least 1"),
         ({"num_attention_layers": 0}, "num_attention_layers of fuser 'text_gated' is 0; expected at least 1"),
-        ({"num_heads": 0}, "num_heads of fuser 'text_gated' is 0; expected at least 1"),
+        ({"num_heads": 0}, "num_heads is 0; expected at least 1"),
         ({"hidden_channels": 0}, "hidden_channels of fuser 'text_gated' is 0; expected at least 1"),
-        ({"num_heads": 3}, "8 channels cannot be split evenly over 3 heads; give num_heads that divides them"),
+        ({"num_heads": 3}, "8 channels cannot be split evenly over 3 heads; num_heads must be one of 1, 2, 4, 8"),
     ],
 )
 def test_impossible_settings_are_refused(options: dict[str, Any], message: str) -> None:
