@@ -26,13 +26,9 @@ def download_encoder(
     local_files_only: bool,
     token: str | bool | None,
 ) -> Path:
-    """Fetch config and weights of an encoder from the hub; the arguments are those of `snapshot_download`.
+    """Return the folder into which `snapshot_download` fetched config and weights of an encoder from the hub.
 
-    Returns:
-        The folder that they lie in.
-
-    Raises:
-        FileNotFoundError: if there is no such repository, no network, or nothing in the cache.
+    Raises FileNotFoundError if there is no such repository, no network, or nothing in the cache.
     """
     try:
         found = snapshot_download(
@@ -53,7 +49,7 @@ def download_encoder(
 
 
 def read_encoder_config(folder: Path) -> dict[str, Any]:
-    """Read the configs of ``backbone`` and ``fuser`` from a folder that `FusedEncoder.save_pretrained` wrote.
+    """Return the configs of ``backbone`` and ``fuser`` from a folder that `FusedEncoder.save_pretrained` wrote.
 
     Raises:
         FileNotFoundError: if config or weights are not there.

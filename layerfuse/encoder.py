@@ -86,13 +86,10 @@ class FusedEncoder(
         return self.fuser.out_channels
 
     def num_tokens(self, size: int | Sequence[int] | None = None) -> int:
-        """Return the number of tokens that an image becomes, without running anything.
+        """Return the number N of tokens that an image becomes, without running anything.
 
         Args:
             size: of the images, in pixels: one edge, or (height, width); the backbone's own if None.
-
-        Returns:
-            N.
 
         Raises:
             ValueError: if the backbone cannot take that size.
@@ -100,13 +97,10 @@ class FusedEncoder(
         return self.fuser.num_tokens(self.backbone.grids(size))
 
     def grid(self, size: int | Sequence[int] | None = None) -> Grid | None:
-        """Return the grid of the fused tokens, without running anything.
+        """Return the grid (H, W) of the fused tokens, in cells, without running anything; None if they lie on no grid.
 
         Args:
             size: of the images, in pixels: one edge, or (height, width); the backbone's own if None.
-
-        Returns:
-            (H, W), in cells of fused tokens; None if they lie on no grid.
 
         Raises:
             ValueError: if the backbone cannot take that size.
@@ -114,37 +108,22 @@ class FusedEncoder(
         return self.fuser.out_grid(self.backbone.grids(size))
 
     def prepare(self, images: Images) -> torch.Tensor:
-        """Make the input of the encoder from pictures.
-
-        Args:
-            images: one picture or several, see `Preprocessing.batch`.
-
-        Returns:
-            (B, 3, height, width), on the encoder's device and in its dtype.
-
-        Raises:
-            TypeError: if one is no picture.
-            ValueError: if there is none, or one has values or a shape that cannot be.
-        """
+        """Return the encoder's input, (B, 3, height, width), from one picture or several; see `Backbone.prepare`."""
         return self.backbone.prepare(images)
 
     def freeze_backbone(self) -> FusedEncoder:
         """Turn gradients off for the backbone, which stays in evaluation mode whatever ``train()`` is called later.
 
-        Returns:
-            The same encoder.
+        Returns the same encoder.
         """
         self.backbone.freeze()
         return self
 
     def cost(self, image_size: int | Sequence[int] | None = None) -> FuserCost:
-        """Return the cost of the fuser, without running it.
+        """Return parameters, output channels, tokens and FLOPs per image of the fuser, without running it.
 
         Args:
             image_size: in pixels: one edge, or (height, width); the backbone's own size if None.
-
-        Returns:
-            Parameters, output channels, tokens and FLOPs per image of the fuser.
         """
         return self.fuser.cost(self.backbone.grids(image_size))
 
@@ -172,22 +151,11 @@ class FusedEncoder(
     ) -> str | None:
         """Write config, weights and, where there is none, a model card: whole or not at all.
 
-        Whatever stops it, the folder holds the earlier model, this one, or nothing that loads.
-
-        Args:
-            save_directory: made if need be; an encoder in it is replaced.
-            config: what `push_to_hub` of huggingface_hub hands over; the encoder's own is written.
-            repo_id: on the hub, if it goes there; the folder's name if None.
-            push_to_hub: whether it goes to the hub, too.
-            model_card_kwargs: for the card's template.
-            commit_message: this and what follows are for the hub, as in `push_to_hub`.
-            private: likewise.
-            token: likewise.
-            branch: likewise.
-            create_pr: likewise.
-            allow_patterns: likewise.
-            ignore_patterns: likewise.
-            delete_patterns: likewise.
+        Whatever stops it, the folder holds the earlier model, this one, or nothing that loads. It is made if need be;
+        an encoder in it is replaced. The encoder's own config is written, whatever `push_to_hub` of huggingface_hub
+        hands over as ``config``. With ``push_to_hub`` the encoder also goes to ``repo_id`` (None: the folder's name) on
+        the hub; the arguments from ``commit_message`` on are for that. ``model_card_kwargs`` are for the card's
+        template.
 
         Returns:
             The address of the commit if it went to the hub.
@@ -237,23 +205,13 @@ class FusedEncoder(
         local_files_only: bool = False,
         revision: str | None = None,
     ) -> FusedEncoder:
-        """Load an encoder that `save_pretrained` wrote.
+        """Return an encoder that `save_pretrained` wrote, from a folder or a name on the hub, in evaluation mode.
 
-        Args:
-            pretrained_model_name_or_path: a folder, or a name on the hub.
-            backbone: takes the weights instead of one that is built from the config.
-            fuser: likewise.
-            dtype: of all weights, such as torch.bfloat16 or its name; None or "auto" keeps what was saved.
-            device: where the encoder goes; the CPU if None.
-            device_map: as `device`, in transformers' words: one device for all, also as ``{"": device}``.
-            force_download: this and what follows are for the hub, as in `snapshot_download`.
-            token: likewise.
-            cache_dir: likewise.
-            local_files_only: likewise.
-            revision: likewise.
-
-        Returns:
-            The encoder, in evaluation mode.
+        A ``backbone`` or a ``fuser`` that is given takes the weights instead of one that is built from the config.
+        ``dtype`` is for all weights, such as torch.bfloat16 or its name; None or "auto" keeps what was saved.
+        ``device`` is where the encoder goes, the CPU if None; ``device_map`` says the same in transformers' words: one
+        device for all, also as ``{"": device}``. The arguments from ``force_download`` on are those of
+        huggingface_hub's `snapshot_download`.
 
         Raises:
             FileNotFoundError: if there is no such encoder.
@@ -280,11 +238,7 @@ class FusedEncoder(
 
 
 def check_fuser_fits(backbone: Backbone, fuser: Fuser) -> None:
-    """Refuse a fuser that does not take what the backbone gives.
-
-    Args:
-        backbone: gives one map of its own width for each tapped layer.
-        fuser: the one that is to stand behind it.
+    """Refuse a fuser that does not take what the backbone gives: one map of its own width for each tapped layer.
 
     Raises:
         ValueError: if the fuser was built for another number of layers or other widths; the message says for which to

@@ -43,13 +43,9 @@ _WEIGHTS = re.compile(r"(model|pytorch_model)(-\d{5}-of-\d{5})?\.(safetensors|bi
 
 @contextmanager
 def atomic_file(path: Path) -> Iterator[BinaryIO]:
-    """Open a file for writing under a scratch name that no other process uses; rename it at the end.
+    """Open a file for writing under a scratch name that no other process uses; rename it to ``path`` at the end.
 
-    Args:
-        path: what the file is called once it is whole; one of that name is replaced.
-
-    Yields:
-        The open file.
+    A file of that name is replaced.
 
     Raises:
         OSError: if the folder cannot be written to or the disk is full; nothing is left behind then.
@@ -66,15 +62,7 @@ def atomic_file(path: Path) -> Iterator[BinaryIO]:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a text file, whole or not at all; one of that name is replaced.
-
-    Args:
-        path: of the file.
-        text: its content, written in UTF-8.
-
-    Raises:
-        OSError: as `atomic_file`.
-    """
+    """Write a text file in UTF-8, whole or not at all, as `atomic_file` does."""
     with atomic_file(path) as file:
         file.write(text.encode("utf-8"))
 
@@ -120,27 +108,13 @@ def atomic_folder(folder: str | Path) -> Iterator[Path]:
 
 
 def interrupted_save(folder: str | Path) -> Path | None:
-    """Find what a save that was killed had put aside.
-
-    Args:
-        folder: of a model.
-
-    Returns:
-        The folder with the earlier model's files, the newest if there are several; None if there is none.
-    """
+    """Return the folder with the files that a killed save had put aside, the newest of several, or None."""
     found = [path for path in Path(folder).glob(f"{_REPLACED}*") if any(path.iterdir())]
     return max(found, key=lambda path: path.stat().st_mtime, default=None)
 
 
 def explain_missing_config(folder: str | Path) -> str:
-    """Say what happened where a folder lacks its config because a save into it was killed.
-
-    Args:
-        folder: of a model.
-
-    Returns:
-        A sentence with a space before it, to go behind "… holds no config.json"; empty if no save was killed.
-    """
+    """Return a sentence about a killed save, with a space before it, to go behind "… holds no config.json"; else an empty one."""
     aside = interrupted_save(folder)
     if aside is None and not any(Path(folder).glob(f"{_SAVING}*")):
         return ""
@@ -228,11 +202,7 @@ def _remove_leftovers(folder: Path, moved: set[Path]) -> None:
 
 
 def process_is_alive(process: int) -> bool:
-    """Tell whether a process of this machine is there; where that cannot be asked without harm (Windows), yes.
-
-    Args:
-        process: its number.
-    """
+    """Tell whether a process of this machine is there; where that cannot be asked without harm (Windows), yes."""
     if os.name == "nt":
         return True  # os.kill would end it
     try:
@@ -299,10 +269,10 @@ def read_safetensors(path: str | Path) -> tuple[dict[str, torch.Tensor], dict[st
 
 
 def check_disk_space(folder: str | Path, needed: int, what: str) -> None:
-    """Make sure that something fits before it is written.
+    """Refuse to begin what the disk of a folder, or of its nearest existing parent, has no room for.
 
     Args:
-        folder: where it will be written; its nearest existing parent is asked.
+        folder: where it will be written.
         needed: bytes.
         what: for the message, such as "a checkpoint".
 

@@ -18,15 +18,9 @@ T = TypeVar("T")
 
 
 def unknown_name_message(kind: str, name: str, known: Iterable[str]) -> str:
-    """Return the message of the error for a name that is not known.
+    """Return the message for a name that is not known: the nearest of the known names, if one is near, and their list.
 
-    Args:
-        kind: what the name stands for, such as ``"fuser"``.
-        name: the name that was given.
-        known: every name that is allowed.
-
-    Returns:
-        A sentence with the nearest match, if there is one, and the full list.
+    ``kind`` is what the name stands for, such as ``"fuser"``.
     """
     names = sorted(known)
     nearest = difflib.get_close_matches(name, names, n=1)
@@ -49,13 +43,7 @@ class Registry(Generic[T]):
         self._outside: dict[str, metadata.EntryPoint] | None = None
 
     def register(self, name: str) -> Callable[[type[T]], type[T]]:
-        """Return a class decorator that registers a class under a name.
-
-        Args:
-            name: the name users write.
-
-        Returns:
-            A decorator that returns the class unchanged.
+        """Return a class decorator that registers a class under the name that users write.
 
         Raises:
             ValueError: if the name is taken by another class.
@@ -78,13 +66,7 @@ class Registry(Generic[T]):
         return decorate
 
     def get(self, name: str) -> type[T]:
-        """Return the class registered under a name, loading it from its package if need be.
-
-        Args:
-            name: a registered name or the name of an entry point in ``group``.
-
-        Returns:
-            The class.
+        """Return the class of a registered name, or of an entry point in ``group``, which is then loaded.
 
         Raises:
             ValueError: if nothing has that name; the message gives the nearest match and the full list.

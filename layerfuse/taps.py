@@ -51,16 +51,7 @@ def split_prefix(hidden: torch.Tensor, num_prefix_tokens: int) -> tuple[torch.Te
 def as_features(
     hidden_states: Sequence[torch.Tensor], layers: tuple[int, ...], *, grid: Grid, num_prefix_tokens: int
 ) -> FeatureMaps:
-    """Make feature maps of hidden states.
-
-    Args:
-        hidden_states: L tensors (B, P + N, C).
-        layers: their numbers.
-        grid: (H, W) of the patch tokens, in patches.
-        num_prefix_tokens: P.
-
-    Returns:
-        L maps, each (B, N, C), with prefix tokens (B, P, C) split off.
+    """Return feature maps made of the hidden states (B, P + N, C) of L layers: maps (B, N, C), and prefix (B, P, C).
 
     Raises:
         ValueError: if grid and prefix tokens do not add up to the number of tokens.
@@ -198,12 +189,7 @@ class BlockTaps:
             ]
 
     def run(self, forward: Callable[..., object], *inputs: Any, copy_maps: bool = False) -> tuple[torch.Tensor, ...]:
-        """Call a function that runs the model once, and return the outputs of its tapped layers.
-
-        Args:
-            forward: runs the model in this thread.
-            inputs: for the function.
-            copy_maps: copy each tensor when it is tapped.
+        """Call a function that runs the model once in this thread, and return the outputs of its tapped layers.
 
         Returns:
             One tensor (B, P + N, C) per layer, in the order asked.
@@ -317,14 +303,11 @@ class TappedModel:
         return stopped
 
     def features(self, *, grid: Grid, num_prefix_tokens: int) -> FeatureMaps:
-        """Return the tapped tensors as feature maps.
+        """Return the tapped tensors as L feature maps, each (B, H * W, C).
 
         Args:
             grid: (H, W) of the patch tokens, in patches.
             num_prefix_tokens: P, tokens before the patch tokens (class token, registers).
-
-        Returns:
-            L maps, each (B, H * W, C).
 
         Raises:
             ValueError: if grid and prefix tokens do not add up to the number of tokens.

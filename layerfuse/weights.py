@@ -30,16 +30,10 @@ _MOST_NAMES = 5
 
 
 def fitting_weights(module: nn.Module, rebuild: Callable[[], nn.Module]) -> dict[str, torch.Tensor]:
-    """Return a module's weights under the names of the architecture that its config describes.
+    """Return a module's weights, name -> tensor, under the names and with the shapes that its config describes.
 
-    Compiled parts (``_orig_mod``) and data-parallel ones (``module``) are unwrapped.
-
-    Args:
-        module: whose weights are to be saved.
-        rebuild: builds the architecture from the config; called on the meta device where it can be.
-
-    Returns:
-        Name -> tensor: names and shapes are those of the rebuilt module.
+    Compiled parts (``_orig_mod``) and data-parallel ones (``module``) are unwrapped. ``rebuild`` builds the
+    architecture from the config; it is called on the meta device where it can be.
 
     Raises:
         ValueError: if a weight is missing, unexpected, of another shape, sharded or without content.
@@ -96,14 +90,10 @@ def _unshared(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 
 
 def save_weights(module: nn.Module, weights: Mapping[str, torch.Tensor], path: Path) -> None:
-    """Write the weights of a module as safetensors, with the dtypes of its floating buffers that are no weights.
+    """Write the weights of a module, as `fitting_weights` returns them, to a safetensors file.
 
-    Weights that share memory (tied ones) are written once for each name, since safetensors shares nothing.
-
-    Args:
-        module: whose weights and buffers these are.
-        weights: from `fitting_weights`.
-        path: of the file.
+    The dtypes of its floating buffers that are no weights stand in the file's metadata. Weights that share memory (tied
+    ones) are written once for each name, since safetensors shares nothing.
     """
     kept = {_unwrapped(name) for name in module.state_dict()}
     others = {

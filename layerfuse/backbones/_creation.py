@@ -36,7 +36,7 @@ def create_backbone(
     device: torch.device | str | None = None,
     dtype: torch.dtype | str | None = None,
 ) -> Backbone:
-    """Build a backbone from a name, a config of transformers, or a model that you hold.
+    """Build a backbone from a name, a config of transformers, or a model that you hold, in evaluation mode.
 
     A model that is handed over is cut after the deepest tapped layer, and used from then on by the backbone; with
     ``copy=True`` its vision model is copied first and it stays as it is.
@@ -45,9 +45,9 @@ def create_backbone(
         model: ``"family:name"``, such as ``"timm:vit_large_patch14_clip_quickgelu_336.openai"``,
             ``"open_clip:ViT-L-14/openai"``, ``"transformers:openai/clip-vit-large-patch14"``, ``"transformers:" +
             folder`` or ``"module:my-vit"``; the families' ``from_name`` say which names they take. Or a config of
-            transformers, which gives random weights. Or a model of timm, open_clip or transformers (of a larger one
-            the vision model inside is taken), or any module with the ``options`` of `ModuleBackbone`. Or a family,
-            with the model second.
+            transformers, which gives random weights. Or a model of timm, open_clip or transformers (of a larger one the
+            vision model inside is taken), or any module with the ``options`` of `ModuleBackbone`. Or a family, with the
+            model second.
         held: a model or config where ``model`` names the family that it is to be taken for.
         layers: layer numbers (0 = embeddings, k = output of block k, negatives from the end), shares of the depth
             (floats in (0, 1]), or `layerfuse.spread`, in the order wanted.
@@ -57,9 +57,6 @@ def create_backbone(
         copy: copy a model that is handed over rather than cut it.
         device: where the backbone goes, if not where it is built.
         dtype: of all weights, such as torch.bfloat16 or its name, if not the library's.
-
-    Returns:
-        The backbone, cut after the deepest tapped layer, in evaluation mode.
 
     Raises:
         ValueError: if the family, the name, a layer, the image size or an option is not possible.
@@ -100,12 +97,6 @@ def named_once(function: str, model: object, held: object) -> tuple[object, obje
 def backbone_from_config(config: Mapping[str, Any]) -> Backbone:
     """Build the architecture that a backbone's ``config`` describes, with random weights; nothing is downloaded.
 
-    Args:
-        config: ``backbone.config``.
-
-    Returns:
-        A backbone with the same state dict keys and shapes.
-
     Raises:
         ValueError: if the config names no family or an unknown one, or lacks keys.
     """
@@ -120,13 +111,12 @@ def backbone_from_config(config: Mapping[str, Any]) -> Backbone:
 def list_backbones(family: str | None = None, pattern: str = "*") -> list[str]:
     """List names that `create_backbone` and `layerfuse.create_encoder` take, as far as they can be told offline.
 
+    These are names with their family, such as ``"timm:vit_base_patch16_clip_224.openai"``: with weights for timm and
+    open_clip, known model types for transformers, registered classes for module.
+
     Args:
         family: a name in `BACKBONES`; all families whose libraries are installed if None.
         pattern: of the name behind the family, with ``*`` and ``?``, such as ``"*clip*"``.
-
-    Returns:
-        Names with their family, such as ``"timm:vit_base_patch16_clip_224.openai"``: with weights for timm and
-        open_clip, known model types for transformers, registered classes for module.
 
     Raises:
         ValueError: if the family is unknown.

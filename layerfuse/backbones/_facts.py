@@ -41,13 +41,7 @@ class BackboneFacts:
 
 
 def grid_of(size: tuple[int, int], patch_size: tuple[int, int], *, native: tuple[int, int], any_size: bool) -> Grid:
-    """Return the grid (H, W), in patches, of an image of a size in pixels.
-
-    Args:
-        size: (height, width) of the image.
-        patch_size: (height, width) of a patch.
-        native: (height, width) that the model was built for.
-        any_size: whether it takes every multiple of the patch size.
+    """Return the grid (H, W), in patches, of an image of a size in pixels, for a model that was built for ``native``.
 
     Raises:
         ValueError: if the model cannot take that size.
@@ -87,10 +81,10 @@ def as_pair(size: int | Sequence[int]) -> tuple[int, int]:
 
 
 def checked_multiple(image_size: tuple[int, int], patch_size: tuple[int, int]) -> tuple[int, int]:
-    """Return a size (height, width) that a model is to be resized to.
+    """Return a size that a model is to be resized to, if it is a multiple of the patch size; both are (height, width).
 
     Raises:
-        ValueError: if it is no multiple of the patch size; the message gives the nearest one.
+        ValueError: if it is none; the message gives the nearest one.
     """
     nearest = _nearest(image_size, patch_size)
     if nearest != image_size:

@@ -104,10 +104,9 @@ def transformers_facts(model: nn.Module) -> BackboneFacts:
 
 
 def vision_part(model: nn.Module) -> nn.Module:
-    """Find the vision model in one that holds it: CLIPModel, SiglipModel, an image classifier, LLaVA.
+    """Return the vision model in one that holds it (CLIPModel, SiglipModel, an image classifier, LLaVA).
 
-    Returns:
-        What `AutoModel` would build for a vision config: no text model, no classifier.
+    It is what `AutoModel` would build for a vision config: no text model, no classifier.
     """
     from transformers import MODEL_MAPPING
 
@@ -129,14 +128,9 @@ def takes(model: nn.Module, argument: str) -> bool:
 
 
 def patchify(images: torch.Tensor, patch_size: tuple[int, int]) -> torch.Tensor:
-    """Cut images into flat patches, channels last inside a patch, as SigLIP2's image processor does.
+    """Cut (B, 3, H * ph, W * pw) images into flat patches (B, N, ph * pw * 3), row-major over the grid.
 
-    Args:
-        images: (B, 3, H * ph, W * pw).
-        patch_size: (ph, pw) in pixels.
-
-    Returns:
-        (B, N, ph * pw * 3), row-major over the grid.
+    Channels come last inside a patch, as SigLIP2's image processor has them.
     """
     from einops import rearrange
 
@@ -162,15 +156,9 @@ def cut_transformers_tail(model: nn.Module) -> None:
 
 
 def read_preprocessing(config: Mapping[str, Any], *, kind: str, size: tuple[int, int]) -> Preprocessing:
-    """Translate a ``preprocessor_config.json``.
+    """Translate a ``preprocessor_config.json`` for a model that takes ``size``, (height, width) in pixels.
 
-    Args:
-        config: its content; keys that are missing come from the released models of that type.
-        kind: model type.
-        size: (height, width) that the model takes, in pixels.
-
-    Returns:
-        The preprocessing.
+    Keys that are missing come from the released models of that type.
     """
     mean, std, interpolation, mode, crop_pct = _DEFAULTS.get(kind, _DEFAULT)
     resize = config.get("size")

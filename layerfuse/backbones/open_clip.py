@@ -174,12 +174,7 @@ def _resized(model: nn.Module, facts: BackboneFacts, size: tuple[int, int]) -> B
 
 
 def preprocessing_of(config: Mapping[str, Any], size: tuple[int, int]) -> Preprocessing:
-    """Translate open_clip's ``preprocess_cfg``.
-
-    Args:
-        config: what is missing is as OpenAI's models have it.
-        size: (height, width) in pixels.
-    """
+    """Translate open_clip's ``preprocess_cfg``, for (height, width) in pixels; it lacks what is as in OpenAI's models."""
     return Preprocessing(
         size=size,
         mean=tuple(config.get("mean", CLIP_MEAN)),

@@ -175,11 +175,7 @@ class TransformersBackbone(Backbone):
             self.model(images)
 
     def set_gradient_checkpointing(self, enable: bool = True) -> None:
-        """Recompute block activations in the backward pass instead of keeping them; works in training mode only.
-
-        Args:
-            enable: on or off.
-        """
+        """Recompute block activations in the backward pass instead of keeping them; works in training mode only."""
         model: Any = self.model
         # Renamed in 5.23; 5.17 has the older names only.
         prefix = "activation" if hasattr(model, "activation_checkpointing_enable") else "gradient"

@@ -201,30 +201,19 @@ class Fuser(nn.Module, abc.ABC):
         """
 
     def out_grid(self, grids: Sequence[Grid]) -> Grid | None:
-        """Return the grid of the fused tokens: that of the last map, unless a fuser says otherwise.
+        """Return the grid (H, W) of the fused tokens: that of the last map, unless a fuser says otherwise.
 
-        Args:
-            grids: (H, W) of each of the L maps, in patches.
-
-        Returns:
-            (H, W), in patches; None if no token belongs to a cell.
+        None if no token belongs to a cell. ``grids`` are those of the L maps, in patches, in each
+        method that takes them.
         """
         return grids[-1]
 
     def extra_tokens(self, grids: Sequence[Grid]) -> ExtraTokens:
-        """Return the numbers of fused tokens that belong to no cell of ``out_grid``: none, unless a fuser says so.
-
-        Args:
-            grids: (H, W) of each of the L maps, in patches.
-        """
+        """Return the numbers of fused tokens that belong to no cell of ``out_grid``: none, unless a fuser says so."""
         return ExtraTokens()
 
     def num_tokens(self, grids: Sequence[Grid]) -> int:
-        """Return the number N of fused tokens per image: the cells of ``out_grid`` and ``extra_tokens``.
-
-        Args:
-            grids: (H, W) of each of the L maps, in patches.
-        """
+        """Return the number N of fused tokens per image: the cells of ``out_grid`` and ``extra_tokens``."""
         height, width = self.out_grid(grids) or (0, 0)
         return height * width + sum(self.extra_tokens(grids))
 
@@ -233,9 +222,6 @@ class Fuser(nn.Module, abc.ABC):
 
         A fuser built from the same arguments runs on the meta device, where torch counts its matrix products;
         ``extra_flops`` are added. Each choice of grids is counted once.
-
-        Args:
-            grids: (H, W) of each of the L maps, in patches.
         """
         asked = (tuple(grids), self.condition_channels)
         if asked not in self._counted:
@@ -255,18 +241,11 @@ class Fuser(nn.Module, abc.ABC):
         return counter.get_total_flops()
 
     def extra_flops(self, grids: Sequence[Grid]) -> int:
-        """Count the operations per image that torch does not: of weighted sums and lookups, 2 * multiply-adds.
-
-        Args:
-            grids: (H, W) of each of the L maps, in patches.
-        """
+        """Count the operations per image that torch does not: of weighted sums and lookups, 2 * multiply-adds."""
         return 0
 
     def cost(self, grids: Sequence[Grid]) -> FuserCost:
         """Return the cost of the fuser on maps of these grids; also of one built on the meta device.
-
-        Args:
-            grids: (H, W) of each of the L maps, in patches.
 
         Raises:
             ValueError: if number or grids of the maps are not what the fuser was built for.
@@ -281,13 +260,9 @@ class Fuser(nn.Module, abc.ABC):
 
     @classmethod
     def default_layers(cls, depth: int) -> tuple[int, ...] | None:
-        """Return the layers that the fuser's source taps of a backbone of this depth, in the fuser's order.
+        """Return the layers that the fuser's source taps of a backbone of ``depth`` blocks, in the fuser's order.
 
-        Args:
-            depth: number of the backbone's blocks.
-
-        Returns:
-            Layer numbers (0 = embeddings, ``depth`` = the last block); None if none were published for this depth.
+        Layer 0 is the embeddings, ``depth`` the last block; None if none were published for this depth.
         """
         return None
 
