@@ -1,4 +1,4 @@
-"""The folder of a saved encoder: the names of its files, where it comes from, its config."""
+"""The folder of a saved encoder: the names of its files, and its config."""
 
 from __future__ import annotations
 
@@ -6,46 +6,13 @@ import json
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import snapshot_download
-
 from layerfuse.errors import InputError, MissingFileError
 from layerfuse.files import explain_missing_config
 
-__all__ = ["CONFIG_FILE", "WEIGHTS_FILE", "download_encoder", "read_encoder_config"]
+__all__ = ["CONFIG_FILE", "WEIGHTS_FILE", "read_encoder_config"]
 
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
-
-
-def download_encoder(
-    name: str,
-    *,
-    revision: str | None,
-    cache_dir: str | Path | None,
-    force_download: bool,
-    local_files_only: bool,
-    token: str | bool | None,
-) -> Path:
-    """Return the folder into which `snapshot_download` fetched config and weights of an encoder from the hub.
-
-    Raises FileNotFoundError if there is no such repository, no network, or nothing in the cache.
-    """
-    try:
-        found = snapshot_download(
-            name,
-            revision=revision,
-            cache_dir=cache_dir,
-            force_download=force_download,
-            local_files_only=local_files_only,
-            token=token,
-            allow_patterns=[CONFIG_FILE, WEIGHTS_FILE],
-        )
-    except (OSError, ValueError) as error:  # no such name, no network, nothing in the cache
-        raise MissingFileError(
-            f"{name} is no folder, and it could not be fetched from the hub; give a folder written by "
-            f"FusedEncoder.save_pretrained, or the name of a repository. huggingface_hub says: {error}"
-        ) from error
-    return Path(found)
 
 
 def read_encoder_config(folder: Path) -> dict[str, Any]:

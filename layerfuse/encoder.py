@@ -13,14 +13,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import ModelHubMixin
+from huggingface_hub import ModelHubMixin, snapshot_download
 from torch import nn
 
-from layerfuse._encoder_files import CONFIG_FILE, WEIGHTS_FILE, download_encoder, read_encoder_config
-from layerfuse._placement import as_device, as_dtype
+from layerfuse._encoder_files import CONFIG_FILE, WEIGHTS_FILE, read_encoder_config
 from layerfuse.backbones import Backbone, backbone_from_config, create_backbone
-from layerfuse.backbones._creation import named_once
-from layerfuse.errors import InputError, InvalidTypeError
+from layerfuse.backbones._creation import as_device, as_dtype, named_once
+from layerfuse.errors import InputError, InvalidTypeError, MissingFileError
 from layerfuse.features import Grid
 from layerfuse.files import atomic_folder
 from layerfuse.fusers import FUSERS, Fuser, FuserCost, create_fuser, fuser_from_config
@@ -167,7 +166,10 @@ class FusedEncoder(
         """
         folder = Path(save_directory)
         described = self.config
-        weights = fitting_weights(self, lambda: _from_config(described))
+        weights = fitting_weights(
+            self,
+            lambda: FusedEncoder(backbone_from_config(described["backbone"]), fuser_from_config(described["fuser"])),
+        )
         with atomic_folder(folder) as scratch:
             save_weights(self, weights, scratch / WEIGHTS_FILE)
             (scratch / CONFIG_FILE).write_text(json.dumps(described, indent=2) + "\n", encoding="utf-8")
@@ -220,14 +222,23 @@ class FusedEncoder(
         precision, place = as_dtype(dtype), as_device(device, device_map)
         folder = Path(pretrained_model_name_or_path)
         if not folder.is_dir():
-            folder = download_encoder(
-                str(pretrained_model_name_or_path),
-                revision=revision,
-                cache_dir=cache_dir,
-                force_download=force_download,
-                local_files_only=local_files_only,
-                token=token,
-            )
+            try:
+                fetched = snapshot_download(
+                    str(pretrained_model_name_or_path),
+                    revision=revision,
+                    cache_dir=cache_dir,
+                    force_download=force_download,
+                    local_files_only=local_files_only,
+                    token=token,
+                    allow_patterns=[CONFIG_FILE, WEIGHTS_FILE],
+                )
+            except (OSError, ValueError) as error:  # no such name, no network, nothing in the cache
+                raise MissingFileError(
+                    f"{pretrained_model_name_or_path} is no folder, and it could not be fetched from the hub; give a "
+                    "folder written by FusedEncoder.save_pretrained, or the name of a repository. huggingface_hub "
+                    f"says: {error}"
+                ) from error
+            folder = Path(fetched)
         config = read_encoder_config(folder)
         encoder = cls(
             backbone if backbone is not None else backbone_from_config(config["backbone"]),
@@ -251,10 +262,6 @@ def check_fuser_fits(backbone: Backbone, fuser: Fuser) -> None:
             f"but the backbone taps layers {backbone.layers} of widths {widths}; build the fuser with "
             f"in_channels={backbone.embed_dim} and num_layers={len(widths)}, or tap other layers."
         )
-
-
-def _from_config(config: Mapping[str, Any]) -> FusedEncoder:
-    return FusedEncoder(backbone_from_config(config["backbone"]), fuser_from_config(config["fuser"]))
 
 
 def _inside(module: nn.Module) -> Any:

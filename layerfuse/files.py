@@ -114,7 +114,7 @@ def interrupted_save(folder: str | Path) -> Path | None:
 
 
 def explain_missing_config(folder: str | Path) -> str:
-    """Return a sentence about a killed save, with a space before it, to go behind "… holds no config.json"; else an empty one."""
+    """Return a sentence on a killed save, with a space, to go behind "… holds no config.json"; else an empty text."""
     aside = interrupted_save(folder)
     if aside is None and not any(Path(folder).glob(f"{_SAVING}*")):
         return ""

@@ -83,8 +83,7 @@ def _unshared(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     weights = {}
     for name, tensor in tensors.items():
         place = tensor.untyped_storage().data_ptr()
-        weights[name] = tensor.clone() if place in seen else tensor
-        weights[name] = weights[name].contiguous()
+        weights[name] = (tensor.clone() if place in seen else tensor).contiguous()
         seen.add(place)
     return weights
 

@@ -1,4 +1,4 @@
-"""Backbones built from a name, a config or a model, and the list of names."""
+"""Backbones built from a name, a config or a model, on a device and in a dtype that are named; the list of names."""
 
 from __future__ import annotations
 
@@ -12,13 +12,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from layerfuse._placement import as_device, as_dtype
 from layerfuse.backbones.base import BACKBONES, Backbone
 from layerfuse.errors import InputError, InvalidTypeError, MissingPackageError
 from layerfuse.layers import LayerChoice
 from layerfuse.registry import unknown_name_message
 
-__all__ = ["backbone_from_config", "create_backbone", "list_backbones", "named_once"]
+__all__ = ["as_device", "as_dtype", "backbone_from_config", "create_backbone", "list_backbones", "named_once"]
 
 # Family of a model whose class belongs to no family's library.
 _ANY_MODULE = "module"
@@ -76,6 +75,40 @@ def create_backbone(
         build: Any = family
         backbone = build(copying.deepcopy(found) if copy else found, layers=layers, **given)
     return backbone.to(device=place, dtype=precision).eval()
+
+
+def as_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
+    """Return the floating dtype that a user means; None for None and "auto", which leave weights as they are."""
+    found = getattr(torch, dtype, dtype) if isinstance(dtype, str) and dtype != "auto" else dtype
+    if found is None or found == "auto":
+        return None
+    if not isinstance(found, torch.dtype) or not found.is_floating_point:
+        raise InputError(f"dtype {dtype!r} is no floating dtype of torch; give torch.bfloat16, 'float16', … or None.")
+    return found
+
+
+def as_device(
+    device: torch.device | str | None, device_map: Mapping[str, Any] | torch.device | str | None = None
+) -> torch.device | None:
+    """Return the one device that all weights go to; None leaves them where they are.
+
+    ``device_map`` says the same in transformers' words, also as ``{"": device}``.
+    """
+    if device is not None and device_map is not None:
+        raise InputError("device and device_map say the same; give one of them.")
+    place = device if device is not None else device_map
+    if isinstance(place, Mapping):
+        if set(place) != {""}:
+            raise InputError(f"device_map {dict(place)} splits the encoder, which lies on one device; give device=….")
+        place = place[""]
+    if place is None:
+        return None
+    try:
+        return torch.device(place)
+    except RuntimeError as error:
+        raise InputError(
+            f"{place!r} is no device of torch; an encoder lies on one: give 'cpu', 'cuda', 'cuda:1', 'mps', …"
+        ) from error
 
 
 def named_once(function: str, model: object, held: object) -> tuple[object, object]:

@@ -9,8 +9,10 @@ checkpointing, FSDP2 and offloading, save the unused blocks' compute, and leave 
 from __future__ import annotations
 
 import abc
+import importlib
 import json
 from collections.abc import Mapping, Sequence
+from types import ModuleType
 from typing import Any, ClassVar
 
 import torch
@@ -19,14 +21,14 @@ from torch import nn
 from layerfuse._block_lists import count_blocks, cut_blocks, cut_submodules, get_blocks
 from layerfuse.backbones._facts import BackboneFacts, as_pair, checked_multiple, grid_of
 from layerfuse.backbones._image_checks import check_images, check_tokens, find_patch_embedding
-from layerfuse.errors import InputError, InvalidTypeError
+from layerfuse.errors import InputError, InvalidTypeError, MissingPackageError
 from layerfuse.features import FeatureMaps, Grid
 from layerfuse.layers import LayerChoice, resolve_layers
 from layerfuse.preprocessing import Images, Preprocessing
 from layerfuse.registry import Registry
 from layerfuse.taps import BlockTaps, as_features
 
-__all__ = ["BACKBONES", "Backbone", "BackboneFacts", "as_pair", "checked_multiple"]
+__all__ = ["BACKBONES", "Backbone", "BackboneFacts", "as_pair", "checked_multiple", "import_library"]
 
 
 class Backbone(nn.Module, abc.ABC):
@@ -52,12 +54,8 @@ class Backbone(nn.Module, abc.ABC):
         model: the shortened model.
         layers: resolved layer numbers (>= 0), in the order asked.
         num_blocks: number of blocks before shortening.
-        embed_dim: C.
-        patch_size: (height, width) of a patch, in pixels.
-        num_prefix_tokens: P.
-        image_size: native (height, width), in pixels.
-        preprocessing: how images are prepared; may be replaced.
-        in_channels: channels of the images.
+        embed_dim: C; this and ``patch_size``, ``num_prefix_tokens``, ``image_size``, ``any_size``, ``in_channels`` and
+            ``preprocessing`` (which may be replaced) are those of `BackboneFacts`.
         copy_maps: copy each tensor when it is tapped, for a model that changes its hidden states in place; without it
             such a change is an error. May be set.
 
@@ -337,6 +335,17 @@ def _fill_lost_buffers(backbone: Any, keys: object) -> None:
         for name in lost:
             backbone.model.get_buffer(name).copy_(built.get_buffer(name))
         backbone._lost_buffers = []
+
+
+def import_library(family: str, *, package: str, extra: str) -> ModuleType:
+    """Return the library that a family is named after; its absence is an error that says what to install."""
+    try:
+        return importlib.import_module(family)
+    except ImportError as error:
+        raise MissingPackageError(
+            f"the backbone family {family!r} needs the package {package}; install it with "
+            f"`pip install layerfuse[{extra}]`."
+        ) from error
 
 
 BACKBONES: Registry[Backbone] = Registry("backbone family", group="layerfuse.backbones")

@@ -6,6 +6,7 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -13,8 +14,8 @@ from typing import Any
 from torch import nn
 
 from layerfuse.backbones._timm_facts import cut_timm_tail, resize_timm_model, timm_facts
-from layerfuse.backbones.base import BACKBONES, Backbone, BackboneFacts, as_pair
-from layerfuse.errors import InputError, MissingFileError, MissingPackageError
+from layerfuse.backbones.base import BACKBONES, Backbone, BackboneFacts, as_pair, import_library
+from layerfuse.errors import InputError, MissingFileError
 from layerfuse.layers import LayerChoice
 from layerfuse.preprocessing import CLIP_MEAN, CLIP_STD, Mode, Preprocessing, interpolation_name
 from layerfuse.registry import unknown_name_message
@@ -26,6 +27,7 @@ _CONFIG_FILE = "open_clip_config.json"
 _SCHEMES = ("hf-hub:", "local-dir:")
 # Of the CLIP model rather than of its vision tower.
 _OUTER_OPTIONS = ("quick_gelu", "embed_dim", "cache_dir")
+_import_open_clip = partial(import_library, "open_clip", package="open_clip_torch", extra="open-clip")
 
 
 @BACKBONES.register("open_clip")
@@ -82,7 +84,10 @@ class OpenClipBackbone(Backbone):
         """
         open_clip = _import_open_clip()
         given = dict(options or {})
-        _check_options(open_clip, given)
+        known = (*open_clip.CLIPVisionCfg.__dataclass_fields__, *_OUTER_OPTIONS)
+        for key in given:
+            if key not in known:
+                raise InputError(unknown_name_message("open_clip option", key, known))
         size = None if image_size is None else as_pair(image_size)
         if name.startswith(_SCHEMES):
             base, tag = name, None
@@ -129,18 +134,6 @@ class OpenClipBackbone(Backbone):
             setattr(model, name, None)
 
 
-def _import_open_clip() -> ModuleType:
-    try:
-        import open_clip
-    except ImportError as error:
-        raise MissingPackageError(
-            "the backbone family 'open_clip' needs the package open_clip_torch; install it with "
-            "`pip install layerfuse[open-clip]`."
-        ) from error
-    module: ModuleType = open_clip
-    return module
-
-
 def _facts(model: Any) -> BackboneFacts:
     trunk = getattr(model, "trunk", None)
     if isinstance(trunk, nn.Module):
@@ -174,7 +167,7 @@ def _resized(model: nn.Module, facts: BackboneFacts, size: tuple[int, int]) -> B
 
 
 def preprocessing_of(config: Mapping[str, Any], size: tuple[int, int]) -> Preprocessing:
-    """Translate open_clip's ``preprocess_cfg``, for (height, width) in pixels; it lacks what is as in OpenAI's models."""
+    """Translate open_clip's ``preprocess_cfg``, for (height, width) in pixels; OpenAI's values fill the gaps."""
     return Preprocessing(
         size=size,
         mean=tuple(config.get("mean", CLIP_MEAN)),
@@ -191,13 +184,6 @@ def _of_tag(open_clip: ModuleType, base: str, tag: str) -> Preprocessing:
     tags = open_clip.list_pretrained_tags_by_model(base)
     chosen = tag if tag in tags else (tags[0] if tags else "")
     return preprocessing_of(open_clip.get_pretrained_cfg(base, chosen) if chosen else {}, (1, 1))
-
-
-def _check_options(open_clip: ModuleType, given: Mapping[str, Any]) -> None:
-    known = (*open_clip.CLIPVisionCfg.__dataclass_fields__, *_OUTER_OPTIONS)
-    for key in given:
-        if key not in known:
-            raise InputError(unknown_name_message("open_clip option", key, known))
 
 
 def _model_config(open_clip: ModuleType, base: str, tag: str, *, pretrained: bool) -> dict[str, Any]:

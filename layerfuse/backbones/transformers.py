@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
+from functools import partial
 from types import ModuleType
 from typing import Any
 
@@ -20,8 +22,8 @@ from layerfuse.backbones._transformers_facts import (
     transformers_facts,
     vision_part,
 )
-from layerfuse.backbones.base import BACKBONES, Backbone, as_pair, checked_multiple
-from layerfuse.errors import InputError, MissingPackageError
+from layerfuse.backbones.base import BACKBONES, Backbone, as_pair, checked_multiple, import_library
+from layerfuse.errors import InputError
 from layerfuse.layers import LayerChoice
 from layerfuse.preprocessing import Preprocessing
 from layerfuse.registry import unknown_name_message
@@ -29,6 +31,7 @@ from layerfuse.registry import unknown_name_message
 __all__ = ["TransformersBackbone"]
 
 logger = logging.getLogger(__name__)
+_import_transformers = partial(import_library, "transformers", package="transformers", extra="transformers")
 
 # Arguments of from_pretrained that say where and how to load; the other options are fields of the model's config.
 _LOADING = ("attn_implementation", "cache_dir", "dtype", "local_files_only", "revision", "subfolder", "token")
@@ -115,10 +118,14 @@ class TransformersBackbone(Backbone):
             model, missing = _load(transformers, name, config, {**how, **where})
         else:
             model = transformers.AutoModel.from_config(config, **how)
-        by_type = not pretrained and name in transformers.CONFIG_MAPPING
-        described = {} if by_type else _read_processor(transformers, name, where)
-        if not described and not by_type:
-            logger.warning("%s has no preprocessor config; using that of released %s models.", name, config.model_type)
+        described: dict[str, Any] = {}
+        if pretrained or name not in transformers.CONFIG_MAPPING:
+            with suppress(OSError):
+                described, _ = transformers.ImageProcessingMixin.get_image_processor_dict(name, **where)
+            if not described:
+                logger.warning(
+                    "%s has no preprocessor config; using that of released %s models.", name, config.model_type
+                )
         facts = transformers_facts(model)
         preprocessing = read_preprocessing(described, kind=config.model_type, size=facts.image_size)
         backbone = cls(model, layers=layers, image_size=image_size, preprocessing=preprocessing)
@@ -131,7 +138,17 @@ class TransformersBackbone(Backbone):
         transformers = _import_transformers()
         fields = dict(recipe["config"])
         config = transformers.AutoConfig.for_model(fields.pop("model_type"), **fields)
-        model = _build(transformers, config, recipe.get("attn_implementation"))
+        attention = recipe.get("attn_implementation")
+        how = {} if attention is None else {"attn_implementation": attention}
+        try:
+            model = transformers.AutoModel.from_config(config, **how)
+        except (ImportError, ValueError) as error:
+            if attention is None:
+                raise
+            raise InputError(
+                f"this backbone was saved with the attention implementation {attention!r}, which is not to be had "
+                f"here; install what it needs, or write 'sdpa' for it in config.json. transformers says: {error}"
+            ) from error
         return cls(model, layers=layers, image_size=tuple(recipe["image_size"]))
 
     @classmethod
@@ -186,18 +203,6 @@ class TransformersBackbone(Backbone):
             getattr(model, f"{prefix}_checkpointing_disable")()
 
 
-def _import_transformers() -> ModuleType:
-    try:
-        import transformers
-    except ImportError as error:
-        raise MissingPackageError(
-            "the backbone family 'transformers' needs the package transformers; install it with "
-            "`pip install layerfuse[transformers]`."
-        ) from error
-    module: ModuleType = transformers
-    return module
-
-
 def _read_config(
     transformers: ModuleType, name: str, options: Mapping[str, Any], where: Mapping[str, Any], *, pretrained: bool
 ) -> Any:
@@ -221,20 +226,6 @@ def _read_config(
     for key in ("model_type", *_DERIVED):
         known.pop(key, None)
     return type(config)(**{**known, **fields}) if fields else config
-
-
-def _build(transformers: ModuleType, config: Any, attention: str | None) -> nn.Module:
-    how = {} if attention is None else {"attn_implementation": attention}
-    try:
-        model: nn.Module = transformers.AutoModel.from_config(config, **how)
-    except (ImportError, ValueError) as error:
-        if attention is None:
-            raise
-        raise InputError(
-            f"this backbone was saved with the attention implementation {attention!r}, which is not to be had here; "
-            f"install what it needs, or write 'sdpa' for it in config.json. transformers says: {error}"
-        ) from error
-    return model
 
 
 def _load(transformers: ModuleType, name: str, config: Any, arguments: Mapping[str, Any]) -> tuple[nn.Module, set[str]]:
@@ -266,12 +257,3 @@ def _check_complete(name: str, model: nn.Module, missing: set[str], *, blocks: s
             f"{name!r} lacks weights of {type(model).__name__}, which would be left random: {', '.join(random)}. "
             "Check that it is a checkpoint of this model, or pass pretrained=False."
         )
-
-
-def _read_processor(transformers: ModuleType, name: str, where: Mapping[str, Any]) -> dict[str, Any]:
-    try:
-        described, _ = transformers.ImageProcessingMixin.get_image_processor_dict(name, **where)
-    except OSError:
-        return {}
-    found: dict[str, Any] = described
-    return found
