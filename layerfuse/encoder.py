@@ -16,12 +16,11 @@ import torch
 from huggingface_hub import ModelHubMixin, snapshot_download
 from torch import nn
 
-from layerfuse._encoder_files import CONFIG_FILE, WEIGHTS_FILE, read_encoder_config
 from layerfuse.backbones import Backbone, backbone_from_config, create_backbone
 from layerfuse.backbones._creation import as_device, as_dtype, named_once
 from layerfuse.errors import InputError, InvalidTypeError, MissingFileError
 from layerfuse.features import Grid
-from layerfuse.files import atomic_folder
+from layerfuse.files import atomic_folder, explain_missing_config
 from layerfuse.fusers import FUSERS, Fuser, FuserCost, create_fuser, fuser_from_config
 from layerfuse.layers import LayerChoice
 from layerfuse.preprocessing import Images, Preprocessing
@@ -29,7 +28,7 @@ from layerfuse.weights import fitting_weights, load_weights, save_weights
 
 __all__ = ["FusedEncoder", "check_fuser_fits", "create_encoder"]
 
-_CARD_FILE = "README.md"
+_CONFIG_FILE, _WEIGHTS_FILE, _CARD_FILE = "config.json", "model.safetensors", "README.md"
 
 
 class FusedEncoder(
@@ -171,8 +170,8 @@ class FusedEncoder(
             lambda: FusedEncoder(backbone_from_config(described["backbone"]), fuser_from_config(described["fuser"])),
         )
         with atomic_folder(folder) as scratch:
-            save_weights(self, weights, scratch / WEIGHTS_FILE)
-            (scratch / CONFIG_FILE).write_text(json.dumps(described, indent=2) + "\n", encoding="utf-8")
+            save_weights(self, weights, scratch / _WEIGHTS_FILE)
+            (scratch / _CONFIG_FILE).write_text(json.dumps(described, indent=2) + "\n", encoding="utf-8")
             if not (folder / _CARD_FILE).exists():
                 self.generate_model_card(**model_card_kwargs or {}).save(scratch / _CARD_FILE)
         if not push_to_hub:
@@ -230,7 +229,7 @@ class FusedEncoder(
                     force_download=force_download,
                     local_files_only=local_files_only,
                     token=token,
-                    allow_patterns=[CONFIG_FILE, WEIGHTS_FILE],
+                    allow_patterns=[_CONFIG_FILE, _WEIGHTS_FILE],
                 )
             except (OSError, ValueError) as error:  # no such name, no network, nothing in the cache
                 raise MissingFileError(
@@ -239,12 +238,12 @@ class FusedEncoder(
                     f"says: {error}"
                 ) from error
             folder = Path(fetched)
-        config = read_encoder_config(folder)
+        config = _read_config(folder)
         encoder = cls(
             backbone if backbone is not None else backbone_from_config(config["backbone"]),
             fuser if fuser is not None else fuser_from_config(config["fuser"]),
         )
-        load_weights(encoder, folder / WEIGHTS_FILE)
+        load_weights(encoder, folder / _WEIGHTS_FILE)
         return encoder.to(device=place, dtype=precision).eval()
 
 
@@ -262,6 +261,29 @@ def check_fuser_fits(backbone: Backbone, fuser: Fuser) -> None:
             f"but the backbone taps layers {backbone.layers} of widths {widths}; build the fuser with "
             f"in_channels={backbone.embed_dim} and num_layers={len(widths)}, or tap other layers."
         )
+
+
+def _read_config(folder: Path) -> dict[str, Any]:
+    """Return the configs of ``backbone`` and ``fuser`` from a folder that `FusedEncoder.save_pretrained` wrote.
+
+    Raises:
+        FileNotFoundError: if config or weights are not there.
+        ValueError: if the config is damaged, or of something else.
+    """
+    missing = [name for name in (_CONFIG_FILE, _WEIGHTS_FILE) if not (folder / name).is_file()]
+    if missing:
+        raise MissingFileError(
+            f"{folder} holds no {' and no '.join(missing)}; give a folder written by FusedEncoder.save_pretrained."
+            f"{explain_missing_config(folder)}"
+        )
+    try:
+        config = json.loads((folder / _CONFIG_FILE).read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise InputError(f"{folder / _CONFIG_FILE} is no valid JSON ({error}); write or download it anew.") from error
+    if not isinstance(config, dict) or set(config) != {"backbone", "fuser"}:
+        keys = sorted(config) if isinstance(config, dict) else type(config).__name__
+        raise InputError(f"{folder / _CONFIG_FILE} has the keys {keys}; a FusedEncoder's has 'backbone' and 'fuser'.")
+    return config
 
 
 def _inside(module: nn.Module) -> Any:

@@ -50,15 +50,11 @@ class Registry(Generic[T]):
         """
 
         def decorate(entry: type[T]) -> type[T]:
-            taken = self._entries.get(name)
-            # A notebook cell run twice defines the same class again; that is not a clash.
-            if taken is not None and (taken.__module__, taken.__qualname__) != (
-                entry.__module__,
-                entry.__qualname__,
-            ):
+            # By their names: a notebook cell run twice defines the same class again; that is not a clash.
+            ours, taken = (f"{each.__module__}.{each.__qualname__}" for each in (entry, self._entries.get(name, entry)))
+            if taken != ours:
                 raise InputError(
-                    f"{self.kind} {name!r} is already registered by {taken.__module__}.{taken.__qualname__}; "
-                    f"choose another name for {entry.__module__}.{entry.__qualname__}."
+                    f"{self.kind} {name!r} is already registered by {taken}; choose another name for {ours}."
                 )
             self._entries[name] = entry
             return entry

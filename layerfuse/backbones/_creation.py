@@ -19,9 +19,6 @@ from layerfuse.registry import unknown_name_message
 
 __all__ = ["as_device", "as_dtype", "backbone_from_config", "create_backbone", "list_backbones", "named_once"]
 
-# Family of a model whose class belongs to no family's library.
-_ANY_MODULE = "module"
-
 
 def create_backbone(
     model: object,
@@ -189,7 +186,7 @@ def _family_of(held: object) -> type[Backbone]:
             f"a backbone is made from a name such as 'timm:vit_base_patch16_clip_224.openai', a model or a config of "
             f"transformers; got a {type(held).__name__}."
         )
-    return BACKBONES.get(_ANY_MODULE)
+    return BACKBONES.get("module")
 
 
 def _check_arguments(family: type[Backbone], model: nn.Module, given: Mapping[str, Any]) -> None:
