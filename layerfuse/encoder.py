@@ -57,15 +57,11 @@ class FusedEncoder(
         self.fuser = fuser
 
     def forward(self, images: torch.Tensor, condition: torch.Tensor | None = None) -> torch.Tensor:
-        """Encode images as fused visual tokens.
+        """Encode images as fused visual tokens (B, N, C_out).
 
         Args:
             images: (B, 3, height, width) in pixels, normalised as `prepare` does it.
-            condition: (B, D_c), such as an embedding of each image's question, for a fuser with
-                ``condition_channels``.
-
-        Returns:
-            (B, N, C_out) fused tokens.
+            condition: (B, D_c), such as an embedding of each image's question, for a fuser with ``condition_channels``.
 
         Raises:
             ValueError: if the backbone cannot take the image size, or the fuser the condition.
@@ -84,24 +80,13 @@ class FusedEncoder(
         return self.fuser.out_channels
 
     def num_tokens(self, size: int | Sequence[int] | None = None) -> int:
-        """Return the number N of tokens that an image becomes, without running anything.
-
-        Args:
-            size: of the images, in pixels: one edge, or (height, width); the backbone's own if None.
-
-        Raises:
-            ValueError: if the backbone cannot take that size.
-        """
+        """Return the number N of tokens that an image becomes, of a ``size`` as in `Backbone.grids`; nothing is run."""
         return self.fuser.num_tokens(self.backbone.grids(size))
 
     def grid(self, size: int | Sequence[int] | None = None) -> Grid | None:
-        """Return the grid (H, W) of the fused tokens, in cells, without running anything; None if they lie on no grid.
+        """Return the grid (H, W) of the fused tokens, of images of a ``size`` as in `Backbone.grids`; nothing is run.
 
-        Args:
-            size: of the images, in pixels: one edge, or (height, width); the backbone's own if None.
-
-        Raises:
-            ValueError: if the backbone cannot take that size.
+        None if the tokens lie on no grid.
         """
         return self.fuser.out_grid(self.backbone.grids(size))
 
@@ -118,11 +103,7 @@ class FusedEncoder(
         return self
 
     def cost(self, image_size: int | Sequence[int] | None = None) -> FuserCost:
-        """Return parameters, output channels, tokens and FLOPs per image of the fuser, without running it.
-
-        Args:
-            image_size: in pixels: one edge, or (height, width); the backbone's own size if None.
-        """
+        """Return the fuser's parameters, channels, tokens and FLOPs per image of a size as in `Backbone.grids`."""
         return self.fuser.cost(self.backbone.grids(image_size))
 
     @property

@@ -75,13 +75,7 @@ def atomic_folder(folder: str | Path) -> Iterator[Path]:
     file moves, and the new one comes last: whenever this process is killed, the folder holds the old model, the new
     one, or no config, without which nothing loads; what was put aside then lies in ``.replaced-*``. With a new
     ``config.json``, weights of other names go too (shards of the old model beside one file of the new). All other files
-    stay. An error puts everything back.
-
-    Args:
-        folder: made if need be; a link to a folder is followed.
-
-    Yields:
-        The scratch folder, on the same file system.
+    stay. An error puts everything back. The folder is made if need be; a link to one is followed.
 
     Raises:
         FileAccessError: before the block runs, if the folder cannot be made or written to.
@@ -269,15 +263,9 @@ def read_safetensors(path: str | Path) -> tuple[dict[str, torch.Tensor], dict[st
 
 
 def check_disk_space(folder: str | Path, needed: int, what: str) -> None:
-    """Refuse to begin what the disk of a folder, or of its nearest existing parent, has no room for.
+    """Raise an OSError if the disk of a folder, or of its nearest existing parent, has no room for the bytes needed.
 
-    Args:
-        folder: where it will be written.
-        needed: bytes.
-        what: for the message, such as "a checkpoint".
-
-    Raises:
-        OSError: if the disk has less room; nothing was written or removed.
+    ``what`` is the thing to be written, for the message, such as "a checkpoint".
     """
     place = Path(folder).absolute()
     while not place.exists():

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import operator
 from collections.abc import Callable, Iterable, Mapping, Set
+from contextlib import suppress
 from fractions import Fraction
 from functools import partial
 from typing import Any, SupportsIndex
@@ -69,7 +70,16 @@ def _layer_number(given: Any, num_blocks: int) -> int:
             )
         # The fraction that was meant: 0.29 of 50 blocks is 14.5, of which binary floats make 14.499999999999998.
         return max(1, math.floor(Fraction(share).limit_denominator(10**6) * num_blocks + Fraction(1, 2)))
-    number = _integer(given, kind)
+    number = None
+    # A boolean counts as an integer in Python, but a mask of layers is no list of their numbers.
+    if "bool" not in kind:
+        with suppress(TypeError):
+            number = operator.index(given)
+    if number is None:
+        raise InvalidTypeError(
+            f"layers must be numbers, got {given!r}; write integers, or shares of the depth in (0, 1], for example "
+            "(3, 8, -2) or (0.25, 0.5, -2)."
+        )
     layer = number + num_blocks + 1 if number < 0 else number
     if not 0 <= layer <= num_blocks:
         raise InputError(
@@ -77,19 +87,6 @@ def _layer_number(given: Any, num_blocks: int) -> int:
             f"or -{num_blocks + 1}..-1)."
         )
     return layer
-
-
-def _integer(given: Any, kind: str) -> int:
-    # A boolean counts as an integer in Python, but a mask of layers is no list of their numbers.
-    if "bool" not in kind:
-        try:
-            return operator.index(given)
-        except TypeError:
-            pass
-    raise InvalidTypeError(
-        f"layers must be numbers, got {given!r}; write integers, or shares of the depth in (0, 1], for example "
-        "(3, 8, -2) or (0.25, 0.5, -2)."
-    )
 
 
 def spread(num_layers: int) -> Callable[[int], tuple[int, ...]]:

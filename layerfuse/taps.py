@@ -189,10 +189,7 @@ class BlockTaps:
             ]
 
     def run(self, forward: Callable[..., object], *inputs: Any, copy_maps: bool = False) -> tuple[torch.Tensor, ...]:
-        """Call a function that runs the model once in this thread, and return the outputs of its tapped layers.
-
-        Returns:
-            One tensor (B, P + N, C) per layer, in the order asked.
+        """Return the outputs (B, P + N, C) of the tapped layers, in the order asked, once a function has run the model.
 
         Raises:
             TapError: (a ValueError and a RuntimeError) if what the layers put out cannot be told for certain.
@@ -303,11 +300,7 @@ class TappedModel:
         return stopped
 
     def features(self, *, grid: Grid, num_prefix_tokens: int) -> FeatureMaps:
-        """Return the tapped tensors as L feature maps, each (B, H * W, C).
-
-        Args:
-            grid: (H, W) of the patch tokens, in patches.
-            num_prefix_tokens: P, tokens before the patch tokens (class token, registers).
+        """Return the tapped tensors as L feature maps (B, H * W, C) on a grid (H, W), in patches; prefix tokens apart.
 
         Raises:
             ValueError: if grid and prefix tokens do not add up to the number of tokens.

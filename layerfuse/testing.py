@@ -100,15 +100,7 @@ def randomise_parameters(module: nn.Module, *, std: float = 0.2, seed: int = 0) 
 
 @MODULES.register("tiny-vit")
 class TinyViT(nn.Module):
-    """The least Vision Transformer in plain torch, on which the ``module`` family is tried.
-
-    Args:
-        embed_dim: C.
-        depth: number of blocks.
-        num_heads: of each block.
-        image_size: edge, in pixels.
-        patch_size: edge, in pixels.
-    """
+    """The least Vision Transformer in plain torch, for trying the ``module`` family; sizes are edges, in pixels."""
 
     def __init__(
         self,

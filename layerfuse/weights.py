@@ -38,7 +38,12 @@ def fitting_weights(module: nn.Module, rebuild: Callable[[], nn.Module]) -> dict
     Raises:
         ValueError: if a weight is missing, unexpected, of another shape, sharded or without content.
     """
-    expected = _rebuilt(rebuild).state_dict()
+    try:
+        with torch.device("meta"):
+            expected = rebuild().state_dict()
+    except RuntimeError:  # a module of the user's own may need numbers while it is built
+        with torch.random.fork_rng(devices=[]):
+            expected = rebuild().state_dict()
     strange = [name for name, value in module.state_dict().items() if not isinstance(value, torch.Tensor)]
     if strange:
         raise InputError(
@@ -65,27 +70,8 @@ def fitting_weights(module: nn.Module, rebuild: Callable[[], nn.Module]) -> dict
     return found
 
 
-def _rebuilt(rebuild: Callable[[], nn.Module]) -> nn.Module:
-    try:
-        with torch.device("meta"):
-            return rebuild()
-    except RuntimeError:  # a module of the user's own may need numbers while it is built
-        with torch.random.fork_rng(devices=[]):
-            return rebuild()
-
-
 def _unwrapped(name: str) -> str:
     return ".".join(part for part in name.split(".") if part not in _WRAPPERS)
-
-
-def _unshared(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    seen: set[int] = set()
-    weights = {}
-    for name, tensor in tensors.items():
-        place = tensor.untyped_storage().data_ptr()
-        weights[name] = (tensor.clone() if place in seen else tensor).contiguous()
-        seen.add(place)
-    return weights
 
 
 def save_weights(module: nn.Module, weights: Mapping[str, torch.Tensor], path: Path) -> None:
@@ -100,7 +86,13 @@ def save_weights(module: nn.Module, weights: Mapping[str, torch.Tensor], path: P
         for name, buffer in module.named_buffers()
         if buffer.is_floating_point() and _unwrapped(name) not in kept
     }
-    save_file(_unshared(weights), path, metadata={"format": "pt", _BUFFER_DTYPES: json.dumps(others)})
+    seen: set[int] = set()
+    unshared = {}
+    for name, tensor in weights.items():
+        place = tensor.untyped_storage().data_ptr()
+        unshared[name] = (tensor.clone() if place in seen else tensor).contiguous()
+        seen.add(place)
+    save_file(unshared, path, metadata={"format": "pt", _BUFFER_DTYPES: json.dumps(others)})
 
 
 def load_weights(module: nn.Module, path: Path) -> None:

@@ -36,9 +36,7 @@ def linear_cka(first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
 
 
 def layer_similarity(features: FeatureMaps) -> torch.Tensor:
-    """Return the linear CKA of every two tapped layers, over all patch tokens of all images.
-
-    It is an (L, L) float64 matrix, symmetric, in the order of ``features.layers``.
+    """Return the linear CKA of every two tapped layers, over all patch tokens of all images: (L, L) float64, symmetric.
 
     Raises:
         ValueError: if the maps have different grids.

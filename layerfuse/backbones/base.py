@@ -222,8 +222,8 @@ class Backbone(nn.Module, abc.ABC):
             L maps, each (B, N, C), with prefix tokens (B, P, C) split off, in the order asked.
 
         Raises:
-            ValueError: if the images have a shape or size that the backbone cannot take.
-            TypeError: if they are no tensor.
+            ValueError: if the images have a shape or size that the backbone cannot take; TypeError if they are no
+                tensor.
             TapError: (a ValueError) if what the layers put out cannot be told for certain.
         """
         check_images(images, self.in_channels)
@@ -265,11 +265,8 @@ class Backbone(nn.Module, abc.ABC):
     def grids(self, size: int | Sequence[int] | None = None) -> tuple[Grid, ...]:
         """Return the grids of all maps, as a fuser wants them: L pairs (H, W), in patches.
 
-        Args:
-            size: of the images, in pixels: one edge, or (height, width); the native size if None.
-
-        Raises:
-            ValueError: if the backbone cannot take that size.
+        ``size`` is that of the images, in pixels: one edge, or (height, width); the native size if None. A ValueError
+        says why the backbone cannot take it.
         """
         return (self.grid(*(self.image_size if size is None else as_pair(size))),) * len(self.layers)
 

@@ -58,7 +58,14 @@ class OpenClipBackbone(Backbone):
         facts = _facts(model)
         size = facts.image_size if image_size is None else as_pair(image_size)
         if size != facts.image_size:
-            facts = _resized(model, facts, size)
+            trunk = getattr(model, "trunk", None)
+            if not isinstance(trunk, nn.Module):
+                raise InputError(
+                    f"this open_clip VisionTransformer takes only {facts.image_size[0]}x{facts.image_size[1]} pixels "
+                    f"and cannot be resized to {size[0]}x{size[1]} once it is built; use "
+                    f"OpenClipBackbone.from_name(..., image_size={size})."
+                )
+            facts = resize_timm_model(trunk, facts, size)
         if preprocessing is None:
             preprocessing = preprocessing_of(getattr(model, "preprocess_cfg", {}), size)
         facts = replace(facts, preprocessing=replace(preprocessing, size=size))
@@ -153,16 +160,6 @@ def _facts(model: Any) -> BackboneFacts:
         image_size=size,
         any_size=False,
         preprocessing=Preprocessing(size=size, mean=CLIP_MEAN, std=CLIP_STD, geometry="torchvision"),
-    )
-
-
-def _resized(model: nn.Module, facts: BackboneFacts, size: tuple[int, int]) -> BackboneFacts:
-    trunk = getattr(model, "trunk", None)
-    if isinstance(trunk, nn.Module):
-        return resize_timm_model(trunk, facts, size)
-    raise InputError(
-        f"this open_clip VisionTransformer takes only {facts.image_size[0]}x{facts.image_size[1]} pixels and cannot be "
-        f"resized to {size[0]}x{size[1]} once it is built; use OpenClipBackbone.from_name(..., image_size={size})."
     )
 
 

@@ -51,11 +51,11 @@ class FuserCost:
     """The cost of a fuser, known before anything is run or allocated.
 
     Args:
-        parameters: number of parameters.
+        parameters: how many there are.
         out_channels: C_out of the fused tokens.
         num_tokens: fused tokens per image.
-        flops: floating point operations per image, 2 * multiply-adds of matrix products and weighted sums; norms,
-            softmax and element-wise work are left out, as is customary.
+        flops: per image, 2 * multiply-adds of matrix products and weighted sums; norms, softmax and element-wise work
+            are left out, as is customary.
     """
 
     parameters: int
@@ -186,18 +186,19 @@ class Fuser(nn.Module, abc.ABC):
     @property
     def _dtype(self) -> torch.dtype | None:
         """The dtype of the first floating parameter, in which the fuser computes."""
-        return next((parameter.dtype for parameter in self.parameters() if parameter.is_floating_point()), None)
+        # `parameters()` would take about twice as long, in every call of the fuser.
+        for module in self.modules():
+            for weight in module._parameters.values():
+                if weight is not None and weight.is_floating_point():
+                    return weight.dtype
+        return None
 
     @abc.abstractmethod
     def fuse(self, features: FeatureMaps, *, condition: torch.Tensor | None = None) -> torch.Tensor:
-        """Fuse maps whose number, widths and grids have been checked.
+        """Return the fused tokens (B, N, C_out) of maps whose number, widths and grids have been checked.
 
-        Args:
-            features: L maps, each (B, N_l, C_l).
-            condition: (B, D_c), checked, if the fuser has ``condition_channels``; else it is not passed.
-
-        Returns:
-            (B, N, C_out) fused tokens: row-major over ``out_grid``, with ``extra_tokens`` in front and behind.
+        They are row-major over ``out_grid``, with ``extra_tokens`` in front and behind. ``condition``, (B, D_c), is
+        checked, and passed only to a fuser with ``condition_channels``.
         """
 
     def out_grid(self, grids: Sequence[Grid]) -> Grid | None:

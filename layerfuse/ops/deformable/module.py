@@ -88,11 +88,8 @@ class MultiScaleDeformableAttention(nn.Module):
     ) -> torch.Tensor:
         """Return the attention, (B, Q, C), of every query cell to points around the same place on each level.
 
-        Args:
-            query: (B, Q, C), row-major over ``query_grid``.
-            query_grid: (H, W) of the queries, in patches.
-            values: (B, S, C), the levels one after another.
-            value_grids: one (H, W) per level, in patches.
+        ``query`` is (B, Q, C), row-major over its grid; ``values`` (B, S, C) are those of all levels one after another.
+        Grids are (H, W), in patches.
         """
         value = self.value_proj(values).unflatten(-1, (self.num_heads, -1))
         offsets = self.sampling_offsets(query)
