@@ -109,7 +109,7 @@ def as_device(
 
 
 def named_once(function: str, model: object, held: object) -> tuple[object, object]:
-    """Join family and name where they are given apart, as version 0.1 took them; the second is never a name then."""
+    """Return model and held with a name as one text, ``family:name``; version 0.1 took it as two arguments."""
     if held is not None and not isinstance(model, str):
         raise InvalidTypeError(
             f"{function} takes one model; the first of two arguments names its family, got a {type(model).__name__}."

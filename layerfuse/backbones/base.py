@@ -9,10 +9,8 @@ checkpointing, FSDP2 and offloading, save the unused blocks' compute, and leave 
 from __future__ import annotations
 
 import abc
-import importlib
 import json
 from collections.abc import Mapping, Sequence
-from types import ModuleType
 from typing import Any, ClassVar
 
 import torch
@@ -21,14 +19,14 @@ from torch import nn
 from layerfuse._block_lists import count_blocks, cut_blocks, cut_submodules, get_blocks
 from layerfuse.backbones._facts import BackboneFacts, as_pair, checked_multiple, grid_of
 from layerfuse.backbones._image_checks import check_images, check_tokens, find_patch_embedding
-from layerfuse.errors import InputError, InvalidTypeError, MissingPackageError
+from layerfuse.errors import InputError, InvalidTypeError
 from layerfuse.features import FeatureMaps, Grid
 from layerfuse.layers import LayerChoice, resolve_layers
 from layerfuse.preprocessing import Images, Preprocessing
 from layerfuse.registry import Registry
 from layerfuse.taps import BlockTaps, as_features
 
-__all__ = ["BACKBONES", "Backbone", "BackboneFacts", "as_pair", "checked_multiple", "import_library"]
+__all__ = ["BACKBONES", "Backbone", "BackboneFacts", "as_pair", "checked_multiple"]
 
 
 class Backbone(nn.Module, abc.ABC):
@@ -332,17 +330,6 @@ def _fill_lost_buffers(backbone: Any, keys: object) -> None:
         for name in lost:
             backbone.model.get_buffer(name).copy_(built.get_buffer(name))
         backbone._lost_buffers = []
-
-
-def import_library(family: str, *, package: str, extra: str) -> ModuleType:
-    """Return the library that a family is named after; its absence is an error that says what to install."""
-    try:
-        return importlib.import_module(family)
-    except ImportError as error:
-        raise MissingPackageError(
-            f"the backbone family {family!r} needs the package {package}; install it with "
-            f"`pip install layerfuse[{extra}]`."
-        ) from error
 
 
 BACKBONES: Registry[Backbone] = Registry("backbone family", group="layerfuse.backbones")

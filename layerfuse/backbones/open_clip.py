@@ -6,7 +6,6 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -14,8 +13,8 @@ from typing import Any
 from torch import nn
 
 from layerfuse.backbones._timm_facts import cut_timm_tail, resize_timm_model, timm_facts
-from layerfuse.backbones.base import BACKBONES, Backbone, BackboneFacts, as_pair, import_library
-from layerfuse.errors import InputError, MissingFileError
+from layerfuse.backbones.base import BACKBONES, Backbone, BackboneFacts, as_pair
+from layerfuse.errors import InputError, MissingFileError, MissingPackageError
 from layerfuse.layers import LayerChoice
 from layerfuse.preprocessing import CLIP_MEAN, CLIP_STD, Mode, Preprocessing, interpolation_name
 from layerfuse.registry import unknown_name_message
@@ -27,7 +26,6 @@ _CONFIG_FILE = "open_clip_config.json"
 _SCHEMES = ("hf-hub:", "local-dir:")
 # Of the CLIP model rather than of its vision tower.
 _OUTER_OPTIONS = ("quick_gelu", "embed_dim", "cache_dir")
-_import_open_clip = partial(import_library, "open_clip", package="open_clip_torch", extra="open-clip")
 
 
 @BACKBONES.register("open_clip")
@@ -139,6 +137,18 @@ class OpenClipBackbone(Backbone):
         model.ln_post = nn.Identity()
         for name in ("attn_pool", "attn_pool_contrastive", "proj"):
             setattr(model, name, None)
+
+
+def _import_open_clip() -> ModuleType:
+    try:
+        import open_clip
+    except ImportError as error:
+        raise MissingPackageError(
+            "the backbone family 'open_clip' needs the package open_clip_torch; install it with "
+            "`pip install layerfuse[open-clip]`."
+        ) from error
+    module: ModuleType = open_clip
+    return module
 
 
 def _facts(model: Any) -> BackboneFacts:

@@ -6,7 +6,6 @@ import logging
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
-from functools import partial
 from types import ModuleType
 from typing import Any
 
@@ -15,15 +14,13 @@ from torch import nn
 
 from layerfuse.backbones._transformers_facts import (
     CLASS_TOKENS,
-    cut_transformers_tail,
-    patchify,
     read_preprocessing,
     takes,
     transformers_facts,
     vision_part,
 )
-from layerfuse.backbones.base import BACKBONES, Backbone, as_pair, checked_multiple, import_library
-from layerfuse.errors import InputError
+from layerfuse.backbones.base import BACKBONES, Backbone, as_pair, checked_multiple
+from layerfuse.errors import InputError, MissingPackageError
 from layerfuse.layers import LayerChoice
 from layerfuse.preprocessing import Preprocessing
 from layerfuse.registry import unknown_name_message
@@ -31,7 +28,6 @@ from layerfuse.registry import unknown_name_message
 __all__ = ["TransformersBackbone"]
 
 logger = logging.getLogger(__name__)
-_import_transformers = partial(import_library, "transformers", package="transformers", extra="transformers")
 
 # Arguments of from_pretrained that say where and how to load; the other options are fields of the model's config.
 _LOADING = ("attn_implementation", "cache_dir", "dtype", "local_files_only", "revision", "subfolder", "token")
@@ -75,8 +71,8 @@ class TransformersBackbone(Backbone):
         model = vision_part(model)
         facts = transformers_facts(model)
         self._own_size = facts.image_size
-        self._position_flag = takes(model, "interpolate_pos_encoding")
-        self._patches = takes(model, "spatial_shapes")
+        self._position_flag = takes(model, "interpolate_pos_encoding")  # is asked to resize position embeddings
+        self._patches = takes(model, "spatial_shapes")  # takes patches with their grid (SigLIP2 NaFlex), not images
         if image_size is not None and as_pair(image_size) != facts.image_size:
             if not facts.any_size:
                 raise InputError(
@@ -173,14 +169,30 @@ class TransformersBackbone(Backbone):
         return config
 
     def cut_tail(self, model: nn.Module) -> None:
-        """Remove final norm, pooling and head from the model."""
-        cut_transformers_tail(model)
+        """Remove final norm, pooling head and the mask token of masked pretraining from the model."""
+        cut: Any = model
+        for name in ("post_layernorm", "layernorm", "norm", "rms_norm"):
+            if isinstance(getattr(cut, name, None), nn.Module):
+                setattr(cut, name, nn.Identity())
+        if isinstance(getattr(cut, "pooler", None), nn.Module):
+            cut.pooler = None
+        if isinstance(getattr(cut, "head", None), nn.Module):
+            cut.head = None
+            cut.use_head = False
+        # Used only with bool_masked_pos; without it the parameter would never get a gradient.
+        embeddings: Any = getattr(cut, "embeddings", None)
+        if getattr(embeddings, "mask_token", None) is not None:
+            embeddings.mask_token = None
 
     def run(self, images: torch.Tensor) -> None:
         """Call the model, with the size or the patches of the images where it wants to be told."""
         if self._patches:
+            from einops import rearrange
+
             rows, columns = self.grid(images.shape[2], images.shape[3])
-            patches = patchify(images, self.patch_size)
+            height, width = self.patch_size
+            # Channels last inside a patch, as SigLIP2's image processor has them.
+            patches = rearrange(images, "b c (row h) (column w) -> b (row column) (h w c)", h=height, w=width)
             # Filled where the images are: torch.tensor([[rows, columns], …]) would copy from the host in each call.
             edges = [torch.full((images.shape[0],), edge, device=images.device) for edge in (rows, columns)]
             shapes = torch.stack(edges, dim=1)
@@ -201,6 +213,18 @@ class TransformersBackbone(Backbone):
             getattr(model, f"{prefix}_checkpointing_enable")({"use_reentrant": False})
         else:
             getattr(model, f"{prefix}_checkpointing_disable")()
+
+
+def _import_transformers() -> ModuleType:
+    try:
+        import transformers
+    except ImportError as error:
+        raise MissingPackageError(
+            "the backbone family 'transformers' needs the package transformers; install it with "
+            "`pip install layerfuse[transformers]`."
+        ) from error
+    module: ModuleType = transformers
+    return module
 
 
 def _read_config(

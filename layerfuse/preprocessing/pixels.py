@@ -32,7 +32,7 @@ Picture = Image.Image | npt.NDArray[np.uint8] | torch.Tensor
 Images = Picture | Iterable[Picture]
 
 MAX_EDGE = 2**17
-"""Longest edge in pixels: what is prepared of a longer one is a line, and takes gigabytes on the way."""
+"""Longest edge in pixels: a longer picture would be scaled to a line, and take gigabytes on the way."""
 
 # What Pillow converts without loss of meaning; LAB and floats are not among these.
 _MODES = {"1", "L", "LA", "La", "P", "PA", "RGB", "RGBA", "RGBX", "RGBa", "CMYK", "YCbCr", "HSV"}
