@@ -80,7 +80,7 @@ def checked_multiple(image_size: tuple[int, int], patch_size: tuple[int, int]) -
     """Return a size that a model is to be resized to, if it is a multiple of the patch size; both are (height, width).
 
     Raises:
-        ValueError: if it is none; the message gives the nearest one.
+        ValueError: if it is no multiple; the message gives the nearest one.
     """
     nearest = _nearest(image_size, patch_size)
     if nearest != image_size:
