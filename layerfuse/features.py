@@ -69,7 +69,6 @@ class FeatureMaps:
     sources: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
-        """Check that the fields fit one another."""
         count = len(self.maps)
         if count == 0:
             raise InputError("FeatureMaps needs at least one map, got none; tap at least one layer.")
@@ -100,7 +99,6 @@ class FeatureMaps:
                 )
 
     def __len__(self) -> int:
-        """Return the number of maps, L."""
         return len(self.maps)
 
     def __iter__(self) -> Iterator[torch.Tensor]:

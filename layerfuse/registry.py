@@ -78,15 +78,12 @@ class Registry(Generic[T]):
         return tuple(sorted({*self._entries, *self._entry_points()}))
 
     def __contains__(self, name: object) -> bool:
-        """Tell whether a name is known."""
         return name in self.names()
 
     def __iter__(self) -> Iterator[str]:
-        """Iterate over the known names, sorted."""
         return iter(self.names())
 
     def __len__(self) -> int:
-        """Return the number of known names."""
         return len(self.names())
 
     def _entry_points(self) -> dict[str, metadata.EntryPoint]:

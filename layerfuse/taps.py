@@ -277,7 +277,6 @@ class TappedModel:
         self._call: _Call | None = None
 
     def __enter__(self) -> TappedModel:
-        """Put the hooks on the model."""
         if self._call is not None:
             raise TapError("this model is tapped already; leave the first 'with' block, or call tap() again.")
         taps = BlockTaps(self._blocks, self.layers, stop_early=self._stop_early)
@@ -287,7 +286,6 @@ class TappedModel:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> bool:
-        """Take the hooks off the model, whatever happened."""
         assert self._call is not None
         call, self._call = self._call, None
         stopped = kind is not None and issubclass(kind, _StopForwardError)
