@@ -20,7 +20,7 @@ _MOST_WORKERS = 32
 
 
 def in_parallel(
-    function: Callable[[Sequence[Item]], list[Result]],
+    function: Callable[[Item], Result],
     items: Sequence[Item],
     *,
     size: int,
@@ -31,7 +31,7 @@ def in_parallel(
     """Apply a function to all items; a DataLoader's processes do the work.
 
     Args:
-        function: gives a result for each of some items; it is copied to every process.
+        function: of an item; it is copied to every process.
         items: to work on.
         size: items that a process takes at a time.
         workers: processes; None takes one per CPU. With 1, or little to do, the work is done in this process.
@@ -42,7 +42,8 @@ def in_parallel(
         The results of all items, in order.
     """
     tasks = _Tasks(function, items, size)
-    workers = min(workers or min(_num_cpus(), _MOST_WORKERS), len(tasks))
+    num_cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    workers = min(workers or min(num_cpus, _MOST_WORKERS), len(tasks))
     with warnings.catch_warnings():
         # More processes than CPUs are what hides a network disk's delays.
         warnings.filterwarnings("ignore", message="This DataLoader will create")
@@ -63,21 +64,15 @@ def in_parallel(
 
 
 class _Tasks(Dataset[list[Any]], Generic[Item, Result]):
-    """Pieces of work."""
-
-    def __init__(self, function: Callable[[Sequence[Item]], list[Result]], items: Sequence[Item], size: int) -> None:
+    def __init__(self, function: Callable[[Item], Result], items: Sequence[Item], size: int) -> None:
         self.function, self.items, self.size = function, items, size
 
     def __len__(self) -> int:
         return -(-len(self.items) // self.size)
 
     def __getitem__(self, task: int) -> list[Result]:
-        return self.function(self.items[task * self.size : (task + 1) * self.size])
+        return [self.function(item) for item in self.items[task * self.size : (task + 1) * self.size]]
 
 
 def _as_it_is(results: list[Any]) -> list[Any]:
     return results
-
-
-def _num_cpus() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
