@@ -10,7 +10,7 @@ from .doctor.policy import check_samples, usable_samples
 from .files import SampleFile, Selection, read_samples, sample_lengths, select_samples
 from .images import read_image, read_image_size
 from .media_names import is_outside, linked_media, unread_media
-from .samplers import ModalityLengthSampler, ShuffleSampler, modality_length_indices
+from .samplers import ModalityLengthSampler, ShuffleSampler
 from .samples import Sample, image_names
 
 __all__ = [
@@ -28,7 +28,6 @@ __all__ = [
     "image_names",
     "is_outside",
     "linked_media",
-    "modality_length_indices",
     "read_image",
     "read_image_size",
     "read_samples",

@@ -20,12 +20,7 @@ _OTHER_KEY = re.compile(r"(video|audio|movie|clip|frame)s?(file|path|filename|na
 
 
 def is_outside(name: str, image_folder: str | Path) -> bool:
-    """Tell whether an image's name leads out of its folder.
-
-    Args:
-        name: as a data file or a file of questions has it.
-        image_folder: what it is relative to.
-    """
+    """Whether an image's name, as a file of samples or questions has it, leads out of the folder it is relative to."""
     if os.pardir not in name and not os.path.isabs(name):
         return False
     # By name only: folders that are links to other disks are common.
@@ -34,11 +29,7 @@ def is_outside(name: str, image_folder: str | Path) -> bool:
 
 
 def linked_media(name: str) -> str | None:
-    """Tell what an image's name is that stands for no file: a URL, or the picture itself; None for a name.
-
-    Args:
-        name: as a data file has it.
-    """
+    """What an image's name is that stands for no file: a URL, or the picture itself; None for a file's name."""
     found = _LINK.match(name)
     if found is None:
         return None
@@ -46,43 +37,31 @@ def linked_media(name: str) -> str | None:
 
 
 def unread_media(sample: Sample) -> Iterator[tuple[str, str]]:
-    """Find keys that look like media and that training does not read, in a sample and in its turns.
+    """Keys of a sample and its turns that look like media and are not read, each with what to write instead.
 
     Beside an `image`, other keys about images are notes (`image_id`, `image_url`), as long as its tags are as many.
-
-    Args:
-        sample: of good form, but for its tags.
-
-    Yields:
-        The key, and what to write instead.
+    The sample is of good form, but for its tags.
     """
     num_images = len(image_names(sample))
     num_tags = sum(turn["value"].count(IMAGE_TAG) for turn in sample["conversations"] if turn["from"] == "human")
     unseen = num_images == 0 or num_images < num_tags
     for key, value in sample.items():
-        if key == "image" or not _names_media(value):
-            continue
-        word = _plain(key)
-        if _OTHER_KEY.fullmatch(word):
+        if key != "image" and _names_media(_OTHER_KEY, key, value):
             yield key, "images alone are read: give the frames as 'image': [name, …], or remove the sample"
-        elif _IMAGE_KEY.fullmatch(word) and unseen:
+        elif key != "image" and unseen and _names_media(_IMAGE_KEY, key, value):
             yield key, f"write 'image': {_example(value)}"
-    for turn in sample["conversations"]:
+    for turn in sample["conversations"] if unseen else ():
         for key, value in turn.items():
-            word = _plain(key)
-            if unseen and _names_media(value) and (_IMAGE_KEY.fullmatch(word) or _OTHER_KEY.fullmatch(word)):
+            if _names_media(_IMAGE_KEY, key, value) or _names_media(_OTHER_KEY, key, value):
                 yield key, f"write 'image': {_example(value)} beside 'conversations'"
 
 
-def _plain(key: str) -> str:
-    return re.sub(r"[^a-z]", "", key.lower())
-
-
-def _names_media(value: Any) -> bool:
-    """Whether this can be a file, or several; numbers and empty values are notes."""
+def _names_media(pattern: re.Pattern[str], key: str, value: Any) -> bool:
+    """Whether a key of that pattern holds a file's name, or several; numbers and empty values are notes."""
     if isinstance(value, list):
-        return any(map(_names_media, value))
-    return bool(value) and isinstance(value, str | Mapping)
+        return any(_names_media(pattern, key, entry) for entry in value)
+    is_name = bool(value) and isinstance(value, str | Mapping)
+    return is_name and pattern.fullmatch(re.sub(r"[^a-z]", "", key.lower())) is not None
 
 
 def _example(value: Any) -> str:

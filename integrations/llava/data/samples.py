@@ -40,13 +40,9 @@ def source_name(image: str | None) -> str:
 
 
 def count_words(sample: Any) -> int:
-    """Count words as the published sampler does.
+    """Words of all turns, counted as the published sampler does, at least 1.
 
-    Args:
-        sample: anything that a data file can hold.
-
-    Returns:
-        Words of all turns, at least 1; negative for a sample without image; 0 for what is no sample.
+    The number is negative for a sample without image, and 0 for anything in a data file that is no sample.
     """
     messages = sample.get("conversations") if isinstance(sample, Mapping) else None
     if not isinstance(messages, list) or not all(isinstance(turn, Mapping) for turn in messages):
