@@ -131,9 +131,6 @@ def render(
         max_length: positions of which no more are wanted. The ids up to there are those of the whole conversation; of
             a long text (65,536 characters) what lies behind need not be tokenised. No image is left out.
 
-    Returns:
-        Prompt, ids and labels.
-
     Raises:
         ValueError: if the turns do not alternate, or the template cannot write them.
     """

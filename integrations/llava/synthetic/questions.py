@@ -15,7 +15,7 @@ import numpy as np
 
 from layerfuse.errors import InputError
 
-from .scene import SHAPES, Scene, SceneObject
+from .scene import SHAPES, Scene
 
 __all__ = ["CAPTION_PROMPT", "KINDS", "SceneQuestion", "caption", "conversation", "format_box", "questions_of_kind"]
 
@@ -75,12 +75,10 @@ def _shape(scene: Scene) -> list[SceneQuestion]:
 
 
 def _box(scene: Scene) -> list[SceneQuestion]:
-    return [_where(item) for item in scene.objects]
-
-
-def _where(item: SceneObject) -> SceneQuestion:
-    text = f"Where is the {item.color} {item.shape}?"
-    return SceneQuestion("box", text, format_box(item.box), item.box)
+    return [
+        SceneQuestion("box", f"Where is the {item.color} {item.shape}?", format_box(item.box), item.box)
+        for item in scene.objects
+    ]
 
 
 _BY_KIND: dict[str, Callable[[Scene], list[SceneQuestion]]] = {
