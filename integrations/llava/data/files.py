@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import mmap
+from abc import abstractmethod
 from collections.abc import Sequence
 from contextlib import suppress
 from functools import partial
@@ -22,7 +23,29 @@ from .sidecar import FileState, cached_array, file_state
 __all__ = ["SampleFile", "Selection", "file_index", "read_samples", "sample_lengths", "select_samples"]
 
 
-class SampleFile(Sequence[Sample]):
+class _Samples(Sequence[Sample]):
+    @overload
+    def __getitem__(self, index: int) -> Sample: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> list[Sample]: ...
+
+    def __getitem__(self, index: int | slice) -> Sample | list[Sample]:
+        """Look a sample up, or a list of several.
+
+        Raises:
+            IndexError: if there are not so many.
+            ValueError: if a line is not JSON; its number is named.
+        """
+        if isinstance(index, slice):
+            return [self._look_up(position) for position in range(*index.indices(len(self)))]
+        return self._look_up(index)
+
+    @abstractmethod
+    def _look_up(self, index: int) -> Sample: ...
+
+
+class SampleFile(_Samples):
     """The samples of a json or jsonl file.
 
     Only the place of each sample is held in memory; that of a large file's samples is kept on disk, see `sidecar`.
@@ -60,21 +83,7 @@ class SampleFile(Sequence[Sample]):
         """Number of samples."""
         return len(self._spans)
 
-    @overload
-    def __getitem__(self, index: int) -> Sample: ...
-
-    @overload
-    def __getitem__(self, index: slice) -> list[Sample]: ...
-
-    def __getitem__(self, index: int | slice) -> Sample | list[Sample]:
-        """Parse a sample, or a list of several.
-
-        Raises:
-            IndexError: if there are not so many.
-            ValueError: if a line is not JSON; its number is named.
-        """
-        if isinstance(index, slice):
-            return [self[position] for position in range(*index.indices(len(self)))]
+    def _look_up(self, index: int) -> Sample:
         try:
             sample: Sample = json.loads(self.raw(index))
         except (ValueError, RecursionError) as error:  # nested too deep is the second
@@ -120,7 +129,7 @@ def _reopen(path: Path, state: FileState) -> SampleFile:
     return samples
 
 
-class Selection(Sequence[Sample]):
+class Selection(_Samples):
     """The samples of a sequence that stand at some indices, in the order of the indices."""
 
     def __init__(self, samples: Sequence[Sample], indices: Sequence[int] | np.ndarray) -> None:
@@ -131,16 +140,7 @@ class Selection(Sequence[Sample]):
         """Number of samples selected."""
         return len(self.indices)
 
-    @overload
-    def __getitem__(self, index: int) -> Sample: ...
-
-    @overload
-    def __getitem__(self, index: slice) -> list[Sample]: ...
-
-    def __getitem__(self, index: int | slice) -> Sample | list[Sample]:
-        """Look a sample up, or a list of several."""
-        if isinstance(index, slice):
-            return [self.samples[position] for position in self.indices[index].tolist()]
+    def _look_up(self, index: int) -> Sample:
         return self.samples[int(self.indices[index])]
 
 

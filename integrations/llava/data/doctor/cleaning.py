@@ -18,7 +18,7 @@ from ..files import SampleFile
 from .findings import Finding
 from .survey import Survey
 
-__all__ = ["Cleaned", "clean_path", "lines_path", "write_clean", "write_lines"]
+__all__ = ["Cleaned", "clean_path", "write_clean", "write_lines"]
 
 # JSON has no line breaks but between its values, where they mean nothing.
 _LINE_BREAKS = re.compile(rb"[ \t\r]*\n\s*|\r")
@@ -37,11 +37,6 @@ class Cleaned:
 def clean_path(path: Path) -> Path:
     """Name of the cleaned file, beside the original: `X.clean.jsonl`."""
     return path.with_name(f"{path.stem}.clean.jsonl")
-
-
-def lines_path(path: Path) -> Path:
-    """Name of the file with one sample a line, beside the original: `X.jsonl`."""
-    return path.with_suffix(".jsonl")
 
 
 def write_clean(samples: SampleFile, survey: Survey) -> Cleaned:

@@ -17,7 +17,7 @@ from layerfuse.errors import FileAccessError
 from layerfuse.preprocessing.pixels import is_16_bit, orientation
 
 from ..images import UnreadableImageError, open_image
-from ..media_names import is_outside
+from ..samples import is_outside
 from .findings import Fault
 
 __all__ = ["CheckImages", "find_broken_images", "image_faults"]

@@ -43,19 +43,10 @@ def usable_indices(
     check_images: CheckImages = "size",
     bad_samples: BadSamples = "fail",
 ) -> tuple[np.ndarray, list[Finding]]:
-    """Indices of the samples that training can use, and the problems of the others.
+    """Indices (int64, in order) of the samples that training can use, and the problems of the others.
 
-    One process of a run is enough; the indices are all that the others need.
-
-    Args:
-        samples: in LLaVA's format.
-        image_folder: what image names are relative to.
-        template: the prompt template they will be written with.
-        check_images: decode every image, read only its header, or look at no file at all ("none").
-        bad_samples: "fail" raises at problems; "skip" leaves the samples out and logs how many.
-
-    Returns:
-        The indices, int64, in order; and the problems.
+    One process of a run is enough; the indices are all that the others need. Samples, image folder, template and
+    `check_images` are as of `survey_samples`; `bad_samples="skip"` leaves samples out and logs how many.
 
     Raises:
         ValueError: listing the samples and image files at fault, and what is wrong with each, if they shall not be

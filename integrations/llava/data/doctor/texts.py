@@ -16,8 +16,7 @@ from integrations.llava.image_layout import ImageLayout
 from integrations.llava.prompts import IGNORE_INDEX, IMAGE_TAG, Message, Template, TextEncoder, render, turns
 
 from ..images import read_image_size
-from ..media_names import is_outside, linked_media, unread_media
-from ..samples import Sample, image_names
+from ..samples import Sample, image_names, is_outside, linked_media, unread_media
 from .findings import Fault
 
 __all__ = ["TokenLimit", "conversation_faults", "sample_warnings"]
