@@ -24,6 +24,8 @@ __all__ = ["SampleFile", "Selection", "file_index", "read_samples", "sample_leng
 
 
 class _Samples(Sequence[Sample]):
+    """A sequence that looks up one sample at a time; a slice of it is a list."""
+
     @overload
     def __getitem__(self, index: int) -> Sample: ...
 
