@@ -69,6 +69,21 @@ def test_a_damaged_file_is_named(suffix: str, tmp_path: Path) -> None:
         stored_tensors(file)
 
 
+def test_a_pickle_cut_off_anywhere_is_told_as_damage(tmp_path: Path) -> None:
+    torch.save(TENSORS, tmp_path / "whole.bin", _use_new_zipfile_serialization=False)
+    whole = (tmp_path / "whole.bin").read_bytes()
+    told = []
+    for length in range(len(whole)):
+        (tmp_path / "x.bin").write_bytes(whole[:length])
+        with pytest.raises(
+            ValueError, match=r"x\.bin (is not a whole file of weights|holds more than tensors)"
+        ) as caught:
+            stored_tensors(tmp_path / "x.bin")
+        told.append("not a whole file" in str(caught.value))
+    # Cut within the name of a class, a file names another class, which nobody can tell from code.
+    assert sum(told) > 0.8 * len(whole)
+
+
 def write_index(folder: Path, places: dict[str, str]) -> None:
     (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": places}))
 
