@@ -14,7 +14,7 @@ from transformers import AutoModelForImageTextToText, LlavaForConditionalGenerat
 from integrations.llava.checkpoints import Options, convert, layout_of
 from integrations.llava.checkpoints.model_io import load_model, load_processor
 from integrations.llava.checkpoints.tensors import stored_model
-from tests.integrations.llava.convert.foreign import FUSED_LAYERS, save_published, tiny_llava_hf
+from tests.integrations.llava.checkpoints.foreign import FUSED_LAYERS, save_published, tiny_llava_hf
 from tests.integrations.llava.tiny_parts import make_tokenizer
 
 IMAGE_TOKENS = 16
@@ -161,7 +161,7 @@ def test_tables_that_old_versions_stored_are_left_out(
 ) -> None:
     source = tmp_path / "old"
     weights = save_published(published_llm, source)
-    from tests.integrations.llava.convert.foreign import write_weights
+    from tests.integrations.llava.checkpoints.foreign import write_weights
 
     tables = {
         "model.layers.0.self_attn.rotary_emb.inv_freq": torch.zeros(8),

@@ -16,7 +16,7 @@ from integrations.llava.config.schema import Recipe, StageConfig
 from integrations.llava.dry_run.facts import Block, build_on_meta, model_facts
 from integrations.llava.dry_run.memory import Memory, Weights, block_bytes, estimate_memory, residual_bytes
 from integrations.llava.modeling.build import Assembled, assemble
-from tests.integrations.llava.estimate.estimate_support import LiveBytes, make_batch, small_recipe
+from tests.integrations.llava.dry_run.estimate_support import LiveBytes, make_batch, small_recipe
 from tests.integrations.llava.tiny_parts import tiny_llm
 
 BATCH, TEXT = 4, 80

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 from integrations.llava.inference.predictor import Predictor, load_predictor
 from integrations.llava.inference.sampling import SamplingParams, SeededSampling
 from integrations.llava.prompts import get_template, render
-from tests.integrations.llava.answering_parts import PROMPTS, SAMPLED, save_run
+from tests.integrations.llava.inference.answering_parts import PROMPTS, SAMPLED, save_run
 from tests.integrations.llava.tiny_parts import human_and_gpt
 
 # Sampling

@@ -17,7 +17,7 @@ from integrations.llava.checkpoints.model_io import load_processor
 from integrations.llava.inference.predictor import Predictor, load_predictor, usable_device
 from integrations.llava.prompts import TextEncoder
 from layerfuse.errors import UserError
-from tests.integrations.llava.answering_parts import PROMPTS
+from tests.integrations.llava.inference.answering_parts import PROMPTS
 
 # Folders
 

@@ -17,7 +17,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from integrations.llava.prompts import IGNORE_INDEX
 from integrations.llava.training.train import train
 from integrations.llava.training.trainer import LlavaTrainer
-from tests.integrations.llava.trajectory_support import RUNS, RecordedRun
+from tests.integrations.llava.training.trajectory_support import RUNS, RecordedRun
 
 pytestmark = pytest.mark.skipif(not RUNS, reason="goldens not found; set LAYERFUSE_GOLDENS to their folder")
 

@@ -17,7 +17,7 @@ from integrations.llava.checkpoints import convert, convert_connector, layout_of
 from integrations.llava.checkpoints.connector import load_connector
 from integrations.llava.checkpoints.model_io import load_model
 from integrations.llava.checkpoints.tensors import stored_model, stored_tensors
-from tests.integrations.llava.model_goldens_support import CASES, PROMPTS, RECORDED, Case, Run, recorded_names
+from tests.integrations.llava.modeling.model_goldens_support import CASES, PROMPTS, RECORDED, Case, Run, recorded_names
 
 FUSER = "model.mm_projector.0."
 # What a file of cases may hold; each of these is compared below.

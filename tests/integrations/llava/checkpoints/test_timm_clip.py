@@ -19,7 +19,7 @@ from integrations.llava.prompts import get_template
 from layerfuse.backbones import create_backbone
 from layerfuse.fusers import create_fuser
 from layerfuse.testing import randomise_parameters
-from tests.integrations.llava.convert.foreign import logits_of, save_tower
+from tests.integrations.llava.checkpoints.foreign import logits_of, save_tower
 from tests.integrations.llava.tiny_parts import make_tokenizer
 
 TIMM_CLIP = "vit_base_patch16_clip_quickgelu_224"

@@ -23,7 +23,7 @@ from integrations.llava.config.yaml_io import (
 from integrations.llava.dry_run import GPUS, dry_run, render
 from integrations.llava.training.train import train
 
-DOCUMENT = Path(__file__).parents[3] / "docs" / "recipes.md"
+DOCUMENT = Path(__file__).parents[4] / "docs" / "recipes.md"
 # What each recipe sets, beside the recipe that it derives from.
 DIFFERENCES = {
     "average_7b": ("mmfuser_7b", {"model.fuser"}),

@@ -19,7 +19,7 @@ from integrations.llava.cli.chat import main, print_answer
 from integrations.llava.inference import Conversation
 from integrations.llava.inference.predictor import Predictor
 from integrations.llava.inference.sampling import SamplingParams
-from tests.integrations.llava.answering_parts import save_run
+from tests.integrations.llava.inference.answering_parts import save_run
 from tests.integrations.llava.tiny_parts import human_and_gpt
 
 SHORT = SamplingParams(max_new_tokens=8)

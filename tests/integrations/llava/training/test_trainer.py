@@ -17,7 +17,7 @@ from transformers import TrainingArguments
 from integrations.llava.training.loss_guard import NonFiniteLossError
 from integrations.llava.training.metrics_log import RunLog
 from integrations.llava.training.trainer import parameter_groups
-from tests.integrations.llava.tiny_training import (
+from tests.integrations.llava.training.tiny_training import (
     BREAKS_GRADIENTS,
     BREAKS_LOSS,
     TinyModel,

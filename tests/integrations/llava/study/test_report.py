@@ -12,7 +12,7 @@ from integrations.llava.evaluation import score_answers, summarise
 from integrations.llava.study.report import render_report
 from integrations.llava.study.results import DemoResults
 from integrations.llava.study.statistics import AVERAGE, baseline, conclude, differences, estimate
-from tests.integrations.llava.demo.made_up import KINDS, make_questions, make_results, make_run
+from tests.integrations.llava.study.made_up import KINDS, make_questions, make_results, make_run
 
 VOID = {"meta", "img", "input", "br", "hr", "link"}
 

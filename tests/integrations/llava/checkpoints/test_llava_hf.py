@@ -18,7 +18,7 @@ from integrations.llava.checkpoints import Options, convert, layout_of
 from integrations.llava.checkpoints.model_io import load_model, load_processor
 from integrations.llava.checkpoints.tensors import stored_model
 from integrations.llava.image_layout import ImageLayout, ImageSize
-from tests.integrations.llava.convert.foreign import logits_of, save_llava_hf, tiny_llava_hf
+from tests.integrations.llava.checkpoints.foreign import logits_of, save_llava_hf, tiny_llava_hf
 from tests.integrations.llava.tiny_parts import make_tokenizer
 
 

@@ -14,7 +14,7 @@ from integrations.llava.cli import train as train_command
 from integrations.llava.config.schema import LoraConfig, Recipe
 from integrations.llava.training.train import train
 from layerfuse.errors import InputError, UserError
-from tests.integrations.llava.test_run_starts import changed, command
+from tests.integrations.llava.training.test_run_starts import changed, command
 
 
 def _with_lora(recipe: Recipe, **values: Any) -> Recipe:

@@ -27,7 +27,7 @@ from integrations.llava.config.yaml_io import dump_recipe
 from integrations.llava.training.run_folder import RunFolder
 from integrations.llava.training.signals import EXIT_REQUEUE
 from integrations.llava.training.train import train
-from tests.integrations.llava.process_pairs import Nursery
+from tests.integrations.llava.training.process_pairs import Nursery
 
 ENGINES = ("ddp", "fsdp2")
 STEPS = 6

@@ -19,8 +19,8 @@ from integrations.llava.modeling.build import assemble
 from integrations.llava.modeling.lora import merge_lora
 from integrations.llava.training.signals import RunInterrupted
 from integrations.llava.training.train import train
-from tests.integrations.llava.test_resume import StopAt, rows
 from tests.integrations.llava.tiny_parts import save_llm
+from tests.integrations.llava.training.test_resume import StopAt, rows
 
 ADAPTERS = LoraConfig(rank=4, alpha=8, dropout=0.1, target_modules=("q_proj", "down_proj"))
 

@@ -21,7 +21,7 @@ from integrations.llava.inference.predictor import Predictor
 from integrations.llava.inference.prompt_builder import load_preparer
 from integrations.llava.inference.requests import Request, prompt_lengths, read_requests, refuse_broken_images
 from integrations.llava.inference.results import AnswerFile, weights_fingerprint
-from tests.integrations.llava.answering_parts import PROMPTS
+from tests.integrations.llava.inference.answering_parts import PROMPTS
 from tests.integrations.llava.tiny_parts import human_and_gpt
 
 

@@ -18,7 +18,7 @@ from integrations.llava.inference.predictor import Predictor, default_dtype, loa
 from integrations.llava.inference.prompt_builder import Preparer, load_preparer
 from integrations.llava.inference.sampling import SamplingParams
 from integrations.llava.prompts import get_template
-from tests.integrations.llava.answering_parts import PROMPTS, SAMPLED, save_run
+from tests.integrations.llava.inference.answering_parts import PROMPTS, SAMPLED, save_run
 
 # The same at every batch size
 

@@ -14,7 +14,7 @@ from integrations.llava.dry_run.facts import build_on_meta, model_facts
 from integrations.llava.dry_run.flops import PartFlops, hours, sample_flops
 from integrations.llava.dry_run.gpus import get_gpu
 from integrations.llava.modeling.build import assemble
-from tests.integrations.llava.estimate.estimate_support import make_batch, small_recipe
+from tests.integrations.llava.dry_run.estimate_support import make_batch, small_recipe
 
 TEXT = 20
 # Of transformers' own attention, every matrix product is counted; a fused one repeats products in its backward pass.

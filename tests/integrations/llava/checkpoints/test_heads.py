@@ -28,7 +28,7 @@ from integrations.llava.prompts import get_template
 from layerfuse.backbones import TransformersBackbone
 from layerfuse.errors import InputError
 from layerfuse.fusers import create_fuser
-from tests.integrations.llava.convert.foreign import logits_of, save_llava_hf
+from tests.integrations.llava.checkpoints.foreign import logits_of, save_llava_hf
 from tests.integrations.llava.tiny_parts import make_tokenizer, tiny_clip
 
 IMAGE_TOKEN = len(make_tokenizer("llama"))

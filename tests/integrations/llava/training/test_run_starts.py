@@ -26,7 +26,7 @@ from integrations.llava.training import RANDOM, train
 from integrations.llava.training.run_folder import RunFolder
 from integrations.llava.training.signals import RunInterrupted
 from layerfuse.errors import InputError
-from tests.integrations.llava.test_resume import StopAt, both_stages, rows
+from tests.integrations.llava.training.test_resume import StopAt, both_stages, rows
 
 ADAPTER = "pretrain/adapter.safetensors"
 

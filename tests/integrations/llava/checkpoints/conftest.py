@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from transformers import LlavaForConditionalGeneration
 
-from tests.integrations.llava.convert.foreign import save_llava_hf, save_published, tiny_llava_hf
+from tests.integrations.llava.checkpoints.foreign import save_llava_hf, save_published, tiny_llava_hf
 from tests.integrations.llava.tiny_parts import make_tokenizer
 
 VOCABULARY = len(make_tokenizer("llama"))

@@ -12,7 +12,7 @@ from integrations.llava.config.schema import PARTS
 from integrations.llava.config.yaml_io import load_recipe
 from integrations.llava.dry_run.facts import build_on_meta, model_facts
 from integrations.llava.modeling.build import assemble
-from tests.integrations.llava.estimate.estimate_support import small_recipe
+from tests.integrations.llava.dry_run.estimate_support import small_recipe
 
 # Parameters of CLIP-L up to block 23, of Vicuna-7B and -13B with one more row for the image token, of LoRA at rank 128.
 BACKBONE, VICUNA_7B, VICUNA_13B, ADAPTERS = 290_909_184, 6_738_423_808, 13_015_874_560, 319_815_680

@@ -12,8 +12,8 @@ import pytest
 from integrations.llava.config.schema import Recipe
 from integrations.llava.config.yaml_io import dump_recipe
 from integrations.llava.training.run_folder import RunFolder
-from tests.integrations.llava.failing_worker import ERRORS, PLACES
-from tests.integrations.llava.process_pairs import Nursery
+from tests.integrations.llava.training.failing_worker import ERRORS, PLACES
+from tests.integrations.llava.training.process_pairs import Nursery
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="the processes are forked")
 

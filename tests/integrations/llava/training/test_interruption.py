@@ -15,7 +15,7 @@ from integrations.llava.config.schema import Recipe
 from integrations.llava.config.yaml_io import dump_recipe
 from integrations.llava.training.run_folder import RunFolder
 from integrations.llava.training.signals import RunInterrupted, StopRequest, stop_requests
-from tests.integrations.llava.test_resume import both_stages
+from tests.integrations.llava.training.test_resume import both_stages
 
 
 def test_handlers_of_signals_are_put_back_whatever_happens() -> None:

@@ -12,7 +12,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from transformers.integrations import INTEGRATION_TO_CALLBACK
 
 from integrations.llava.training.run_folder import RunFolder
-from tests.integrations.llava.tiny_training import TinyTrainer, item, read_rows, tiny_trainer
+from tests.integrations.llava.training.tiny_training import TinyTrainer, item, read_rows, tiny_trainer
 
 SAMPLES = [item(name, number / 7) for number, name in enumerate("abcdefghij", start=1)]
 SAMPLES[2]["skipped"] = "c: missing"
