@@ -115,7 +115,7 @@ class _RecordedTexts(ConversationDataset):
     def render(self, index: int) -> Rendered:
         return self.texts[index]
 
-    def _image(self, name: str, own_id: str) -> tuple[torch.Tensor, tuple[int, int]]:
+    def _image(self, name: str) -> tuple[torch.Tensor, tuple[int, int]]:
         pixels = self.pixels[int(own_id)][int(name)]
         return pixels, (pixels.shape[1], pixels.shape[2])
 
