@@ -116,7 +116,8 @@ class _RecordedTexts(ConversationDataset):
         return self.texts[index]
 
     def _image(self, name: str) -> tuple[torch.Tensor, tuple[int, int]]:
-        pixels = self.pixels[int(own_id)][int(name)]
+        row, index = map(int, name.split())
+        pixels = self.pixels[row][index]
         return pixels, (pixels.shape[1], pixels.shape[2])
 
 
@@ -139,7 +140,7 @@ class Run:
         image = self.model.config.image_token_index
         preprocessing = Preprocessing.from_dict(self.processor.image_processor.preprocessing)
         samples = [
-            {"id": str(row), "conversations": [], "image": [str(index) for index in range(len(pixels))]}
+            {"id": str(row), "conversations": [], "image": [f"{row} {index}" for index in range(len(pixels))]}
             for row, pixels in enumerate(case.own_pixels)
         ]
         dataset = _RecordedTexts(
