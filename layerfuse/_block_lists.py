@@ -1,7 +1,7 @@
 """The list of blocks inside a model: where it is, what stands in it, and how much of it an earlier backbone left.
 
-A layer number counts entries of this list, so an entry must be one block that runs once in a call. A list in which that
-cannot be so (shared, chunked or paired blocks) is refused here, before anything is changed.
+A layer number counts entries of this list, so an entry must be one block that runs once in a call; a list in which that
+cannot be so (shared, chunked or paired blocks) is refused before anything is changed.
 """
 
 from __future__ import annotations
@@ -57,13 +57,7 @@ def get_blocks(model: nn.Module, path: str) -> BlockList:
 
 
 def find_blocks(model: nn.Module) -> str:
-    """Find the one block list of a model by its structure.
-
-    Args:
-        model: a module with one ``nn.ModuleList`` or ``nn.Sequential`` of two or more blocks of one class.
-
-    Returns:
-        Its dotted path.
+    """Return the path of a model's one ``nn.ModuleList`` or ``nn.Sequential`` of two or more blocks of one class.
 
     Raises:
         ValueError: if there is none, or more than one; the message lists them.
@@ -83,14 +77,9 @@ def count_blocks(blocks: BlockList) -> int:
 
 
 def cut_blocks(blocks: BlockList, depth: int) -> None:
-    """Remove the blocks behind a depth from the list.
+    """Remove the blocks behind a depth from the list, in place: the parent may hold it under several names.
 
-    Args:
-        blocks: changed in place: the parent may hold the list under several names.
-        depth: how many blocks stay; of 0, a block that does nothing stands for a place where layer 0 is tapped.
-
-    Raises:
-        ValueError: if an earlier cut left fewer.
+    Of depth 0, a block that does nothing stays for a place where layer 0 is tapped. Raises as `check_depth`.
     """
     check_depth(blocks, depth)
     setattr(blocks, _DEPTH_MARK, count_blocks(blocks))
@@ -100,11 +89,7 @@ def cut_blocks(blocks: BlockList, depth: int) -> None:
 
 
 def cut_submodules(model: nn.Module, paths: Sequence[str]) -> None:
-    """Replace the modules of a model at dotted paths by ``nn.Identity``, in place.
-
-    Raises:
-        ValueError: before anything is changed, if a path is not there.
-    """
+    """Replace modules at dotted paths by ``nn.Identity``; InputError, and no change, if a path is not there."""
     for path in paths:
         try:
             model.get_submodule(path)
@@ -139,10 +124,9 @@ def first_parameter(block: nn.Module) -> str | None:
 
 
 def first_argument(args: tuple[Any, ...], kwargs: Mapping[str, Any], keyword: str | None) -> Any:
-    """Find the hidden states among the arguments of a block whose first parameter is called ``keyword``.
+    """Return the hidden states among the arguments of a block whose first parameter is called ``keyword``.
 
-    Returns:
-        The hidden states, or all keyword arguments if none or several could be meant.
+    All keyword arguments are returned if none or several could be meant.
     """
     if args:
         return args[0]

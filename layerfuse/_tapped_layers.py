@@ -33,19 +33,10 @@ class TappedLayer(NamedTuple):
 def record_layer(
     layer: int, value: Any, module: nn.Module, args: tuple[Any, ...], *, copied: bool, wanted: bool, grad_at_start: bool
 ) -> TappedLayer:
-    """Make the record of a layer from the output of its block, or from the input of block 1.
+    """Return the record of a layer, made from the output of its block, or from the input of block 1 for layer 0.
 
-    Args:
-        layer: its number.
-        value: (B, P + N, C), or a tuple that begins with it.
-        module: the block that returned it, or that it enters.
-        args: the block's arguments.
-        copied: hand over a copy.
-        wanted: it is to be handed over; else it is only compared with the input of the next block.
-        grad_at_start: whether gradients were on when the call began.
-
-    Raises:
-        TapError: if there is no tensor.
+    ``copied``: hand over a copy. ``wanted``: it is to be handed over; else it is only compared with the input of the
+    next block. Raises TapError if ``value`` is no tensor (B, P + N, C), nor a tuple that begins with one.
     """
     seen = _leading_tensor(value)
     if seen is None:
@@ -65,10 +56,7 @@ def record_layer(
 def check_runs(layers: Sequence[int], stored: Mapping[int, TappedLayer], repeated: set[int]) -> None:
     """Raise TapError unless every layer asked for ran once, after those of lower numbers.
 
-    Args:
-        layers: the layers asked for.
-        stored: layers that ran, in the order in which they did.
-        repeated: layers that ran again.
+    ``stored`` has the layers in the order in which they ran, ``repeated`` those that ran again.
     """
     missing = [layer for layer in layers if layer not in stored]
     if missing:

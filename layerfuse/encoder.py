@@ -14,16 +14,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import ModelHubMixin
+from huggingface_hub import ModelHubMixin, snapshot_download
 from torch import nn
 
-from layerfuse._encoder_files import CONFIG_FILE, WEIGHTS_FILE, download_encoder, read_encoder_config
-from layerfuse._placement import as_device, as_dtype
 from layerfuse.backbones import Backbone, backbone_from_config, create_backbone
-from layerfuse.backbones._creation import named_once
-from layerfuse.errors import InputError, InvalidTypeError
+from layerfuse.backbones._creation import as_device, as_dtype, named_once
+from layerfuse.errors import InputError, InvalidTypeError, MissingFileError
 from layerfuse.features import Grid
-from layerfuse.files import atomic_folder
+from layerfuse.files import atomic_folder, explain_missing_config
 from layerfuse.fusers import FUSERS, Fuser, FuserCost, create_fuser, fuser_from_config
 from layerfuse.layers import LayerChoice
 from layerfuse.preprocessing import Images, Preprocessing
@@ -31,7 +29,7 @@ from layerfuse.weights import fitting_weights, load_weights, save_weights
 
 __all__ = ["FusedEncoder", "check_fuser_fits", "create_encoder"]
 
-_CARD_FILE = "README.md"
+_CONFIG_FILE, _WEIGHTS_FILE, _CARD_FILE = "config.json", "model.safetensors", "README.md"
 
 
 class FusedEncoder(
@@ -60,15 +58,11 @@ class FusedEncoder(
         self.fuser = fuser
 
     def forward(self, images: torch.Tensor, condition: torch.Tensor | None = None) -> torch.Tensor:
-        """Encode images as fused visual tokens.
+        """Encode images as fused visual tokens (B, N, C_out).
 
         Args:
             images: (B, 3, height, width) in pixels, normalised as `prepare` does it.
-            condition: (B, D_c), such as an embedding of each image's question, for a fuser with
-                ``condition_channels``.
-
-        Returns:
-            (B, N, C_out) fused tokens.
+            condition: (B, D_c), such as an embedding of each image's question, for a fuser with ``condition_channels``.
 
         Raises:
             ValueError: if the backbone cannot take the image size, or the fuser the condition.
@@ -87,66 +81,30 @@ class FusedEncoder(
         return self.fuser.out_channels
 
     def num_tokens(self, size: int | Sequence[int] | None = None) -> int:
-        """Return the number of tokens that an image becomes, without running anything.
-
-        Args:
-            size: of the images, in pixels: one edge, or (height, width); the backbone's own if None.
-
-        Returns:
-            N.
-
-        Raises:
-            ValueError: if the backbone cannot take that size.
-        """
+        """Return the number N of tokens that an image becomes, of a ``size`` as in `Backbone.grids`; nothing is run."""
         return self.fuser.num_tokens(self.backbone.grids(size))
 
     def grid(self, size: int | Sequence[int] | None = None) -> Grid | None:
-        """Return the grid of the fused tokens, without running anything.
+        """Return the grid (H, W) of the fused tokens, of images of a ``size`` as in `Backbone.grids`; nothing is run.
 
-        Args:
-            size: of the images, in pixels: one edge, or (height, width); the backbone's own if None.
-
-        Returns:
-            (H, W), in cells of fused tokens; None if they lie on no grid.
-
-        Raises:
-            ValueError: if the backbone cannot take that size.
+        None if the tokens lie on no grid.
         """
         return self.fuser.out_grid(self.backbone.grids(size))
 
     def prepare(self, images: Images) -> torch.Tensor:
-        """Make the input of the encoder from pictures.
-
-        Args:
-            images: one picture or several, see `Preprocessing.batch`.
-
-        Returns:
-            (B, 3, height, width), on the encoder's device and in its dtype.
-
-        Raises:
-            TypeError: if one is no picture.
-            ValueError: if there is none, or one has values or a shape that cannot be.
-        """
+        """Return the encoder's input, (B, 3, height, width), from one picture or several; see `Backbone.prepare`."""
         return self.backbone.prepare(images)
 
     def freeze_backbone(self) -> FusedEncoder:
         """Turn gradients off for the backbone, which stays in evaluation mode whatever ``train()`` is called later.
 
-        Returns:
-            The same encoder.
+        Returns the same encoder.
         """
         self.backbone.freeze()
         return self
 
     def cost(self, image_size: int | Sequence[int] | None = None) -> FuserCost:
-        """Return the cost of the fuser, without running it.
-
-        Args:
-            image_size: in pixels: one edge, or (height, width); the backbone's own size if None.
-
-        Returns:
-            Parameters, output channels, tokens and FLOPs per image of the fuser.
-        """
+        """Return the fuser's parameters, channels, tokens and FLOPs per image of a size as in `Backbone.grids`."""
         return self.fuser.cost(self.backbone.grids(image_size))
 
     @property
@@ -173,22 +131,11 @@ class FusedEncoder(
     ) -> str | None:
         """Write config, weights and, where there is none, a model card: whole or not at all.
 
-        Whatever stops it, the folder holds the earlier model, this one, or nothing that loads.
-
-        Args:
-            save_directory: made if need be; an encoder in it is replaced.
-            config: what `push_to_hub` of huggingface_hub hands over; the encoder's own is written.
-            repo_id: on the hub, if it goes there; the folder's name if None.
-            push_to_hub: whether it goes to the hub, too.
-            model_card_kwargs: for the card's template.
-            commit_message: this and what follows are for the hub, as in `push_to_hub`.
-            private: likewise.
-            token: likewise.
-            branch: likewise.
-            create_pr: likewise.
-            allow_patterns: likewise.
-            ignore_patterns: likewise.
-            delete_patterns: likewise.
+        Whatever stops it, the folder holds the earlier model, this one, or nothing that loads. It is made if need be;
+        an encoder in it is replaced. The encoder's own config is written, whatever `push_to_hub` of huggingface_hub
+        hands over as ``config``. With ``push_to_hub`` the encoder also goes to ``repo_id`` (None: the folder's name) on
+        the hub; the arguments from ``commit_message`` on are for that. ``model_card_kwargs`` are for the card's
+        template.
 
         Returns:
             The address of the commit if it went to the hub.
@@ -200,10 +147,13 @@ class FusedEncoder(
         """
         folder = Path(save_directory)
         described = self.config
-        weights = fitting_weights(self, lambda: _from_config(described))
+        weights = fitting_weights(
+            self,
+            lambda: FusedEncoder(backbone_from_config(described["backbone"]), fuser_from_config(described["fuser"])),
+        )
         with atomic_folder(folder) as scratch:
-            save_weights(self, weights, scratch / WEIGHTS_FILE)
-            (scratch / CONFIG_FILE).write_text(json.dumps(described, indent=2) + "\n", encoding="utf-8")
+            save_weights(self, weights, scratch / _WEIGHTS_FILE)
+            (scratch / _CONFIG_FILE).write_text(json.dumps(described, indent=2) + "\n", encoding="utf-8")
             if not (folder / _CARD_FILE).exists():
                 self.generate_model_card(**model_card_kwargs or {}).save(scratch / _CARD_FILE)
         if not push_to_hub:
@@ -238,23 +188,13 @@ class FusedEncoder(
         local_files_only: bool = False,
         revision: str | None = None,
     ) -> FusedEncoder:
-        """Load an encoder that `save_pretrained` wrote.
+        """Return an encoder that `save_pretrained` wrote, from a folder or a name on the hub, in evaluation mode.
 
-        Args:
-            pretrained_model_name_or_path: a folder, or a name on the hub.
-            backbone: takes the weights instead of one that is built from the config.
-            fuser: likewise.
-            dtype: of all weights, such as torch.bfloat16 or its name; None or "auto" keeps what was saved.
-            device: where the encoder goes; the CPU if None.
-            device_map: as `device`, in transformers' words: one device for all, also as ``{"": device}``.
-            force_download: this and what follows are for the hub, as in `snapshot_download`.
-            token: likewise.
-            cache_dir: likewise.
-            local_files_only: likewise.
-            revision: likewise.
-
-        Returns:
-            The encoder, in evaluation mode.
+        A ``backbone`` or a ``fuser`` that is given takes the weights instead of one that is built from the config.
+        ``dtype`` is for all weights, such as torch.bfloat16 or its name; None or "auto" keeps what was saved.
+        ``device`` is where the encoder goes, the CPU if None; ``device_map`` says the same in transformers' words: one
+        device for all, also as ``{"": device}``. The arguments from ``force_download`` on are those of
+        huggingface_hub's `snapshot_download`.
 
         Raises:
             FileNotFoundError: if there is no such encoder.
@@ -263,29 +203,34 @@ class FusedEncoder(
         precision, place = as_dtype(dtype), as_device(device, device_map)
         folder = Path(pretrained_model_name_or_path)
         if not folder.is_dir():
-            folder = download_encoder(
-                str(pretrained_model_name_or_path),
-                revision=revision,
-                cache_dir=cache_dir,
-                force_download=force_download,
-                local_files_only=local_files_only,
-                token=token,
-            )
-        config = read_encoder_config(folder)
+            try:
+                fetched = snapshot_download(
+                    str(pretrained_model_name_or_path),
+                    revision=revision,
+                    cache_dir=cache_dir,
+                    force_download=force_download,
+                    local_files_only=local_files_only,
+                    token=token,
+                    allow_patterns=[_CONFIG_FILE, _WEIGHTS_FILE],
+                )
+            except (OSError, ValueError) as error:  # no such name, no network, nothing in the cache
+                raise MissingFileError(
+                    f"{pretrained_model_name_or_path} is no folder, and it could not be fetched from the hub; give a "
+                    "folder written by FusedEncoder.save_pretrained, or the name of a repository. huggingface_hub "
+                    f"says: {error}"
+                ) from error
+            folder = Path(fetched)
+        config = _read_config(folder)
         encoder = cls(
             backbone if backbone is not None else backbone_from_config(config["backbone"]),
             fuser if fuser is not None else fuser_from_config(config["fuser"]),
         )
-        load_weights(encoder, folder / WEIGHTS_FILE)
+        load_weights(encoder, folder / _WEIGHTS_FILE)
         return encoder.to(device=place, dtype=precision).eval()
 
 
 def check_fuser_fits(backbone: Backbone, fuser: Fuser) -> None:
-    """Refuse a fuser that does not take what the backbone gives.
-
-    Args:
-        backbone: gives one map of its own width for each tapped layer.
-        fuser: the one that is to stand behind it.
+    """Refuse a fuser that does not take what the backbone gives: one map of its own width for each tapped layer.
 
     Raises:
         ValueError: if the fuser was built for another number of layers or other widths; the message says for which to
@@ -300,8 +245,27 @@ def check_fuser_fits(backbone: Backbone, fuser: Fuser) -> None:
         )
 
 
-def _from_config(config: Mapping[str, Any]) -> FusedEncoder:
-    return FusedEncoder(backbone_from_config(config["backbone"]), fuser_from_config(config["fuser"]))
+def _read_config(folder: Path) -> dict[str, Any]:
+    """Return the configs of ``backbone`` and ``fuser`` from a folder that `FusedEncoder.save_pretrained` wrote.
+
+    Raises:
+        FileNotFoundError: if config or weights are not there.
+        ValueError: if the config is damaged, or of something else.
+    """
+    missing = [name for name in (_CONFIG_FILE, _WEIGHTS_FILE) if not (folder / name).is_file()]
+    if missing:
+        raise MissingFileError(
+            f"{folder} holds no {' and no '.join(missing)}; give a folder written by FusedEncoder.save_pretrained."
+            f"{explain_missing_config(folder)}"
+        )
+    try:
+        config = json.loads((folder / _CONFIG_FILE).read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise InputError(f"{folder / _CONFIG_FILE} is no valid JSON ({error}); write or download it anew.") from error
+    if not isinstance(config, dict) or set(config) != {"backbone", "fuser"}:
+        keys = sorted(config) if isinstance(config, dict) else type(config).__name__
+        raise InputError(f"{folder / _CONFIG_FILE} has the keys {keys}; a FusedEncoder's has 'backbone' and 'fuser'.")
+    return config
 
 
 def _inside(module: nn.Module) -> Any:

@@ -27,22 +27,13 @@ def extract_features(
     image_size: int | tuple[int, int] | None = None,
     options: Mapping[str, Any] | None = None,
 ) -> FeatureMaps:
-    """Run a model on pictures and return what its layers put out, without gradients.
+    """Run a model on pictures and return the maps of L layers, each (B, N, C), in the order asked, without gradients.
 
     A model that is handed over stays as it is: a copy of its structure that shares its weights is tapped. To go through
-    a data set, make the backbone once with `create_backbone` and call it batch by batch.
+    a data set, make the backbone once with `create_backbone`, whose arguments these are, and call it batch by batch.
 
-    Args:
-        model: a name, a config or a model, as in `create_backbone`.
-        images: pictures, as `Preprocessing.batch` takes them; or a floating tensor (B, C, height, width) that is
-            prepared already.
-        layers: as in `create_backbone`.
-        pretrained: of a name, load the library's weights; else random ones.
-        image_size: edge or (height, width) in pixels, if not the model's own.
-        options: as in `create_backbone`.
-
-    Returns:
-        L maps, each (B, N, C), in the order asked.
+    ``images`` are pictures, as `Preprocessing.batch` takes them; or a floating tensor (B, C, height, width) that is
+    prepared already.
 
     Raises:
         ValueError: if the name, a layer, an option or an image is not possible.

@@ -78,7 +78,6 @@ class FeatureMaps:
     sources: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
-        """Check that the fields fit one another."""
         count = len(self.maps)
         if count == 0:
             raise InputError("FeatureMaps needs at least one map, got none; tap at least one layer.")
@@ -109,7 +108,6 @@ class FeatureMaps:
                 )
 
     def __len__(self) -> int:
-        """Return the number of maps, L."""
         return len(self.maps)
 
     def __iter__(self) -> Iterator[torch.Tensor]:
@@ -131,13 +129,7 @@ class FeatureMaps:
         return tuple([feature_map.size(-1) for feature_map in self.maps])
 
     def layer(self, number: int) -> torch.Tensor:
-        """Return the map of one layer.
-
-        Args:
-            number: a layer number from ``layers``.
-
-        Returns:
-            (B, N, C) map of that layer.
+        """Return the map (B, N, C) of a layer number.
 
         Raises:
             KeyError: if that layer was not tapped.
@@ -154,14 +146,7 @@ class FeatureMaps:
         return self.maps[self.layers.index(number)]
 
     def nchw(self, index: int) -> torch.Tensor:
-        """Return one map with its grid unfolded, as a view where memory allows.
-
-        Args:
-            index: position among the L maps (negative counts from the end).
-
-        Returns:
-            (B, C, H, W) map.
-        """
+        """Return the map at a position among the L with its grid unfolded, (B, C, H, W); a view where memory allows."""
         return self.maps[index].transpose(1, 2).unflatten(2, self.grids[index])
 
     def spatial(self, index: int) -> torch.Tensor:
@@ -170,10 +155,7 @@ class FeatureMaps:
         return self.nchw(index)
 
     def map(self, function: Callable[[torch.Tensor], torch.Tensor]) -> FeatureMaps:
-        """Return feature maps with a function applied to every tensor, maps and prefix tokens alike.
-
-        Args:
-            function: takes (B, N, C) tokens and returns as many per image.
+        """Return feature maps with a function applied to every tensor (B, N, C), maps and prefix tokens alike.
 
         Raises:
             ValueError: if the results do not fit the grids or one another.
@@ -209,13 +191,7 @@ class FeatureMaps:
         *,
         non_blocking: bool = False,
     ) -> FeatureMaps:
-        """Return feature maps whose tensors, prefix tokens included, have another device, dtype or both.
-
-        Args:
-            device: where they go; or a dtype, as in ``torch.Tensor.to``.
-            dtype: theirs afterwards.
-            non_blocking: whether a copy from pinned memory may overlap with what follows.
-        """
+        """Return feature maps whose tensors, prefix too, have another device, dtype or both, as `torch.Tensor.to`."""
         if isinstance(device, torch.dtype):
             device, dtype = None, device
         return self.map(lambda tokens: tokens.to(device, dtype, non_blocking=non_blocking))
@@ -225,10 +201,7 @@ class FeatureMaps:
         return self.map(torch.Tensor.detach)
 
     def save(self, path: str | Path) -> None:
-        """Write tensors and geometry to one safetensors file, whole or not at all.
-
-        Args:
-            path: of the file; one of that name is replaced.
+        """Write tensors and geometry to one safetensors file, whole or not at all; a file of that name is replaced.
 
         Raises:
             OSError: if it cannot be written.
@@ -247,13 +220,7 @@ class FeatureMaps:
 
     @classmethod
     def load(cls, path: str | Path) -> FeatureMaps:
-        """Read feature maps that `save` wrote.
-
-        Args:
-            path: of the file.
-
-        Returns:
-            The feature maps, on the CPU.
+        """Return the feature maps of a file that `save` wrote, on the CPU.
 
         Raises:
             FileNotFoundError: if there is no such file.

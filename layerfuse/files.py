@@ -43,13 +43,9 @@ _WEIGHTS = re.compile(r"(model|pytorch_model)(-\d{5}-of-\d{5})?\.(safetensors|bi
 
 @contextmanager
 def atomic_file(path: Path) -> Iterator[BinaryIO]:
-    """Open a file for writing under a scratch name that no other process uses; rename it at the end.
+    """Open a file for writing under a scratch name that no other process uses; rename it to ``path`` at the end.
 
-    Args:
-        path: what the file is called once it is whole; one of that name is replaced.
-
-    Yields:
-        The open file.
+    A file of that name is replaced.
 
     Raises:
         OSError: if the folder cannot be written to or the disk is full; nothing is left behind then.
@@ -66,15 +62,7 @@ def atomic_file(path: Path) -> Iterator[BinaryIO]:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a text file, whole or not at all; one of that name is replaced.
-
-    Args:
-        path: of the file.
-        text: its content, written in UTF-8.
-
-    Raises:
-        OSError: as `atomic_file`.
-    """
+    """Write a text file in UTF-8, whole or not at all, as `atomic_file` does."""
     with atomic_file(path) as file:
         file.write(text.encode("utf-8"))
 
@@ -87,13 +75,7 @@ def atomic_folder(folder: str | Path) -> Iterator[Path]:
     file moves, and the new one comes last: whenever this process is killed, the folder holds the old model, the new
     one, or no config, without which nothing loads; what was put aside then lies in ``.replaced-*``. With a new
     ``config.json``, weights of other names go too (shards of the old model beside one file of the new). All other files
-    stay. An error puts everything back.
-
-    Args:
-        folder: made if need be; a link to a folder is followed.
-
-    Yields:
-        The scratch folder, on the same file system.
+    stay. An error puts everything back. The folder is made if need be; a link to one is followed.
 
     Raises:
         FileAccessError: before the block runs, if the folder cannot be made or written to.
@@ -120,27 +102,13 @@ def atomic_folder(folder: str | Path) -> Iterator[Path]:
 
 
 def interrupted_save(folder: str | Path) -> Path | None:
-    """Find what a save that was killed had put aside.
-
-    Args:
-        folder: of a model.
-
-    Returns:
-        The folder with the earlier model's files, the newest if there are several; None if there is none.
-    """
+    """Return the folder with the files that a killed save had put aside, the newest of several, or None."""
     found = [path for path in Path(folder).glob(f"{_REPLACED}*") if any(path.iterdir())]
     return max(found, key=lambda path: path.stat().st_mtime, default=None)
 
 
 def explain_missing_config(folder: str | Path) -> str:
-    """Say what happened where a folder lacks its config because a save into it was killed.
-
-    Args:
-        folder: of a model.
-
-    Returns:
-        A sentence with a space before it, to go behind "… holds no config.json"; empty if no save was killed.
-    """
+    """Return a sentence on a killed save, with a space, to go behind "… holds no config.json"; else an empty text."""
     aside = interrupted_save(folder)
     if aside is None and not any(Path(folder).glob(f"{_SAVING}*")):
         return ""
@@ -228,11 +196,7 @@ def _remove_leftovers(folder: Path, moved: set[Path]) -> None:
 
 
 def process_is_alive(process: int) -> bool:
-    """Tell whether a process of this machine is there; where that cannot be asked without harm (Windows), yes.
-
-    Args:
-        process: its number.
-    """
+    """Tell whether a process of this machine is there; where that cannot be asked without harm (Windows), yes."""
     if os.name == "nt":
         return True  # os.kill would end it
     try:
@@ -299,15 +263,9 @@ def read_safetensors(path: str | Path) -> tuple[dict[str, torch.Tensor], dict[st
 
 
 def check_disk_space(folder: str | Path, needed: int, what: str) -> None:
-    """Make sure that something fits before it is written.
+    """Raise an OSError if the disk of a folder, or of its nearest existing parent, has no room for the bytes needed.
 
-    Args:
-        folder: where it will be written; its nearest existing parent is asked.
-        needed: bytes.
-        what: for the message, such as "a checkpoint".
-
-    Raises:
-        OSError: if the disk has less room; nothing was written or removed.
+    ``what`` is the thing to be written, for the message, such as "a checkpoint".
     """
     place = Path(folder).absolute()
     while not place.exists():

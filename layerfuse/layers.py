@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import operator
 from collections.abc import Callable, Iterable, Mapping, Set
+from contextlib import suppress
 from fractions import Fraction
 from functools import partial
 from typing import Any, SupportsIndex
@@ -22,7 +23,7 @@ LayerChoice = SupportsIndex | float | Iterable[SupportsIndex | float] | Callable
 
 
 def resolve_layers(layers: LayerChoice, num_blocks: int) -> tuple[int, ...]:
-    """Turn a choice of layers into layer numbers >= 0, in the order asked.
+    """Turn a choice of layers into layer numbers, each 0..num_blocks, in the order asked.
 
     Args:
         layers: one layer or several (tuple, list, range, array), or a function that is given the number of blocks and
@@ -30,10 +31,7 @@ def resolve_layers(layers: LayerChoice, num_blocks: int) -> tuple[int, ...]:
             outputs, negatives count from the end, so that (-22, -17, -12, -7, -2) is (3, 8, 13, 18, 23) on a 24-block
             ViT. A float in (0, 1] is a share of the depth, rounded half up, at least 1: of 24 blocks 0.25 is layer 6
             and 1.0 the last.
-        num_blocks: number of blocks of the whole backbone.
-
-    Returns:
-        The layer numbers, each 0..num_blocks, in the order asked.
+        num_blocks: of the whole backbone.
 
     Raises:
         ValueError: if no layer is given, one is out of range, or one is asked for twice.
@@ -72,7 +70,16 @@ def _layer_number(given: Any, num_blocks: int) -> int:
             )
         # The fraction that was meant: 0.29 of 50 blocks is 14.5, of which binary floats make 14.499999999999998.
         return max(1, math.floor(Fraction(share).limit_denominator(10**6) * num_blocks + Fraction(1, 2)))
-    number = _integer(given, kind)
+    number = None
+    # A boolean counts as an integer in Python, but a mask of layers is no list of their numbers.
+    if "bool" not in kind:
+        with suppress(TypeError):
+            number = operator.index(given)
+    if number is None:
+        raise InvalidTypeError(
+            f"layers must be numbers, got {given!r}; write integers, or shares of the depth in (0, 1], for example "
+            "(3, 8, -2) or (0.25, 0.5, -2)."
+        )
     layer = number + num_blocks + 1 if number < 0 else number
     if not 0 <= layer <= num_blocks:
         raise InputError(
@@ -82,30 +89,11 @@ def _layer_number(given: Any, num_blocks: int) -> int:
     return layer
 
 
-def _integer(given: Any, kind: str) -> int:
-    # A boolean counts as an integer in Python, but a mask of layers is no list of their numbers.
-    if "bool" not in kind:
-        try:
-            return operator.index(given)
-        except TypeError:
-            pass
-    raise InvalidTypeError(
-        f"layers must be numbers, got {given!r}; write integers, or shares of the depth in (0, 1], for example "
-        "(3, 8, -2) or (0.25, 0.5, -2)."
-    )
-
-
 def spread(num_layers: int) -> Callable[[int], tuple[int, ...]]:
-    """Make a choice of layers that lie evenly over the depth and end at the penultimate block.
+    """Return a choice of L layers that lie evenly over the depth and end at the penultimate block, for any ``layers=``.
 
-    The penultimate block is the deepest that LLaVA reads (arXiv:2310.03744); of 12 blocks, ``spread(4)`` is layers
-    (3, 6, 8, 11).
-
-    Args:
-        num_layers: L, at least 1.
-
-    Returns:
-        A function from the number of blocks to L layer numbers, for ``layers=`` of everything that taps.
+    The penultimate block is the deepest that LLaVA reads (arXiv:2310.03744); of 12 blocks, ``spread(4)`` is layers (3,
+    6, 8, 11).
 
     Raises:
         ValueError: if ``num_layers`` is less than 1, or, once the depth is known, more than the blocks before the last.

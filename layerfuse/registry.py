@@ -18,15 +18,9 @@ T = TypeVar("T")
 
 
 def unknown_name_message(kind: str, name: str, known: Iterable[str]) -> str:
-    """Return the message of the error for a name that is not known.
+    """Return the message for a name that is not known: the nearest of the known names, if one is near, and their list.
 
-    Args:
-        kind: what the name stands for, such as ``"fuser"``.
-        name: the name that was given.
-        known: every name that is allowed.
-
-    Returns:
-        A sentence with the nearest match, if there is one, and the full list.
+    ``kind`` is what the name stands for, such as ``"fuser"``.
     """
     names = sorted(known)
     nearest = difflib.get_close_matches(name, names, n=1)
@@ -49,28 +43,18 @@ class Registry(Generic[T]):
         self._outside: dict[str, metadata.EntryPoint] | None = None
 
     def register(self, name: str) -> Callable[[type[T]], type[T]]:
-        """Return a class decorator that registers a class under a name.
-
-        Args:
-            name: the name users write.
-
-        Returns:
-            A decorator that returns the class unchanged.
+        """Return a class decorator that registers a class under the name that users write.
 
         Raises:
             ValueError: if the name is taken by another class.
         """
 
         def decorate(entry: type[T]) -> type[T]:
-            taken = self._entries.get(name)
-            # A notebook cell run twice defines the same class again; that is not a clash.
-            if taken is not None and (taken.__module__, taken.__qualname__) != (
-                entry.__module__,
-                entry.__qualname__,
-            ):
+            # By their names: a notebook cell run twice defines the same class again; that is not a clash.
+            ours, taken = (f"{each.__module__}.{each.__qualname__}" for each in (entry, self._entries.get(name, entry)))
+            if taken != ours:
                 raise InputError(
-                    f"{self.kind} {name!r} is already registered by {taken.__module__}.{taken.__qualname__}; "
-                    f"choose another name for {entry.__module__}.{entry.__qualname__}."
+                    f"{self.kind} {name!r} is already registered by {taken}; choose another name for {ours}."
                 )
             self._entries[name] = entry
             return entry
@@ -78,13 +62,7 @@ class Registry(Generic[T]):
         return decorate
 
     def get(self, name: str) -> type[T]:
-        """Return the class registered under a name, loading it from its package if need be.
-
-        Args:
-            name: a registered name or the name of an entry point in ``group``.
-
-        Returns:
-            The class.
+        """Return the class of a registered name, or of an entry point in ``group``, which is then loaded.
 
         Raises:
             ValueError: if nothing has that name; the message gives the nearest match and the full list.
@@ -100,15 +78,12 @@ class Registry(Generic[T]):
         return tuple(sorted({*self._entries, *self._entry_points()}))
 
     def __contains__(self, name: object) -> bool:
-        """Tell whether a name is known."""
         return name in self.names()
 
     def __iter__(self) -> Iterator[str]:
-        """Iterate over the known names, sorted."""
         return iter(self.names())
 
     def __len__(self) -> int:
-        """Return the number of known names."""
         return len(self.names())
 
     def _entry_points(self) -> dict[str, metadata.EntryPoint]:

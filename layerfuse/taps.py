@@ -51,16 +51,7 @@ def split_prefix(hidden: torch.Tensor, num_prefix_tokens: int) -> tuple[torch.Te
 def as_features(
     hidden_states: Sequence[torch.Tensor], layers: tuple[int, ...], *, grid: Grid, num_prefix_tokens: int
 ) -> FeatureMaps:
-    """Make feature maps of hidden states.
-
-    Args:
-        hidden_states: L tensors (B, P + N, C).
-        layers: their numbers.
-        grid: (H, W) of the patch tokens, in patches.
-        num_prefix_tokens: P.
-
-    Returns:
-        L maps, each (B, N, C), with prefix tokens (B, P, C) split off.
+    """Return feature maps made of the hidden states (B, P + N, C) of L layers: maps (B, N, C), and prefix (B, P, C).
 
     Raises:
         ValueError: if grid and prefix tokens do not add up to the number of tokens.
@@ -198,15 +189,7 @@ class BlockTaps:
             ]
 
     def run(self, forward: Callable[..., object], *inputs: Any, copy_maps: bool = False) -> tuple[torch.Tensor, ...]:
-        """Call a function that runs the model once, and return the outputs of its tapped layers.
-
-        Args:
-            forward: runs the model in this thread.
-            inputs: for the function.
-            copy_maps: copy each tensor when it is tapped.
-
-        Returns:
-            One tensor (B, P + N, C) per layer, in the order asked.
+        """Return the outputs (B, P + N, C) of the tapped layers, in the order asked, once a function has run the model.
 
         Raises:
             TapError: (a ValueError and a RuntimeError) if what the layers put out cannot be told for certain.
@@ -294,7 +277,6 @@ class TappedModel:
         self._call: _Call | None = None
 
     def __enter__(self) -> TappedModel:
-        """Put the hooks on the model."""
         if self._call is not None:
             raise TapError("this model is tapped already; leave the first 'with' block, or call tap() again.")
         taps = BlockTaps(self._blocks, self.layers, stop_early=self._stop_early)
@@ -304,7 +286,6 @@ class TappedModel:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> bool:
-        """Take the hooks off the model, whatever happened."""
         assert self._call is not None
         call, self._call = self._call, None
         stopped = kind is not None and issubclass(kind, _StopForwardError)
@@ -317,14 +298,7 @@ class TappedModel:
         return stopped
 
     def features(self, *, grid: Grid, num_prefix_tokens: int) -> FeatureMaps:
-        """Return the tapped tensors as feature maps.
-
-        Args:
-            grid: (H, W) of the patch tokens, in patches.
-            num_prefix_tokens: P, tokens before the patch tokens (class token, registers).
-
-        Returns:
-            L maps, each (B, H * W, C).
+        """Return the tapped tensors as L feature maps (B, H * W, C) on a grid (H, W), in patches; prefix tokens apart.
 
         Raises:
             ValueError: if grid and prefix tokens do not add up to the number of tokens.

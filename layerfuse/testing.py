@@ -23,16 +23,9 @@ __all__ = ["TinyViT", "random_features", "random_images", "randomise_parameters"
 def random_images(
     batch_size: int = 2, *, size: int | tuple[int, int] = 32, dtype: torch.dtype = torch.float32, seed: int = 0
 ) -> torch.Tensor:
-    """Make normally distributed images, as a backbone takes them.
+    """Return normally distributed images (B, 3, height, width), as a backbone takes them; equal for equal seeds.
 
-    Args:
-        batch_size: number of images B.
-        size: one edge, or (height, width), in pixels.
-        dtype: of the result.
-        seed: images are equal for equal seeds.
-
-    Returns:
-        (B, 3, height, width) images.
+    ``size`` is one edge, or (height, width), in pixels.
     """
     height, width = (size, size) if isinstance(size, int) else size
     generator = torch.Generator().manual_seed(seed)
@@ -50,20 +43,17 @@ def random_features(
     requires_grad: bool = False,
     seed: int = 0,
 ) -> FeatureMaps:
-    """Make normally distributed feature maps, as a fuser takes them.
+    """Return normally distributed feature maps of layers 1, 2, … L, as a fuser takes them; equal for equal seeds.
 
     Args:
         channels: C of every map, or one number per map.
-        num_layers: number of maps L; if left out, as many as ``channels`` or ``grids`` has entries, else 5.
+        num_layers: L; if left out, as many as ``channels`` or ``grids`` has entries, else 5.
         grids: (H, W) of every map in patches, or one pair per map.
-        batch_size: number of images B.
+        batch_size: B.
         num_prefix_tokens: P; with 0 the result has no prefix tensors.
         dtype: of the maps.
         requires_grad: whether the maps are leaves that collect gradients.
-        seed: maps are equal for equal seeds.
-
-    Returns:
-        L maps with layers 1, 2, … L.
+        seed: of the random numbers.
 
     Raises:
         ValueError: if ``num_layers``, ``channels`` and ``grids`` speak of different numbers of maps.
@@ -95,13 +85,8 @@ def random_features(
 def randomise_parameters(module: nn.Module, *, std: float = 0.2, seed: int = 0) -> nn.Module:
     """Overwrite every parameter with random numbers, so that no special start (zeros, identities) hides a fault.
 
-    Args:
-        module: changed in place.
-        std: standard deviation of the numbers; one-dimensional scales named ``weight`` (norms) get 1 added.
-        seed: parameters are equal for equal seeds.
-
-    Returns:
-        The same module.
+    The module is changed in place and returned; equal seeds give equal numbers. ``std`` is their standard deviation;
+    one-dimensional scales named ``weight`` (norms) get 1 added.
     """
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
@@ -115,15 +100,7 @@ def randomise_parameters(module: nn.Module, *, std: float = 0.2, seed: int = 0) 
 
 @MODULES.register("tiny-vit")
 class TinyViT(nn.Module):
-    """The least Vision Transformer in plain torch, on which the ``module`` family is tried.
-
-    Args:
-        embed_dim: C.
-        depth: number of blocks.
-        num_heads: of each block.
-        image_size: edge, in pixels.
-        patch_size: edge, in pixels.
-    """
+    """The least Vision Transformer in plain torch, for trying the ``module`` family; sizes are edges, in pixels."""
 
     def __init__(
         self,
@@ -148,14 +125,7 @@ class TinyViT(nn.Module):
         self.head = nn.Linear(embed_dim, 10)
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
-        """Classify images.
-
-        Args:
-            images: (B, 3, height, width).
-
-        Returns:
-            (B, 1 + N, 10) scores of every token.
-        """
+        """Return 10 class scores of every token of (B, 3, height, width) images: (B, 1 + N, 10)."""
         patches = self.patches(images).flatten(2).transpose(1, 2)
         tokens = torch.cat([self.class_token.expand(images.shape[0], -1, -1), patches], dim=1) + self.positions
         for block in self.blocks:
@@ -175,20 +145,17 @@ def tiny_backbone(
     patch_size: int = 8,
     seed: int = 0,
 ) -> Backbone:
-    """Build a CLIP-like backbone with one class token and random weights, in evaluation mode.
+    """Build a CLIP-like backbone with one class token and random weights, equal for equal seeds, in evaluation mode.
 
     Args:
         family: ``"timm"``, ``"open_clip"``, ``"transformers"`` or ``"module"``.
         layers: as in `layerfuse.resolve_layers`, in the order wanted.
-        num_blocks: number of blocks.
+        num_blocks: before the backbone is cut.
         embed_dim: C.
         num_heads: of each block; divides ``embed_dim``.
         image_size: edge, in pixels.
         patch_size: edge, in pixels.
-        seed: weights are equal for equal seeds.
-
-    Returns:
-        The backbone.
+        seed: of the weights.
 
     Raises:
         ValueError: if there is no tiny model of that family.

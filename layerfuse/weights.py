@@ -30,21 +30,20 @@ _MOST_NAMES = 5
 
 
 def fitting_weights(module: nn.Module, rebuild: Callable[[], nn.Module]) -> dict[str, torch.Tensor]:
-    """Return a module's weights under the names of the architecture that its config describes.
+    """Return a module's weights, name -> tensor, under the names and with the shapes that its config describes.
 
-    Compiled parts (``_orig_mod``) and data-parallel ones (``module``) are unwrapped.
-
-    Args:
-        module: whose weights are to be saved.
-        rebuild: builds the architecture from the config; called on the meta device where it can be.
-
-    Returns:
-        Name -> tensor: names and shapes are those of the rebuilt module.
+    Compiled parts (``_orig_mod``) and data-parallel ones (``module``) are unwrapped. ``rebuild`` builds the
+    architecture from the config; it is called on the meta device where it can be.
 
     Raises:
         ValueError: if a weight is missing, unexpected, of another shape, sharded or without content.
     """
-    expected = _rebuilt(rebuild).state_dict()
+    try:
+        with torch.device("meta"):
+            expected = rebuild().state_dict()
+    except RuntimeError:  # a module of the user's own may need numbers while it is built
+        with torch.random.fork_rng(devices=[]):
+            expected = rebuild().state_dict()
     strange = [name for name, value in module.state_dict().items() if not isinstance(value, torch.Tensor)]
     if strange:
         raise InputError(
@@ -71,39 +70,15 @@ def fitting_weights(module: nn.Module, rebuild: Callable[[], nn.Module]) -> dict
     return found
 
 
-def _rebuilt(rebuild: Callable[[], nn.Module]) -> nn.Module:
-    try:
-        with torch.device("meta"):
-            return rebuild()
-    except RuntimeError:  # a module of the user's own may need numbers while it is built
-        with torch.random.fork_rng(devices=[]):
-            return rebuild()
-
-
 def _unwrapped(name: str) -> str:
     return ".".join(part for part in name.split(".") if part not in _WRAPPERS)
 
 
-def _unshared(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    seen: set[int] = set()
-    weights = {}
-    for name, tensor in tensors.items():
-        place = tensor.untyped_storage().data_ptr()
-        weights[name] = tensor.clone() if place in seen else tensor
-        weights[name] = weights[name].contiguous()
-        seen.add(place)
-    return weights
-
-
 def save_weights(module: nn.Module, weights: Mapping[str, torch.Tensor], path: Path) -> None:
-    """Write the weights of a module as safetensors, with the dtypes of its floating buffers that are no weights.
+    """Write the weights of a module, as `fitting_weights` returns them, to a safetensors file.
 
-    Weights that share memory (tied ones) are written once for each name, since safetensors shares nothing.
-
-    Args:
-        module: whose weights and buffers these are.
-        weights: from `fitting_weights`.
-        path: of the file.
+    The dtypes of its floating buffers that are no weights stand in the file's metadata. Weights that share memory (tied
+    ones) are written once for each name, since safetensors shares nothing.
     """
     kept = {_unwrapped(name) for name in module.state_dict()}
     others = {
@@ -111,7 +86,13 @@ def save_weights(module: nn.Module, weights: Mapping[str, torch.Tensor], path: P
         for name, buffer in module.named_buffers()
         if buffer.is_floating_point() and _unwrapped(name) not in kept
     }
-    save_file(_unshared(weights), path, metadata={"format": "pt", _BUFFER_DTYPES: json.dumps(others)})
+    seen: set[int] = set()
+    unshared = {}
+    for name, tensor in weights.items():
+        place = tensor.untyped_storage().data_ptr()
+        unshared[name] = (tensor.clone() if place in seen else tensor).contiguous()
+        seen.add(place)
+    save_file(unshared, path, metadata={"format": "pt", _BUFFER_DTYPES: json.dumps(others)})
 
 
 def load_weights(module: nn.Module, path: Path) -> None:

@@ -26,7 +26,7 @@ def test_every_test_that_is_named_is_there() -> None:
 @pytest.mark.skipif(not SHARED.is_dir(), reason="goldens not found; set LAYERFUSE_GOLDENS to their folder")
 def test_every_row_that_goldens_drop_by_accident_is_named() -> None:
     recorded = json.loads((SHARED / "preprocess" / "conversations.json").read_text(encoding="utf-8"))
-    from tests.integrations.llava.test_prompts_goldens import DROPPED_BY_ACCIDENT
+    from tests.integrations.llava.prompts.test_prompts_goldens import DROPPED_BY_ACCIDENT
 
     rows = {row["id"]: row for rows in recorded.values() for row in rows}
     assert all(f"`{name}`" in TEXT for name in DROPPED_BY_ACCIDENT)

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from tests.integrations.llava.answering_parts import save_run
+from tests.integrations.llava.inference.answering_parts import save_run
 from tests.integrations.llava.tiny_parts import save_backbone
 from tests.run_support import run_python
 from tests.source_support import ROOT

@@ -100,15 +100,12 @@ def fusion_maps(
 def colorize(
     maps: Mapping[str, torch.Tensor] | Sequence[torch.Tensor], *, size: int = 128, colormap: str = "viridis"
 ) -> list[np.ndarray]:
-    """Colour maps of one image on one common scale, from the lowest value of all to the highest.
+    """Colour maps of one image, one (height, width, 3) uint8 picture each, on one scale from lowest to highest value.
 
     Args:
         maps: each (H, W).
         size: longer edge of the pictures, in pixels; cells become blocks, nothing is smoothed.
         colormap: name of a matplotlib colour map.
-
-    Returns:
-        One (height, width, 3) uint8 array per map, in order.
 
     Raises:
         ValueError: if there is no map, or matplotlib knows no such colour map.

@@ -37,17 +37,12 @@ class LinearProbe:
         return self.scores(tokens).argmax(-1)
 
     def accuracy(self, tokens: torch.Tensor, labels: torch.Tensor) -> float:
-        """Return the share of tokens whose class is named correctly.
-
-        Args:
-            tokens: (S, C).
-            labels: (S,) class numbers.
-        """
+        """Return the share of (S, C) tokens whose class is the one of their (S,) labels."""
         return (self.predict(tokens) == labels).double().mean().item()
 
 
 def fit_probe(tokens: torch.Tensor, labels: torch.Tensor, *, num_classes: int, penalty: float = 1e-2) -> LinearProbe:
-    """Fit a linear classifier by ridge regression on one-hot targets.
+    """Return a linear classifier, fitted by ridge regression on one-hot targets; it takes tokens as they are.
 
     Channels are standardised first, so that one penalty suits layers of any scale.
 
@@ -56,9 +51,6 @@ def fit_probe(tokens: torch.Tensor, labels: torch.Tensor, *, num_classes: int, p
         labels: (S,) integer class numbers, 0..num_classes - 1.
         num_classes: how many classes there are.
         penalty: weight of the squared parameters per sample, relative to channels of variance 1; above 0.
-
-    Returns:
-        The classifier; it takes tokens as they are.
 
     Raises:
         ValueError: if shapes disagree, there is no token, a label is out of range, or the penalty is not positive.
@@ -97,7 +89,7 @@ def probe_layers(
     penalty: float = 1e-2,
     ignore: int = -1,
 ) -> dict[int, float]:
-    """Fit one probe a layer and score it on images it has not seen.
+    """Fit one probe a layer and return its share of right answers on images it has not seen, by layer number.
 
     Args:
         train: L maps of the images to fit on.
@@ -107,10 +99,6 @@ def probe_layers(
         num_classes: how many classes there are.
         penalty: see `fit_probe`.
         ignore: the label of cells that take no part.
-
-    Returns:
-        Layer number -> share of the labelled test cells whose class is named correctly, in the order of
-        ``train.layers``.
 
     Raises:
         ValueError: if the two sets hold different layers, labels do not fit the maps, or no cell has a label.

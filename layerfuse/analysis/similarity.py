@@ -14,18 +14,10 @@ __all__ = ["layer_similarity", "linear_cka"]
 
 
 def linear_cka(first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
-    """Measure linear CKA between two sets of features of the same samples.
+    """Return the linear CKA, a float64 scalar, of two sets of features, (S, C_1) and (S, C_2), of the same S samples.
 
-    It does not change when either side is rotated, moved or scaled as a whole. It is biased upwards where there are
-    not many more samples than channels.
-
-    Args:
-        first: (S, C_1), one row a sample.
-        second: (S, C_2), the same samples in the same order.
-
-    Returns:
-        A scalar float64 between 0 (nothing linear in common) and 1 (equal up to rotation, shift and scale); 0 if one
-        side is constant.
+    It lies between 0 (nothing linear in common, or one side is constant) and 1 (equal up to rotation, shift and scale),
+    and is biased upwards where there are not many more samples than channels.
 
     Raises:
         ValueError: if the two are not matrices with the same number of rows, at least two.
@@ -44,13 +36,7 @@ def linear_cka(first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
 
 
 def layer_similarity(features: FeatureMaps) -> torch.Tensor:
-    """Measure linear CKA between every two tapped layers, over all patch tokens of all images.
-
-    Args:
-        features: L maps with the same number of tokens each.
-
-    Returns:
-        (L, L) float64, symmetric, in the order of ``features.layers``.
+    """Return the linear CKA of every two tapped layers, over all patch tokens of all images: (L, L) float64, symmetric.
 
     Raises:
         ValueError: if the maps have different grids.

@@ -1,4 +1,4 @@
-"""Backbones built from a name, a config or a model, and the list of names."""
+"""Backbones built from a name, a config or a model, on a device and in a dtype that are named; the list of names."""
 
 from __future__ import annotations
 
@@ -12,16 +12,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from layerfuse._placement import as_device, as_dtype
 from layerfuse.backbones.base import BACKBONES, Backbone
 from layerfuse.errors import InputError, InvalidTypeError, MissingPackageError
 from layerfuse.layers import LayerChoice
 from layerfuse.registry import unknown_name_message
 
-__all__ = ["backbone_from_config", "create_backbone", "list_backbones", "named_once"]
-
-# Family of a model whose class belongs to no family's library.
-_ANY_MODULE = "module"
+__all__ = ["as_device", "as_dtype", "backbone_from_config", "create_backbone", "list_backbones", "named_once"]
 
 
 def create_backbone(
@@ -36,7 +32,7 @@ def create_backbone(
     device: torch.device | str | None = None,
     dtype: torch.dtype | str | None = None,
 ) -> Backbone:
-    """Build a backbone from a name, a config of transformers, or a model that you hold.
+    """Build a backbone from a name, a config of transformers, or a model that you hold, in evaluation mode.
 
     A model that is handed over is cut after the deepest tapped layer, and used from then on by the backbone; with
     ``copy=True`` its vision model is copied first and it stays as it is.
@@ -45,9 +41,9 @@ def create_backbone(
         model: ``"family:name"``, such as ``"timm:vit_large_patch14_clip_quickgelu_336.openai"``,
             ``"open_clip:ViT-L-14/openai"``, ``"transformers:openai/clip-vit-large-patch14"``, ``"transformers:" +
             folder`` or ``"module:my-vit"``; the families' ``from_name`` say which names they take. Or a config of
-            transformers, which gives random weights. Or a model of timm, open_clip or transformers (of a larger one
-            the vision model inside is taken), or any module with the ``options`` of `ModuleBackbone`. Or a family,
-            with the model second.
+            transformers, which gives random weights. Or a model of timm, open_clip or transformers (of a larger one the
+            vision model inside is taken), or any module with the ``options`` of `ModuleBackbone`. Or a family, with the
+            model second.
         held: a model or config where ``model`` names the family that it is to be taken for.
         layers: layer numbers (0 = embeddings, k = output of block k, negatives from the end), shares of the depth
             (floats in (0, 1]), or `layerfuse.spread`, in the order wanted.
@@ -57,9 +53,6 @@ def create_backbone(
         copy: copy a model that is handed over rather than cut it.
         device: where the backbone goes, if not where it is built.
         dtype: of all weights, such as torch.bfloat16 or its name, if not the library's.
-
-    Returns:
-        The backbone, cut after the deepest tapped layer, in evaluation mode.
 
     Raises:
         ValueError: if the family, the name, a layer, the image size or an option is not possible.
@@ -81,8 +74,42 @@ def create_backbone(
     return backbone.to(device=place, dtype=precision).eval()
 
 
+def as_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
+    """Return the floating dtype that a user means; None for None and "auto", which leave weights as they are."""
+    found = getattr(torch, dtype, dtype) if isinstance(dtype, str) and dtype != "auto" else dtype
+    if found is None or found == "auto":
+        return None
+    if not isinstance(found, torch.dtype) or not found.is_floating_point:
+        raise InputError(f"dtype {dtype!r} is no floating dtype of torch; give torch.bfloat16, 'float16', … or None.")
+    return found
+
+
+def as_device(
+    device: torch.device | str | None, device_map: Mapping[str, Any] | torch.device | str | None = None
+) -> torch.device | None:
+    """Return the one device that all weights go to; None leaves them where they are.
+
+    ``device_map`` says the same in transformers' words, also as ``{"": device}``.
+    """
+    if device is not None and device_map is not None:
+        raise InputError("device and device_map say the same; give one of them.")
+    place = device if device is not None else device_map
+    if isinstance(place, Mapping):
+        if set(place) != {""}:
+            raise InputError(f"device_map {dict(place)} splits the encoder, which lies on one device; give device=….")
+        place = place[""]
+    if place is None:
+        return None
+    try:
+        return torch.device(place)
+    except RuntimeError as error:
+        raise InputError(
+            f"{place!r} is no device of torch; an encoder lies on one: give 'cpu', 'cuda', 'cuda:1', 'mps', …"
+        ) from error
+
+
 def named_once(function: str, model: object, held: object) -> tuple[object, object]:
-    """Join family and name where they are given apart, as version 0.1 took them; the second is never a name then."""
+    """Return model and held with a name as one text, ``family:name``; version 0.1 took it as two arguments."""
     if held is not None and not isinstance(model, str):
         raise InvalidTypeError(
             f"{function} takes one model; the first of two arguments names its family, got a {type(model).__name__}."
@@ -100,12 +127,6 @@ def named_once(function: str, model: object, held: object) -> tuple[object, obje
 def backbone_from_config(config: Mapping[str, Any]) -> Backbone:
     """Build the architecture that a backbone's ``config`` describes, with random weights; nothing is downloaded.
 
-    Args:
-        config: ``backbone.config``.
-
-    Returns:
-        A backbone with the same state dict keys and shapes.
-
     Raises:
         ValueError: if the config names no family or an unknown one, or lacks keys.
     """
@@ -120,13 +141,12 @@ def backbone_from_config(config: Mapping[str, Any]) -> Backbone:
 def list_backbones(family: str | None = None, pattern: str = "*") -> list[str]:
     """List names that `create_backbone` and `layerfuse.create_encoder` take, as far as they can be told offline.
 
+    These are names with their family, such as ``"timm:vit_base_patch16_clip_224.openai"``: with weights for timm and
+    open_clip, known model types for transformers, registered classes for module.
+
     Args:
         family: a name in `BACKBONES`; all families whose libraries are installed if None.
         pattern: of the name behind the family, with ``*`` and ``?``, such as ``"*clip*"``.
-
-    Returns:
-        Names with their family, such as ``"timm:vit_base_patch16_clip_224.openai"``: with weights for timm and
-        open_clip, known model types for transformers, registered classes for module.
 
     Raises:
         ValueError: if the family is unknown.
@@ -166,7 +186,7 @@ def _family_of(held: object) -> type[Backbone]:
             f"a backbone is made from a name such as 'timm:vit_base_patch16_clip_224.openai', a model or a config of "
             f"transformers; got a {type(held).__name__}."
         )
-    return BACKBONES.get(_ANY_MODULE)
+    return BACKBONES.get("module")
 
 
 def _check_arguments(family: type[Backbone], model: nn.Module, given: Mapping[str, Any]) -> None:

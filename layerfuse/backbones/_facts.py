@@ -25,8 +25,7 @@ class BackboneFacts:
         any_size: whether every multiple of the patch size can be taken, not only the native size.
         preprocessing: of the pretrained model.
         in_channels: of the images; if None, those of the patch embedding where it is a convolution, else 3.
-        tail: dotted paths of modules after the blocks (final norm, head) that become ``nn.Identity``, so that they cost
-            nothing and hold no parameter without gradient.
+        tail: paths of modules after the blocks (final norm, head) that become ``nn.Identity``: no cost, no parameter.
     """
 
     blocks: str
@@ -41,13 +40,7 @@ class BackboneFacts:
 
 
 def grid_of(size: tuple[int, int], patch_size: tuple[int, int], *, native: tuple[int, int], any_size: bool) -> Grid:
-    """Return the grid (H, W), in patches, of an image of a size in pixels.
-
-    Args:
-        size: (height, width) of the image.
-        patch_size: (height, width) of a patch.
-        native: (height, width) that the model was built for.
-        any_size: whether it takes every multiple of the patch size.
+    """Return the grid (H, W), in patches, of an image of a size in pixels, for a model that was built for ``native``.
 
     Raises:
         ValueError: if the model cannot take that size.
@@ -55,17 +48,14 @@ def grid_of(size: tuple[int, int], patch_size: tuple[int, int], *, native: tuple
     height, width = size
     patch_height, patch_width = patch_size
     patches = f"{patch_height}x{patch_width} pixels"
-    if not any_size and (height, width) != native:
+    if (height, width) != native and not any_size:
         raise InputError(
             f"images of {height}x{width} pixels do not fit: this backbone (patches of {patches}) takes only "
             f"{native[0]}x{native[1]}; prepare them with backbone.preprocessing, or build the backbone with "
             f"image_size=({height}, {width}) if the model can be resized."
         )
     # The native size may leave a rest that the patch embedding drops: 384 pixels are 27 patches of 14 (SigLIP).
-    if (height, width) == native:
-        return height // patch_height, width // patch_width
-    nearest = _nearest((height, width), patch_size)
-    if nearest != (height, width):
+    if (height, width) != native and (nearest := _nearest(size, patch_size)) != (height, width):
         raise InputError(
             f"images of {height}x{width} pixels do not fit: this backbone takes multiples of its patch size "
             f"{patches} (natively {native[0]}x{native[1]}); the nearest is {nearest[0]}x{nearest[1]}. Prepare them "
@@ -87,10 +77,10 @@ def as_pair(size: int | Sequence[int]) -> tuple[int, int]:
 
 
 def checked_multiple(image_size: tuple[int, int], patch_size: tuple[int, int]) -> tuple[int, int]:
-    """Return a size (height, width) that a model is to be resized to.
+    """Return a size that a model is to be resized to, if it is a multiple of the patch size; both are (height, width).
 
     Raises:
-        ValueError: if it is no multiple of the patch size; the message gives the nearest one.
+        ValueError: if it is no multiple; the message gives the nearest one.
     """
     nearest = _nearest(image_size, patch_size)
     if nearest != image_size:

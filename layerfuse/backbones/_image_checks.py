@@ -14,11 +14,10 @@ __all__ = ["check_images", "check_tokens", "find_patch_embedding"]
 
 
 def find_patch_embedding(model: nn.Module, blocks: str, patch_size: tuple[int, int]) -> tuple[str, int | None]:
-    """Find the module that the images meet first, which does not lie in the block list.
+    """Return the path of the module that the images meet first, and the image channels that it takes.
 
-    Returns:
-        Its dotted path (that of the model itself, ``""``, if none is found), and the number of image channels that it
-        takes if it is a convolution, or else None.
+    It does not lie in the block list. The path is that of the model itself, ``""``, if none is found; channels are
+    known of a convolution, else None.
     """
     outside = [(path, module) for path, module in model.named_modules() if not f"{path}.".startswith(f"{blocks}.")]
     convolutions = [(path, module) for path, module in outside if isinstance(module, nn.Conv2d)]

@@ -18,14 +18,9 @@ _CROP_MODES: dict[str, Mode] = {"center": "crop", "squash": "squash", "border": 
 
 
 def timm_facts(model: Any, *, path: str = "") -> BackboneFacts:
-    """Read the facts from a timm model.
+    """Return the facts of a timm model: a VisionTransformer, Eva, Beit, NaFlexVit or one built alike.
 
-    Args:
-        model: a VisionTransformer, Eva, Beit, NaFlexVit or one built alike.
-        path: where the model lies inside the module that is tapped, ending in a dot.
-
-    Returns:
-        The facts.
+    ``path`` is where it lies inside the module that is tapped, ending in a dot.
 
     Raises:
         ValueError: if this is no plain Vision Transformer with one list of blocks over (B, P + N, C).

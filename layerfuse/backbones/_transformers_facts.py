@@ -6,7 +6,6 @@ import inspect
 from collections.abc import Mapping
 from typing import Any
 
-import torch
 from torch import nn
 
 from layerfuse.backbones.base import BackboneFacts, as_pair
@@ -25,8 +24,6 @@ from layerfuse.taps import find_blocks
 
 __all__ = [
     "CLASS_TOKENS",
-    "cut_transformers_tail",
-    "patchify",
     "read_preprocessing",
     "takes",
     "transformers_facts",
@@ -67,7 +64,6 @@ _DEFAULTS: dict[str, tuple[Any, ...]] = {
     "internvl_vision": (IMAGENET_MEAN, IMAGENET_STD, "bicubic", "squash", 1.0),
 }
 _DEFAULT: tuple[Any, ...] = (IMAGENET_MEAN, IMAGENET_STD, "bicubic", "crop", 224 / 256)
-_TAIL_NORMS = ("post_layernorm", "layernorm", "norm", "rms_norm")
 
 
 def transformers_facts(model: nn.Module) -> BackboneFacts:
@@ -104,10 +100,9 @@ def transformers_facts(model: nn.Module) -> BackboneFacts:
 
 
 def vision_part(model: nn.Module) -> nn.Module:
-    """Find the vision model in one that holds it: CLIPModel, SiglipModel, an image classifier, LLaVA.
+    """Return the vision model in one that holds it (CLIPModel, SiglipModel, an image classifier, LLaVA).
 
-    Returns:
-        What `AutoModel` would build for a vision config: no text model, no classifier.
+    It is what `AutoModel` would build for a vision config: no text model, no classifier.
     """
     from transformers import MODEL_MAPPING
 
@@ -120,57 +115,14 @@ def vision_part(model: nn.Module) -> nn.Module:
 
 
 def takes(model: nn.Module, argument: str) -> bool:
-    """Tell whether a model's ``forward`` has an argument.
-
-    With ``interpolate_pos_encoding`` it is asked to resize position embeddings; with ``spatial_shapes`` it takes
-    patches with their grid (SigLIP2 NaFlex) instead of images.
-    """
+    """Tell whether a model's ``forward`` has an argument."""
     return argument in inspect.signature(model.forward).parameters
 
 
-def patchify(images: torch.Tensor, patch_size: tuple[int, int]) -> torch.Tensor:
-    """Cut images into flat patches, channels last inside a patch, as SigLIP2's image processor does.
-
-    Args:
-        images: (B, 3, H * ph, W * pw).
-        patch_size: (ph, pw) in pixels.
-
-    Returns:
-        (B, N, ph * pw * 3), row-major over the grid.
-    """
-    from einops import rearrange
-
-    height, width = patch_size
-    return rearrange(images, "b c (row h) (column w) -> b (row column) (h w c)", h=height, w=width)
-
-
-def cut_transformers_tail(model: nn.Module) -> None:
-    """Cut final norm, pooling head and the mask token of masked pretraining off a model, which is changed in place."""
-    cut: Any = model
-    for name in _TAIL_NORMS:
-        if isinstance(getattr(cut, name, None), nn.Module):
-            setattr(cut, name, nn.Identity())
-    if isinstance(getattr(cut, "pooler", None), nn.Module):
-        cut.pooler = None
-    if isinstance(getattr(cut, "head", None), nn.Module):
-        cut.head = None
-        cut.use_head = False
-    # Used only with bool_masked_pos; without it the parameter would never get a gradient.
-    embeddings: Any = getattr(cut, "embeddings", None)
-    if getattr(embeddings, "mask_token", None) is not None:
-        embeddings.mask_token = None
-
-
 def read_preprocessing(config: Mapping[str, Any], *, kind: str, size: tuple[int, int]) -> Preprocessing:
-    """Translate a ``preprocessor_config.json``.
+    """Translate a ``preprocessor_config.json`` for a model that takes ``size``, (height, width) in pixels.
 
-    Args:
-        config: its content; keys that are missing come from the released models of that type.
-        kind: model type.
-        size: (height, width) that the model takes, in pixels.
-
-    Returns:
-        The preprocessing.
+    Keys that are missing come from the released models of that type.
     """
     mean, std, interpolation, mode, crop_pct = _DEFAULTS.get(kind, _DEFAULT)
     resize = config.get("size")

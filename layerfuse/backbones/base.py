@@ -52,12 +52,8 @@ class Backbone(nn.Module, abc.ABC):
         model: the shortened model.
         layers: resolved layer numbers (>= 0), in the order asked.
         num_blocks: number of blocks before shortening.
-        embed_dim: C.
-        patch_size: (height, width) of a patch, in pixels.
-        num_prefix_tokens: P.
-        image_size: native (height, width), in pixels.
-        preprocessing: how images are prepared; may be replaced.
-        in_channels: channels of the images.
+        embed_dim: C; this and ``patch_size``, ``num_prefix_tokens``, ``image_size``, ``any_size``, ``in_channels`` and
+            ``preprocessing`` (which may be replaced) are those of `BackboneFacts`.
         copy_maps: copy each tensor when it is tapped, for a model that changes its hidden states in place; without it
             such a change is an error. May be set.
 
@@ -121,9 +117,6 @@ class Backbone(nn.Module, abc.ABC):
             image_size: edge or (height, width) in pixels, if not the model's own.
             options: for the library's own constructor.
 
-        Returns:
-            The backbone.
-
         Raises:
             ValueError: if the name, a layer, the image size or an option is not possible.
             ImportError: if the library is not installed.
@@ -132,26 +125,15 @@ class Backbone(nn.Module, abc.ABC):
     @classmethod
     @abc.abstractmethod
     def rebuild(cls, recipe: Mapping[str, Any], *, layers: Sequence[int]) -> Backbone:
-        """Build the architecture of a recipe with random weights; `from_config` gives it its preprocessing.
+        """Build the architecture of a recipe with random weights: the same state dict keys and shapes.
 
-        Args:
-            recipe: what `__init__` was given as ``recipe``, as JSON keeps it.
-            layers: resolved layer numbers.
-
-        Returns:
-            A backbone with the same state dict keys and shapes. Nothing may be downloaded, and no code may run that the
-            recipe chooses: a config may come from anywhere.
+        ``recipe`` is what `__init__` was given, as JSON keeps it; `from_config` adds the preprocessing. Nothing may be
+        downloaded, and no code may run that the recipe chooses: a config may come from anywhere.
         """
 
     @classmethod
     def find_model(cls, held: object) -> nn.Module:
-        """Find the vision model in what a user holds.
-
-        Args:
-            held: a model, or whatever else the family takes (a larger model, a config).
-
-        Returns:
-            What goes to `__init__` as ``model``.
+        """Return the vision model (``model`` of `__init__`) in a model, or in whatever else the family takes.
 
         Raises:
             TypeError: if there is no model in it.
@@ -169,30 +151,16 @@ class Backbone(nn.Module, abc.ABC):
         return []
 
     def cut_tail(self, model: nn.Module) -> None:
-        """Remove the pooling and heads behind the blocks that are more than a path in ``facts.tail``.
-
-        Args:
-            model: changed in place.
-        """
+        """Remove, in place, the pooling and heads behind the blocks that are more than a path in ``facts.tail``."""
         return
 
     def run(self, images: torch.Tensor) -> None:
-        """Call the model once; its hooks store the hidden states.
-
-        Args:
-            images: (B, in_channels, height, width), in the model's dtype.
-        """
+        """Call the model once on (B, in_channels, height, width) images of its dtype; hooks store the hidden states."""
         self.model(images)
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> Backbone:
-        """Build the architecture that ``config`` describes, with random weights; nothing is downloaded.
-
-        Args:
-            config: another backbone's ``config``.
-
-        Returns:
-            A backbone with the same state dict keys and shapes.
+        """Build the architecture of another backbone's ``config``, with random weights; nothing is downloaded.
 
         Raises:
             ValueError: if a key is unknown or missing, or the config is of another family.
@@ -252,8 +220,8 @@ class Backbone(nn.Module, abc.ABC):
             L maps, each (B, N, C), with prefix tokens (B, P, C) split off, in the order asked.
 
         Raises:
-            ValueError: if the images have a shape or size that the backbone cannot take.
-            TypeError: if they are no tensor.
+            ValueError: if the images have a shape or size that the backbone cannot take; TypeError if they are no
+                tensor.
             TapError: (a ValueError) if what the layers put out cannot be told for certain.
         """
         check_images(images, self.in_channels)
@@ -276,29 +244,16 @@ class Backbone(nn.Module, abc.ABC):
         return hidden
 
     def prepare(self, images: Images) -> torch.Tensor:
-        """Make a batch of images from pictures.
-
-        Args:
-            images: one picture or several, see `Preprocessing.batch`.
-
-        Returns:
-            (B, 3, height, width), on the backbone's device and in the dtype of its patch embedding.
+        """Return a batch (B, 3, height, width) of one picture or several, on the backbone's device and in its dtype.
 
         Raises:
-            TypeError: if one is no picture.
+            TypeError: if one is no picture, see `Preprocessing.batch`.
             ValueError: if there is none, or one has values or a shape that cannot be.
         """
         return self.preprocessing.batch(images).to(self.device, self.dtype)
 
     def grid(self, height: int, width: int) -> Grid:
-        """Return the grid of patches of an image size.
-
-        Args:
-            height: in pixels.
-            width: in pixels.
-
-        Returns:
-            (H, W), in patches.
+        """Return the grid (H, W), in patches, of an image size in pixels.
 
         Raises:
             ValueError: if the backbone cannot take that size.
@@ -306,16 +261,10 @@ class Backbone(nn.Module, abc.ABC):
         return grid_of((height, width), self.patch_size, native=self.image_size, any_size=self.any_size)
 
     def grids(self, size: int | Sequence[int] | None = None) -> tuple[Grid, ...]:
-        """Return the grids of all maps, as a fuser wants them.
+        """Return the grids of all maps, as a fuser wants them: L pairs (H, W), in patches.
 
-        Args:
-            size: of the images, in pixels: one edge, or (height, width); the native size if None.
-
-        Returns:
-            L pairs (H, W), in patches.
-
-        Raises:
-            ValueError: if the backbone cannot take that size.
+        ``size`` is that of the images, in pixels: one edge, or (height, width); the native size if None. A ValueError
+        says why the backbone cannot take it.
         """
         return (self.grid(*(self.image_size if size is None else as_pair(size))),) * len(self.layers)
 
@@ -339,8 +288,7 @@ class Backbone(nn.Module, abc.ABC):
     def freeze(self) -> Backbone:
         """Turn gradients off for every parameter and stay in evaluation mode, whatever ``train()`` is called later.
 
-        Returns:
-            The same backbone.
+        Returns the same backbone.
         """
         self._frozen = True
         self.requires_grad_(False)
@@ -353,9 +301,6 @@ class Backbone(nn.Module, abc.ABC):
 
     def set_gradient_checkpointing(self, enable: bool = True) -> None:
         """Recompute block activations in the backward pass instead of keeping them.
-
-        Args:
-            enable: on or off.
 
         Raises:
             ValueError: if the model has no such switch.

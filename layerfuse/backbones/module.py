@@ -30,18 +30,8 @@ __all__ = ["MODULES", "ModuleBackbone"]
 # A config names a registered class rather than an import path: a downloaded config must not choose what code runs.
 MODULES: Registry[nn.Module] = Registry("module", group="layerfuse.modules")
 
-_OPTIONS = (
-    "embed_dim",
-    "num_prefix_tokens",
-    "patch_size",
-    "image_size",
-    "blocks",
-    "tail",
-    "any_size",
-    "in_channels",
-    "copy_maps",
-    "arguments",
-)
+_NEEDED = ("embed_dim", "num_prefix_tokens", "patch_size", "image_size")
+_OPTIONS = (*_NEEDED, "blocks", "tail", "any_size", "in_channels", "copy_maps", "arguments")
 
 
 @BACKBONES.register("module")
@@ -131,11 +121,9 @@ class ModuleBackbone(Backbone):
         for key in options:
             if key not in _OPTIONS:
                 raise InputError(unknown_name_message("module backbone option", key, _OPTIONS))
-        missing = [key for key in _OPTIONS[:4] if key not in options]
+        missing = [key for key in _NEEDED if key not in options]
         if missing:
-            raise InputError(
-                f"module {name!r} needs the options {', '.join(_OPTIONS[:4])}; missing: {', '.join(missing)}."
-            )
+            raise InputError(f"module {name!r} needs the options {', '.join(_NEEDED)}; missing: {', '.join(missing)}.")
         module_class = MODULES.get(name)
         if pretrained and not hasattr(module_class, "load_pretrained"):
             raise InputError(

@@ -56,7 +56,14 @@ class OpenClipBackbone(Backbone):
         facts = _facts(model)
         size = facts.image_size if image_size is None else as_pair(image_size)
         if size != facts.image_size:
-            facts = _resized(model, facts, size)
+            trunk = getattr(model, "trunk", None)
+            if not isinstance(trunk, nn.Module):
+                raise InputError(
+                    f"this open_clip VisionTransformer takes only {facts.image_size[0]}x{facts.image_size[1]} pixels "
+                    f"and cannot be resized to {size[0]}x{size[1]} once it is built; use "
+                    f"OpenClipBackbone.from_name(..., image_size={size})."
+                )
+            facts = resize_timm_model(trunk, facts, size)
         if preprocessing is None:
             preprocessing = preprocessing_of(getattr(model, "preprocess_cfg", {}), size)
         facts = replace(facts, preprocessing=replace(preprocessing, size=size))
@@ -82,7 +89,10 @@ class OpenClipBackbone(Backbone):
         """
         open_clip = _import_open_clip()
         given = dict(options or {})
-        _check_options(open_clip, given)
+        known = (*open_clip.CLIPVisionCfg.__dataclass_fields__, *_OUTER_OPTIONS)
+        for key in given:
+            if key not in known:
+                raise InputError(unknown_name_message("open_clip option", key, known))
         size = None if image_size is None else as_pair(image_size)
         if name.startswith(_SCHEMES):
             base, tag = name, None
@@ -163,23 +173,8 @@ def _facts(model: Any) -> BackboneFacts:
     )
 
 
-def _resized(model: nn.Module, facts: BackboneFacts, size: tuple[int, int]) -> BackboneFacts:
-    trunk = getattr(model, "trunk", None)
-    if isinstance(trunk, nn.Module):
-        return resize_timm_model(trunk, facts, size)
-    raise InputError(
-        f"this open_clip VisionTransformer takes only {facts.image_size[0]}x{facts.image_size[1]} pixels and cannot be "
-        f"resized to {size[0]}x{size[1]} once it is built; use OpenClipBackbone.from_name(..., image_size={size})."
-    )
-
-
 def preprocessing_of(config: Mapping[str, Any], size: tuple[int, int]) -> Preprocessing:
-    """Translate open_clip's ``preprocess_cfg``.
-
-    Args:
-        config: what is missing is as OpenAI's models have it.
-        size: (height, width) in pixels.
-    """
+    """Translate open_clip's ``preprocess_cfg``, for (height, width) in pixels; OpenAI's values fill the gaps."""
     return Preprocessing(
         size=size,
         mean=tuple(config.get("mean", CLIP_MEAN)),
@@ -196,13 +191,6 @@ def _of_tag(open_clip: ModuleType, base: str, tag: str) -> Preprocessing:
     tags = open_clip.list_pretrained_tags_by_model(base)
     chosen = tag if tag in tags else (tags[0] if tags else "")
     return preprocessing_of(open_clip.get_pretrained_cfg(base, chosen) if chosen else {}, (1, 1))
-
-
-def _check_options(open_clip: ModuleType, given: Mapping[str, Any]) -> None:
-    known = (*open_clip.CLIPVisionCfg.__dataclass_fields__, *_OUTER_OPTIONS)
-    for key in given:
-        if key not in known:
-            raise InputError(unknown_name_message("open_clip option", key, known))
 
 
 def _model_config(open_clip: ModuleType, base: str, tag: str, *, pretrained: bool) -> dict[str, Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from types import ModuleType
 from typing import Any
@@ -13,8 +14,6 @@ from torch import nn
 
 from layerfuse.backbones._transformers_facts import (
     CLASS_TOKENS,
-    cut_transformers_tail,
-    patchify,
     read_preprocessing,
     takes,
     transformers_facts,
@@ -72,8 +71,8 @@ class TransformersBackbone(Backbone):
         model = vision_part(model)
         facts = transformers_facts(model)
         self._own_size = facts.image_size
-        self._position_flag = takes(model, "interpolate_pos_encoding")
-        self._patches = takes(model, "spatial_shapes")
+        self._position_flag = takes(model, "interpolate_pos_encoding")  # is asked to resize position embeddings
+        self._patches = takes(model, "spatial_shapes")  # takes patches with their grid (SigLIP2 NaFlex), not images
         if image_size is not None and as_pair(image_size) != facts.image_size:
             if not facts.any_size:
                 raise InputError(
@@ -115,10 +114,14 @@ class TransformersBackbone(Backbone):
             model, missing = _load(transformers, name, config, {**how, **where})
         else:
             model = transformers.AutoModel.from_config(config, **how)
-        by_type = not pretrained and name in transformers.CONFIG_MAPPING
-        described = {} if by_type else _read_processor(transformers, name, where)
-        if not described and not by_type:
-            logger.warning("%s has no preprocessor config; using that of released %s models.", name, config.model_type)
+        described: dict[str, Any] = {}
+        if pretrained or name not in transformers.CONFIG_MAPPING:
+            with suppress(OSError):
+                described, _ = transformers.ImageProcessingMixin.get_image_processor_dict(name, **where)
+            if not described:
+                logger.warning(
+                    "%s has no preprocessor config; using that of released %s models.", name, config.model_type
+                )
         facts = transformers_facts(model)
         preprocessing = read_preprocessing(described, kind=config.model_type, size=facts.image_size)
         backbone = cls(model, layers=layers, image_size=image_size, preprocessing=preprocessing)
@@ -131,7 +134,17 @@ class TransformersBackbone(Backbone):
         transformers = _import_transformers()
         fields = dict(recipe["config"])
         config = transformers.AutoConfig.for_model(fields.pop("model_type"), **fields)
-        model = _build(transformers, config, recipe.get("attn_implementation"))
+        attention = recipe.get("attn_implementation")
+        how = {} if attention is None else {"attn_implementation": attention}
+        try:
+            model = transformers.AutoModel.from_config(config, **how)
+        except (ImportError, ValueError) as error:
+            if attention is None:
+                raise
+            raise InputError(
+                f"this backbone was saved with the attention implementation {attention!r}, which is not to be had "
+                f"here; install what it needs, or write 'sdpa' for it in config.json. transformers says: {error}"
+            ) from error
         return cls(model, layers=layers, image_size=tuple(recipe["image_size"]))
 
     @classmethod
@@ -156,14 +169,30 @@ class TransformersBackbone(Backbone):
         return config
 
     def cut_tail(self, model: nn.Module) -> None:
-        """Remove final norm, pooling and head from the model."""
-        cut_transformers_tail(model)
+        """Remove final norm, pooling head and the mask token of masked pretraining from the model."""
+        cut: Any = model
+        for name in ("post_layernorm", "layernorm", "norm", "rms_norm"):
+            if isinstance(getattr(cut, name, None), nn.Module):
+                setattr(cut, name, nn.Identity())
+        if isinstance(getattr(cut, "pooler", None), nn.Module):
+            cut.pooler = None
+        if isinstance(getattr(cut, "head", None), nn.Module):
+            cut.head = None
+            cut.use_head = False
+        # Used only with bool_masked_pos; without it the parameter would never get a gradient.
+        embeddings: Any = getattr(cut, "embeddings", None)
+        if getattr(embeddings, "mask_token", None) is not None:
+            embeddings.mask_token = None
 
     def run(self, images: torch.Tensor) -> None:
         """Call the model, with the size or the patches of the images where it wants to be told."""
         if self._patches:
+            from einops import rearrange
+
             rows, columns = self.grid(images.shape[2], images.shape[3])
-            patches = patchify(images, self.patch_size)
+            height, width = self.patch_size
+            # Channels last inside a patch, as SigLIP2's image processor has them.
+            patches = rearrange(images, "b c (row h) (column w) -> b (row column) (h w c)", h=height, w=width)
             # Filled where the images are: torch.tensor([[rows, columns], …]) would copy from the host in each call.
             edges = [torch.full((images.shape[0],), edge, device=images.device) for edge in (rows, columns)]
             shapes = torch.stack(edges, dim=1)
@@ -175,11 +204,7 @@ class TransformersBackbone(Backbone):
             self.model(images)
 
     def set_gradient_checkpointing(self, enable: bool = True) -> None:
-        """Recompute block activations in the backward pass instead of keeping them; works in training mode only.
-
-        Args:
-            enable: on or off.
-        """
+        """Recompute block activations in the backward pass instead of keeping them; works in training mode only."""
         model: Any = self.model
         # Renamed in 5.23; 5.17 has the older names only.
         prefix = "activation" if hasattr(model, "activation_checkpointing_enable") else "gradient"
@@ -227,20 +252,6 @@ def _read_config(
     return type(config)(**{**known, **fields}) if fields else config
 
 
-def _build(transformers: ModuleType, config: Any, attention: str | None) -> nn.Module:
-    how = {} if attention is None else {"attn_implementation": attention}
-    try:
-        model: nn.Module = transformers.AutoModel.from_config(config, **how)
-    except (ImportError, ValueError) as error:
-        if attention is None:
-            raise
-        raise InputError(
-            f"this backbone was saved with the attention implementation {attention!r}, which is not to be had here; "
-            f"install what it needs, or write 'sdpa' for it in config.json. transformers says: {error}"
-        ) from error
-    return model
-
-
 def _load(transformers: ModuleType, name: str, config: Any, arguments: Mapping[str, Any]) -> tuple[nn.Module, set[str]]:
     # AutoModel chooses by the config, so with the vision config of a CLIP checkpoint only its vision part is built.
     try:
@@ -270,12 +281,3 @@ def _check_complete(name: str, model: nn.Module, missing: set[str], *, blocks: s
             f"{name!r} lacks weights of {type(model).__name__}, which would be left random: {', '.join(random)}. "
             "Check that it is a checkpoint of this model, or pass pretrained=False."
         )
-
-
-def _read_processor(transformers: ModuleType, name: str, where: Mapping[str, Any]) -> dict[str, Any]:
-    try:
-        described, _ = transformers.ImageProcessingMixin.get_image_processor_dict(name, **where)
-    except OSError:
-        return {}
-    found: dict[str, Any] = described
-    return found

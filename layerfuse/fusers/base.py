@@ -51,11 +51,11 @@ class FuserCost:
     """The cost of a fuser, known before anything is run or allocated.
 
     Args:
-        parameters: number of parameters.
+        parameters: how many there are.
         out_channels: C_out of the fused tokens.
         num_tokens: fused tokens per image.
-        flops: floating point operations per image, 2 * multiply-adds of matrix products and weighted sums; norms,
-            softmax and element-wise work are left out, as is customary.
+        flops: per image, 2 * multiply-adds of matrix products and weighted sums; norms, softmax and element-wise work
+            are left out, as is customary.
     """
 
     parameters: int
@@ -181,45 +181,35 @@ class Fuser(nn.Module, abc.ABC):
     @property
     def _dtype(self) -> torch.dtype | None:
         """The dtype of the first floating parameter, in which the fuser computes."""
-        return next((parameter.dtype for parameter in self.parameters() if parameter.is_floating_point()), None)
+        # `parameters()` would take about twice as long, in every call of the fuser.
+        for module in self.modules():
+            for weight in module._parameters.values():
+                if weight is not None and weight.is_floating_point():
+                    return weight.dtype
+        return None
 
     @abc.abstractmethod
     def fuse(self, features: FeatureMaps, *, condition: torch.Tensor | None = None) -> torch.Tensor:
-        """Fuse maps whose number, widths and grids have been checked.
+        """Return the fused tokens (B, N, C_out) of maps whose number, widths and grids have been checked.
 
-        Args:
-            features: L maps, each (B, N_l, C_l).
-            condition: (B, D_c), checked, if the fuser has ``condition_channels``; else it is not passed.
-
-        Returns:
-            (B, N, C_out) fused tokens: row-major over ``out_grid``, with ``extra_tokens`` in front and behind.
+        They are row-major over ``out_grid``, with ``extra_tokens`` in front and behind. ``condition``, (B, D_c), is
+        checked, and passed only to a fuser with ``condition_channels``.
         """
 
     def out_grid(self, grids: Sequence[Grid]) -> Grid | None:
-        """Return the grid of the fused tokens: that of the last map, unless a fuser says otherwise.
+        """Return the grid (H, W) of the fused tokens: that of the last map, unless a fuser says otherwise.
 
-        Args:
-            grids: (H, W) of each of the L maps, in patches.
-
-        Returns:
-            (H, W), in patches; None if no token belongs to a cell.
+        None if no token belongs to a cell. ``grids`` are those of the L maps, in patches, in each
+        method that takes them.
         """
         return grids[-1]
 
     def extra_tokens(self, grids: Sequence[Grid]) -> ExtraTokens:
-        """Return the numbers of fused tokens that belong to no cell of ``out_grid``: none, unless a fuser says so.
-
-        Args:
-            grids: (H, W) of each of the L maps, in patches.
-        """
+        """Return the numbers of fused tokens that belong to no cell of ``out_grid``: none, unless a fuser says so."""
         return ExtraTokens()
 
     def num_tokens(self, grids: Sequence[Grid]) -> int:
-        """Return the number N of fused tokens per image: the cells of ``out_grid`` and ``extra_tokens``.
-
-        Args:
-            grids: (H, W) of each of the L maps, in patches.
-        """
+        """Return the number N of fused tokens per image: the cells of ``out_grid`` and ``extra_tokens``."""
         height, width = self.out_grid(grids) or (0, 0)
         return height * width + sum(self.extra_tokens(grids))
 
@@ -228,9 +218,6 @@ class Fuser(nn.Module, abc.ABC):
 
         A fuser built from the same arguments runs on the meta device, where torch counts its matrix products;
         ``extra_flops`` are added. Each choice of grids is counted once.
-
-        Args:
-            grids: (H, W) of each of the L maps, in patches.
         """
         asked = (tuple(grids), self.condition_channels)
         if asked not in self._counted:
@@ -250,18 +237,11 @@ class Fuser(nn.Module, abc.ABC):
         return counter.get_total_flops()
 
     def extra_flops(self, grids: Sequence[Grid]) -> int:
-        """Count the operations per image that torch does not: of weighted sums and lookups, 2 * multiply-adds.
-
-        Args:
-            grids: (H, W) of each of the L maps, in patches.
-        """
+        """Count the operations per image that torch does not: of weighted sums and lookups, 2 * multiply-adds."""
         return 0
 
     def cost(self, grids: Sequence[Grid]) -> FuserCost:
         """Return the cost of the fuser on maps of these grids; also of one built on the meta device.
-
-        Args:
-            grids: (H, W) of each of the L maps, in patches.
 
         Raises:
             ValueError: if number or grids of the maps are not what the fuser was built for.
@@ -276,15 +256,10 @@ class Fuser(nn.Module, abc.ABC):
 
     @classmethod
     def default_layers(cls, depth: int) -> tuple[int, ...] | None:
-        """Return the layers that the fuser's source taps of a backbone of this depth, in the fuser's order.
+        """Return the layers that the fuser's source taps of a backbone of ``depth`` blocks, in the fuser's order.
 
-        A fuser whose options decide it may take those as keyword-only arguments, with their defaults.
-
-        Args:
-            depth: number of the backbone's blocks.
-
-        Returns:
-            Layer numbers (0 = embeddings, ``depth`` = the last block); None if none were published for this depth.
+        Layer 0 is the embeddings, ``depth`` the last block; None if none were published for this depth. A fuser whose
+        options decide it may take those as keyword-only arguments, with their defaults.
         """
         return None
 

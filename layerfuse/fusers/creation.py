@@ -19,20 +19,17 @@ def create_fuser(
     num_layers: int,
     options: Mapping[str, Any] | None = None,
 ) -> Fuser:
-    """Build a fuser by name.
+    """Build a fuser by its name in ``FUSERS``, freshly initialised.
 
     Args:
-        name: a name from ``FUSERS``.
+        name: as in `list_fusers`.
         in_channels: C of every map, or one number per map.
         num_layers: number of maps L.
         options: the fuser's own constructor arguments by name.
 
-    Returns:
-        The fuser, freshly initialised.
-
     Raises:
-        ValueError: if the name or an option is unknown, an option without default is missing, or a value is
-            not allowed.
+        ValueError: if the name or an option is unknown, an option without default is missing, or a value is not
+            allowed.
     """
     fuser_class = FUSERS.get(name)
     if fuser_class.name != name:
@@ -55,13 +52,7 @@ def create_fuser(
 
 
 def fuser_from_config(config: Mapping[str, Any]) -> Fuser:
-    """Build the fuser that a config describes.
-
-    Args:
-        config: as from ``Fuser.config``.
-
-    Returns:
-        A fuser of the same architecture, freshly initialised.
+    """Build the fuser that a ``Fuser.config`` describes, freshly initialised.
 
     Raises:
         ValueError: if a key is missing or unknown.

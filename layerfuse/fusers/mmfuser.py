@@ -121,14 +121,9 @@ class MMFuser(Fuser):
 
 
 def from_published_state_dict(state_dict: Mapping[str, _T]) -> dict[str, _T]:
-    """Rename the weights of a published MMFuser block to ours.
+    """Rename the weights of a published MMFuser block (``MSCrossAttnBlock``) to those of ``MMFuser``.
 
-    Args:
-        state_dict: weights under the names of the published code (``MSCrossAttnBlock``), any outer prefix removed. They
-            are passed on, never looked into.
-
-    Returns:
-        The same weights under the names of ``MMFuser``.
+    Any outer prefix has been removed. The weights are passed on, never looked into.
 
     Raises:
         ValueError: if gamma1 or gamma2 is absent or was renamed, or other names are missing or unknown.
@@ -147,13 +142,9 @@ def from_published_state_dict(state_dict: Mapping[str, _T]) -> dict[str, _T]:
 
 
 def to_published_state_dict(state_dict: Mapping[str, _T]) -> dict[str, _T]:
-    """Rename the weights of ``MMFuser`` to those of the published block; undoes `from_published_state_dict`.
+    """Rename the weights of ``MMFuser``, with the published settings, to those of the published block.
 
-    Args:
-        state_dict: ``MMFuser(...).state_dict()``, of a block with the published settings.
-
-    Returns:
-        The same weights under the published names.
+    It undoes `from_published_state_dict`.
 
     Raises:
         ValueError: if names are missing or unknown.

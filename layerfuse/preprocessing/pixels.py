@@ -32,7 +32,7 @@ Picture = Image.Image | npt.NDArray[np.uint8] | torch.Tensor
 Images = Picture | Iterable[Picture]
 
 MAX_EDGE = 2**17
-"""Longest edge in pixels: what is prepared of a longer one is a line, and takes gigabytes on the way."""
+"""Longest edge in pixels: a longer picture would be scaled to a line, and take gigabytes on the way."""
 
 # What Pillow converts without loss of meaning; LAB and floats are not among these.
 _MODES = {"1", "L", "LA", "La", "P", "PA", "RGB", "RGBA", "RGBX", "RGBa", "CMYK", "YCbCr", "HSV"}
@@ -57,14 +57,7 @@ _EXIF_ERRORS = (OSError, SyntaxError, ValueError, TypeError, LookupError, Arithm
 
 
 def as_pictures(images: Images) -> list[Image.Image]:
-    """Return images of any kind that is taken as PIL images.
-
-    Args:
-        images: a PIL image, an array (height, width) or (height, width, 3), a tensor (3, height, width) or (1, height,
-            width), both of uint8; several of them in any iterable, or stacked along a first dimension.
-
-    Returns:
-        PIL images.
+    """Return images of any kind that `Preprocessing.batch` takes as PIL images.
 
     Raises:
         TypeError: if one is no picture.
@@ -109,9 +102,6 @@ def is_16_bit(image: Image.Image) -> bool:
 def check_picture(image: Image.Image) -> None:
     """Refuse an image whose values have no known range, or whose size is not possible; it is not decoded for that.
 
-    Args:
-        image: opened.
-
     Raises:
         ValueError: saying what to do.
     """
@@ -136,14 +126,7 @@ def check_picture(image: Image.Image) -> None:
 def to_rgb(image: Image.Image) -> Image.Image:
     """Convert an image to RGB: alpha is dropped, grey is tripled, 16 bits are scaled to 8 (the upper eight are kept).
 
-    Args:
-        image: of any mode; the first frame of several.
-
-    Returns:
-        The RGB image; the same object if it is one already.
-
-    Raises:
-        ValueError: as `check_picture`.
+    Of several frames the first is taken; an RGB image is returned as it is. Raises as `check_picture`.
     """
     check_picture(image)
     if image.mode == "RGB":
@@ -161,13 +144,9 @@ def to_rgb(image: Image.Image) -> Image.Image:
 
 
 def orientation(image: Image.Image) -> int:
-    """Return the orientation of an image, by its Exif data.
+    """Return the orientation of an image by its Exif data: 1 upright, also where nothing sensible is said, 2 to 8 else.
 
-    Args:
-        image: opened; of one that is decoded, data that stand behind the pixels are seen, too.
-
-    Returns:
-        1 for upright, 2 to 8 as Exif numbers them; 1 where nothing, or nothing sensible, is said.
+    Of an image that is decoded, data that stand behind the pixels are seen, too.
     """
     if not any(key in image.info for key in _EXIF_KEYS):
         return 1
@@ -179,14 +158,7 @@ def orientation(image: Image.Image) -> int:
 
 
 def upright(image: Image.Image) -> Image.Image:
-    """Turn an image as its Exif data say; the result says nothing about turning any more.
-
-    Args:
-        image: decoded.
-
-    Returns:
-        The turned image, or the same object if there is nothing to turn.
-    """
+    """Return a decoded image, turned as its Exif data say and without these; or as it is if they say nothing."""
     turn = _TURNS.get(orientation(image))
     if turn is None:
         return image
@@ -196,11 +168,6 @@ def upright(image: Image.Image) -> Image.Image:
 
 
 def image_size(image: Image.Image, *, upright: bool) -> tuple[int, int]:
-    """Return (height, width) of an image in pixels; it need not be decoded.
-
-    Args:
-        image: as it was opened or read.
-        upright: as it stands once it is turned as its Exif data say.
-    """
+    """Return (height, width) of an image in pixels, once it is turned if ``upright``; it need not be decoded."""
     width, height = image.size
     return (width, height) if upright and orientation(image) in _SIDEWAYS else (height, width)

@@ -108,14 +108,9 @@ class Preprocessing:
                 raise InputError(unknown_name_message(f"Preprocessing {name}", value, known))
 
     def __call__(self, image: Image.Image) -> torch.Tensor:
-        """Make the input tensor of a backbone from one image.
+        """Return the input tensor of a backbone, (3, height, width) float32, made from one image.
 
-        Args:
-            image: of any mode and size; it is converted to RGB first (alpha is dropped, grey is tripled, 16 bits are
-                scaled to 8).
-
-        Returns:
-            (3, height, width) float32.
+        It is converted to RGB first: alpha is dropped, grey is tripled, 16 bits are scaled to 8.
 
         Raises:
             TypeError: if this is no PIL image.
@@ -125,13 +120,7 @@ class Preprocessing:
         return self.normalize(pixels.permute(2, 0, 1)).contiguous()
 
     def normalize(self, pixels: torch.Tensor) -> torch.Tensor:
-        """Bring pixels to the range that the backbone was pretrained on; the step after `fit`.
-
-        Args:
-            pixels: (..., 3, height, width) uint8, on any device.
-
-        Returns:
-            The same shape, float32.
+        """Bring uint8 pixels (..., 3, height, width) to the backbone's range, in float32; the step after `fit`.
 
         Raises:
             ValueError: if they have another dtype, of which nobody can tell what is white.
@@ -143,14 +132,11 @@ class Preprocessing:
         return (pixels.to(torch.float32) / 255 - mean) / std
 
     def batch(self, images: Images) -> torch.Tensor:
-        """Make a batch of input tensors from one image or several.
+        """Return a batch (B, 3, height, width), float32, made of one image or several.
 
         Args:
             images: a PIL image, an array (height, width) or (height, width, 3), a tensor (3, height, width) or (1,
                 height, width), both of uint8; several of them in any iterable, or stacked along a first dimension.
-
-        Returns:
-            (B, 3, height, width) float32.
 
         Raises:
             TypeError: if one is no picture.
@@ -162,18 +148,7 @@ class Preprocessing:
         return torch.stack(prepared)
 
     def fit(self, image: Image.Image) -> Image.Image:
-        """Return one image at the size of the backbone, before it is rescaled and normalised.
-
-        Args:
-            image: of any mode and size.
-
-        Returns:
-            RGB image of ``size``.
-
-        Raises:
-            TypeError: if this is no PIL image.
-            ValueError: as `__call__`.
-        """
+        """Return an RGB image of ``size``, before it is rescaled and normalised; raises as `__call__`."""
         if not isinstance(image, Image.Image):
             raise InvalidTypeError(
                 f"Preprocessing takes PIL images, got {type(image).__name__}; open files with PIL.Image.open, make "
@@ -206,12 +181,6 @@ class Preprocessing:
     @classmethod
     def from_dict(cls, config: Mapping[str, Any]) -> Preprocessing:
         """Build a preprocessing from the dictionary that `to_dict` makes.
-
-        Args:
-            config: fields by name.
-
-        Returns:
-            The same preprocessing.
 
         Raises:
             ValueError: if a key is unknown or one without a default is missing.
@@ -309,14 +278,9 @@ class Preprocessing:
 
 
 def interpolation_name(given: str | int, *, default: Interpolation = "bicubic") -> Interpolation:
-    """Translate what pretrained configs call their filter.
+    """Translate what pretrained configs call their filter: a name in any case, or Pillow's number.
 
-    Args:
-        given: a name in any case, or Pillow's number; timm's ``"random"`` stands for training with several.
-        default: for names that Pillow has no filter for.
-
-    Returns:
-        The filter's name.
+    The default stands for what Pillow has no filter for, such as timm's ``"random"``, training with several.
     """
     name = Image.Resampling(given).name.lower() if isinstance(given, int) else given.lower()
     return cast(Interpolation, name) if name in get_args(Interpolation) else default

@@ -37,12 +37,7 @@ class BackboneRecipe:
     """How the embedded backbone is made.
 
     Attributes:
-        num_blocks: transformer blocks.
-        embed_dim: width.
-        num_heads: attention heads.
         num_images: scenes in the pool that batches are drawn from.
-        batch_size: image and caption pairs a step.
-        num_steps: optimiser steps.
         learning_rate: peak rate of AdamW.
         seed: of scenes, weights and batches.
         num_threads: torch threads; part of the result.
@@ -68,22 +63,6 @@ def coarse_words(scene: Scene) -> list[str]:
 
 
 _WORDS = (*PHOTOGRAPHS, "2", "3", "4", "5", *(f"{color} {shape}" for color in COLORS for shape in SHAPES))
-
-
-class _TextEncoder(nn.Module):
-    """Words of a caption -> one vector; only needed while pretraining."""
-
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.words = nn.Linear(len(_WORDS), width)
-        self.mlp = nn.Sequential(
-            nn.LayerNorm(width), nn.Linear(width, 2 * width), nn.GELU(), nn.Linear(2 * width, width)
-        )
-
-    def forward(self, bags: torch.Tensor) -> torch.Tensor:
-        """(B, words) of zeros and ones -> (B, width)."""
-        hidden = self.words(bags)
-        return hidden + self.mlp(hidden)
 
 
 def to_pixels(images: torch.Tensor) -> torch.Tensor:
@@ -149,11 +128,14 @@ def _sine_codes(side: int, width: int) -> torch.Tensor:
 
 def _train(recipe: BackboneRecipe, images: torch.Tensor, bags: torch.Tensor) -> CLIPVisionModel:
     """Run the contrastive steps and return the trained backbone."""
-    model, text = _build(recipe), _TextEncoder(recipe.embed_dim)
-    head = nn.Linear(recipe.embed_dim, recipe.embed_dim, bias=False)
+    model, width = _build(recipe), recipe.embed_dim
+    # What encodes captions is needed here only.
+    words = nn.Linear(len(_WORDS), width)
+    mlp = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, 2 * width), nn.GELU(), nn.Linear(2 * width, width))
+    head = nn.Linear(width, width, bias=False)
     scale = nn.Linear(1, 1, bias=False)
     nn.init.constant_(scale.weight, np.log(10))
-    modules = [model, text, head, scale]
+    modules = [model, words, mlp, head, scale]
     optimizer = make_optimizer(modules, learning_rate=recipe.learning_rate)
     schedule = make_schedule(optimizer, num_steps=recipe.num_steps)
     progress = tqdm(range(recipe.num_steps), desc="backbone: contrastive", disable=None)
@@ -162,7 +144,8 @@ def _train(recipe: BackboneRecipe, images: torch.Tensor, bags: torch.Tensor) -> 
         with torch.autocast("cpu", dtype=torch.bfloat16, enabled=recipe.bfloat16):
             pooled = model(to_pixels(images[index])).pooler_output
         seen = F.normalize(head(pooled.float()), dim=-1)
-        said = F.normalize(text(bags[index]), dim=-1)
+        hidden = words(bags[index])
+        said = F.normalize(hidden + mlp(hidden), dim=-1)
         logits = scale.weight.exp() * seen @ said.T
         target = torch.arange(len(index))
         loss = (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2

@@ -47,11 +47,9 @@ _LOG = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Phase:
-    """One run over the samples with a schedule of its own.
+    """A part of the training, with its own schedule and pool of samples.
 
     Attributes:
-        name: for logs and progress bars.
-        num_steps: optimiser steps.
         learning_rate: peak rate of AdamW.
         place_spread: standard deviation of the place codes added to cell words; 0 for none.
         pool: the samples. `all`: conversations and a fifth of dense captions. `boxes`: the boxes of all objects and
@@ -72,13 +70,9 @@ class LanguageModelRecipe:
     """How the embedded language model is made.
 
     Attributes:
-        num_blocks: decoder blocks.
-        embed_dim: width.
-        num_heads: attention heads.
         hidden_dim: width inside the MLPs.
         num_samples: scenes in the pool that batches are drawn from.
-        batch_size: samples a step.
-        phases: what is trained in turn.
+        phases: in the order of training.
         mixing: largest share of another cell word that is mixed into a cell word.
         noise: largest noise added to cell words, in units of their own standard deviation.
         seed: of scenes, weights and batches.

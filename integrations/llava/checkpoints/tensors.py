@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import math
 import pickle
+import struct
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -145,12 +146,12 @@ def _pickled(path: Path) -> dict[str, StoredTensor]:
     try:
         # Files of PyTorch before 1.6, which are no zip files, cannot be mapped.
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=is_zipfile(path))
-    except pickle.UnpicklingError as error:
-        raise InputError(
-            f"{path} holds more than tensors: Python objects, which run code when they are read. It was refused and "
-            "nothing was run. Get the weights as safetensors from somebody you trust."
-        ) from error
-    except (RuntimeError, EOFError, OSError) as error:
+    except (RuntimeError, EOFError, OSError, LookupError, struct.error, pickle.UnpicklingError) as error:
+        if "Unsupported global" in str(error):
+            raise InputError(
+                f"{path} holds more than tensors: Python objects, which run code when they are read. It was refused "
+                "and nothing was run. Get the weights as safetensors from somebody you trust."
+            ) from error
         raise InputError(f"{path} is not a whole file of weights ({error}); download or write it anew.") from error
     strange = (
         sorted(str(name) for name, value in content.items() if not isinstance(value, torch.Tensor))

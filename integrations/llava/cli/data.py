@@ -16,7 +16,6 @@ from integrations.llava.data.doctor import (
     TokenLimit,
     clean_path,
     findings_table,
-    lines_path,
     sources_table,
     survey_report,
     survey_samples,
@@ -141,7 +140,7 @@ def _convert(arguments: argparse.Namespace) -> int:
     samples: SampleFile = read_samples(arguments.data)
     if samples.has_lines:
         raise ExistingFileError(f"{arguments.data} already has one sample a line; there is nothing to convert.")
-    target = arguments.output or lines_path(arguments.data)
+    target = arguments.output or arguments.data.with_suffix(".jsonl")
     _refuse_unwritable(target)
     write_lines(samples, target)
     print(f"{len(samples):,} samples: {target}")

@@ -9,9 +9,8 @@ from .doctor.findings import Finding
 from .doctor.policy import check_samples, usable_samples
 from .files import SampleFile, Selection, read_samples, sample_lengths, select_samples
 from .images import read_image, read_image_size
-from .media_names import is_outside, linked_media, unread_media
-from .samplers import ModalityLengthSampler, ShuffleSampler, modality_length_indices
-from .samples import Sample, image_names
+from .samplers import ModalityLengthSampler, ShuffleSampler
+from .samples import Sample, image_names, is_outside, linked_media, unread_media
 
 __all__ = [
     "BadSampleError",
@@ -28,7 +27,6 @@ __all__ = [
     "image_names",
     "is_outside",
     "linked_media",
-    "modality_length_indices",
     "read_image",
     "read_image_size",
     "read_samples",

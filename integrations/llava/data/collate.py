@@ -13,23 +13,14 @@ __all__ = ["Collator"]
 
 
 class Collator:
-    """Joins samples to a batch.
-
-    Args:
-        pad_token_id: fills short samples up.
-        side: where: "right" for training, "left" for generation.
-    """
+    """Joins samples to a batch; `pad_token_id` fills short ones up, right for training and left for generation."""
 
     def __init__(self, pad_token_id: int, *, side: Literal["right", "left"] = "right") -> None:
         self.pad_token_id = pad_token_id
         self.side = side
 
     def __call__(self, samples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-        """Pad and stack.
-
-        Args:
-            samples: as `ConversationDataset` gives them; `labels`, `image_sizes`, `condition` and `id` may be left out
-                of all.
+        """Pad and stack samples of `ConversationDataset`; all may lack `labels`, `image_sizes`, `condition` or `id`.
 
         Returns:
             `input_ids`, `attention_mask`, `labels` (B, T); `pixel_values` (images, 3, height, width) and `image_sizes`

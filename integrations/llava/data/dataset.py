@@ -18,13 +18,12 @@ from layerfuse.preprocessing.pixels import image_size
 
 from .doctor.policy import BadSamples
 from .files import file_index, sample_lengths
-from .images import UnreadableImageError, read_image
+from .images import read_image
 from .samples import Sample, image_names, sample_id
 
 __all__ = ["BadSampleError", "ConversationDataset"]
 
-# Tokenised texts are kept as long as they fit: a small data set is tokenised once, and of a large one, which is passed
-# over once, next to nothing is kept.
+# Bytes of tokenised texts that are kept: a small data set is tokenised once; a large one is passed over once anyway.
 _KEEP_RENDERED = 64 * 2**20
 
 
@@ -38,10 +37,8 @@ class ConversationDataset(Dataset[dict[str, Any]]):
     Args:
         samples: checked samples.
         image_folder: what image names are relative to.
-        template: how conversations are written.
-        encoder: how they are tokenised.
-        preprocessing: how images are prepared.
-        layout: how many tokens an image takes.
+        template: how conversations are written; `encoder` tokenises them.
+        preprocessing: how images are prepared; `layout` says how many tokens each takes.
         max_length: longer samples are cut, T positions with images expanded.
         bad_samples: "skip" gives a void sample, without pixels and labels, where one cannot be read.
         with_condition: whether samples say what is asked about their images, for a fuser that reads it.
@@ -89,21 +86,28 @@ class ConversationDataset(Dataset[dict[str, Any]]):
                 has tags for.
         """
         sample = self.samples[index]
-        own_id = sample_id(sample, file_index(self.samples, index))
+        prepared: dict[str, Any] = {"id": sample_id(sample, file_index(self.samples, index))}
+        images: list[tuple[torch.Tensor, ImageSize]] = []
         try:
-            rendered = self._rendered(index, own_id)
-            images = [self._image(name, own_id) for name in image_names(sample)]
-            input_ids, labels = self._expanded(rendered, [size for _, size in images], own_id)
-            condition = self._condition(sample, own_id)
-        except BadSampleError as error:
+            rendered = self._rendered(index)
+            images = [self._image(name) for name in image_names(sample)]
+            ids, labels = self._expanded(rendered, [size for _, size in images])
+            asked = self._asked(sample)
+        except InputError as error:
+            reason = f"sample {prepared['id']}: {error}"
             if self.bad_samples == "fail":
-                raise
+                raise BadSampleError(reason) from error
             # One position, so that every process still takes the same number of steps.
-            begin = torch.tensor(self.encoder.begin[:1] or [self.encoder.end])
-            void = {"input_ids": begin, "labels": torch.full_like(begin, IGNORE_INDEX)}
-            unasked: dict[str, Any] = {"condition": []} if self.with_condition else {}
-            return {"id": own_id, **void, **self._stacked([]), **unasked, "skipped": str(error)}
-        return {"id": own_id, "input_ids": input_ids, "labels": labels, **self._stacked(images), **condition}
+            ids, images, asked = np.array(self.encoder.begin[:1] or [self.encoder.end]), [], []
+            labels = np.full_like(ids, IGNORE_INDEX)
+            prepared["skipped"] = reason
+        prepared["input_ids"], prepared["labels"] = (torch.from_numpy(v.astype(np.int64)) for v in (ids, labels))
+        pixels = [pixels for pixels, _ in images]
+        prepared["pixel_values"] = torch.stack(pixels) if pixels else torch.empty(0, 3, *self.preprocessing.size)
+        prepared["image_sizes"] = torch.tensor([size for _, size in images], dtype=torch.int64).view(-1, 2)
+        if self.with_condition:
+            prepared["condition"] = [torch.tensor(ids, dtype=torch.int64) for ids in asked]
+        return prepared
 
     @property
     def lengths(self) -> list[int]:
@@ -123,64 +127,41 @@ class ConversationDataset(Dataset[dict[str, Any]]):
             max_length=self.max_length,
         )
 
-    def _expanded(
-        self, rendered: np.ndarray, sizes: Sequence[ImageSize], own_id: str
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        try:
-            repeats = self.layout.repeats(rendered[0].tolist(), sizes)
-        except InputError as error:
-            raise BadSampleError(f"sample {own_id}: {error}") from error
-        ids, labels = np.repeat(rendered, repeats, axis=1)
-        if (ids[self.max_length :] == self.layout.image_token_id).any():
-            raise BadSampleError(
-                f"sample {own_id}: its images do not fit into max_length={self.max_length} (they take "
+    def _expanded(self, rendered: np.ndarray, sizes: Sequence[ImageSize]) -> np.ndarray:
+        """(2, T) ids and labels, T at most `max_length`."""
+        repeats = self.layout.repeats(rendered[0].tolist(), sizes)
+        expanded = np.repeat(rendered, repeats, axis=1)
+        if (expanded[0, self.max_length :] == self.layout.image_token_id).any():
+            raise InputError(
+                f"its images do not fit into max_length={self.max_length} (they take "
                 f"{sum(map(self.layout.num_tokens, sizes))} positions); raise max_length or remove it."
             )
         # The published code cuts before and after it expands images, each time at the same length: what is left is the
         # same, since no position moves left.
-        return _long(ids[: self.max_length]), _long(labels[: self.max_length])
+        return expanded[:, : self.max_length]
 
-    def _rendered(self, index: int, own_id: str) -> np.ndarray:
+    def _rendered(self, index: int) -> np.ndarray:
         """(2, T) int32: ids and labels, one position per image."""
         kept = self._texts.get(index)
         if kept is None:
-            try:
-                rendered = self.render(index)
-            except InputError as error:
-                raise BadSampleError(f"sample {own_id}: {error}") from error
+            rendered = self.render(index)
             kept = np.array([rendered.input_ids, rendered.labels], dtype=np.int32)
             if self._text_bytes + kept.nbytes <= _KEEP_RENDERED:
                 self._texts[index] = kept
                 self._text_bytes += kept.nbytes
         return kept
 
-    def _condition(self, sample: Sample, own_id: str) -> dict[str, list[torch.Tensor]]:
+    def _asked(self, sample: Sample) -> list[list[int]]:
+        """Ids of what is asked about each image, where the fuser reads it."""
         if not self.with_condition:
-            return {}
+            return []
         turns, count = sample["conversations"], len(image_names(sample))
-        try:
-            asked = asked_ids(turns, count, encoder=self.encoder, until_shown=False, at_most=self.max_length)
-        except InputError as error:
-            raise BadSampleError(f"sample {own_id}: {error}") from error
-        return {"condition": [torch.tensor(ids, dtype=torch.int64) for ids in asked]}
+        return asked_ids(turns, count, encoder=self.encoder, until_shown=False, at_most=self.max_length)
 
-    def _image(self, name: str, own_id: str) -> tuple[torch.Tensor, ImageSize]:
+    def _image(self, name: str) -> tuple[torch.Tensor, ImageSize]:
         path = self.image_folder / name
         try:
             image = read_image(path)
-            prepared = self.preprocessing(image)
-        except UnreadableImageError as error:
-            raise BadSampleError(f"sample {own_id}: {error}") from error
         except MissingFileError as error:
-            raise BadSampleError(f"sample {own_id}: image {path} cannot be read: it is missing.") from error
-        return prepared, image_size(image, upright=self.preprocessing.upright)
-
-    def _stacked(self, images: Sequence[tuple[torch.Tensor, ImageSize]]) -> dict[str, torch.Tensor]:
-        none = torch.empty(0, 3, *self.preprocessing.size)
-        pixels = torch.stack([pixels for pixels, _ in images]) if images else none
-        sizes = [size for _, size in images]
-        return {"pixel_values": pixels, "image_sizes": torch.tensor(sizes, dtype=torch.int64).view(-1, 2)}
-
-
-def _long(values: np.ndarray) -> torch.Tensor:
-    return torch.from_numpy(values.astype(np.int64))
+            raise InputError(f"image {path} cannot be read: it is missing.") from error
+        return self.preprocessing(image), image_size(image, upright=self.preprocessing.upright)

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import json
 import mmap
+from abc import abstractmethod
 from collections.abc import Sequence
+from contextlib import suppress
+from functools import partial
 from operator import eq
 from pathlib import Path
 from typing import Any, overload
@@ -20,11 +23,35 @@ from .sidecar import FileState, cached_array, file_state
 __all__ = ["SampleFile", "Selection", "file_index", "read_samples", "sample_lengths", "select_samples"]
 
 
-class SampleFile(Sequence[Sample]):
+class _Samples(Sequence[Sample]):
+    """A sequence that looks up one sample at a time; a slice of it is a list."""
+
+    @overload
+    def __getitem__(self, index: int) -> Sample: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> list[Sample]: ...
+
+    def __getitem__(self, index: int | slice) -> Sample | list[Sample]:
+        """Look a sample up, or a list of several.
+
+        Raises:
+            IndexError: if there are not so many.
+            ValueError: if a line is not JSON; its number is named.
+        """
+        if isinstance(index, slice):
+            return [self._look_up(position) for position in range(*index.indices(len(self)))]
+        return self._look_up(index)
+
+    @abstractmethod
+    def _look_up(self, index: int) -> Sample: ...
+
+
+class SampleFile(_Samples):
     """The samples of a json or jsonl file.
 
-    Only the place of each sample is held in memory. It is found once: the index of a large file is kept beside it, or
-    in the user's cache folder, see `sidecar`. Copies for worker processes share the file's pages.
+    Only the place of each sample is held in memory; that of a large file's samples is kept on disk, see `sidecar`.
+    Copies for worker processes share the file's pages.
 
     Args:
         path: one sample a line, or one JSON list. The content says which; the ending decides where it could be both.
@@ -49,32 +76,16 @@ class SampleFile(Sequence[Sample]):
         with self.path.open("rb") as file:
             self._data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
         self.has_lines = has_lines(self._data, self.path)
-        self._spans = cached_array(self.path, self._state, "samples-v2", self._find).reshape(-1, 3)
+        find = partial(line_spans, self._data) if self.has_lines else partial(array_spans, self._data, self.path)
+        self._spans = cached_array(self.path, self._state, "samples-v2", find).reshape(-1, 3)
         if not len(self._spans):
             raise InputError(f"data file {self.path} holds an empty list; it has to hold at least one sample.")
-
-    def _find(self) -> np.ndarray:
-        return line_spans(self._data) if self.has_lines else array_spans(self._data, self.path)
 
     def __len__(self) -> int:
         """Number of samples."""
         return len(self._spans)
 
-    @overload
-    def __getitem__(self, index: int) -> Sample: ...
-
-    @overload
-    def __getitem__(self, index: slice) -> list[Sample]: ...
-
-    def __getitem__(self, index: int | slice) -> Sample | list[Sample]:
-        """Parse a sample, or a list of several.
-
-        Raises:
-            IndexError: if there are not so many.
-            ValueError: if a line is not JSON; its number is named.
-        """
-        if isinstance(index, slice):
-            return [self[position] for position in range(*index.indices(len(self)))]
+    def _look_up(self, index: int) -> Sample:
         try:
             sample: Sample = json.loads(self.raw(index))
         except (ValueError, RecursionError) as error:  # nested too deep is the second
@@ -104,10 +115,8 @@ class SampleFile(Sequence[Sample]):
     def _count(self) -> np.ndarray:
         counts = np.zeros(len(self), dtype=np.int64)
         for index in range(len(self)):
-            try:
+            with suppress(ValueError, RecursionError):
                 counts[index] = count_words(json.loads(self.raw(index)))
-            except (ValueError, RecursionError):
-                continue
         return counts
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -122,13 +131,8 @@ def _reopen(path: Path, state: FileState) -> SampleFile:
     return samples
 
 
-class Selection(Sequence[Sample]):
-    """Some of the samples of a sequence.
-
-    Args:
-        samples: all of them.
-        indices: which, in order.
-    """
+class Selection(_Samples):
+    """The samples of a sequence that stand at some indices, in the order of the indices."""
 
     def __init__(self, samples: Sequence[Sample], indices: Sequence[int] | np.ndarray) -> None:
         self.samples = samples
@@ -138,16 +142,7 @@ class Selection(Sequence[Sample]):
         """Number of samples selected."""
         return len(self.indices)
 
-    @overload
-    def __getitem__(self, index: int) -> Sample: ...
-
-    @overload
-    def __getitem__(self, index: slice) -> list[Sample]: ...
-
-    def __getitem__(self, index: int | slice) -> Sample | list[Sample]:
-        """Look a sample up, or a list of several."""
-        if isinstance(index, slice):
-            return [self.samples[position] for position in self.indices[index].tolist()]
+    def _look_up(self, index: int) -> Sample:
         return self.samples[int(self.indices[index])]
 
 
@@ -166,11 +161,7 @@ def file_index(samples: Sequence[Sample], index: int) -> int:
 
 
 def sample_lengths(samples: Sequence[Sample]) -> np.ndarray:
-    """`count_words` of every sample; read from beside the data file, where there is one.
-
-    Returns:
-        (N,) int64: words, negative for samples without image.
-    """
+    """`count_words` of every sample, (N,) int64; read from beside the data file, where there is one."""
     if isinstance(samples, Selection):
         return sample_lengths(samples.samples)[samples.indices]
     if isinstance(samples, SampleFile):

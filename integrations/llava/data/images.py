@@ -1,7 +1,4 @@
-"""Image files: the one way to open them, for training, its checks and inference; and one error for all they can be.
-
-The data doctor, training and inference come here, so that what one of them takes, all take.
-"""
+"""Image files: one way to open them and one error, so that doctor, training and inference take the same ones."""
 
 from __future__ import annotations
 
@@ -34,7 +31,6 @@ _IMAGE_ERRORS = (
     EOFError,
     struct.error,
     zlib.error,
-    Image.DecompressionBombError,
 )
 
 # A process that has no room for a picture of fewer pixels is short of memory; that is no fault of the picture.
@@ -44,34 +40,18 @@ Reason = Literal["large_image", "unclear_values", "truncated_image", "broken_ima
 
 
 class UnreadableImageError(InputError):
-    """An image file that cannot be used.
-
-    Args:
-        path: of the file.
-        kind: of fault, as the data doctor names it.
-        reason: in words.
-
-    Attributes:
-        kind: of fault.
-        reason: in words.
-    """
+    """An image file that cannot be used: its kind of fault, as the data doctor names it, and the reason in words."""
 
     def __init__(self, path: Path, kind: Reason, reason: str) -> None:
         way_out = "give a picture that is whole (PNG, JPEG, WebP, …)." if kind.endswith("n_image") else ""
-        super().__init__(f"image {printable(str(path))} cannot be read ({reason.rstrip('.')}); {way_out}".rstrip("; "))
         self.kind: Reason = kind
         self.reason = reason.rstrip(".")
+        super().__init__(f"image {printable(str(path))} cannot be read ({self.reason}); {way_out}".rstrip("; "))
 
 
 @contextmanager
 def open_image(path: str | Path) -> Iterator[Image.Image]:
-    """Open an image file; it is decoded when its pixels are asked for inside the block.
-
-    Args:
-        path: of the file; its ending says nothing.
-
-    Yields:
-        The opened image.
+    """Open an image file, whatever its ending; it is decoded when its pixels are asked for inside the block.
 
     Raises:
         FileNotFoundError: if there is no such file.
@@ -136,12 +116,9 @@ def _check(path: Path, image: Image.Image) -> None:
         check_picture(image)
     except InputError as error:
         sized = min(image.size) > 0
-        kind: Reason = "broken_image" if not sized else "large_image" if _is_long(image) else "unclear_values"
+        is_long = max(image.size) > MAX_EDGE
+        kind: Reason = "broken_image" if not sized else "large_image" if is_long else "unclear_values"
         raise UnreadableImageError(path, kind, str(error)) from error
-
-
-def _is_long(image: Image.Image) -> bool:
-    return max(image.size) > MAX_EDGE
 
 
 def _is_short_riff(path: Path) -> bool:

@@ -23,11 +23,7 @@ _DECODE = json.JSONDecoder().raw_decode
 
 
 def has_lines(data: mmap.mmap, path: Path) -> bool:
-    """Tell a file with one sample a line from one with a list, whatever it is called.
-
-    Args:
-        data: the file.
-        path: its name; the ending `.jsonl` decides where the beginning is neither's.
+    """Whether a file has one sample a line and not a list; its ending decides where the beginning is neither's.
 
     Raises:
         ValueError: if the samples are written over several lines each, without being a list.
@@ -58,14 +54,10 @@ def _is_json(text: bytes) -> bool:
 
 
 def line_spans(data: mmap.mmap, *, piece: int = _PIECE) -> np.ndarray:
-    """Find the lines of a jsonl file.
-
-    Args:
-        data: the file.
-        piece: bytes to look at at a time.
+    """The lines of a jsonl file that are not blank, looked for `piece` bytes at a time.
 
     Returns:
-        (N, 3) int64: first byte, byte behind the last, number of the line from 1. Blank lines have no row.
+        (N, 3) int64: first byte, byte behind the last, number of the line from 1.
     """
     size = len(data)
     found = [
@@ -82,12 +74,7 @@ def line_spans(data: mmap.mmap, *, piece: int = _PIECE) -> np.ndarray:
 
 
 def array_spans(data: mmap.mmap, path: Path, *, piece: int = _PIECE) -> np.ndarray:
-    """Find the entries of a JSON list, reading the file a piece at a time.
-
-    Args:
-        data: the file.
-        path: its name, for messages.
-        piece: bytes to read at a time; an entry may be larger.
+    """The entries of a JSON list, read `piece` bytes at a time; an entry may be larger.
 
     Returns:
         (N, 3) int64: first byte, byte behind the last, number of the entry from 1.

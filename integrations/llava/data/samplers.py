@@ -107,21 +107,21 @@ class ShuffleSampler(Sampler[int]):
 
     def __iter__(self) -> Iterator[int]:
         """Iterate over the indices of one epoch."""
-        return iter(self._indices(_epoch_generator(self.seed, self.epoch)))
+        # The published run seeds the global generator; torch's DataLoader takes the seed of its workers from it first.
+        generator = torch.Generator().manual_seed(self.seed + self.epoch)
+        _draw(generator)
+        return iter(self._indices(generator))
 
     def _indices(self, generator: torch.Generator) -> list[int]:
-        # torch's RandomSampler draws the seed of a generator of its own.
-        own = torch.Generator().manual_seed(_draw(generator))
-        return torch.randperm(self.num_samples, generator=own).tolist()
+        # torch's RandomSampler draws the seed of another generator.
+        return torch.randperm(self.num_samples, generator=torch.Generator().manual_seed(_draw(generator))).tolist()
 
 
 class ModalityLengthSampler(ShuffleSampler):
     """Yields `modality_length_indices`, anew in every epoch.
 
     Args:
-        lengths: of every sample; negative for samples without image.
-        batch_size: samples per process and step.
-        world_size: number of processes.
+        lengths: as in `modality_length_indices`, like `batch_size` and `world_size`.
         seed: as in `ShuffleSampler`.
     """
 
@@ -135,14 +135,6 @@ class ModalityLengthSampler(ShuffleSampler):
         return modality_length_indices(
             self.lengths, batch_size=self.batch_size, world_size=self.world_size, generator=generator
         )
-
-
-def _epoch_generator(seed: int, epoch: int) -> torch.Generator:
-    """Stand where the published run's random numbers stand when its sampler begins."""
-    generator = torch.Generator().manual_seed(seed + epoch)
-    # It seeds the global generator, and torch's DataLoader takes the seed of its workers from it first.
-    _draw(generator)
-    return generator
 
 
 def _draw(generator: torch.Generator) -> int:

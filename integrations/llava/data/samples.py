@@ -1,4 +1,4 @@
-"""What a sample of LLaVA's format is.
+"""What a sample of LLaVA's format is, and how it names images and what is none.
 
 A sample is `{"id": …, "image": "name.jpg" | ["a.jpg", …] (optional), "conversations": [{"from": "human" | "gpt",
 "value": text}, …]}`.
@@ -6,15 +6,34 @@ A sample is `{"id": …, "image": "name.jpg" | ["a.jpg", …] (optional), "conve
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import os
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
-__all__ = ["TEXT_ONLY", "Sample", "count_words", "image_names", "sample_id", "source_name"]
+from integrations.llava.prompts import IMAGE_TAG
+
+__all__ = [
+    "TEXT_ONLY",
+    "Sample",
+    "count_words",
+    "image_names",
+    "is_outside",
+    "linked_media",
+    "sample_id",
+    "source_name",
+    "unread_media",
+]
 
 Sample = Mapping[str, Any]
 """One entry of a data file."""
 TEXT_ONLY = "text only"
 """Source of the samples without image."""
+
+_LINK = re.compile(r"(data:|[a-z][a-z0-9+.-]+://)", re.IGNORECASE)
+_IMAGE_KEY = re.compile(r"(image|img|picture|photo|pic)s?(file|path|filename|name|url|uri|list)?s?")
+_OTHER_KEY = re.compile(r"(video|audio|movie|clip|frame)s?(file|path|filename|name|url|uri|list)?s?|media|multimedia")
 
 
 def image_names(sample: Sample) -> tuple[str, ...]:
@@ -40,13 +59,9 @@ def source_name(image: str | None) -> str:
 
 
 def count_words(sample: Any) -> int:
-    """Count words as the published sampler does.
+    """Words of all turns, counted as the published sampler does, at least 1.
 
-    Args:
-        sample: anything that a data file can hold.
-
-    Returns:
-        Words of all turns, at least 1; negative for a sample without image; 0 for what is no sample.
+    The number is negative for a sample without image, and 0 for anything in a data file that is no sample.
     """
     messages = sample.get("conversations") if isinstance(sample, Mapping) else None
     if not isinstance(messages, list) or not all(isinstance(turn, Mapping) for turn in messages):
@@ -54,3 +69,56 @@ def count_words(sample: Any) -> int:
     words = max(1, sum(len(str(turn.get("value", "")).split()) for turn in messages))
     # An empty list of images is none, as `image_names` has it.
     return words if sample.get("image") not in (None, []) else -words
+
+
+def is_outside(name: str, image_folder: str | Path) -> bool:
+    """Whether an image's name, as a file of samples or questions has it, leads out of the folder it is relative to."""
+    if os.pardir not in name and not os.path.isabs(name):
+        return False
+    # By name only: folders that are links to other disks are common.
+    folder = os.path.abspath(image_folder)
+    return os.path.commonpath([folder, os.path.normpath(os.path.join(folder, name))]) != folder
+
+
+def linked_media(name: str) -> str | None:
+    """What an image's name is that stands for no file: a URL, or the picture itself; None for a file's name."""
+    found = _LINK.match(name)
+    if found is None:
+        return None
+    return "is the picture itself (data:)" if found[1].lower() == "data:" else "is a URL"
+
+
+def unread_media(sample: Sample) -> Iterator[tuple[str, str]]:
+    """Keys of a sample and its turns that look like media and are not read, each with what to write instead.
+
+    Beside an `image`, other keys about images are notes (`image_id`, `image_url`), as long as its tags are as many.
+    The sample is of good form, but for its tags.
+    """
+    num_images = len(image_names(sample))
+    num_tags = sum(turn["value"].count(IMAGE_TAG) for turn in sample["conversations"] if turn["from"] == "human")
+    unseen = num_images == 0 or num_images < num_tags
+    for key, value in sample.items():
+        if key != "image" and _names_media(_OTHER_KEY, key, value):
+            yield key, "images alone are read: give the frames as 'image': [name, …], or remove the sample"
+        elif key != "image" and unseen and _names_media(_IMAGE_KEY, key, value):
+            yield key, f"write 'image': {_example(value)}"
+    for turn in sample["conversations"] if unseen else ():
+        for key, value in turn.items():
+            if _names_media(_IMAGE_KEY, key, value) or _names_media(_OTHER_KEY, key, value):
+                yield key, f"write 'image': {_example(value)} beside 'conversations'"
+
+
+def _names_media(pattern: re.Pattern[str], key: str, value: Any) -> bool:
+    """Whether a key of that pattern holds a file's name, or several; numbers and empty values are notes."""
+    if not pattern.fullmatch(re.sub(r"[^a-z]", "", key.lower())):
+        return False
+    if isinstance(value, list):
+        return any(_names_media(pattern, key, entry) for entry in value)
+    return bool(value) and isinstance(value, str | Mapping)
+
+
+def _example(value: Any) -> str:
+    names = value if isinstance(value, list) else [value]
+    if not all(isinstance(name, str) and len(name) < 60 for name in names):
+        return "name"
+    return ascii(names[0]) if len(names) == 1 else f"[{names[0]!a}, …]"

@@ -10,8 +10,8 @@ import hashlib
 import logging
 import os
 import tempfile
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack, suppress
 from pathlib import Path
 
 import numpy as np
@@ -39,15 +39,7 @@ def file_state(path: Path) -> FileState:
 
 
 def sidecar_paths(path: Path, name: str) -> tuple[Path, Path]:
-    """Places of an array: beside the data file, and in the user's cache folder for read-only data.
-
-    Args:
-        path: the data file.
-        name: of the array.
-
-    Returns:
-        The places, in the order in which they are tried.
-    """
+    """Places of an array about a data file, in order: beside it, and in the user's cache folder for read-only data."""
     resolved = path.resolve()
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "layerfuse"
     digest = hashlib.sha256(str(resolved).encode()).hexdigest()[:16]
@@ -67,52 +59,38 @@ def cached_array(path: Path, state: FileState, name: str, compute: Callable[[], 
         The values in one dimension; read-only.
     """
     places = sidecar_paths(path, name)
-    for place in places:
-        stored = _load(place, state)
-        if stored is not None:
-            return stored
-    if state[0] < _MIN_BYTES:
-        return _values(compute)
-    with _one_at_a_time(places[1].name):
-        for place in places:
-            if (stored := _load(place, state)) is not None:
+    stored = _load(places, state)
+    if stored is not None:
+        return stored
+    with ExitStack() as held:
+        if is_large := state[0] >= _MIN_BYTES:
+            # One process of a machine does the work that the others wait for; where nothing can be locked, all do it.
+            lock = FileLock(Path(tempfile.gettempdir()) / f"layerfuse-{places[1].name}.lock", timeout=_PATIENCE)
+            with suppress(OSError, NotImplementedError):  # Timeout is an OSError
+                held.enter_context(lock)
+            if (stored := _load(places, state)) is not None:
                 return stored
-        values = _values(compute)
-        if file_state(path) == state:
+        values = np.ascontiguousarray(compute(), dtype=np.int64).reshape(-1)
+        if is_large and file_state(path) == state:
             _store(places, np.concatenate([np.array(state, dtype=np.int64), values]))
     return values
 
 
-def _values(compute: Callable[[], np.ndarray]) -> np.ndarray:
-    return np.ascontiguousarray(compute(), dtype=np.int64).reshape(-1)
+def _load(places: Sequence[Path], state: FileState) -> np.ndarray | None:
+    for place in places:
+        with suppress(OSError, ValueError, EOFError):
+            stored = np.asarray(np.load(place, mmap_mode="r", allow_pickle=False))
+            if stored.dtype == np.int64 and stored.ndim == 1 and tuple(stored[:2].tolist()) == state:
+                return stored[2:]
+    return None
 
 
-@contextmanager
-def _one_at_a_time(name: str) -> Iterator[None]:
-    """Let one process of a machine do the work that the others wait for; where nothing can be locked, all do it."""
-    lock = FileLock(Path(tempfile.gettempdir()) / f"layerfuse-{name}.lock", timeout=_PATIENCE)
-    with ExitStack() as held:
-        with suppress(OSError, NotImplementedError):  # Timeout is an OSError
-            held.enter_context(lock)
-        yield
-
-
-def _load(place: Path, state: FileState) -> np.ndarray | None:
-    try:
-        stored = np.asarray(np.load(place, mmap_mode="r", allow_pickle=False))
-    except (OSError, ValueError, EOFError):
-        return None
-    sound = stored.dtype == np.int64 and stored.ndim == 1 and tuple(stored[:2].tolist()) == state
-    return stored[2:] if sound else None
-
-
-def _store(places: tuple[Path, ...], values: np.ndarray) -> None:
+def _store(places: Sequence[Path], values: np.ndarray) -> None:
     for place in places:
         try:
             place.parent.mkdir(parents=True, exist_ok=True)
             with atomic_file(place) as file:
                 np.save(file, values)
+            return
         except OSError as error:
             _log.debug("%s cannot be written: %s", place, error)
-            continue
-        return

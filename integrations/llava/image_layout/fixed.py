@@ -28,7 +28,7 @@ class FixedLayout(ImageLayout):
     tokens_per_image: int
 
     def __post_init__(self) -> None:
-        """Check the number."""
+        """Refuse what is no number of tokens."""
         if not isinstance(self.tokens_per_image, int) or self.tokens_per_image < 1:
             raise InputError(f"tokens_per_image={self.tokens_per_image!r} is no number of tokens; give 1 or more.")
 

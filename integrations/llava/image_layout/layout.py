@@ -43,21 +43,14 @@ class ImageLayout(abc.ABC):
 
     @abc.abstractmethod
     def num_tokens(self, image_size: ImageSize | None = None) -> int:
-        """Count the tokens that an image takes.
-
-        Args:
-            image_size: of the image; None where it is not known, for an image of the model's own size.
-        """
+        """Number of tokens that an image takes; without its size, an image of the model's own size."""
 
     def repeats(self, ids: Sequence[int], image_sizes: Sequence[ImageSize | None]) -> list[int]:
-        """Count how many positions each id of a text takes.
+        """Number of positions that each id of a text takes: an image's tokens where one stands, else 1.
 
         Args:
             ids: T ids, one per image.
             image_sizes: of the text's images, in its order.
-
-        Returns:
-            T numbers: the image's tokens where an image stands, else 1.
 
         Raises:
             ValueError: if the text has another number of image tokens than there are sizes.
@@ -72,30 +65,16 @@ class ImageLayout(abc.ABC):
         return [self.num_tokens(next(sizes)) if token == self.image_token_id else 1 for token in ids]
 
     def expand(self, ids: Sequence[int], image_sizes: Sequence[ImageSize | None]) -> list[int]:
-        """Replace each image token of a text by as many as its image takes.
-
-        Args:
-            ids: T ids, one per image.
-            image_sizes: of the text's images, in its order.
-
-        Returns:
-            The longer list of ids.
-
-        Raises:
-            ValueError: as `repeats`.
-        """
+        """The ids of a text with each image token as often as its image takes; arguments and errors as of `repeats`."""
         repeats = self.repeats(ids, image_sizes)
         return [token for token, times in zip(ids, repeats, strict=True) for _ in range(times)]
 
     def images_per_text(self, num_tokens: Sequence[int], image_sizes: Sequence[ImageSize | None]) -> list[int]:
-        """Tell which of the images of several texts belong to which, by the image tokens in each.
+        """Number of images of each of several texts, by the image tokens in each.
 
         Args:
             num_tokens: image tokens of each text, expanded.
             image_sizes: of all images, text after text.
-
-        Returns:
-            Number of images of each text.
 
         Raises:
             ValueError: if the tokens are not those of the images.
@@ -128,11 +107,7 @@ LAYOUTS: Registry[ImageLayout] = Registry("image layout", group="layerfuse.image
 
 
 def layout_from_config(config: Mapping[str, Any], *, image_token_id: int) -> ImageLayout:
-    """Build a layout from its config.
-
-    Args:
-        config: as `ImageLayout.config` gives it.
-        image_token_id: id that stands for an image.
+    """Build a layout from its `ImageLayout.config`.
 
     Raises:
         ValueError: if no layout has that name, or it takes other options.

@@ -15,16 +15,10 @@ __all__ = ["chat_template"]
 
 
 def chat_template(template: Template, tokenizer: PreTrainedTokenizerBase) -> str:
-    """Write the template in Jinja, for `apply_chat_template` and the tools that call it.
+    """A prompt template in Jinja over messages with `role` and `content` (text, or a list of text and image parts).
 
-    For one image in front of the first question it gives the ids that `render` gives.
-
-    Args:
-        template: what to write.
-        tokenizer: decides how the line behind an image is spelled, see below.
-
-    Returns:
-        A Jinja template over messages with `role` and `content` (text, or a list of text and image parts).
+    For one image in front of the first question it gives the ids that `render` gives; the tokenizer decides how the
+    line behind an image is spelled.
     """
     if template.caption_only:
         turns = (
@@ -44,20 +38,18 @@ def chat_template(template: Template, tokenizer: PreTrainedTokenizerBase) -> str
         f"{{% else %}}{{{{ '{template.assistant}:' }}}}{{% generation %}}"
         f"{{{{ ' ' + parts(message) + '{template.answer_end + end}' }}}}{{% endgeneration %}}{{% endif %}}"
     )
+    # A system message stands in the place of the template's own text.
+    own_system = (
+        "{%- if not messages or messages[0]['role'] != 'system' -%}{{ "
+        f"{json.dumps(f'{template.system} ', ensure_ascii=False)} }}}}{{%- endif -%}}"
+    )
     return _JINJA.format(
         line=line,
-        system=_OWN_SYSTEM.format(text=_quote(f"{template.system} ")) if template.system else "",
+        system=own_system if template.system else "",
         turns=turns,
         generation="{% if add_generation_prompt %}{{ '" + template.assistant + ":' }}{% endif %}",
     )
 
-
-def _quote(text: str) -> str:
-    return "{{ " + json.dumps(text, ensure_ascii=False) + " }}"
-
-
-# A system message stands in the place of the template's own text.
-_OWN_SYSTEM = "{{%- if not messages or messages[0]['role'] != 'system' -%}}{text}{{%- endif -%}}"
 
 _JINJA = (
     "{{%- macro parts(message) -%}}"

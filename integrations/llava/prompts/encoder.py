@@ -58,16 +58,13 @@ class TextEncoder:
         self._control = {token for token in tokenizer.all_special_ids if token != unknown}
 
     def __call__(self, text: str, *, at_start: bool = False, at_least: int | None = None) -> list[int]:
-        """Encode a piece of text.
+        """The ids of a piece of text.
 
         Args:
-            text: what to encode.
+            text: to encode.
             at_start: whether the piece stands at the beginning of the prompt or behind an image, where the published
                 code tokenises afresh and SentencePiece writes a blank first.
-            at_least: of a long text, as many of the first ids are enough; None gives all.
-
-        Returns:
-            The ids; with `at_least`, the first of them, at least so many if there are.
+            at_least: of a long text, so many of the first ids are enough; None gives all.
 
         Raises:
             ValueError: if the tokenizer's vocabulary spells a control token as plain text, or the text holds half of a
@@ -97,7 +94,7 @@ class TextEncoder:
         return ids
 
     def _safe_end(self, text: str, least: int) -> int:
-        """Find where a text can be cut so that the ids in front of the cut are those of the whole text.
+        """Place where a text can be cut so that the ids in front of the cut are those of the whole text.
 
         Tokens begin with a blank, if one does: so none reaches over the place in front of a blank between two words.
         Where a vocabulary has a token that does, or a text no such place, the text is not cut.

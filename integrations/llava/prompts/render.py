@@ -7,9 +7,10 @@ whether it is supervised, so label spans are exact whatever a message says. Cont
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import groupby
+from operator import attrgetter
 from typing import Literal
 
 from layerfuse.errors import InputError
@@ -97,15 +98,11 @@ def _caption(template: Template, encoder: TextEncoder, messages: Sequence[Messag
 
 def _merge(pieces: Sequence[_Piece]) -> list[_Piece]:
     """Join neighbouring texts and drop empty ones; unequal supervision keeps pieces apart."""
+    written = (piece for piece in pieces if piece.text or piece.kind != "text")
     merged: list[_Piece] = []
-    for piece in pieces:
-        if piece.kind == "text" and not piece.text:
-            continue
-        previous = merged[-1] if merged else None
-        if previous and previous.kind == piece.kind == "text" and previous.supervised == piece.supervised:
-            merged[-1] = dataclasses.replace(piece, text=previous.text + piece.text)
-        else:
-            merged.append(piece)
+    for (kind, supervised), group in groupby(written, attrgetter("kind", "supervised")):
+        run = list(group)
+        merged += [_Piece("text", "".join(piece.text for piece in run), supervised)] if kind == "text" else run
     return merged
 
 
@@ -130,9 +127,6 @@ def render(
         answer_next: end where the model's next answer begins, as generation wants it.
         max_length: positions of which no more are wanted. The ids up to there are those of the whole conversation; of
             a long text (65,536 characters) what lies behind need not be tokenised. No image is left out.
-
-    Returns:
-        Prompt, ids and labels.
 
     Raises:
         ValueError: if the turns do not alternate, or the template cannot write them.

@@ -24,7 +24,7 @@ from layerfuse.files import atomic_folder
 
 from .captions import DENSE_CAPTION_PROMPT, dense_caption
 from .photographs import SPLITS
-from .questions import KINDS, SceneQuestion, conversation, questions_of_kind
+from .questions import KINDS, conversation, questions_of_kind
 from .rendering import draw_scene
 from .scene import Scene, sample_scene
 
@@ -51,7 +51,7 @@ def make_dataset(
     num_test: int = 100,
     renew: bool = False,
 ) -> Path:
-    """Make the data set, unless the folder already holds it with the same settings.
+    """Make the data set in a folder, unless that holds it with the same settings; the folder is returned.
 
     It is written aside and takes the place of an earlier one when it is whole. A folder that holds anything that this
     function does not write is left alone.
@@ -63,9 +63,6 @@ def make_dataset(
         num_val: validation images; one question of each kind each.
         num_test: test images; one question of each kind each.
         renew: make it anew also where the settings are the same.
-
-    Returns:
-        The folder.
 
     Raises:
         ValueError: if a number of images is smaller than one.
@@ -90,7 +87,7 @@ def make_dataset(
 
 
 def _is_whole(folder: Path, images: set[str]) -> bool:
-    """Tell whether no file is missing; a replacement that was killed may have moved some already."""
+    """Whether no file is missing; a replacement that was killed may have moved some already."""
     if not all((folder / name).is_file() for name in _FILES) or not (folder / _IMAGES).is_dir():
         return False
     return images <= {path.name for path in (folder / _IMAGES).iterdir()}
@@ -136,8 +133,8 @@ def _write(folder: Path, settings: dict[str, int], counts: dict[str, int], seed:
     for split in ("val", "test"):
         rows: list[str] = []
         for index, name, scene in _images(folder, split, counts[split], seed):
-            for question in _one_of_each(scene, _rng(seed, split, index, purpose=1)):
-                rows.append(json.dumps(_row(len(rows), name, question)) + "\n")
+            for row in _rows(name, scene, _rng(seed, split, index, purpose=1)):
+                rows.append(json.dumps({"question_id": len(rows), **row}) + "\n")
         (folder / f"{split}.jsonl").write_text("".join(rows), encoding="utf-8")
     (folder / _SETTINGS).write_text(json.dumps(settings, indent=1), encoding="utf-8")
 
@@ -154,24 +151,19 @@ def _images(folder: Path, split: str, count: int, seed: int) -> Iterator[tuple[i
 def _record(index: int, image: str, turns: list[tuple[str, str]]) -> dict[str, Any]:
     """Return one sample of LLaVA's training format; the image token stands in the first message."""
     conversations: list[dict[str, str]] = []
-    for number, (question, answer) in enumerate(turns):
-        conversations.append({"from": "human", "value": question if number else f"<image>\n{question}"})
-        conversations.append({"from": "gpt", "value": answer})
+    for question, answer in turns:
+        tag = "" if conversations else "<image>\n"
+        conversations += [{"from": "human", "value": tag + question}, {"from": "gpt", "value": answer}]
     return {"id": f"{index:06d}", "image": image, "conversations": conversations}
 
 
-def _one_of_each(scene: Scene, rng: np.random.Generator) -> Iterator[SceneQuestion]:
-    """Draw one question of every kind that the scene has one for."""
+def _rows(image: str, scene: Scene, rng: np.random.Generator) -> Iterator[dict[str, Any]]:
+    """LLaVA's evaluation format with kind and answer, boxes as four numbers: a question of every kind that there is."""
     for kind in KINDS:
-        candidates = questions_of_kind(scene, kind)
-        if candidates:
-            yield candidates[int(rng.integers(len(candidates)))]
-
-
-def _row(number: int, image: str, question: SceneQuestion) -> dict[str, Any]:
-    """Return one line of LLaVA's evaluation format, with kind and answer; boxes as four numbers."""
-    answer: str | list[float] = question.answer if question.box is None else list(question.box)
-    return {"question_id": number, "image": image, "text": question.text, "kind": question.kind, "answer": answer}
+        if candidates := questions_of_kind(scene, kind):
+            question = candidates[int(rng.integers(len(candidates)))]
+            answer = question.answer if question.box is None else list(question.box)
+            yield {"image": image, "text": question.text, "kind": kind, "answer": answer}
 
 
 def _rng(seed: int, split: str, index: int, *, purpose: int) -> np.random.Generator:

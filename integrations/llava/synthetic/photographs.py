@@ -50,8 +50,7 @@ class Crop:
         photograph: key of `PHOTOGRAPHS`.
         split: one of `SPLITS`; selects the rectangle of the photograph.
         reduction: index of the reduction by which the rectangle is resized before cropping.
-        top: first row of the crop in the resized rectangle, in pixels.
-        left: first column of the crop in the resized rectangle, in pixels.
+        top: first row of the crop in the resized rectangle, in pixels; `left` is its first column.
     """
 
     photograph: str

@@ -7,7 +7,7 @@ in LLaVA's form: `[x1, y1, x2, y2]`, fractions of the image's side with two deci
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 
@@ -15,7 +15,7 @@ import numpy as np
 
 from layerfuse.errors import InputError
 
-from .scene import SHAPES, Scene, SceneObject
+from .scene import SHAPES, Scene
 
 __all__ = ["CAPTION_PROMPT", "KINDS", "SceneQuestion", "caption", "conversation", "format_box", "questions_of_kind"]
 
@@ -24,12 +24,9 @@ CAPTION_PROMPT = "Describe the image."
 
 @dataclass(frozen=True)
 class SceneQuestion:
-    """A question about one scene.
+    """A question about one scene: its kind, of `KINDS`, its text, and the answer as the model should write it.
 
     Attributes:
-        kind: one of `KINDS`.
-        text: the question.
-        answer: the answer as the model should write it.
         box: for kind `box`, the exact box (x1, y1, x2, y2) as fractions of the side; else None.
     """
 
@@ -50,48 +47,7 @@ def caption(scene: Scene) -> str:
     return f"{scene.photograph} in the background, {', '.join(items)}, the text {scene.text.string}"
 
 
-def _ocr(scene: Scene) -> list[SceneQuestion]:
-    return [SceneQuestion("ocr", "What does the text say?", scene.text.string)]
-
-
-def _counting(scene: Scene) -> list[SceneQuestion]:
-    counts = Counter(item.shape for item in scene.objects)
-    questions = [SceneQuestion("counting", "How many objects are there?", str(len(scene.objects)))]
-    for shape in SHAPES:
-        plural = f"{shape}es" if shape.endswith("s") else f"{shape}s"
-        questions.append(SceneQuestion("counting", f"How many {plural} are there?", str(counts[shape])))
-    return questions
-
-
-def _color(scene: Scene) -> list[SceneQuestion]:
-    # "the circle" names an object only where there is one circle.
-    counts = Counter(item.shape for item in scene.objects)
-    single = [item for item in scene.objects if counts[item.shape] == 1]
-    return [SceneQuestion("color", f"What color is the {item.shape}?", item.color) for item in single]
-
-
-def _shape(scene: Scene) -> list[SceneQuestion]:
-    return [SceneQuestion("shape", f"What shape is the {item.color} object?", item.shape) for item in scene.objects]
-
-
-def _box(scene: Scene) -> list[SceneQuestion]:
-    return [_where(item) for item in scene.objects]
-
-
-def _where(item: SceneObject) -> SceneQuestion:
-    text = f"Where is the {item.color} {item.shape}?"
-    return SceneQuestion("box", text, format_box(item.box), item.box)
-
-
-_BY_KIND: dict[str, Callable[[Scene], list[SceneQuestion]]] = {
-    "ocr": _ocr,
-    "counting": _counting,
-    "color": _color,
-    "shape": _shape,
-    "box": _box,
-}
-
-KINDS = tuple(_BY_KIND)
+KINDS = ("ocr", "counting", "color", "shape", "box")
 """Kinds of questions, in the order in which tables show them."""
 
 QUESTIONS_PER_IMAGE: Mapping[str, int] = MappingProxyType({"ocr": 1, "counting": 3, "color": 2, "shape": 2, "box": 2})
@@ -104,9 +60,24 @@ def questions_of_kind(scene: Scene, kind: str) -> list[SceneQuestion]:
     Raises:
         ValueError: if the kind is not one of `KINDS`.
     """
-    if kind not in _BY_KIND:
+    if kind not in KINDS:
         raise InputError(f"question kind {kind!r} is unknown; known: {', '.join(KINDS)}")
-    return _BY_KIND[kind](scene)
+    return [question for question in _all_questions(scene) if question.kind == kind]
+
+
+def _all_questions(scene: Scene) -> Iterator[SceneQuestion]:
+    yield SceneQuestion("ocr", "What does the text say?", scene.text.string)
+    yield SceneQuestion("counting", "How many objects are there?", str(len(scene.objects)))
+    counts = Counter(item.shape for item in scene.objects)
+    for shape in SHAPES:
+        plural = f"{shape}es" if shape.endswith("s") else f"{shape}s"
+        yield SceneQuestion("counting", f"How many {plural} are there?", str(counts[shape]))
+    for item in scene.objects:
+        # "the circle" names an object only where there is one circle.
+        if counts[item.shape] == 1:
+            yield SceneQuestion("color", f"What color is the {item.shape}?", item.color)
+        yield SceneQuestion("shape", f"What shape is the {item.color} object?", item.shape)
+        yield SceneQuestion("box", f"Where is the {item.color} {item.shape}?", format_box(item.box), item.box)
 
 
 def conversation(scene: Scene, rng: np.random.Generator) -> list[SceneQuestion]:

@@ -48,16 +48,12 @@ _LARGE_PROBABILITY = 0.35
 
 @dataclass(frozen=True)
 class SceneObject:
-    """An object: a shape filled with one colour, inside a square of whole cells.
+    """An object: one of `SHAPES` filled with one of `COLORS`, inside a square of whole cells.
 
     Attributes:
-        shape: one of `SHAPES`.
-        color: one of `COLORS`.
-        row: first grid row it covers.
-        column: first grid column it covers.
+        row: first grid row it covers; `column` likewise.
         cells: cells along a side, 1 (small) or 2 (large).
-        left: first pixel column of its bounding square.
-        top: first pixel row of its bounding square.
+        left: first pixel column of its bounding square; `top` is its first pixel row.
         extent: side of its bounding square, in pixels.
     """
 
@@ -85,13 +81,7 @@ class SceneObject:
 
 @dataclass(frozen=True)
 class SceneText:
-    """The string: one character a cell, from (`row`, `column`) to the right.
-
-    Attributes:
-        string: `TEXT_LENGTH` different characters.
-        row: grid row.
-        column: grid column of the first character.
-    """
+    """The string: `TEXT_LENGTH` different characters, one a cell, from grid place (`row`, `column`) to the right."""
 
     string: str
     row: int

@@ -66,11 +66,7 @@ def deformable_attention(
 
 
 def check_implementation(implementation: str) -> None:
-    """Refuse the name of an implementation that ``deformable_attention`` does not have.
-
-    Raises:
-        ValueError: if the implementation is unknown; the message lists the known ones.
-    """
+    """Raise InputError, with the known names, for an implementation that ``deformable_attention`` does not have."""
     if implementation not in IMPLEMENTATIONS:
         raise InputError(
             f"implementation {implementation!r} of deformable attention is unknown. "

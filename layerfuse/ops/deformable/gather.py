@@ -76,16 +76,10 @@ def _weighted_sum(table: torch.Tensor, rows: torch.Tensor, factors: torch.Tensor
 
 
 def _cells(coordinate: torch.Tensor, size: int, index_type: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the two cells around each point along one axis, and their weights.
+    """Return the two cells around each of (...) places in [0, 1] along an axis of ``size`` cells, and their weights.
 
-    Args:
-        coordinate: (...) places in [0, 1].
-        size: cells along this axis.
-        index_type: integer type of the result.
-
-    Returns:
-        (..., 2) index of either cell, clamped into the map, and (..., 2) what it counts: linear in the distance, zero
-        outside the map.
+    Both are (..., 2): the indices are clamped into the map; the weights are linear in the distance, zero outside the
+    map.
     """
     position = coordinate * size - 0.5
     lower = position.floor()

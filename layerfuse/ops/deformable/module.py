@@ -82,16 +82,10 @@ class MultiScaleDeformableAttention(nn.Module):
         values: torch.Tensor,
         value_grids: Sequence[tuple[int, int]],
     ) -> torch.Tensor:
-        """Return the attention of every query cell to points around the same place on each level.
+        """Return the attention, (B, Q, C), of every query cell to points around the same place on each level.
 
-        Args:
-            query: (B, Q, C), row-major over ``query_grid``.
-            query_grid: (H, W) of the queries, in patches.
-            values: (B, S, C), the levels one after another.
-            value_grids: one (H, W) per level, in patches.
-
-        Returns:
-            (B, Q, C).
+        ``query`` is (B, Q, C), row-major over its grid; ``values`` (B, S, C) are those of all levels one after another.
+        Grids are (H, W), in patches.
         """
         value = self.value_proj(values).unflatten(-1, (self.num_heads, -1))
         offsets = self.sampling_offsets(query)
@@ -116,11 +110,7 @@ class MultiScaleDeformableAttention(nn.Module):
 
 
 def set_implementation(model: nn.Module, implementation: str) -> None:
-    """Set the path that every deformable attention layer of a model takes.
-
-    Args:
-        model: changed in place; one without such a layer stays as it is.
-        implementation: ``"auto"``, ``"gather"`` or ``"reference"``, as in ``deformable_attention``.
+    """Set the path, as in ``deformable_attention``, that every deformable attention layer of a model takes, in place.
 
     Raises:
         ValueError: if the implementation is unknown; nothing was changed.
@@ -134,15 +124,9 @@ def set_implementation(model: nn.Module, implementation: str) -> None:
 def _locations(
     query_grid: tuple[int, int], value_grids: Sequence[tuple[int, int]], offsets: torch.Tensor
 ) -> torch.Tensor:
-    """Turn offsets in cells of each level into places in [0, 1]: the centre of the query's cell, plus the offset.
+    """Return the sampling places (x, y) in [0, 1], (B, Q, M, L, K, 2): the centre of the query's cell, plus the offset.
 
-    Args:
-        query_grid: (H, W) of the queries.
-        value_grids: one (H, W) per level.
-        offsets: (B, Q, M, L, K, 2) as (x, y), in cells of their level.
-
-    Returns:
-        (B, Q, M, L, K, 2) locations as (x, y).
+    ``offsets``, of the same shape, are in cells of their level.
     """
     height, width = query_grid
     centre_x = _centres(width, offsets).expand(height, width).reshape(-1, 1, 1)

@@ -16,8 +16,7 @@ from integrations.llava.config.schema import Recipe
 from integrations.llava.config.yaml_io import load_recipe
 from integrations.llava.data.images import read_image
 from integrations.llava.inference.predictor import Predictor, load_predictor
-from tests.integrations.llava.answering_parts import save_run
-from tests.integrations.llava.process_pairs import Nursery
+from tests.integrations.llava.inference.answering_parts import save_run
 from tests.integrations.llava.tiny_parts import (
     human_and_gpt,
     make_tokenizer,
@@ -25,6 +24,7 @@ from tests.integrations.llava.tiny_parts import (
     save_llm,
     tiny_overrides,
 )
+from tests.integrations.llava.training.process_pairs import Nursery
 
 
 @pytest.fixture(scope="session", params=["llama", "bytes"])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from .cleaning import clean_path, lines_path, write_clean, write_lines
+from .cleaning import clean_path, write_clean, write_lines
 from .images import find_broken_images
 from .policy import usable_indices
 from .report import findings_table, sources_table, survey_report, verdict
@@ -15,7 +15,6 @@ __all__ = [
     "clean_path",
     "find_broken_images",
     "findings_table",
-    "lines_path",
     "sources_table",
     "survey_report",
     "survey_samples",

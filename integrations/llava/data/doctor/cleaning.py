@@ -5,10 +5,9 @@ from __future__ import annotations
 import json
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from tqdm.auto import tqdm
 
@@ -16,11 +15,10 @@ from layerfuse.errors import ExistingFileError, InputError
 from layerfuse.files import atomic_file
 
 from ..files import SampleFile
-from ..samples import Sample
 from .findings import Finding
 from .survey import Survey
 
-__all__ = ["Cleaned", "clean_path", "lines_path", "write_clean", "write_lines"]
+__all__ = ["Cleaned", "clean_path", "write_clean", "write_lines"]
 
 # JSON has no line breaks but between its values, where they mean nothing.
 _LINE_BREAKS = re.compile(rb"[ \t\r]*\n\s*|\r")
@@ -28,14 +26,7 @@ _LINE_BREAKS = re.compile(rb"[ \t\r]*\n\s*|\r")
 
 @dataclass(frozen=True)
 class Cleaned:
-    """A cleaned file.
-
-    Attributes:
-        path: where it is.
-        num_samples: in it.
-        num_repaired: of these, samples whose image names were corrected.
-        num_dropped: samples that were left out.
-    """
+    """A cleaned file: in `num_repaired` of its samples image names were corrected, `num_dropped` were left out."""
 
     path: Path
     num_samples: int
@@ -48,11 +39,6 @@ def clean_path(path: Path) -> Path:
     return path.with_name(f"{path.stem}.clean.jsonl")
 
 
-def lines_path(path: Path) -> Path:
-    """Name of the file with one sample a line, beside the original: `X.jsonl`."""
-    return path.with_suffix(".jsonl")
-
-
 def write_clean(samples: SampleFile, survey: Survey) -> Cleaned:
     """Write the usable samples to `clean_path`, as they are written in the original, one a line.
 
@@ -60,10 +46,7 @@ def write_clean(samples: SampleFile, survey: Survey) -> Cleaned:
 
     Args:
         samples: the original.
-        survey: what its check found.
-
-    Returns:
-        What was written.
+        survey: of the original.
 
     Raises:
         FileExistsError: if there is a file of that name.
@@ -85,7 +68,10 @@ def write_clean(samples: SampleFile, survey: Survey) -> Cleaned:
     def line(index: int) -> bytes:
         if index not in repairs:
             return samples.raw(index)
-        return json.dumps(_rename(samples[index], repairs[index])).encode()
+        sample, names = samples[index], repairs[index]
+        images = sample["image"]
+        renamed = names.get(images, images) if isinstance(images, str) else [names.get(name, name) for name in images]
+        return json.dumps({**sample, "image": renamed}).encode()
 
     _write(target, (line(index) for index in kept), len(kept))
     return Cleaned(target, len(kept), len(repairs), len(samples) - len(kept))
@@ -102,12 +88,6 @@ def write_lines(samples: SampleFile, target: Path) -> None:
         FileExistsError: if there is a file of that name.
     """
     _write(target, (samples.raw(index) for index in range(len(samples))), len(samples))
-
-
-def _rename(sample: Sample, names: Mapping[str | None, str | None]) -> dict[str, Any]:
-    images = sample["image"]
-    renamed = names.get(images, images) if isinstance(images, str) else [names.get(name, name) for name in images]
-    return {**sample, "image": renamed}
 
 
 def _write(target: Path, rows: Iterable[bytes], count: int) -> None:

@@ -14,14 +14,7 @@ __all__ = ["KINDS", "Fault", "Finding", "Kind"]
 
 @dataclass(frozen=True)
 class Kind:
-    """A kind of fault.
-
-    Attributes:
-        name: as reports spell it.
-        title: a few words for tables.
-        advice: what to do about it.
-        level: whether training copes with it.
-    """
+    """A kind of fault: its name in reports, its title in tables, what to do about it, and whether training copes."""
 
     name: str
     title: str
@@ -80,7 +73,7 @@ KINDS: Mapping[str, Kind] = {
 
 @dataclass(frozen=True)
 class Fault:
-    """What a check says.
+    """A fault, without the sample that has it.
 
     Attributes:
         kind: name of the kind.
@@ -102,7 +95,7 @@ class Fault:
 
 @dataclass(frozen=True, kw_only=True)
 class Finding(Fault):
-    """A fault with the sample it was found in.
+    """A fault of a sample.
 
     Attributes:
         index: of the sample, in its file.

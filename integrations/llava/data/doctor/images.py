@@ -1,4 +1,4 @@
-"""Image files: opening them, and finding out what is wrong with one."""
+"""Image files: what is wrong with one, and which of many are broken."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from layerfuse.errors import FileAccessError
 from layerfuse.preprocessing.pixels import is_16_bit, orientation
 
 from ..images import UnreadableImageError, open_image
-from ..media_names import is_outside
+from ..samples import is_outside
 from .findings import Fault
 
 __all__ = ["CheckImages", "find_broken_images", "image_faults"]
@@ -28,101 +28,84 @@ CheckImages = Literal["decode", "size", "none"]
 _ENDINGS = (".jpg", ".jpeg", ".png", ".gif", ".webp", ".bmp", ".tif", ".tiff")
 
 
-def image_faults(folder: Path, name: str, *, how: CheckImages, max_pixels: int | None = None) -> Iterator[Fault]:
-    """Check an image file.
+def image_faults(folder: Path, name: str, *, how: CheckImages, max_pixels: int | None = None) -> list[Fault]:
+    """Faults of an image file, at most one of them a problem.
 
     Args:
         folder: what the name is relative to.
         name: of the image.
         how: decode it, or read only its header.
         max_pixels: larger images are a problem; None allows what Pillow opens.
-
-    Yields:
-        Its faults, at most one of them a problem.
     """
-    path, shown = folder / name, printable(name)
+    path = folder / name
     try:
         status = path.stat()
     except (FileNotFoundError, NotADirectoryError):
-        yield _missing(folder, name, how, max_pixels)
-        return
+        return [_missing(folder, name, how, max_pixels)]
     except (OSError, ValueError) as error:
-        yield Fault("broken_image", f"image {shown}: cannot be read ({error})", name)
-        return
+        return [_fault("broken_image", name, f"cannot be read ({error})")]
     if not stat.S_ISREG(status.st_mode):
-        yield Fault("missing_image", f"image {shown}: missing, this is no file", name)
-    elif status.st_size == 0:
-        yield Fault("empty_image", f"image {shown}: corrupt, zero bytes", name)
-    else:
-        yield from _content_faults(path, name, how, max_pixels)
+        return [_fault("missing_image", name, "missing, this is no file")]
+    if status.st_size == 0:
+        return [_fault("empty_image", name, "corrupt, zero bytes")]
+    return list(_content_faults(path, name, how, max_pixels))
+
+
+def _fault(kind: str, name: str, message: str, repair: str | None = None) -> Fault:
+    return Fault(kind, f"image {printable(name)}: {message}", name, repair)
 
 
 def _content_faults(path: Path, name: str, how: CheckImages, max_pixels: int | None) -> Iterator[Fault]:
-    shown = printable(name)
     try:
         with open_image(path) as image:
             found, (width, height) = image.format or "", image.size
             if max_pixels is not None and width * height > max_pixels:
-                yield Fault(
-                    "large_image", f"image {shown}: {width} × {height} pixels, the limit is {max_pixels:,}", name
-                )
+                yield _fault("large_image", name, f"{width} × {height} pixels, the limit is {max_pixels:,}")
             elif how == "decode":
-                _decode(image)
+                # JPEG at an eighth of its size: all bytes are read, the faults are the same, in half the time.
+                image.draft(None, (max(1, width // 8), max(1, height // 8)))
+                image.load()
             turned, deep = orientation(image), is_16_bit(image)
     except FileAccessError as error:
-        yield Fault("missing_image", f"image {shown}: {error}", name)
+        yield _fault("missing_image", name, str(error))
         return
     except UnreadableImageError as error:
         what = {"truncated_image": "corrupt, cut off", "broken_image": "corrupt"}.get(error.kind, "cannot be used")
-        yield Fault(error.kind, f"image {shown}: {what} ({error.reason})", name)
+        yield _fault(error.kind, name, f"{what} ({error.reason})")
         return
     if turned != 1:
-        yield Fault("turned_image", f"image {shown}: is to be turned by its Exif data (orientation {turned})", name)
+        yield _fault("turned_image", name, f"is to be turned by its Exif data (orientation {turned})")
     if deep:
-        yield Fault("deep_image", f"image {shown}: has 16 bits a pixel, the upper eight are read", name)
+        yield _fault("deep_image", name, "has 16 bits a pixel, the upper eight are read")
     named = Image.registered_extensions().get(path.suffix.lower())
     if named is not None and named != {"MPO": "JPEG"}.get(found, found):
-        yield Fault("mislabeled_image", f"image {shown}: called {path.suffix}, but its content is {found}", name)
-
-
-def _decode(image: Image.Image) -> None:
-    # JPEG at an eighth of its size: all bytes are read, the faults found are the same, and it takes half the time.
-    image.draft(None, (max(1, image.width // 8), max(1, image.height // 8)))
-    image.load()
+        yield _fault("mislabeled_image", name, f"called {path.suffix}, but its content is {found}")
 
 
 def _missing(folder: Path, name: str, how: CheckImages, max_pixels: int | None) -> Fault:
     """Look for the same name with slashes, and with another ending: OCR-VQA's GIFs are called .jpg in LLaVA's files."""
-    shown, slashed = printable(name), name.replace("\\", "/")
-    names = [] if slashed == name else [slashed]
+    slashed = name.replace("\\", "/")
     stem = os.path.splitext(slashed)[0]
-    names += [stem + ending for ending in (*_ENDINGS, *map(str.upper, _ENDINGS))]
-    for other in names:
+    names = [stem + ending for ending in (*_ENDINGS, *map(str.upper, _ENDINGS))]
+    for other in names if slashed == name else [slashed, *names]:
         if is_outside(other, folder) or not os.path.isfile(folder / other):
             continue
         if any(fault.is_problem for fault in image_faults(folder, other, how=how, max_pixels=max_pixels)):
             continue
         if slashed != name:
-            message = f"image {shown}: written with backslashes, the file is {printable(other)}"
-            return Fault("backslash_name", message, name, other)
-        there = os.path.basename(other)
-        return Fault("wrong_extension", f"image {shown}: missing, but {there} is there", name, other)
-    if slashed != name:
-        return Fault(
-            "missing_image", f"image {shown}: missing; {printable(slashed)}, with slashes, is missing, too", name
-        )
-    return Fault("missing_image", f"image {shown}: missing", name)
+            message = f"written with backslashes, the file is {printable(other)}"
+            return _fault("backslash_name", name, message, other)
+        return _fault("wrong_extension", name, f"missing, but {os.path.basename(other)} is there", other)
+    too = f"; {printable(slashed)}, with slashes, is missing, too" if slashed != name else ""
+    return _fault("missing_image", name, f"missing{too}")
 
 
 def find_broken_images(folder: str | Path, names: Iterable[str]) -> list[str]:
-    """Decode every image once, several at a time, so that a run does not meet a broken one hours later.
+    """One line per image that cannot be used, in the order of the names; each is decoded once, several at a time.
 
     Args:
         folder: what the names are relative to.
         names: of the images; one that comes twice is read once.
-
-    Returns:
-        What is wrong, one line per file that cannot be used, in the order of the names.
     """
 
     def problem(name: str) -> str:

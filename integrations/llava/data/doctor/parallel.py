@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, Generic, TypeVar
+from typing import Generic, TypeVar
 
 import torch
 from torch.utils.data import DataLoader, Dataset
@@ -20,7 +20,7 @@ _MOST_WORKERS = 32
 
 
 def in_parallel(
-    function: Callable[[Sequence[Item]], list[Result]],
+    function: Callable[[Item], Result],
     items: Sequence[Item],
     *,
     size: int,
@@ -31,7 +31,7 @@ def in_parallel(
     """Apply a function to all items; a DataLoader's processes do the work.
 
     Args:
-        function: gives a result for each of some items; it is copied to every process.
+        function: of an item; it is copied to every process.
         items: to work on.
         size: items that a process takes at a time.
         workers: processes; None takes one per CPU. With 1, or little to do, the work is done in this process.
@@ -41,16 +41,16 @@ def in_parallel(
     Yields:
         The results of all items, in order.
     """
-    tasks = _Tasks(function, items, size)
-    workers = min(workers or min(_num_cpus(), _MOST_WORKERS), len(tasks))
+    num_cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    workers = min(workers or min(num_cpus, _MOST_WORKERS), -(-len(items) // size))
     with warnings.catch_warnings():
         # More processes than CPUs are what hides a network disk's delays.
         warnings.filterwarnings("ignore", message="This DataLoader will create")
         loaded = iter(
             DataLoader(
-                tasks,
-                batch_size=None,
-                collate_fn=_as_it_is,
+                _Results(function, items),
+                batch_size=size,
+                collate_fn=list,
                 num_workers=workers if workers > 1 else 0,
                 # Of its own: the work must not move the random state of the run that it precedes.
                 generator=torch.Generator(),
@@ -62,22 +62,12 @@ def in_parallel(
             bar.update(len(results))
 
 
-class _Tasks(Dataset[list[Any]], Generic[Item, Result]):
-    """Pieces of work."""
-
-    def __init__(self, function: Callable[[Sequence[Item]], list[Result]], items: Sequence[Item], size: int) -> None:
-        self.function, self.items, self.size = function, items, size
+class _Results(Dataset[Result], Generic[Item, Result]):
+    def __init__(self, function: Callable[[Item], Result], items: Sequence[Item]) -> None:
+        self.function, self.items = function, items
 
     def __len__(self) -> int:
-        return -(-len(self.items) // self.size)
+        return len(self.items)
 
-    def __getitem__(self, task: int) -> list[Result]:
-        return self.function(self.items[task * self.size : (task + 1) * self.size])
-
-
-def _as_it_is(results: list[Any]) -> list[Any]:
-    return results
-
-
-def _num_cpus() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    def __getitem__(self, index: int) -> Result:
+        return self.function(self.items[index])

@@ -20,7 +20,7 @@ from .findings import KINDS, Finding
 from .images import CheckImages
 from .survey import survey_samples
 
-__all__ = ["BadSamples", "check_samples", "describe_problems", "usable_indices", "usable_samples"]
+__all__ = ["BadSamples", "check_samples", "usable_indices", "usable_samples"]
 
 BadSamples = Literal["fail", "skip"]
 """Stop at a sample that cannot be used, or leave it out."""
@@ -29,24 +29,10 @@ _log = logging.getLogger(__name__)
 
 
 def check_samples(
-    samples: Sequence[Sample],
-    *,
-    image_folder: str | Path,
-    template: Template,
-    check_images: CheckImages = "size",
+    samples: Sequence[Sample], *, image_folder: str | Path, template: Template, check_images: CheckImages = "size"
 ) -> None:
-    """Check everything that would otherwise stop a run half way.
-
-    Args:
-        samples: in LLaVA's format.
-        image_folder: what image names are relative to.
-        template: the prompt template they will be written with.
-        check_images: decode every image, read only its header, or look at no file at all ("none").
-
-    Raises:
-        ValueError: listing the samples and image files at fault, and what is wrong with each.
-    """
-    usable_indices(samples, image_folder=image_folder, template=template, check_images=check_images, bad_samples="fail")
+    """Raise the error of `usable_indices` if any sample cannot be used."""
+    usable_indices(samples, image_folder=image_folder, template=template, check_images=check_images)
 
 
 def usable_indices(
@@ -57,22 +43,14 @@ def usable_indices(
     check_images: CheckImages = "size",
     bad_samples: BadSamples = "fail",
 ) -> tuple[np.ndarray, list[Finding]]:
-    """Check a stage's samples before it starts.
+    """Indices (int64, in order) of the samples that training can use, and the problems of the others.
 
-    One process of a run is enough; the indices are all that the others need.
-
-    Args:
-        samples: in LLaVA's format.
-        image_folder: what image names are relative to.
-        template: the prompt template they will be written with.
-        check_images: decode every image, read only its header, or look at no file at all ("none").
-        bad_samples: "fail" raises at problems; "skip" leaves the samples out and logs how many.
-
-    Returns:
-        Indices of the samples that can be used, int64, in order; and the problems of the others.
+    One process of a run is enough; the indices are all that the others need. Samples, image folder, template and
+    `check_images` are as of `survey_samples`; `bad_samples="skip"` leaves samples out and logs how many.
 
     Raises:
-        ValueError: listing the problems, if they shall not be skipped or no sample is left.
+        ValueError: listing the samples and image files at fault, and what is wrong with each, if they shall not be
+            skipped or no sample is left.
     """
     checked = survey_samples(
         samples,
@@ -83,11 +61,17 @@ def usable_indices(
         texts_first=bad_samples == "fail",
     )
     usable, problems = checked.usable, checked.problems
+    counts = Counter(KINDS[problem.kind].title for problem in problems)
+    kinds = ", ".join(f"{count:,} {title}" for title, count in counts.most_common())
     if problems and (bad_samples == "fail" or not len(usable)):
-        raise InputError(describe_problems(problems, image_folder))
+        raise InputError(
+            f"{len(problems)} problems in the data ({kinds}), images in {image_folder}; correct or remove these "
+            f"samples (`python -m integrations.llava data check` lists all, --fix writes a clean file), or set "
+            f"data.bad_samples=skip to leave them out:{bulleted(problems)}"
+        )
     if problems:
         left_out = f"{len(samples) - len(usable):,} of {len(samples):,} samples are left out"
-        _log.warning("%s: %s; first: %s", left_out, _count_kinds(problems), problems[0])
+        _log.warning("%s: %s; first: %s", left_out, kinds, problems[0])
     return usable, problems
 
 
@@ -99,22 +83,8 @@ def usable_samples(
     check_images: CheckImages = "size",
     bad_samples: BadSamples = "fail",
 ) -> tuple[Sequence[Sample], list[Finding]]:
-    """As `usable_indices`, but return the samples: all of them, or a `Selection`."""
+    """As `usable_indices`, but the samples themselves: all of them, or a `Selection`."""
     usable, problems = usable_indices(
         samples, image_folder=image_folder, template=template, check_images=check_images, bad_samples=bad_samples
     )
     return select_samples(samples, usable), problems
-
-
-def describe_problems(problems: Sequence[Finding], image_folder: str | Path) -> str:
-    """Word the error of a run that cannot start; a long list is shortened."""
-    return (
-        f"{len(problems)} problems in the data ({_count_kinds(problems)}), images in {image_folder}; correct or remove "
-        f"these samples (`python -m integrations.llava data check` lists all, --fix writes a clean file), or set "
-        f"data.bad_samples=skip to leave them out:{bulleted(problems)}"
-    )
-
-
-def _count_kinds(problems: Sequence[Finding]) -> str:
-    counts = Counter(problem.kind for problem in problems)
-    return ", ".join(f"{count:,} {KINDS[kind].title}" for kind, count in counts.most_common())

@@ -17,10 +17,10 @@ _EXAMPLE_WIDTH = 108
 
 
 def survey_report(survey: Survey, settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Describe a survey so that JSON can hold it.
+    """A survey as JSON can hold it.
 
     Args:
-        survey: what was found.
+        survey: of a data file.
         settings: what was asked for; written down as it is.
 
     Returns:
@@ -29,39 +29,39 @@ def survey_report(survey: Survey, settings: Mapping[str, Any]) -> dict[str, Any]
         `warnings`: every finding with kind, index, place, sample_id, source, message and, where there is one, image
         and repair.
     """
-    problems, warnings = _by_source(survey.problems), _by_source(survey.warnings)
     return {
         "settings": dict(settings),
         "num_samples": survey.num_samples,
         "num_images": sum(source.num_images for source in survey.sources.values()),
         "num_usable": len(survey.usable),
         "sources": {
-            name: {
-                "samples": source.num_samples,
-                "images": source.num_images,
-                "problems": problems[name],
-                "warnings": warnings[name],
-            }
-            for name, source in survey.sources.items()
+            name: dict(zip(("samples", "images", "problems", "warnings"), counts, strict=True))
+            for name, counts in _source_counts(survey).items()
         },
         "kinds": {
             kind: {
                 "level": KINDS[kind].level,
                 "title": KINDS[kind].title,
                 "advice": KINDS[kind].advice,
-                "findings": len(own),
-                "samples": len({finding.index for finding in own}),
-                "images": len({finding.image for finding in own if finding.image is not None}),
+                "findings": len(findings),
+                "samples": len({finding.index for finding in findings}),
+                "images": len({finding.image for finding in findings if finding.image is not None}),
             }
-            for kind, own in _by_kind(survey.findings).items()
+            for kind, findings in _by_kind(survey.findings).items()
         },
         "problems": [finding.to_dict() for finding in survey.problems],
         "warnings": [finding.to_dict() for finding in survey.warnings],
     }
 
 
-def _by_source(findings: Sequence[Finding]) -> Counter[str]:
-    return Counter(finding.source for finding in findings)
+def _source_counts(survey: Survey) -> dict[str, list[int]]:
+    """Source -> number of samples, images, problems and warnings."""
+    problems = Counter(finding.source for finding in survey.problems)
+    warnings = Counter(finding.source for finding in survey.warnings)
+    return {
+        name: [source.num_samples, source.num_images, problems[name], warnings[name]]
+        for name, source in survey.sources.items()
+    }
 
 
 def _by_kind(findings: Sequence[Finding]) -> dict[str, list[Finding]]:
@@ -70,14 +70,12 @@ def _by_kind(findings: Sequence[Finding]) -> dict[str, list[Finding]]:
 
 def sources_table(survey: Survey) -> str:
     """Samples, images and findings by the data set that they come from."""
-    problems, warnings = _by_source(survey.problems), _by_source(survey.warnings)
-    counts = [
-        [source.num_samples, source.num_images, problems[name], warnings[name]]
-        for name, source in survey.sources.items()
-    ]
-    names, counts = [*survey.sources, "total"], [*counts, list(map(sum, zip(*counts, strict=True)))]
-    rows = [[name, *(f"{n:,}" if n else "–" for n in row)] for name, row in zip(names, counts, strict=True)]
-    return _table(("source", "samples", "images", "problems", "warnings"), rows)
+    counts = _source_counts(survey)
+    total = list(map(sum, zip(*counts.values(), strict=True)))
+    heads = ["source", "samples", "images", "problems", "warnings"]
+    rows = [[name, *(f"{n:,}" if n else "–" for n in row)] for name, row in [*counts.items(), ("total", total)]]
+    rules = ["-" * width for width in column_widths([heads, *rows])]
+    return "\n".join(aligned([heads, rules, *rows]))
 
 
 def findings_table(survey: Survey) -> str:
@@ -108,8 +106,3 @@ def verdict(survey: Survey) -> str:
         f"{len(survey.findings):,} findings: {len(survey.problems):,} problems and {len(survey.warnings):,} warnings; "
         f"{len(survey.usable):,} of {survey.num_samples:,} samples can be used."
     )
-
-
-def _table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    rules = ["-" * width for width in column_widths([heads, *rows])]
-    return "\n".join(aligned([heads, rules, *rows]))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from array import array
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -32,12 +32,7 @@ _UNNAMED = {"not_an_object", "no_conversation", "bad_image_entry", "outside_fold
 
 @dataclass(frozen=True)
 class Source:
-    """How much comes from one data set.
-
-    Attributes:
-        num_samples: samples.
-        num_images: different images.
-    """
+    """Number of samples, and of different images, that come from one data set."""
 
     num_samples: int
     num_images: int
@@ -45,7 +40,7 @@ class Source:
 
 @dataclass(frozen=True)
 class Survey:
-    """What the check of a data set found.
+    """The faults of a data set.
 
     Attributes:
         num_samples: samples, or what stands in their place.
@@ -97,25 +92,21 @@ def survey_samples(
         workers: processes; None takes one per CPU, 1 checks in this process.
         warnings: also look for what is harmless.
         texts_first: leave the images alone if a text has a problem.
-
-    Returns:
-        What was found.
     """
     folder = Path(image_folder)
-    check = _TextCheck(samples, folder, template, tokens, warnings)
+    check = partial(_check_text, samples=samples, folder=folder, template=template, tokens=tokens, warnings=warnings)
     texts = in_parallel(
         check, range(len(samples)), size=_TEXTS_PER_TASK, workers=workers, what="checking texts", unit="sample"
     )
-    book = _Book(samples)
+    book = _Book(samples, warnings)
     for index, checked in enumerate(texts):
-        book.add_text(index, checked, warn_of_duplicates=warnings)
-    stop = check_images == "none" or (texts_first and any(finding.is_problem for finding in book.findings))
-    if not stop:
-        look = partial(_look_at_images, folder=folder, how=check_images, max_pixels=max_pixels, warnings=warnings)
-        found = in_parallel(
+        book.add_text(index, checked)
+    if check_images != "none" and not (texts_first and any(finding.is_problem for finding in book.findings)):
+        look = partial(image_faults, folder, how=check_images, max_pixels=max_pixels)
+        faults = in_parallel(
             look, list(book.images), size=_IMAGES_PER_TASK, workers=workers, what="checking images", unit="image"
         )
-        book.add_images(list(found))
+        book.add_images(list(faults))
     return book.close()
 
 
@@ -129,71 +120,53 @@ class _CheckedText(NamedTuple):
     faults: Sequence[Fault]
 
 
-@dataclass(frozen=True)
-class _TextCheck:
-    samples: Sequence[Sample]
-    image_folder: Path
-    template: Template
-    tokens: TokenLimit | None
-    warnings: bool
-
-    def __call__(self, indices: Sequence[int]) -> list[_CheckedText]:
-        return [self._check(index) for index in indices]
-
-    def _check(self, index: int) -> _CheckedText:
-        try:
-            sample = self.samples[index]
-        except ValueError as error:
-            fault = Fault("not_json", f"no valid JSON: {error.__cause__}")
-            return _CheckedText(str(index), False, _UNCLEAR, (), (fault,))
-        faults = list(conversation_faults(sample, self.template, self.image_folder))
-        kinds = {fault.kind for fault in faults}
-        # No image of these is looked at.
-        sound = kinds.isdisjoint(_UNNAMED)
-        images = image_names(sample) if sound else ()
-        if not faults:
-            faults += self._more_faults(sample)
-        source = source_name(images[0] if images else None) if sound else _UNCLEAR
-        has_id = isinstance(sample, Mapping) and sample.get("id") is not None
-        return _CheckedText(sample_id(sample, index), has_id, source, images, tuple(faults))
-
-    def _more_faults(self, sample: Sample) -> Iterator[Fault]:
-        if self.tokens is not None:
-            for fault in self.tokens.faults(sample, self.template, self.image_folder):
-                if self.warnings or fault.is_problem:
-                    yield fault
-        if self.warnings:
-            yield from sample_warnings(sample)
-
-
-def _look_at_images(
-    names: Sequence[str], *, folder: Path, how: CheckImages, max_pixels: int | None, warnings: bool
-) -> list[list[Fault]]:
-    return [
-        [fault for fault in image_faults(folder, name, how=how, max_pixels=max_pixels) if warnings or fault.is_problem]
-        for name in names
-    ]
+def _check_text(
+    index: int,
+    *,
+    samples: Sequence[Sample],
+    folder: Path,
+    template: Template,
+    tokens: TokenLimit | None,
+    warnings: bool,
+) -> _CheckedText:
+    try:
+        sample = samples[index]
+    except ValueError as error:
+        fault = Fault("not_json", f"no valid JSON: {error.__cause__}")
+        return _CheckedText(str(index), False, _UNCLEAR, (), (fault,))
+    faults = list(conversation_faults(sample, template, folder))
+    # No image of a sample with one of these faults is looked at.
+    sound = _UNNAMED.isdisjoint(fault.kind for fault in faults)
+    images = image_names(sample) if sound else ()
+    if not faults:
+        if tokens is not None:
+            faults += tokens.faults(sample, template, folder)
+        if warnings:
+            faults += sample_warnings(sample)
+    source = source_name(images[0] if images else None) if sound else _UNCLEAR
+    has_id = isinstance(sample, Mapping) and sample.get("id") is not None
+    return _CheckedText(sample_id(sample, index), has_id, source, images, faults)
 
 
 class _Book:
-    """Collects what the checks say, and knows which samples an image belongs to."""
+    """The findings so far, and which samples an image belongs to."""
 
-    def __init__(self, samples: Sequence[Sample]) -> None:
-        self.samples = samples
+    def __init__(self, samples: Sequence[Sample], warnings: bool) -> None:
+        self.samples, self.warnings = samples, warnings
         self.findings: list[Finding] = []
         self.images: dict[str, int] = {}
         self._image_of, self._sample_of = array("q"), array("q")
         self._num_samples: Counter[str] = Counter()
         self._first_use: dict[str, int] = {}
 
-    def add_text(self, index: int, checked: _CheckedText, *, warn_of_duplicates: bool) -> None:
+    def add_text(self, index: int, checked: _CheckedText) -> None:
         self._num_samples[checked.source] += 1
         for fault in checked.faults:
             self._add(index, checked.sample_id, checked.source, fault)
         for name in dict.fromkeys(checked.images):
             self._image_of.append(self.images.setdefault(name, len(self.images)))
             self._sample_of.append(index)
-        if warn_of_duplicates and checked.has_id:
+        if self.warnings and checked.has_id:
             first = self._first_use.setdefault(checked.sample_id, index)
             if first != index:
                 fault = Fault("duplicate_id", f"has the id of {self._place(first)}")
@@ -215,9 +188,10 @@ class _Book:
         )
 
     def _add(self, index: int, own_id: str, source: str, fault: Fault) -> None:
-        self.findings.append(
-            Finding(index=index, place=self._place(index), sample_id=own_id, source=source, **asdict(fault))
-        )
+        if self.warnings or fault.is_problem:
+            self.findings.append(
+                Finding(index=index, place=self._place(index), sample_id=own_id, source=source, **asdict(fault))
+            )
 
     def _place(self, index: int) -> str:
         return self.samples.place(index) if isinstance(self.samples, SampleFile) else f"entry {index + 1}"

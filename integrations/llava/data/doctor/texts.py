@@ -16,8 +16,7 @@ from integrations.llava.image_layout import ImageLayout
 from integrations.llava.prompts import IGNORE_INDEX, IMAGE_TAG, Message, Template, TextEncoder, render, turns
 
 from ..images import read_image_size
-from ..media_names import is_outside, linked_media, unread_media
-from ..samples import Sample, image_names
+from ..samples import Sample, image_names, is_outside, linked_media, unread_media
 from .findings import Fault
 
 __all__ = ["TokenLimit", "conversation_faults", "sample_warnings"]
@@ -26,15 +25,12 @@ _CONTROL_TOKENS = re.compile(r"</?s>|<unk>|<pad>|<\|[a-z_]+\|>")
 
 
 def conversation_faults(sample: Any, template: Template, image_folder: str | Path) -> Iterator[Fault]:
-    """Check a sample's form.
+    """Problems of a sample's form; the sample may be anything that a data file can hold.
 
     Args:
-        sample: anything that a data file can hold.
+        sample: to check.
         template: how it will be written out.
         image_folder: that the images' names must not leave.
-
-    Yields:
-        Its problems.
     """
     if not isinstance(sample, Mapping):
         yield Fault("not_an_object", f"is a {type(sample).__name__}, so it has no 'conversations'")
@@ -80,11 +76,7 @@ def _turn_faults(messages: Sequence[Message], num_images: int, template: Templat
 
 
 def sample_warnings(sample: Sample) -> Iterator[Fault]:
-    """Look for what is odd but harmless in a sample of good form.
-
-    Yields:
-        Answers without text, control tokens that someone typed.
-    """
+    """Harmless oddities of a sample of good form: answers without text, control tokens that someone typed."""
     answers = [message["value"] for message in sample["conversations"] if message["from"] == "gpt"]
     typed = {token for message in sample["conversations"] for token in _CONTROL_TOKENS.findall(message["value"])}
     typed |= {IMAGE_TAG for answer in answers if IMAGE_TAG in answer}
@@ -111,10 +103,9 @@ class TokenLimit:
     upright: bool = False
 
     def faults(self, sample: Sample, template: Template, image_folder: Path) -> Iterator[Fault]:
-        """Check the length of a sample of good form; an image that cannot be read counts as one of the model's size.
+        """At most one fault of a sample of good form: images or all answers that would be cut off, or any end that is.
 
-        Yields:
-            At most one fault: images or all answers that would be cut off, or any end that is.
+        An image that cannot be read counts as one of the model's size.
         """
         names = image_names(sample)
         rendered = render(

@@ -38,7 +38,7 @@ from integrations.llava.modeling.processing import FusedLlavaProcessor, build_pr
 from integrations.llava.prompts import IGNORE_INDEX, TEMPLATES
 from integrations.llava.training.stage import stage_trainer
 from layerfuse.preprocessing import Preprocessing
-from tests.integrations.llava.answering_parts import PROMPTS, SAMPLED
+from tests.integrations.llava.inference.answering_parts import PROMPTS, SAMPLED
 from tests.integrations.llava.tiny_parts import human_and_gpt
 
 
