@@ -20,6 +20,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from integrations.llava.config import InjectionConfig
 from integrations.llava.image_layout import ImageLayout
 from integrations.llava.modeling import FusedLlavaForConditionalGeneration, build_model, end_answers
 from integrations.llava.prompts import Template
@@ -41,6 +42,7 @@ __all__ = [
     "meta_model",
     "read_tokenizer",
     "reading",
+    "refuse_injection",
     "token_ids",
     "with_rows",
 ]
@@ -169,6 +171,7 @@ def meta_model(
     template: Template,
     head: Mapping[str, Any] | None = None,
     layout: ImageLayout | None = None,
+    injection: InjectionConfig | None = None,
 ) -> FusedLlavaForConditionalGeneration:
     """Model on the meta device, as `build_model` assembles it.
 
@@ -181,6 +184,7 @@ def meta_model(
         head: what the layout's model does beside the product with its head's weight, the fields of `HeadSettings`; the
             language model's class may do another thing where it stands alone.
         layout: as for `build_model`.
+        injection: as for `build_model`.
     """
     text_config.vocab_size = max(text_config.vocab_size, image_token_id + 1)
     with torch.device("meta"):
@@ -194,6 +198,16 @@ def meta_model(
             prompt_template=template.to_dict(),
             layout=layout,
             head=head or {},
+            injection=injection,
+        )
+
+
+def refuse_injection(content: Content, layout: str) -> None:
+    """Raise a ValueError for a model with layer injection, which no layout but ours has a place for."""
+    if content.model.config.injection is not None:
+        raise InputError(
+            f"the model adds layers of its backbone inside its language model (injection), and the layout {layout!r} "
+            "has no place for that; keep our own layout, 'layerfuse', which holds this model as it is."
         )
 
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from .schema import PARTS, STAGES, LoraConfig, ModelConfig, Recipe, StageConfig
+from .schema import PARTS, STAGES, InjectionConfig, LoraConfig, ModelConfig, Recipe, StageConfig
 from .yaml_io import dump_recipe, load_recipe, parse_overrides, recipe_names
 
 __all__ = [
     "PARTS",
     "STAGES",
+    "InjectionConfig",
     "LoraConfig",
     "ModelConfig",
     "Recipe",

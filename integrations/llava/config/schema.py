@@ -13,12 +13,23 @@ from typing import Annotated, Any, Literal, cast, get_args
 from layerfuse.errors import InputError
 from layerfuse.registry import unknown_name_message
 
-__all__ = ["ENGINES", "PARTS", "STAGES", "DataConfig", "LoraConfig", "ModelConfig", "Recipe", "StageConfig"]
+__all__ = [
+    "ENGINES",
+    "PARTS",
+    "STAGES",
+    "DataConfig",
+    "InjectionConfig",
+    "LoraConfig",
+    "ModelConfig",
+    "Recipe",
+    "StageConfig",
+]
 
 PARTS: Mapping[str, tuple[str, ...]] = {
     "backbone": ("model.vision_tower.",),
     "fuser": ("model.fuser.",),
-    "projector": ("model.multi_modal_projector.",),
+    # Mergers of layer injection bring maps to the language model's width as the projector does, and learn with it.
+    "projector": ("model.multi_modal_projector.", "model.injection."),
     "llm": ("model.language_model.", "lm_head."),
 }
 """Parts of the model that a stage can train -> how the names of their parameters begin."""
@@ -82,6 +93,36 @@ class _Checked:
 
 
 @dataclass(frozen=True)
+class InjectionConfig(_Checked):
+    """Layer injection: maps that are added inside the language model, as in DeepStack (arXiv:2406.04334), Qwen3-VL.
+
+    Attributes:
+        pairs: (tapped layer, decoder layer) each: layers of the backbone as in `ModelConfig.layers`, decoder layers
+            counted from 0; several tapped layers, the decoder layer last, for a merger that is a fuser. Without any,
+            nothing is injected.
+        merger: `mlp`, `pixel_shuffle_mlp`, or the name of a fuser, which gets an MLP behind it.
+        merger_options: the merger's own arguments, such as {"window": 2}.
+        when: whether tokens are added to what the decoder layer reads ("before") or puts out ("after").
+    """
+
+    pairs: tuple[tuple[int, ...], ...] = ()
+    merger: str = "mlp"
+    merger_options: dict[str, Any] = field(default_factory=dict)
+    when: Literal["before", "after"] = "after"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for pair in self.pairs:
+            if len(pair) < 2 or pair[-1] < 0:
+                raise InputError(
+                    f"pairs has {list(pair)}; give [layer of the backbone, decoder layer] each, decoder layers counted "
+                    "from 0, such as [[9, 0], [17, 1]]."
+                )
+        if twice := sorted({pair for pair in self.pairs if self.pairs.count(pair) > 1}):
+            raise InputError(f"pairs names {list(twice[0])} twice; name each pair once.")
+
+
+@dataclass(frozen=True)
 class ModelConfig(_Checked):
     """Parts of the model, by name and options.
 
@@ -95,6 +136,7 @@ class ModelConfig(_Checked):
         fuser: name of the fuser.
         fuser_options: the fuser's own arguments.
         projector: kind of projector.
+        injection: layers that are also added inside the language model; its mergers are part of the projector.
         llm: folder or hub name of a causal language model.
         llm_pretrained: load its weights; False builds `llm_architecture` with random ones.
         llm_architecture: transformers' config of the language model (`model_type`, `hidden_size`, …). Used where
@@ -112,6 +154,7 @@ class ModelConfig(_Checked):
     fuser: str = "mmfuser"
     fuser_options: dict[str, Any] = field(default_factory=dict)
     projector: Literal["mlp2x_gelu"] = "mlp2x_gelu"
+    injection: InjectionConfig = field(default_factory=InjectionConfig)
     llm: str = "lmsys/vicuna-7b-v1.5"
     llm_pretrained: bool = True
     llm_architecture: dict[str, Any] = field(default_factory=dict)

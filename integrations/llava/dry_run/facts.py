@@ -178,9 +178,10 @@ def _connector_bytes(model: FusedLlavaForConditionalGeneration) -> int:
     pixels = torch.empty(1, 3, *model.model.vision_tower.backbone.image_size, device="meta")
     blank = blank_condition(model.model.fuser, 1, pixels)
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        tokens = model.model.get_image_features(pixels, condition=blank).pooler_output
-    for tensor in tokens or ():
-        keep(tensor)
+        features = model.model.get_image_features(pixels, condition=blank)
+    for tokens in (features.pooler_output, *(getattr(features, "deepstack_features", None) or ())):
+        for tensor in tokens or ():
+            keep(tensor)
     for parameter in model.parameters():
         kept.pop(parameter.untyped_storage()._cdata, None)
     return sum(storage.nbytes() for storage in kept.values())

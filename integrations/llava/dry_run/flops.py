@@ -5,7 +5,8 @@ that of its weights if they learn. Attention costs 4 T^2 Q per block forward (T 
 masking saves nothing here) and twice that backward. Norms, softmax and element-wise work are left out. So
 
 - the backbone, frozen, runs forward only, on its patches and prefix tokens, up to the deepest layer that is tapped;
-- fuser and projector run forward and, if they learn, backward at twice the cost;
+- fuser and projector, with it the mergers of layer injection, run forward and, if they learn, backward at twice the
+  cost;
 - a language model that learns costs 1 + 2; a frozen one behind a projector that learns 1 + 1: gradients pass through
   it; with checkpointing its blocks run forward once more, but for the last linear layer of each.
 """
@@ -55,20 +56,26 @@ def sample_flops(
     """
     inner = model.model
     backbone, fuser, projector = inner.vision_tower.backbone, inner.fuser, inner.multi_modal_projector
-    fused = fuser.cost(backbone.grids())
+    fused = fuser.cost(inner.fuser_grids)
     tower = _backbone_forward(backbone)
     first, second = (
         2.0 * fused.num_tokens * layer.weight.numel() for layer in (projector.linear_1, projector.linear_2)
     )
+    # Mergers learn with the projector. They read the backbone's maps, through which gradients go if it learns.
+    merged, merged_last = (0, 0) if inner.injection is None else inner.injection.linear_flops(backbone.grids()[0])
     # Gradients go as far back as something learns.
     past_backbone = learns(backbone)
     past_fuser = past_backbone or learns(fuser)
     past_projector = past_fuser or learns(projector)
     projector_backward = (first + second) * learns(projector) + second * past_projector + first * past_fuser
+    if inner.injection is not None:
+        learned = learns(inner.injection)
+        projector_backward += (merged + merged_last) * learned
+        projector_backward += merged_last * (learned or past_backbone) + merged * past_backbone
     return {
         "backbone": PartFlops(images * tower, backward=images * 2 * tower * past_backbone),
         "fuser": PartFlops(images * fused.flops, backward=images * 2 * fused.flops * past_fuser),
-        "projector": PartFlops(images * (first + second), backward=images * projector_backward),
+        "projector": PartFlops(images * (first + second + merged + merged_last), backward=images * projector_backward),
         "llm": _language_model(model, facts, tokens, past_projector, checkpointing),
     }
 

@@ -6,7 +6,7 @@ import textwrap
 from collections.abc import Iterator, Sequence
 
 from integrations.llava._text import aligned, column_widths
-from integrations.llava.config import PARTS
+from integrations.llava.config import PARTS, ModelConfig
 from integrations.llava.data.doctor import findings_table, verdict
 
 from .estimate import Report, StageReport
@@ -70,7 +70,7 @@ def _model(report: Report) -> Iterator[str]:
     backbone, (height, width) = model.vision_tower.backbone, model.vision_tower.backbone.image_size
     rows, columns = backbone.grid(height, width)
     layers, hidden = ", ".join(map(str, backbone.layers)), model.multi_modal_projector.linear_2.out_features
-    maps = f"{len(backbone.layers)} maps of {rows} x {columns} x {backbone.embed_dim:,}"
+    maps = f"{model.fuser.num_layers} maps of {rows} x {columns} x {backbone.embed_dim:,}"
     yield _title("Model")
     yield from _table(
         [
@@ -78,11 +78,19 @@ def _model(report: Report) -> Iterator[str]:
             ("", f"layers {layers} of {backbone.num_blocks}, {height} x {width} pixels"),
             ("fuser", f"{config.fuser}: {maps}"),
             ("projector", f"{config.projector}: {model.fuser.out_channels:,} -> {hidden:,}"),
+            *_injection(config),
             ("llm", f"{config.llm} ({report.llm_origin})"),
             ("image", f"{report.model.config.layout.num_tokens():,} tokens"),
         ],
         left=2,
     )
+
+
+def _injection(config: ModelConfig) -> Iterator[tuple[str, str]]:
+    injection = config.injection
+    if injection.pairs:
+        pairs = ", ".join(f"{' + '.join(map(str, taps))} -> {layer}" for *taps, layer in injection.pairs)
+        yield "injection", f"{injection.merger}: layers {pairs}, {injection.when} these decoder layers"
 
 
 def _parameters(report: Report) -> Iterator[str]:

@@ -12,6 +12,7 @@ from .build import (
 )
 from .condition import blank_condition
 from .generation import end_answers
+from .injection import injection_settings
 from .language_head import describe_head
 from .lora import FILE_PREFIX, inject_lora, lora_config, lora_weights, merge_lora
 from .model import (
@@ -45,6 +46,7 @@ __all__ = [
     "describe_head",
     "end_answers",
     "inject_lora",
+    "injection_settings",
     "learns",
     "lora_config",
     "lora_weights",

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext, suppress
 from copy import deepcopy
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,15 +20,17 @@ from transformers import (
     set_seed,
 )
 
-from integrations.llava.config import ModelConfig, StageConfig
+from integrations.llava.config import InjectionConfig, ModelConfig, StageConfig
 from integrations.llava.image_layout import FixedLayout, ImageLayout
 from layerfuse.backbones import Backbone, create_backbone
 from layerfuse.encoder import check_fuser_fits
 from layerfuse.errors import InputError, UserError
 from layerfuse.fusers import FUSERS, Fuser, create_fuser
+from layerfuse.layers import resolve_layers
 
 from .configuration import FusedLlavaConfig, LayerfuseVisionConfig
 from .generation import forbid_token
+from .injection import resolved_injection
 from .language_head import HeadSettings, decoder_of, head_settings
 from .lora import add_lora
 from .model import FusedLlavaForConditionalGeneration, ReadyParts
@@ -161,7 +164,14 @@ def build_recipe_model(
         backbone, fuser = _vision(config, width, pretrained=real and config.backbone_pretrained)
         quantize = lora.quantize if lora is not None and real and quantized else "none"
         llm = _language_model(config, files.config, llm_dtype, quantize, pretrained=real and config.llm_pretrained)
-        model = build_model(backbone, fuser, llm, image_token_id=files.image_token_id, dtype=torch.float32)
+        model = build_model(
+            backbone,
+            fuser,
+            llm,
+            image_token_id=files.image_token_id,
+            dtype=torch.float32,
+            injection=config.injection,
+        )
         if stage is None:
             return model
         if seed is not None:
@@ -186,13 +196,14 @@ def build_model(
     dtype: torch.dtype | None = None,
     layout: ImageLayout | None = None,
     head: Mapping[str, Any] | None = None,
+    injection: InjectionConfig | None = None,
 ) -> FusedLlavaForConditionalGeneration:
     """Put a model together from ready parts; their modules are used, not copied.
 
     The projector is new. The language model's embedding grows if it has no row for the image token.
 
     Args:
-        backbone: taps as many layers as the fuser takes.
+        backbone: taps as many layers as the fuser takes, and behind them those that are only injected.
         fuser: its tokens are projected.
         llm: a causal language model of transformers.
         image_token_id: the tokenizer's id of `<image>`.
@@ -201,12 +212,16 @@ def build_model(
         layout: how many tokens an image takes; if None, the fuser's for an image of the backbone's size, always.
         head: fields of `HeadSettings`, where the whole model computes logits in another way than the language model's
             class where it stands alone; then the head is a new layer.
+        injection: layers that are also added inside the language model, through new mergers that start at zero.
 
     Raises:
-        ValueError: if the fuser does not fit the backbone, or the language model computes its logits in a way that is
-            not known here.
+        ValueError: if the fuser does not fit the backbone, layers cannot be injected like that, or the language model
+            computes its logits in a way that is not known here.
     """
-    check_fuser_fits(backbone, fuser)
+    decoder = decoder_of(llm)
+    injection = resolved_injection(injection, backbone, fuser, decoder or llm)
+    if injection is None:
+        check_fuser_fits(backbone, fuser)
     if loses_cap(llm.config, llm.config._attn_implementation):
         raise InputError(
             f"{type(llm).__name__} caps its attention scores, and attn_implementation='sdpa' leaves the cap out "
@@ -223,7 +238,7 @@ def build_model(
         backbone=backbone.config, hidden_size=backbone.embed_dim, image_size=list(backbone.image_size)
     )
     if layout is None:
-        layout = FixedLayout(image_token_id, fuser.num_tokens(backbone.grids()))
+        layout = FixedLayout(image_token_id, fuser.num_tokens(backbone.grids()[: fuser.num_layers]))
     config = FusedLlavaConfig(
         vision_config=vision,
         text_config=llm.config,
@@ -234,10 +249,10 @@ def build_model(
         vision_feature_select_strategy="full",
         fuser=fuser.config,
         head=asdict(settings) if settings.bias or settings.finish else None,
+        injection=None if injection is None else asdict(injection),
         prompt_template=prompt_template,
         tie_word_embeddings=bool(llm.config.tie_word_embeddings),
     )
-    decoder = decoder_of(llm)
     assert decoder is not None  # head_settings has used it
     with torch.device(llm.device):
         model = FusedLlavaForConditionalGeneration(config, ReadyParts(backbone, fuser, decoder))
@@ -249,15 +264,17 @@ def build_model(
     # `set_attn_implementation`, and would go on without a causal mask.
     llm.config._attn_implementation = attention
     # Not the language model: its rotary table has to stay float32.
-    for part in (model.model.vision_tower, model.model.fuser, model.model.multi_modal_projector):
-        part.to(dtype or llm.dtype)
+    inner = model.model
+    for part in (inner.vision_tower, inner.fuser, inner.multi_modal_projector, inner.injection):
+        if part is not None:
+            part.to(dtype or llm.dtype)
     return model
 
 
 def _vision(config: ModelConfig, llm_width: int | None, *, pretrained: bool) -> tuple[Backbone, Fuser]:
     backbone = create_backbone(
         f"{config.family}:{config.backbone}",
-        layers=config.layers,
+        layers=partial(_tapped, config) if config.injection.pairs else config.layers,
         pretrained=pretrained,
         image_size=config.image_size,
         options=config.backbone_options,
@@ -277,6 +294,12 @@ def _vision(config: ModelConfig, llm_width: int | None, *, pretrained: bool) -> 
             config.fuser, in_channels=backbone.embed_dim, num_layers=len(config.layers), options=options
         )
     return backbone, fuser
+
+
+def _tapped(config: ModelConfig, depth: int) -> tuple[int, ...]:
+    """Layers of a backbone of this depth: the fuser's, then those that are only injected."""
+    injected = [layer for *taps, _ in config.injection.pairs for layer in resolve_layers(taps, depth)]
+    return tuple(dict.fromkeys((*resolve_layers(config.layers, depth), *injected)))
 
 
 def _language_model(

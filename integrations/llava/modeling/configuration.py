@@ -37,12 +37,14 @@ class FusedLlavaConfig(LlavaConfig):
         image_layout: `ImageLayout.config`; None as models have it that 0.1 wrote, whose images all take
             `image_seq_length` tokens.
         head: fields of `HeadSettings`; None for a product alone, as models have it that 0.1 wrote.
+        injection: fields of `InjectionConfig`, taps numbered from 0 on; None for a model that injects nothing.
         prompt_template: `Template.to_dict()`; what the model expects to read.
     """
 
     model_type = "layerfuse_llava"
     fuser: dict[str, Any] | None = None
     head: dict[str, Any] | None = None
+    injection: dict[str, Any] | None = None
     prompt_template: dict[str, Any] | None = None
     image_layout: dict[str, Any] | None = None
 

@@ -1,6 +1,7 @@
 """LLaVA on transformers with a layerfuse backbone and fuser inside.
 
     pixel_values ── vision_tower (backbone, taps) ── fuser ── multi_modal_projector ──► spliced into the text ── LLM
+                                      └── injection (a merger per tap) ──► added around decoder layers ─────────┘
 
 Everything transformers offers for LLaVA (`generate`, `pipeline`, PEFT, quantisation, FSDP2) holds for these classes:
 they subclass transformers' own and replace only how image features come about.
@@ -10,6 +11,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,12 +32,21 @@ from transformers.utils.generic import can_return_tuple
 
 from layerfuse.backbones import Backbone, backbone_from_config
 from layerfuse.errors import InputError
-from layerfuse.features import FeatureMaps
+from layerfuse.features import FeatureMaps, Grid
 from layerfuse.fusers import Fuser, fuser_from_config
 
 from .condition import blank_condition, read_condition
 from .configuration import FusedLlavaConfig, LayerfuseVisionConfig
 from .generation import GeneratesFromImages, forbid_token
+from .injection import (
+    InjectedFeatures,
+    LayerInjection,
+    current_call,
+    injecting,
+    injection_settings,
+    leading_maps,
+    prepare_layers,
+)
 from .language_head import build_head, text_loss
 from .parts import (
     Projector,
@@ -170,13 +181,34 @@ class FusedLlavaModel(_LoadsWhole, LlavaModel):
         forbid_uncapped_attention(config.text_config)
         projector = Projector(self.fuser.out_channels, config.text_config.hidden_size)
         self.multi_modal_projector = projector  # type: ignore[assignment]
+        self.injection = self._build_injection(config, parts is not None)
         self.language_model = parts.language_model if parts else AutoModel.from_config(config.text_config)
         keep_as_built(self.multi_modal_projector)
+        if self.injection is not None:
+            prepare_layers(self.language_model)
         if parts:
             keep_as_built(self.fuser)
             keep_as_built(self.language_model)
-        self._no_split_modules = [type(self.fuser).__name__]
+        inside = () if self.injection is None else self.injection.modules()
+        fusers = {type(module).__name__ for module in (self.fuser, *inside) if isinstance(module, Fuser)}
+        self._no_split_modules = sorted(fusers)
         self.post_init()
+
+    def _build_injection(self, config: FusedLlavaConfig, of_parts: bool) -> LayerInjection | None:
+        settings = injection_settings(config.injection)
+        if settings is None:
+            return None
+        width, hidden = self.vision_tower.backbone.embed_dim, config.text_config.hidden_size  # type: ignore[union-attr]
+        if not of_parts:
+            return build_part(lambda: LayerInjection(settings, width, hidden))
+        injection = LayerInjection(settings, width, hidden)
+        keep_as_built(injection)
+        return injection
+
+    @property
+    def fuser_grids(self) -> tuple[Grid, ...]:
+        """Grids of the maps that the fuser reads, of an image of the backbone's own size."""
+        return self.vision_tower.backbone.grids()[: self.fuser.num_layers]
 
     @can_return_tuple
     def get_image_features(
@@ -199,8 +231,8 @@ class FusedLlavaModel(_LoadsWhole, LlavaModel):
                 filled up with -100, whose mean embedding it is.
 
         Returns:
-            `last_hidden_state`: (B, N, C_out) fused tokens; `pooler_output`: B tensors (N, D), projected. With
-            `return_dict=False` they come as a tuple.
+            `last_hidden_state`: (B, N, C_out) fused tokens; `pooler_output`: B tensors (N, D), projected; with layer
+            injection `deepstack_features`, as `InjectedFeatures` has them. With `return_dict=False` a tuple of these.
 
         Raises:
             ValueError: if the fuser needs a condition and there is none.
@@ -208,10 +240,23 @@ class FusedLlavaModel(_LoadsWhole, LlavaModel):
         tower = self.vision_tower
         with torch.set_grad_enabled(torch.is_grad_enabled() and learns(tower)):
             features = tower(pixel_values.to(next(tower.parameters()).dtype))
+        maps = leading_maps(features, self.fuser.num_layers)
         asked = read_condition(self.fuser, condition, self.get_input_embeddings())
-        fused = self.fuser(features) if asked is None else self.fuser(features, asked.to(features[0].device))
-        projected = self.multi_modal_projector(fused)
-        return BaseModelOutputWithPooling(last_hidden_state=fused, pooler_output=list(projected))  # type: ignore[arg-type]
+        fused = self.fuser(maps) if asked is None else self.fuser(maps, asked.to(maps[0].device))
+        projected: Any = list(self.multi_modal_projector(fused))
+        if self.injection is None:
+            return BaseModelOutputWithPooling(last_hidden_state=fused, pooler_output=projected)
+        injected = [list(tokens) for tokens in self.injection(features)]
+        if (call := current_call()) is not None:
+            call.features = injected
+        return InjectedFeatures(last_hidden_state=fused, pooler_output=projected, deepstack_features=injected)
+
+    def get_placeholder_mask(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """As LlavaModel; in a forward pass with layer injection, note where the images are."""
+        mask: torch.Tensor = super().get_placeholder_mask(*args, **kwargs)
+        if (call := current_call()) is not None:
+            call.mask = mask[..., 0]
+        return mask
 
     @functools.wraps(LlavaModel.forward)
     def forward(self, *args: Any, **kwargs: Any) -> Any:  # type: ignore[override]
@@ -229,11 +274,13 @@ class FusedLlavaModel(_LoadsWhole, LlavaModel):
             assert isinstance(self.config.vision_config, LayerfuseVisionConfig)
             black = inputs_embeds.new_zeros(1, 3, *(self.config.vision_config.image_size or ()))
             blank = blank_condition(self.fuser, 1, inputs_embeds)
-            unused: Any = self.get_image_features(black, condition=blank).pooler_output
-            kwargs["inputs_embeds"] = inputs_embeds + 0 * unused[0].sum()
-        elif condition is not None and kwargs.get("pixel_values") is not None:
-            kwargs["inputs_embeds"] = self._spliced(kwargs, condition)
-        return super().forward(**kwargs)
+            features: Any = self.get_image_features(black, condition=blank)
+            unused = [features.pooler_output, *(getattr(features, "deepstack_features", None) or ())]
+            kwargs["inputs_embeds"] = inputs_embeds + 0 * sum(tokens[0].sum() for tokens in unused)
+        with nullcontext() if self.injection is None else injecting(self.injection.settings, kwargs):
+            if condition is not None and kwargs.get("pixel_values") is not None:
+                kwargs["inputs_embeds"] = self._spliced(kwargs, condition)
+            return super().forward(**kwargs)
 
     def _spliced(self, arguments: dict[str, Any], condition: torch.Tensor) -> torch.Tensor:
         """Take ids and pixels out of the arguments of `forward`, and put the images among the embedded ids.

@@ -15,6 +15,8 @@ from integrations.llava.config import PARTS
 from layerfuse.backbones import Backbone, backbone_from_config
 from layerfuse.fusers import Fuser, fuser_from_config
 
+from .mergers import Merger, create_merger
+
 __all__ = [
     "Projector",
     "build_part",
@@ -51,6 +53,10 @@ class Projector(nn.Module):
         """Project (B, N, C_out) fused tokens to (B, N, D)."""
         projected: torch.Tensor = self.linear_2(self.act(self.linear_1(tokens)))
         return projected
+
+
+# What draws its own weights; a fuser within a merger has drawn its own by itself.
+_DRAWN = (Backbone, Fuser, Projector, Merger)
 
 
 def build_part(build: Callable[[], _Part]) -> _Part:
@@ -141,13 +147,15 @@ def keep_as_built(module: nn.Module) -> None:
 def draw(model: nn.Module, keys: Set[str]) -> None:
     """Draw weights of parts that are kept as built, which transformers leaves alone, as those parts themselves do."""
     for path, part in model.named_modules():
-        weights = dict(part.named_parameters(prefix=path)) if isinstance(part, Backbone | Fuser | Projector) else {}
+        weights = dict(part.named_parameters(prefix=path)) if isinstance(part, _DRAWN) else {}
         if missing := keys & weights.keys():
             with torch.device("cpu"):
                 if isinstance(part, Backbone):
                     built: nn.Module = backbone_from_config(part.config)
                 elif isinstance(part, Fuser):
                     built = fuser_from_config(part.config)
+                elif isinstance(part, Merger):
+                    built = create_merger(**part.described)
                 else:
                     assert isinstance(part, Projector)
                     built = Projector(part.linear_1.in_features, part.linear_2.out_features)

@@ -65,7 +65,7 @@ def finish_run(recipe: Recipe, folder: Path, data: Path) -> FuserRun:
         answers=answers,
         losses=losses,
         seconds={**seconds, **noted},
-        cost=asdict(model.fuser.cost(backbone.grids())),
+        cost=asdict(model.fuser.cost(model.fuser_grids)),
     )
 
 

@@ -18,6 +18,7 @@ from integrations.llava.modeling import (
     LayerfuseImageProcessor,
     LayerfuseVisionConfig,
     build_processor,
+    injection_settings,
 )
 from integrations.llava.prompts import Template, get_template
 from layerfuse.backbones import backbone_from_config
@@ -63,6 +64,7 @@ def read_own(folder: Path, options: Options) -> Content:
         template=template,
         head=described.head,
         layout=described.layout,
+        injection=injection_settings(described.injection),
     )
     with reading(f"the processor of {folder}"):
         processor = AutoProcessor.from_pretrained(folder)

@@ -30,6 +30,7 @@ from ..content import (
     meta_model,
     read_tokenizer,
     reading,
+    refuse_injection,
     token_ids,
     with_rows,
 )
@@ -106,6 +107,7 @@ def write_published(content: Content, folder: Path, options: Options, *, fused: 
     Raises:
         ValueError: if the published code cannot be given this model; the message says why.
     """
+    refuse_injection(content, "mmfuser" if fused else "llava")
     origin = content.origin if content.origin is not None and content.origin.layout in PUBLISHED else None
     config = published_config(content, origin.config if origin else {}, options, fused=fused)
     tensors = with_rows(content.tensors, config["vocab_size"])

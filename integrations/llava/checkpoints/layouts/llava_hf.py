@@ -25,6 +25,7 @@ from ..content import (
     meta_model,
     read_tokenizer,
     reading,
+    refuse_injection,
     token_ids,
 )
 from ..key_maps import BACKBONE, from_llava_hf, to_llava_hf
@@ -97,8 +98,10 @@ def write_llava_hf(content: Content, folder: Path, options: Options) -> None:
     Layers of the vision model behind the tapped one come from the model's origin, or else from `options.vision_tower`.
 
     Raises:
-        ValueError: if there is a fuser, the head does more than a product, or the vision model is not to be had whole.
+        ValueError: if there is a fuser or layer injection, the head does more than a product, or the vision model is
+            not to be had whole.
     """
+    refuse_injection(content, LLAVA_HF)
     backbone, fuser, own = content.backbone, content.fuser, content.model.config
     if fuser.name != "select" or fuser.num_layers != 1:
         raise InputError(

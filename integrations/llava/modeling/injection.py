@@ -1,0 +1,276 @@
+"""Layer injection (the DeepStack family, arXiv:2406.04334): tapped layers are added inside the language model.
+
+    tap ── merger ──► added to the hidden states at the images' positions, before or after the named decoder layer
+
+The additions stand around a decoder layer and outside of what activation checkpointing repeats, so that a repeated
+layer reads what it read the first time, whatever was computed since. They are made where image features come in: in
+training, and in the first step of `generate`.
+"""
+
+from __future__ import annotations
+
+import functools
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.modeling_outputs import BaseModelOutputWithPooling
+
+from integrations.llava.config import InjectionConfig
+from layerfuse.backbones import Backbone
+from layerfuse.errors import InputError
+from layerfuse.features import FeatureMaps, Grid
+from layerfuse.fusers import Fuser
+from layerfuse.layers import resolve_layers
+
+from .mergers import Merger, create_merger
+
+__all__ = [
+    "InjectedFeatures",
+    "LayerInjection",
+    "current_call",
+    "decoder_layers",
+    "injecting",
+    "injection_settings",
+    "leading_maps",
+    "prepare_layers",
+    "resolved_injection",
+]
+
+
+@dataclass
+class InjectedFeatures(BaseModelOutputWithPooling):
+    """Image features with those that go into the language model's layers, under transformers' name for them.
+
+    Attributes:
+        deepstack_features: per pair of `InjectionConfig.pairs`, one tensor (N, D) an image.
+    """
+
+    deepstack_features: list[list[torch.Tensor]] | None = None
+
+
+class LayerInjection(nn.Module):
+    """The mergers, one for each pair of taps and decoder layer.
+
+    Args:
+        settings: its taps are layer numbers >= 0.
+        in_channels: width C of the backbone's maps.
+        out_channels: width D of the language model.
+    """
+
+    def __init__(self, settings: InjectionConfig, in_channels: int, out_channels: int) -> None:
+        super().__init__()
+        self.settings = settings
+        build = functools.partial(create_merger, in_channels=in_channels, out_channels=out_channels)
+        self.mergers = nn.ModuleList(
+            build(settings.merger, num_layers=len(taps), options=settings.merger_options) for *taps, _ in settings.pairs
+        )
+
+    def forward(self, features: FeatureMaps) -> list[torch.Tensor]:
+        """Merge the taps among the maps: one (B, N, D) for each pair."""
+        places = [[features.layers.index(tap) for tap in taps] for *taps, _ in self.settings.pairs]
+        return [merger(_maps(features, own)) for merger, own in zip(self.mergers, places, strict=True)]
+
+    def linear_flops(self, grid: Grid) -> tuple[int, int]:
+        """Count an image's operations in the first linear layers, with what is before them, and in the last ones."""
+        first = last = 0
+        for merger in self.mergers:
+            assert isinstance(merger, Merger)
+            tokens = merger.num_tokens(grid)
+            first += merger.gather_flops(grid) + 2 * tokens * merger.linear_1.weight.numel()
+            last += 2 * tokens * merger.linear_2.weight.numel()
+        return first, last
+
+
+def injection_settings(described: Mapping[str, Any] | None) -> InjectionConfig | None:
+    """Read the fields of an `InjectionConfig` as a checkpoint's config holds them; None where there is none."""
+    if not described:
+        return None
+    return InjectionConfig(**{**described, "pairs": tuple(map(tuple, described["pairs"]))})
+
+
+def resolved_injection(
+    settings: InjectionConfig | None, backbone: Backbone, fuser: Fuser, language_model: PreTrainedModel
+) -> InjectionConfig | None:
+    """Give taps their numbers from 0 on, and check that everything fits; None if nothing is injected.
+
+    Args:
+        settings: taps among `backbone.layers`.
+        backbone: taps the fuser's layers first, then those that are only injected.
+        fuser: of the input; mergers have to give as many tokens.
+        language_model: has the decoder layers.
+
+    Raises:
+        ValueError: if a layer is none of the backbone's or language model's, or a merger's tokens are not the fuser's.
+    """
+    if settings is None or not settings.pairs:
+        return None
+    pairs = [(*resolve_layers(taps, backbone.num_blocks), layer) for *taps, layer in settings.pairs]
+    injected = tuple(dict.fromkeys(tap for *taps, _ in pairs for tap in taps))
+    unread = set(backbone.layers[fuser.num_layers :]) - set(injected)
+    fits = fuser.in_channels == (backbone.embed_dim,) * fuser.num_layers and fuser.num_layers <= len(backbone.layers)
+    if not fits or unread or set(injected) - set(backbone.layers):
+        raise InputError(
+            f"the backbone taps layers {backbone.layers} of width {backbone.embed_dim}, the fuser {fuser.name!r} reads "
+            f"the first {fuser.num_layers} of widths {fuser.in_channels}, and layers {injected} are injected; tap the "
+            "fuser's layers, then those that are only injected, and no other."
+        )
+    depth = len(decoder_layers(language_model))
+    if outside := sorted({layer for *_, layer in pairs if layer >= depth}):
+        raise InputError(
+            f"injection.pairs name decoder layer {outside[0]}, but the language model has {depth}, counted from 0: "
+            f"0..{depth - 1}."
+        )
+    resolved = replace(settings, pairs=tuple(pairs))
+    grids = backbone.grids()
+    with torch.device("meta"):
+        mergers = LayerInjection(resolved, backbone.embed_dim, 1).mergers
+    needed = fuser.num_tokens(grids[: fuser.num_layers])
+    for merger in mergers:
+        assert isinstance(merger, Merger)
+        if (given := merger.num_tokens(grids[0])) != needed:
+            raise InputError(
+                f"injection's merger {settings.merger!r} gives {given} tokens an image, but the fuser {fuser.name!r} "
+                f"gives {needed}, and injected tokens are added to these; take a merger and a fuser of equally many."
+            )
+    return resolved
+
+
+def leading_maps(features: FeatureMaps, count: int) -> FeatureMaps:
+    """Return the first maps, which are the fuser's; the rest is only injected."""
+    return features if len(features) == count else _maps(features, range(count))
+
+
+def _maps(features: FeatureMaps, places: Sequence[int]) -> FeatureMaps:
+    names = ("maps", "layers", "grids", "prefix", "sources")
+    fields = {name: getattr(features, name) for name in names}
+    return FeatureMaps(**{name: tuple(own[place] for place in places) if own else () for name, own in fields.items()})
+
+
+@dataclass
+class InjectionCall:
+    """One forward pass of a model with injection.
+
+    Attributes:
+        settings: of the model.
+        features: as in `InjectedFeatures`; None as long as there are no images.
+        mask: (B, T), where images are.
+    """
+
+    settings: InjectionConfig
+    features: Sequence[Sequence[torch.Tensor]] | None = None
+    mask: torch.Tensor | None = None
+
+    def add(self, layer: int, when: str, hidden: torch.Tensor) -> torch.Tensor:
+        """Add to the hidden states (B, T, D) before or after a decoder layer what is injected there."""
+        if self.features is None or when != self.settings.when:
+            return hidden
+        for (*_, target), images in zip(self.settings.pairs, self.features, strict=True):
+            if target == layer:
+                assert self.mask is not None
+                tokens = torch.cat(list(images)).to(hidden.device, hidden.dtype)
+                mask = self.mask.to(hidden.device).unsqueeze(-1)
+                hidden = hidden + torch.zeros_like(hidden).masked_scatter(mask, tokens)
+        return hidden
+
+
+class _ThreadCall(threading.local):
+    """The pass that is under way in a thread: replicas of a model, which share nothing else, each have their own."""
+
+    current: InjectionCall | None = None
+
+
+_THREAD = _ThreadCall()
+
+
+def current_call() -> InjectionCall | None:
+    """Return the forward pass with injection that this thread is in."""
+    return _THREAD.current
+
+
+@contextmanager
+def injecting(settings: InjectionConfig, arguments: Mapping[str, Any]) -> Iterator[None]:
+    """Let the decoder layers of a forward pass add image features.
+
+    Args:
+        settings: of the model.
+        arguments: of the pass; `mm_encoder_outputs` holds the features, or else they come up in the pass.
+
+    Raises:
+        ValueError: if encoded features lack those that are injected.
+    """
+    encoded = (arguments.get("mm_encoder_outputs") or {}).get("image")
+    features = None if encoded is None else getattr(encoded, "deepstack_features", None)
+    if encoded is not None and features is None:
+        raise InputError(
+            "the image features that were given have no deepstack_features, which this model adds to its language "
+            "model's layers; give what its get_image_features returns."
+        )
+    outer, _THREAD.current = _THREAD.current, InjectionCall(settings, features)
+    try:
+        yield
+    finally:
+        _THREAD.current = outer
+
+
+def decoder_layers(language_model: PreTrainedModel) -> nn.ModuleList:
+    """Find the list of a language model's decoder layers; a ValueError if there is none of its config's length."""
+    depth = getattr(language_model.config.get_text_config(), "num_hidden_layers", None)
+    for module in language_model.modules():
+        if isinstance(module, nn.ModuleList) and len(module) == depth:
+            return module
+    raise InputError(
+        f"{type(language_model).__name__} has no list of {depth} decoder layers, so that nothing can be injected; take "
+        "a language model of blocks in a list, such as Llama's, or leave injection out."
+    )
+
+
+def prepare_layers(language_model: PreTrainedModel) -> None:
+    """Let a language model's decoder layers ask, when they are called, what is injected around them.
+
+    They become instances of a class derived from their own, all of them: wrappers find layers by their class. Without
+    a pass with injection under way they compute what they did.
+    """
+    for index, layer in enumerate(decoder_layers(language_model)):
+        kind: Any = type(layer)
+        if not getattr(kind, "asks_for_injection", False):
+            layer.__class__ = _asking(kind)
+        layer.decoder_index = index  # type: ignore[assignment]
+
+
+@functools.cache
+def _asking(kind: Any) -> type[nn.Module]:
+    """Derive the class; its name stays, by which device maps and FSDP know what not to take apart."""
+
+    def call(self: Any, *args: Any, **kwargs: Any) -> Any:
+        under_way = current_call()
+        if under_way is None or under_way.features is None:
+            return kind.__call__(self, *args, **kwargs)
+        layer = self.decoder_index
+        if args:
+            args = (under_way.add(layer, "before", args[0]), *args[1:])
+        else:
+            kwargs["hidden_states"] = under_way.add(layer, "before", kwargs["hidden_states"])
+        output = kind.__call__(self, *args, **kwargs)
+        if isinstance(output, tuple):
+            return (under_way.add(layer, "after", output[0]), *output[1:])
+        return under_way.add(layer, "after", output)
+
+    # Copies and pickles know the class by that which it is derived from.
+    members = {
+        "__call__": call,
+        "__reduce_ex__": lambda self, _: (_empty, (kind,), self.__dict__),
+        "__module__": kind.__module__,
+        "__doc__": kind.__doc__,
+        "asks_for_injection": True,
+    }
+    return type(kind.__name__, (kind,), members)
+
+
+def _empty(kind: Any) -> nn.Module:
+    return object.__new__(_asking(kind))
