@@ -31,7 +31,7 @@ __all__ = [
 
 BACKBONE = "model.vision_tower.backbone.model."
 """Prefix of a vision model's weights in ours; the layouts' names behind it are those of transformers."""
-_FUSER, _PROJECTOR = "model.fuser.", "model.multi_modal_projector."
+_FUSER, _PROJECTOR, _INJECTION = "model.fuser.", "model.multi_modal_projector.", "model.injection."
 _PUBLISHED_TOWER = "model.vision_tower.vision_tower.vision_model."
 # Positions of the two linear layers in the published projector, a list of modules.
 _LINEARS = {True: {"1": "linear_1", "3": "linear_2"}, False: {"0": "linear_1", "2": "linear_2"}}
@@ -128,7 +128,7 @@ def our_connector(tensors: Mapping[str, StoredTensor]) -> dict[str, StoredTensor
     if published:
         return _connector_from_published(published)
     ours = from_llava_hf(tensors)
-    return {name: tensor for name, tensor in ours.items() if name.startswith((_FUSER, _PROJECTOR))}
+    return {name: tensor for name, tensor in ours.items() if name.startswith((_FUSER, _PROJECTOR, _INJECTION))}
 
 
 def _check_scales(ours: Mapping[str, StoredTensor]) -> None:
@@ -167,7 +167,11 @@ def to_published(tensors: Mapping[str, StoredTensor]) -> dict[str, StoredTensor]
 
 
 def connector_to_published(tensors: Mapping[str, StoredTensor]) -> dict[str, StoredTensor]:
-    """Our fuser and projector as the published stage 1 saves them; a ValueError if that has no such fuser."""
+    """Our fuser and projector as the published stage 1 saves them; a ValueError if that has no such parts."""
+    if any(name.startswith(_INJECTION) for name in tensors):
+        raise InputError(
+            "the connector has mergers of layer injection, which the published code does not know; keep our own layout."
+        )
     fuser = {name.removeprefix(_FUSER): tensor for name, tensor in tensors.items() if name.startswith(_FUSER)}
     theirs = to_published_state_dict(fuser) if fuser else {}
     published = {f"model.mm_projector.0.{name}": tensor for name, tensor in theirs.items()}

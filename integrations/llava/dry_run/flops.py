@@ -17,8 +17,9 @@ from typing import NamedTuple
 
 from torch import nn
 
-from integrations.llava.modeling import FusedLlavaForConditionalGeneration, learns
+from integrations.llava.modeling import FusedLlavaForConditionalGeneration, LayerInjection, Merger, learns
 from layerfuse.backbones import Backbone
+from layerfuse.features import Grid
 
 from .facts import ModelFacts, linear_layers
 from .gpus import Gpu
@@ -61,21 +62,18 @@ def sample_flops(
     first, second = (
         2.0 * fused.num_tokens * layer.weight.numel() for layer in (projector.linear_1, projector.linear_2)
     )
-    # Mergers learn with the projector. They read the backbone's maps, through which gradients go if it learns.
-    merged, merged_last = (0, 0) if inner.injection is None else inner.injection.linear_flops(backbone.grids()[0])
     # Gradients go as far back as something learns.
     past_backbone = learns(backbone)
     past_fuser = past_backbone or learns(fuser)
     past_projector = past_fuser or learns(projector)
     projector_backward = (first + second) * learns(projector) + second * past_projector + first * past_fuser
-    if inner.injection is not None:
-        learned = learns(inner.injection)
-        projector_backward += (merged + merged_last) * learned
-        projector_backward += merged_last * (learned or past_backbone) + merged * past_backbone
+    merged, merged_backward = _mergers(inner.injection, backbone.grids()[0], past_backbone)
     return {
         "backbone": PartFlops(images * tower, backward=images * 2 * tower * past_backbone),
         "fuser": PartFlops(images * fused.flops, backward=images * 2 * fused.flops * past_fuser),
-        "projector": PartFlops(images * (first + second + merged + merged_last), backward=images * projector_backward),
+        "projector": PartFlops(
+            images * (first + second + merged), backward=images * (projector_backward + merged_backward)
+        ),
         "llm": _language_model(model, facts, tokens, past_projector, checkpointing),
     }
 
@@ -92,6 +90,23 @@ def _backbone_forward(backbone: Backbone) -> float:
     embedding = sum(layer.weight.numel() for layer in backbone.modules() if isinstance(layer, nn.Conv2d))
     attention = 4.0 * tokens**2 * backbone.embed_dim * max(backbone.layers)
     return 2.0 * tokens * _weights(backbone) + 2.0 * patches * embedding + attention
+
+
+def _mergers(injection: LayerInjection | None, grid: Grid, past_backbone: bool) -> tuple[float, float]:
+    """Count an image's operations in the mergers of layer injection, forward and backward; they learn as one."""
+    forward = backward = 0.0
+    for merger in () if injection is None else injection.mergers:
+        assert isinstance(merger, Merger)
+        gather, tokens, learned = merger.gather_flops(grid), merger.num_tokens(grid), learns(merger)
+        first, second = (2.0 * tokens * layer.weight.numel() for layer in (merger.linear_1, merger.linear_2))
+        forward += gather + first + second
+        # Gradients go back to what learns before the linear layers, a fuser or a norm.
+        past_linear = past_backbone or any(
+            parameter.requires_grad for name, parameter in merger.named_parameters() if not name.startswith("linear_")
+        )
+        backward += (first + second) * learned + second * (learned or past_backbone)
+        backward += (first + 2 * gather) * past_linear
+    return forward, backward
 
 
 def _language_model(

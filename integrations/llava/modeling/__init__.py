@@ -12,9 +12,10 @@ from .build import (
 )
 from .condition import blank_condition
 from .generation import end_answers
-from .injection import injection_settings
+from .injection import LayerInjection, injection_settings
 from .language_head import describe_head
 from .lora import FILE_PREFIX, inject_lora, lora_config, lora_weights, merge_lora
+from .mergers import Merger
 from .model import (
     FusedLlavaConfig,
     FusedLlavaForConditionalGeneration,
@@ -32,8 +33,10 @@ __all__ = [
     "FusedLlavaConfig",
     "FusedLlavaForConditionalGeneration",
     "FusedLlavaModel",
+    "LayerInjection",
     "LayerfuseImageProcessor",
     "LayerfuseVisionConfig",
+    "Merger",
     "Quantization",
     "add_image_token",
     "assemble",

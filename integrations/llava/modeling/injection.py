@@ -24,7 +24,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 from integrations.llava.config import InjectionConfig
 from layerfuse.backbones import Backbone
 from layerfuse.errors import InputError
-from layerfuse.features import FeatureMaps, Grid
+from layerfuse.features import FeatureMaps
 from layerfuse.fusers import Fuser
 from layerfuse.layers import resolve_layers
 
@@ -75,16 +75,6 @@ class LayerInjection(nn.Module):
         """Merge the taps among the maps: one (B, N, D) for each pair."""
         places = [[features.layers.index(tap) for tap in taps] for *taps, _ in self.settings.pairs]
         return [merger(_maps(features, own)) for merger, own in zip(self.mergers, places, strict=True)]
-
-    def linear_flops(self, grid: Grid) -> tuple[int, int]:
-        """Count an image's operations in the first linear layers, with what is before them, and in the last ones."""
-        first = last = 0
-        for merger in self.mergers:
-            assert isinstance(merger, Merger)
-            tokens = merger.num_tokens(grid)
-            first += merger.gather_flops(grid) + 2 * tokens * merger.linear_1.weight.numel()
-            last += 2 * tokens * merger.linear_2.weight.numel()
-        return first, last
 
 
 def injection_settings(described: Mapping[str, Any] | None) -> InjectionConfig | None:

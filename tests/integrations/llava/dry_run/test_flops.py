@@ -9,7 +9,7 @@ import pytest
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from integrations.llava.config.schema import ModelConfig, StageConfig
+from integrations.llava.config.schema import ModelConfig, Recipe, StageConfig
 from integrations.llava.dry_run.facts import build_on_meta, model_facts
 from integrations.llava.dry_run.flops import PartFlops, hours, sample_flops
 from integrations.llava.dry_run.gpus import get_gpu
@@ -19,6 +19,14 @@ from tests.integrations.llava.dry_run.estimate_support import make_batch, small_
 TEXT = 20
 # Of transformers' own attention, every matrix product is counted; a fused one repeats products in its backward pass.
 EAGER = {"model.attention": "eager"}
+INJECTED = {
+    "mmfuser_7b": {"model.injection.pairs": [[3, 0], [24, 1]]},
+    "llava15_7b": {
+        "model.injection.pairs": [[3, 8, 0]],
+        "model.injection.merger": "concat",
+        "model.injection.merger_options": {"norm": "layer"},
+    },
+}
 
 
 @pytest.mark.parametrize("checkpointing", [False, True], ids=["kept", "recomputed"])
@@ -27,7 +35,16 @@ EAGER = {"model.attention": "eager"}
     "name", ["llava15_7b", "mmfuser_7b", "mmfuser_eva02_7b", "mmfuser_siglip_7b", "concat_7b", "mmfuser_7b_lora"]
 )
 def test_operations_are_those_that_torch_counts(name: str, stage: str, checkpointing: bool, llm_folder: Path) -> None:
-    recipe = small_recipe(name, llm_folder, EAGER)
+    check_operations(small_recipe(name, llm_folder, EAGER), stage, checkpointing)
+
+
+@pytest.mark.parametrize("stage", ["pretrain", "finetune"])
+@pytest.mark.parametrize("name", INJECTED)
+def test_operations_of_layer_injection_are_the_projectors(name: str, stage: str, llm_folder: Path) -> None:
+    check_operations(small_recipe(name, llm_folder, EAGER | INJECTED[name]), stage, checkpointing=True)
+
+
+def check_operations(recipe: Recipe, stage: str, checkpointing: bool) -> None:
     config = replace(recipe.stage(stage), precision="fp32", gradient_checkpointing=checkpointing)
     assembled = assemble(recipe.model, config)
     model = assembled.model.train()
