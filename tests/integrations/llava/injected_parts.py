@@ -37,8 +37,8 @@ def make_model(
     options = {"embed_dim": 32, "depth": depth, "num_heads": 2}
     name = "timm:vit_base_patch16_clip_quickgelu_224"
     backbone = create_backbone(name, layers=taps, pretrained=False, image_size=64, options=options)
-    heads = {"num_heads": 4} if fuser == "mmfuser" else {}
-    made = create_fuser(fuser, in_channels=32, num_layers=len(layers), options=heads)
+    own = {"mmfuser": {"num_heads": 4}, "text_gated": {"condition_channels": 32, "groups": 2}}
+    made = create_fuser(fuser, in_channels=32, num_layers=len(layers), options=own.get(fuser))
     injection = InjectionConfig(pairs=pairs, **settings) if pairs else None
     return build_model(backbone, made, llm, image_token_id=IMAGE, injection=injection).eval()
 

@@ -86,6 +86,16 @@ def test_tokens_are_added_at_the_images_around_the_named_layers(form: dict[str, 
     torch.testing.assert_close(found[1], logits(plain, inputs)[1], atol=1e-5, rtol=1e-5)
 
 
+def test_a_fuser_that_reads_the_question_is_injected_beside() -> None:
+    model = randomised(make_model(fuser="text_gated"))
+    inputs = batch((1, 2)) | {"condition": torch.randn(3, 32)}
+    expected = expected_logits(model, make_model((), fuser="text_gated"), inputs)
+
+    torch.testing.assert_close(logits(model, inputs), expected, atol=1e-5, rtol=1e-5)
+    asked = inputs | {"condition": torch.tensor([[5, 6], [7, -100], [8, 9]])}
+    assert torch.equal(answer(model, asked), greedy(model, asked, 6))
+
+
 @pytest.mark.parametrize("when", ["before", "after"])
 @pytest.mark.parametrize("merger", ["mlp", "scalar_mix"])
 def test_new_mergers_change_nothing_to_the_bit(when: str, merger: str) -> None:
