@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForImageTextToText
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 from transformers.generation import GenerationMixin
 
 from integrations.llava.checkpoints.connector import load_connector, save_connector
@@ -169,6 +169,34 @@ def test_generate_injects_in_its_first_step_and_never_again(when: str) -> None:
     assert torch.equal(answers, greedy(model, inputs, 6))
     alone = batch((1,)) | {"pixel_values": inputs["pixel_values"][:1]}
     assert torch.equal(answer(model, alone)[0, -6:], answers[0, -6:])
+
+
+LANGUAGE_MODELS: dict[str, dict[str, Any]] = {
+    "bloom": {"n_layer": 3, "n_head": 2},
+    "gemma2": {"num_hidden_layers": 3, "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 16},
+    "gpt_neox": {"num_hidden_layers": 3, "num_attention_heads": 2},
+    "opt": {"num_hidden_layers": 3, "num_attention_heads": 2, "ffn_dim": 48, "word_embed_proj_dim": 32},
+    "phi": {"num_hidden_layers": 3, "num_attention_heads": 2},
+}
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+@pytest.mark.parametrize("kind", LANGUAGE_MODELS)
+def test_other_language_models_take_it_too(kind: str, when: str) -> None:
+    common = {"vocab_size": 49, "hidden_size": 32, "intermediate_size": 48, "pad_token_id": 0}
+    attention = {"attn_implementation": "eager"} if kind in ("bloom", "gemma2") else {}
+    config = AutoConfig.for_model(kind, **common, **LANGUAGE_MODELS[kind])
+    llm = AutoModelForCausalLM.from_config(config, **attention).eval()
+    with torch.no_grad():
+        for parameter in llm.parameters():
+            parameter.copy_(torch.randn_like(parameter) * 0.2)
+    inputs = batch((1, 2))
+    plain = logits(make_model((), llm=copy.deepcopy(llm)), inputs)
+    model = make_model(((1, 0), (4, 1)), llm=llm, when=when)
+
+    assert torch.equal(logits(model, inputs), plain)
+    assert not torch.allclose(logits(randomised(model), inputs), plain, atol=1e-2)
+    assert torch.equal(answer(model, inputs), greedy(model, inputs, 6))
 
 
 def test_beam_search_repeats_what_is_injected_with_its_prompt() -> None:
