@@ -20,8 +20,8 @@ from integrations.llava.dry_run import dry_run, render
 from integrations.llava.inference.predictor import load_predictor
 from integrations.llava.modeling import assemble
 from integrations.llava.training.train import train
-from tests.integrations.llava.process_pairs import Nursery
-from tests.integrations.llava.test_distributed import ENGINES, Runs, finetuned, losses
+from tests.integrations.llava.training.process_pairs import Nursery
+from tests.integrations.llava.training.test_distributed import ENGINES, Runs, finetuned, losses
 
 INJECTION = InjectionConfig(pairs=((1, 0), (-1, 1)), when="before")
 FUSERS: dict[str, dict[str, Any]] = {"concat": {}, "mmfuser": {"num_heads": 4}}

@@ -22,7 +22,7 @@ from integrations.llava.modeling.injection import decoder_layers, leading_maps
 from integrations.llava.modeling.mergers import create_merger
 from integrations.llava.modeling.model import FusedLlavaForConditionalGeneration
 from layerfuse.testing import random_images
-from tests.integrations.llava.injected_parts import IMAGE, PAIRS, TOKENS, batch, make_model, randomised
+from tests.integrations.llava.modeling.injected_parts import IMAGE, PAIRS, TOKENS, batch, make_model, randomised
 from tests.integrations.llava.tiny_parts import tiny_llm
 
 
