@@ -24,7 +24,8 @@ from tests.integrations.llava.training.process_pairs import Nursery
 from tests.integrations.llava.training.test_distributed import ENGINES, Runs, finetuned, losses
 
 INJECTION = InjectionConfig(pairs=((1, 0), (-1, 1)), when="before")
-FUSERS: dict[str, dict[str, Any]] = {"concat": {}, "mmfuser": {"num_heads": 4}}
+FUSERS: dict[str, dict[str, Any]] = {"concat": {}, "mmfuser": {"num_heads": 4}, "attention_pool": {"num_heads": 2}}
+SHUFFLED = dataclasses.replace(INJECTION, merger="pixel_shuffle_mlp", merger_options={"window": 2})
 
 
 def injected(recipe: Recipe, fuser: str = "mmfuser", injection: InjectionConfig = INJECTION) -> Recipe:
@@ -47,14 +48,16 @@ def answers(folder: Path, pictures: Sequence[Image.Image], batch_size: int) -> l
 def test_trained_saved_and_answered_the_same_at_batch_1_and_8(
     fuser: str, tiny_recipe: Recipe, pictures: list[Image.Image], tmp_path: Path
 ) -> None:
-    folder = train(injected(tiny_recipe, fuser), tmp_path / "run")
+    # A quarter of the tokens, in both.
+    injection = SHUFFLED if fuser == "attention_pool" else INJECTION
+    folder = train(injected(tiny_recipe, fuser, injection), tmp_path / "run")
     model = load_model(folder)
 
     assert model.model.vision_tower.backbone.layers == (1, 2, 3, 4, 5)
     assert model.config.injection == {
         "pairs": [[1, 0], [5, 1]],
-        "merger": "mlp",
-        "merger_options": {},
+        "merger": injection.merger,
+        "merger_options": injection.merger_options,
         "when": "before",
     }
     stage_1 = load_file(folder / "pretrain" / "adapter.safetensors")
