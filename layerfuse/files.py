@@ -28,6 +28,7 @@ __all__ = [
     "check_disk_space",
     "explain_missing_config",
     "file_digest",
+    "holds_first_save_half_way",
     "interrupted_save",
     "process_is_alive",
     "read_safetensors",
@@ -105,6 +106,13 @@ def interrupted_save(folder: str | Path) -> Path | None:
     """Return the folder with the files that a killed save had put aside, the newest of several, or None."""
     found = [path for path in Path(folder).glob(f"{_REPLACED}*") if any(path.iterdir())]
     return max(found, key=lambda path: path.stat().st_mtime, default=None)
+
+
+def holds_first_save_half_way(folder: str | Path) -> bool:
+    """Tell whether a folder's files are those that a save moved there before it was killed, over no earlier model."""
+    folder = Path(folder)
+    begun = any(folder.glob(f"{_SAVING}*")) and not (folder / _CONFIGS[0]).exists()
+    return begun and interrupted_save(folder) is None
 
 
 def explain_missing_config(folder: str | Path) -> str:

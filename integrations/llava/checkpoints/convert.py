@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from integrations.llava.image_layout import FixedLayout
 from integrations.llava.modeling import FusedLlavaConfig
 from layerfuse.errors import ExistingFileError, InputError, MissingFileError
-from layerfuse.files import atomic_folder, check_disk_space, explain_missing_config
+from layerfuse.files import atomic_folder, check_disk_space, explain_missing_config, holds_first_save_half_way
 from layerfuse.registry import unknown_name_message
 
 from .content import KEPT_FILES, Content, Options
@@ -90,9 +90,9 @@ def convert(
     source, target, options = Path(source), Path(target), options or Options()
     _check_layout(layout)
     _refuse_file(target)
-    # Hidden files do not count: a conversion that was killed leaves its scratch folder.
+    # Hidden files do not count, nor do others of a conversion that was killed while it moved them here.
     present = sorted(path.name for path in target.glob("*") if not path.name.startswith("."))
-    if present:
+    if present and not holds_first_save_half_way(target):
         raise InputError(f"{target} already holds {', '.join(present[:3])}; give a new or empty folder.")
     content = _read(source, options)
     images = content.model.config.layout
