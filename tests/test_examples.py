@@ -22,7 +22,7 @@ RUNS: dict[str, tuple[list[str], list[str]]] = {
     # The published size of MMFuser at LLaVA-1.5's width.
     "compare_fusers.py": (
         ["--time"],
-        ["mmfuser         5,190,592     576      1024", "select                  0", "concat"],
+        ["mmfuser               5,190,592     576      1024", "select                        0", "text_gated"],
     ),
     "train_tiny_llava.py": (
         ["--output", "out", "--num-train", "16", "--steps", "1", "1"],

@@ -147,7 +147,8 @@ def _pickled(path: Path) -> dict[str, StoredTensor]:
         # Files of PyTorch before 1.6, which are no zip files, cannot be mapped.
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=is_zipfile(path))
     except (RuntimeError, EOFError, OSError, LookupError, struct.error, pickle.UnpicklingError) as error:
-        if "Unsupported global" in str(error):
+        # torch writes "Unsupported global", and "unsupported GLOBAL" of modules that it blocks.
+        if "unsupported global" in str(error).lower():
             raise InputError(
                 f"{path} holds more than tensors: Python objects, which run code when they are read. It was refused "
                 "and nothing was run. Get the weights as safetensors from somebody you trust."
