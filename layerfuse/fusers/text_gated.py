@@ -164,6 +164,8 @@ class TextGated(Fuser):
         Returns:
             (B, K).
         """
+        self._check_maps(features)
+        self._check_condition(condition, features.batch_size)
         return self._weights(features, self._group_means(features.maps), condition)
 
     def extra_flops(self, grids: Sequence[Grid]) -> int:

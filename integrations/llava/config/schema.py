@@ -112,6 +112,8 @@ class InjectionConfig(_Checked):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.when not in ("before", "after"):
+            raise InputError(f"when is {self.when!r}; give 'before' or 'after'.")
         for pair in self.pairs:
             if len(pair) < 2 or pair[-1] < 0:
                 raise InputError(

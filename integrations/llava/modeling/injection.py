@@ -120,13 +120,20 @@ def resolved_injection(
     grids = backbone.grids()
     with torch.device("meta"):
         mergers = LayerInjection(resolved, backbone.embed_dim, 1).mergers
-    needed = fuser.num_tokens(grids[: fuser.num_layers])
+    read = grids[: fuser.num_layers]
+    needed, wanted = fuser.num_tokens(read), (fuser.out_grid(read), fuser.extra_tokens(read))
     for merger in mergers:
         assert isinstance(merger, Merger)
         if (given := merger.num_tokens(grids[0])) != needed:
             raise InputError(
                 f"injection's merger {settings.merger!r} gives {given} tokens an image, but the fuser {fuser.name!r} "
                 f"gives {needed}, and injected tokens are added to these; take a merger and a fuser of equally many."
+            )
+        if (placed := merger.placement(grids[0])) != wanted:
+            raise InputError(
+                f"injection's merger {settings.merger!r} gives tokens of the grid {placed[0]} (in front and behind: "
+                f"{tuple(placed[1])}), the fuser {fuser.name!r} of {wanted[0]} ({tuple(wanted[1])}), so that they "
+                "would be added to tokens of other places; take a merger and a fuser of one grid."
             )
     return resolved
 

@@ -16,7 +16,7 @@ from torch import nn
 
 from layerfuse.errors import InputError
 from layerfuse.features import FeatureMaps, Grid
-from layerfuse.fusers import create_fuser, list_fusers
+from layerfuse.fusers import ExtraTokens, create_fuser, list_fusers
 from layerfuse.registry import unknown_name_message
 
 __all__ = ["FuserMLP", "Merger", "PixelShuffleMLP", "create_merger"]
@@ -52,6 +52,10 @@ class Merger(nn.Module, abc.ABC):
     def num_tokens(self, grid: Grid) -> int:
         """Return the number N of tokens of maps of this grid; a ValueError if they cannot be merged."""
 
+    @abc.abstractmethod
+    def placement(self, grid: Grid) -> tuple[Grid | None, ExtraTokens]:
+        """Return the grid on which the tokens of maps of this grid lie, and how many stand in front and behind."""
+
     def gather_flops(self, grid: Grid) -> int:
         """Count the floating point operations per image before the linear layers."""
         return 0
@@ -83,6 +87,11 @@ class FuserMLP(Merger):
     def num_tokens(self, grid: Grid) -> int:
         """Return the fuser's number of tokens."""
         return self.fuser.num_tokens((grid,) * self.fuser.num_layers)
+
+    def placement(self, grid: Grid) -> tuple[Grid | None, ExtraTokens]:
+        """Return the fuser's."""
+        grids = (grid,) * self.fuser.num_layers
+        return self.fuser.out_grid(grids), self.fuser.extra_tokens(grids)
 
     def gather_flops(self, grid: Grid) -> int:
         """Count those of the fuser."""
@@ -121,6 +130,10 @@ class PixelShuffleMLP(Merger):
                 f"{self.window}; set its option window to a common divisor, or take another image size."
             )
         return height * width // self.window**2
+
+    def placement(self, grid: Grid) -> tuple[Grid | None, ExtraTokens]:
+        """Return the grid of the windows."""
+        return (grid[0] // self.window, grid[1] // self.window), ExtraTokens()
 
 
 def create_merger(
