@@ -16,7 +16,6 @@ from einops import rearrange
 from torch import nn
 from torch.nn import functional as F
 
-from layerfuse.errors import InputError
 from layerfuse.features import FeatureMaps, Grid
 from layerfuse.fusers.base import FUSERS, Fuser
 from layerfuse.ops import check_heads
@@ -53,9 +52,8 @@ class AttentionPool(Fuser):
         out_channels: int | None = None,
     ) -> None:
         super().__init__(in_channels, num_layers, out_channels=out_channels)
-        for name, count in (("window", window), ("out_channels", self.out_channels)):
-            if count < 1:
-                raise InputError(f"{name} of fuser 'attention_pool' is {count}; expected at least 1.")
+        self._check_count("window", window)
+        self._check_count("out_channels", self.out_channels)
         check_heads(self.out_channels, num_heads)
         self.window = window
         self.num_heads = num_heads

@@ -22,9 +22,10 @@ from layerfuse.errors import InputError
 from layerfuse.features import FeatureMaps, Grid
 from layerfuse.registry import Registry
 
-__all__ = ["FUSERS", "ExtraTokens", "Fuser", "FuserCost"]
+__all__ = ["FUSERS", "ExtraTokens", "Fuser", "FuserCost", "all_but"]
 
 _F = TypeVar("_F", bound="Fuser")
+_T = TypeVar("_T")
 _SHARED = ("self", "in_channels", "num_layers")
 
 
@@ -304,6 +305,21 @@ class Fuser(nn.Module, abc.ABC):
                 "'concat' with resize='bilinear'."
             )
 
+    def _check_index(self, option: str, index: int) -> None:
+        if not -self.num_layers <= index < self.num_layers:
+            raise InputError(
+                f"{option} {index} is outside the {self.num_layers} maps; allowed: "
+                f"{-self.num_layers}..{self.num_layers - 1}."
+            )
+
+    def _check_choice(self, option: str, given: str, known: Sequence[str]) -> None:
+        if given not in known:
+            raise InputError(f"{option} {given!r} of fuser {self.name!r} is unknown. Known: {', '.join(known)}.")
+
+    def _check_count(self, option: str, count: int) -> None:
+        if count < 1:
+            raise InputError(f"{option} of fuser {self.name!r} is {count}; expected at least 1.")
+
     def _check_condition(self, condition: torch.Tensor | None, batch_size: int) -> None:
         channels = self.condition_channels
         if channels is None:
@@ -319,6 +335,11 @@ class Fuser(nn.Module, abc.ABC):
                 f"fuser {self.name!r} got a condition of shape {tuple(condition.shape)}; it was built for "
                 f"(B={batch_size}, D_c={channels}): give one vector per image."
             )
+
+
+def all_but(items: Sequence[_T], index: int) -> list[_T]:
+    """Return the items but the one at a position from 0 on."""
+    return [*items[:index], *items[index + 1 :]]
 
 
 def _uniform(widths: tuple[int, ...]) -> int | list[int]:

@@ -54,10 +54,10 @@ class Concat(Fuser):
         out_channels: int | None = None,
     ) -> None:
         super().__init__(in_channels, num_layers)
-        _check("norm", norm, _NORMS)
-        _check("order", order, _ORDERS)
+        self._check_choice("norm", norm, _NORMS)
+        self._check_choice("order", order, _ORDERS)
         if resize is not None:
-            _check("resize", resize, tuple(RESAMPLING))
+            self._check_choice("resize", resize, tuple(RESAMPLING))
         if out_channels is not None and out_channels < 1:
             raise InputError(f"out_channels is {out_channels}; expected at least 1, or None for no linear layer.")
         if order == "interleaved" and len(set(self.in_channels)) > 1:
@@ -102,11 +102,6 @@ class Concat(Fuser):
         target = self.out_grid(grids)
         widths = sum(width for width, grid in zip(self.in_channels, grids, strict=True) if grid != target)
         return 2 * _CELLS_READ[self.resize] * target[0] * target[1] * widths
-
-
-def _check(option: str, given: str, known: tuple[str, ...]) -> None:
-    if given not in known:
-        raise InputError(f"{option} {given!r} of fuser 'concat' is unknown. Known: {', '.join(known)}.")
 
 
 def _as_grid(grid: Sequence[int] | None, resize: str | None) -> Grid | None:

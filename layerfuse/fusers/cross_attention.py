@@ -18,7 +18,7 @@ from torch.nn import functional as F
 
 from layerfuse.errors import InputError
 from layerfuse.features import FeatureMaps, Grid
-from layerfuse.fusers.base import FUSERS, Fuser
+from layerfuse.fusers.base import FUSERS, Fuser, all_but
 from layerfuse.ops import ChannelScale, check_heads
 
 __all__ = ["CrossAttention"]
@@ -63,10 +63,7 @@ class CrossAttention(Fuser):
                 f"fuser 'cross_attention' got num_layers={num_layers}; it needs at least 2, one query map and one "
                 "value map. For a single map use 'select'."
             )
-        if not -num_layers <= query_index < num_layers:
-            raise InputError(
-                f"query_index {query_index} is outside the {num_layers} maps; allowed: {-num_layers}..{num_layers - 1}."
-            )
+        self._check_index("query_index", query_index)
         channels = self.in_channels[0]
         check_heads(channels, num_heads)
         self.query_index = query_index % num_layers
@@ -86,7 +83,7 @@ class CrossAttention(Fuser):
     def fuse(self, features: FeatureMaps, *, condition: torch.Tensor | None = None) -> torch.Tensor:
         """Enrich the query map: (B, N, C) on the query map's grid."""
         query = features.maps[self.query_index]
-        values = torch.cat([*features.maps[: self.query_index], *features.maps[self.query_index + 1 :]], dim=1)
+        values = torch.cat(all_but(features.maps, self.query_index), dim=1)
         attended = self.cross_attn(self.query_norm(query), self.feat_norm(values))
         inner = self.norm1(attended)
         refined = attended + self.self_scale(self.self_attn(inner, inner))

@@ -20,7 +20,7 @@ import torch
 
 from layerfuse.errors import InputError
 from layerfuse.features import FeatureMaps, Grid
-from layerfuse.fusers.base import FUSERS, ExtraTokens, Fuser
+from layerfuse.fusers.base import FUSERS, ExtraTokens, Fuser, all_but
 
 __all__ = ["DenseConnector"]
 
@@ -66,14 +66,9 @@ class DenseConnector(Fuser):
         query_index: int = -1,
     ) -> None:
         super().__init__(in_channels, num_layers)
-        if mode not in _MODES:
-            raise InputError(f"mode {mode!r} of fuser 'dense_connector' is unknown. Known: {', '.join(_MODES)}.")
-        if not -num_layers <= query_index < num_layers:
-            raise InputError(
-                f"query_index {query_index} is outside the {num_layers} maps; allowed: {-num_layers}..{num_layers - 1}."
-            )
-        if groups < 1:
-            raise InputError(f"groups of fuser 'dense_connector' is {groups}; expected at least 1.")
+        self._check_choice("mode", mode, _MODES)
+        self._check_index("query_index", query_index)
+        self._check_count("groups", groups)
         window = (pool,) if isinstance(pool, int) else tuple(pool)
         if len(window) not in (1, 2) or min(window) < 1:
             raise InputError(
@@ -114,10 +109,10 @@ class DenseConnector(Fuser):
         query = features.maps[self.query_index]
         if self.mode == "dci":
             return torch.cat([query, *(torch.stack(run).mean(0) for run in self._runs(features.maps))], dim=-1)
-        others = self._others(features.maps)
+        others = all_but(features.maps, self.query_index)
         if self.mode == "sci":
             return torch.cat([query, *others], dim=-1)
-        grids = self._others(features.grids)
+        grids = all_but(features.grids, self.query_index)
         return torch.cat([query, *(self._pooled(*pair) for pair in zip(others, grids, strict=True))], dim=1)
 
     def out_grid(self, grids: Sequence[Grid]) -> Grid:
@@ -128,7 +123,7 @@ class DenseConnector(Fuser):
         """Return the number of pooled tokens, behind the grid; none but in ``"sti"``."""
         if self.mode != "sti":
             return ExtraTokens()
-        return ExtraTokens(behind=sum(self._num_pooled(grid) for grid in self._others(grids)))
+        return ExtraTokens(behind=sum(self._num_pooled(grid) for grid in all_but(grids, self.query_index)))
 
     def extra_flops(self, grids: Sequence[Grid]) -> int:
         """Count one multiply-add for each number that is averaged."""
@@ -141,13 +136,9 @@ class DenseConnector(Fuser):
             cells = sum(self.extra_tokens(grids)) * self.pool[0] * self.pool[-1] ** (len(self.pool) - 1)
         return 2 * cells * self.in_channels[0]
 
-    def _others(self, items: Sequence[_T]) -> list[_T]:
-        """Return the items of all maps but the query."""
-        return [*items[: self.query_index], *items[self.query_index + 1 :]]
-
     def _runs(self, items: Sequence[_T]) -> list[list[_T]]:
         """Return the items of the maps of each group."""
-        grouped = list(items) if self.query_in_groups else self._others(items)
+        grouped = list(items) if self.query_in_groups else all_but(items, self.query_index)
         ends = [len(grouped) * group // self.groups for group in range(self.groups + 1)]
         return [grouped[start:end] for start, end in pairwise(ends)]
 

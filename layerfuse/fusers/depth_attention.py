@@ -72,10 +72,7 @@ class DepthAttention(Fuser):
         for option, given, known in (("logits", logits, _LOGITS), ("start", start, _STARTS)):
             if given not in known:
                 raise InputError(unknown_name_message(f"{option} of fuser 'depth_attention'", given, known))
-        if not -num_layers <= query_index < num_layers:
-            raise InputError(
-                f"query_index {query_index} is outside the {num_layers} maps; allowed: {-num_layers}..{num_layers - 1}."
-            )
+        self._check_index("query_index", query_index)
         channels = self.in_channels[0]
         check_heads(channels, num_heads)
         self.num_heads = num_heads

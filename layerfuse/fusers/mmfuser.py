@@ -18,7 +18,7 @@ from torch import nn
 
 from layerfuse.errors import InputError
 from layerfuse.features import FeatureMaps, Grid
-from layerfuse.fusers.base import FUSERS, Fuser
+from layerfuse.fusers.base import FUSERS, Fuser, all_but
 from layerfuse.ops import ChannelScale, MultiScaleDeformableAttention
 
 __all__ = ["MMFuser", "from_published_state_dict", "to_published_state_dict"]
@@ -67,10 +67,7 @@ class MMFuser(Fuser):
                 f"fuser 'mmfuser' got num_layers={num_layers}; it needs at least 2, one query map and one value map. "
                 "For a single map use 'select'."
             )
-        if not -num_layers <= query_index < num_layers:
-            raise InputError(
-                f"query_index {query_index} is outside the {num_layers} maps; allowed: {-num_layers}..{num_layers - 1}."
-            )
+        self._check_index("query_index", query_index)
         channels = self.in_channels[0]
         self.query_index = query_index % num_layers
         self.query_norm = nn.LayerNorm(channels, eps=norm_eps)
@@ -97,10 +94,9 @@ class MMFuser(Fuser):
     def fuse(self, features: FeatureMaps, *, condition: torch.Tensor | None = None) -> torch.Tensor:
         """Enrich the query map: (B, N, C) on the query map's grid."""
         query, query_grid = features.maps[self.query_index], features.grids[self.query_index]
-        values = torch.cat(self._values(features.maps), dim=1)
-        attended = self.cross_attn(
-            self.query_norm(query), query_grid, self.feat_norm(values), self._values(features.grids)
-        )
+        values = torch.cat(all_but(features.maps, self.query_index), dim=1)
+        grids = all_but(features.grids, self.query_index)
+        attended = self.cross_attn(self.query_norm(query), query_grid, self.feat_norm(values), grids)
         inner = self.norm1(attended)
         refined = attended + self.self_scale(self.self_attn(inner, query_grid, inner, (query_grid,)))
         fused: torch.Tensor = query + self.output_scale(refined)
@@ -114,10 +110,6 @@ class MMFuser(Fuser):
         """Count the operations of the sampling, in both attentions."""
         num_queries = self.num_tokens(grids)
         return self.cross_attn.sampling_flops(num_queries) + self.self_attn.sampling_flops(num_queries)
-
-    def _values(self, items: Sequence[_T]) -> list[_T]:
-        """Return the items of all maps but the query."""
-        return [*items[: self.query_index], *items[self.query_index + 1 :]]
 
 
 def from_published_state_dict(state_dict: Mapping[str, _T]) -> dict[str, _T]:

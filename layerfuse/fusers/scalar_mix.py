@@ -50,18 +50,14 @@ class ScalarMix(Fuser):
         query_index: int = -1,
     ) -> None:
         super().__init__(in_channels, num_layers)
-        for option, given, known in (("normalise", normalise, _NORMALISE), ("start", start, _STARTS)):
-            if given not in known:
-                raise InputError(f"{option} {given!r} of fuser 'scalar_mix' is unknown. Known: {', '.join(known)}.")
+        self._check_choice("normalise", normalise, _NORMALISE)
+        self._check_choice("start", start, _STARTS)
         if start == "query_layer" and normalise == "softmax":
             raise InputError(
                 "fuser 'scalar_mix' cannot start at the query layer with normalise='softmax', which leaves every layer "
                 "a weight; give normalise='none', or start='mean'."
             )
-        if not -num_layers <= query_index < num_layers:
-            raise InputError(
-                f"query_index {query_index} is outside the {num_layers} maps; allowed: {-num_layers}..{num_layers - 1}."
-            )
+        self._check_index("query_index", query_index)
         self.normalise = normalise
         self.start = start
         self.query_index = query_index

@@ -6,7 +6,6 @@ from collections.abc import Sequence
 
 import torch
 
-from layerfuse.errors import InputError
 from layerfuse.features import FeatureMaps, Grid
 from layerfuse.fusers.base import FUSERS, Fuser
 
@@ -30,10 +29,7 @@ class Select(Fuser):
 
     def __init__(self, in_channels: int | Sequence[int], num_layers: int, *, index: int = -1) -> None:
         super().__init__(in_channels, num_layers)
-        if not -num_layers <= index < num_layers:
-            raise InputError(
-                f"index {index} is outside the {num_layers} maps; allowed: {-num_layers}..{num_layers - 1}."
-            )
+        self._check_index("index", index)
         self.index = index
         self.out_channels = self.in_channels[index]
 

@@ -227,18 +227,12 @@ class SpatialAggregator(Fuser):
     ) -> None:
         super().__init__(in_channels, num_layers, out_channels=hidden_channels)
         channels = self.out_channels
-        for name, value, known in (("context", context, _CONTEXTS), ("mixing", mixing, _MIXINGS)):
-            if value not in known:
-                raise InputError(f"{name} {value!r} of fuser {self.name!r} is unknown. Known: {', '.join(known)}.")
-        for name, number in (("depth", depth), ("hidden_channels", channels)):
-            if number < 1:
-                raise InputError(f"{name} of fuser {self.name!r} is {number}; expected at least 1.")
+        self._check_choice("context", context, _CONTEXTS)
+        self._check_choice("mixing", mixing, _MIXINGS)
+        self._check_count("depth", depth)
+        self._check_count("hidden_channels", channels)
         check_heads(channels, num_heads)
-        if not -num_layers <= context_index < num_layers:
-            raise InputError(
-                f"context_index {context_index} is outside the {num_layers} maps; allowed: "
-                f"{-num_layers}..{num_layers - 1}."
-            )
+        self._check_index("context_index", context_index)
         self.windows = _checked_windows(windows, num_layers)
         self.grid = _checked_grid(grid)
         self.context_index = context_index if context == "mean" else None

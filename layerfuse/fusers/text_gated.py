@@ -117,19 +117,11 @@ class TextGated(Fuser):
         super().__init__(in_channels, num_layers)
         channels = self.in_channels[0]
         hidden = channels if hidden_channels is None else hidden_channels
-        if keys not in _KEYS:
-            raise InputError(f"keys {keys!r} of fuser {self.name!r} is unknown. Known: {', '.join(_KEYS)}.")
-        if not -num_layers <= base_index < num_layers:
-            raise InputError(
-                f"base_index {base_index} is outside the {num_layers} maps; allowed: {-num_layers}..{num_layers - 1}."
-            )
-        for name, number in (
-            ("condition_channels", condition_channels),
-            ("num_attention_layers", num_attention_layers),
-            ("hidden_channels", hidden),
-        ):
-            if number < 1:
-                raise InputError(f"{name} of fuser {self.name!r} is {number}; expected at least 1.")
+        self._check_choice("keys", keys, _KEYS)
+        self._check_index("base_index", base_index)
+        self._check_count("condition_channels", condition_channels)
+        self._check_count("num_attention_layers", num_attention_layers)
+        self._check_count("hidden_channels", hidden)
         check_heads(hidden, num_heads)
         self.condition_channels = condition_channels
         self.group_sizes = _group_sizes(groups, num_layers)

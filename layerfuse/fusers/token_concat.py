@@ -6,7 +6,6 @@ from collections.abc import Sequence
 
 import torch
 
-from layerfuse.errors import InputError
 from layerfuse.features import FeatureMaps, Grid
 from layerfuse.fusers.base import FUSERS, ExtraTokens, Fuser
 
@@ -34,10 +33,7 @@ class TokenConcat(Fuser):
 
     def __init__(self, in_channels: int | Sequence[int], num_layers: int, *, query_index: int = -1) -> None:
         super().__init__(in_channels, num_layers)
-        if not -num_layers <= query_index < num_layers:
-            raise InputError(
-                f"query_index {query_index} is outside the {num_layers} maps; allowed: {-num_layers}..{num_layers - 1}."
-            )
+        self._check_index("query_index", query_index)
         self.query_index = query_index % num_layers
 
     def fuse(self, features: FeatureMaps, *, condition: torch.Tensor | None = None) -> torch.Tensor:
