@@ -27,7 +27,7 @@ from __future__ import annotations
 import json
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -161,6 +161,16 @@ class FeatureMaps:
             ValueError: if the results do not fit the grids or one another.
         """
         return replace(self, maps=tuple(map(function, self.maps)), prefix=tuple(map(function, self.prefix)))
+
+    def take(self, positions: Sequence[int]) -> FeatureMaps:
+        """Return feature maps of some of the L maps, by their positions, in the order given.
+
+        Raises:
+            ValueError: if none is taken.
+        """
+        lists = {field.name: getattr(self, field.name) for field in fields(self)}
+        taken = {name: tuple(items[index] for index in positions) for name, items in lists.items() if items}
+        return replace(self, **taken)
 
     def resample(self, grid: Grid, mode: str = "bilinear") -> FeatureMaps:
         """Return feature maps whose maps all have one grid; those that have it stay as they are.

@@ -68,6 +68,18 @@ def llava_models(folder: Path) -> tuple[list[Save], Load]:
     return saves, load_model
 
 
+def die_at_rename(number: int | None) -> None:
+    """Let this process kill itself at its rename of that number, from 0 on."""
+    calls, rename = iter(range(10**9)), os.replace
+
+    def counted(source: Path, target: Path) -> None:
+        if next(calls) == number:
+            os.kill(os.getpid(), signal.SIGKILL)
+        rename(source, target)
+
+    os.replace = counted  # type: ignore[assignment]
+
+
 def forked(saves: list[Save], folder: Path, *, kill_at: int | None = None, told: int | None = None) -> int:
     """Start a process that saves the models in turn, for ever, or until its rename of that number.
 
@@ -76,14 +88,7 @@ def forked(saves: list[Save], folder: Path, *, kill_at: int | None = None, told:
     process = os.fork()
     if process:
         return process
-    calls, rename = iter(range(10**9)), os.replace
-
-    def counted(source: Path, target: Path) -> None:
-        if next(calls) == kill_at:
-            os.kill(os.getpid(), signal.SIGKILL)
-        rename(source, target)
-
-    os.replace = counted  # type: ignore[assignment]
+    die_at_rename(kill_at)
     while True:
         for save in saves:
             save(folder)

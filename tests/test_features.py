@@ -219,6 +219,17 @@ def test_resampling_gives_all_maps_one_grid(mode: str, dtype: torch.dtype) -> No
     torch.testing.assert_close(constant[0], torch.ones(2, 4, 4, dtype=dtype))
 
 
+def test_maps_are_taken_with_all_that_belongs_to_them() -> None:
+    features = random_features([4, 3, 5], grids=[(2, 5), (3, 4), (1, 1)], num_prefix_tokens=1)
+    taken = replace(features, sources=(0, 1, 1)).take((2, 0))
+    assert (taken.grids, taken.sources) == (((1, 1), (2, 5)), (1, 0))
+    assert taken.layers == (features.layers[2], features.layers[0])
+    assert taken[0] is features[2] and taken.prefix[1] is features.prefix[0]
+    assert features.take([1]).sources == ()
+    with pytest.raises(ValueError, match="needs at least one map"):
+        features.take(())
+
+
 def test_corner_cells_stay_on_corner_cells() -> None:
     features = random_features(4, num_layers=1, grids=(3, 5))
     resampled = features.resample((7, 9)).nchw(0)

@@ -8,7 +8,7 @@ import typing
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Annotated, Any, Literal, cast, get_args
+from typing import Annotated, Any, Literal, cast, get_args, get_origin
 
 from layerfuse.errors import InputError
 from layerfuse.registry import unknown_name_message
@@ -76,11 +76,13 @@ Share = Annotated[float, Within(0, 1)]
 
 
 class _Checked:
-    """A dataclass whose numbers lie within the limits that their types declare."""
+    """A dataclass whose numbers lie within the limits that their types declare, and words among those they list."""
 
     def __post_init__(self) -> None:
         for name, kind in typing.get_type_hints(type(self), include_extras=True).items():
             value = getattr(self, name)
+            if get_origin(kind) is Literal and value not in get_args(kind):
+                raise InputError(f"{name} is {value!r}; give one of: {', '.join(map(str, get_args(kind)))}.")
             # Limits may stand on an entry, as in `int | None` or `dict[str, float]`.
             limits = [m for part in (kind, *get_args(kind)) for m in getattr(part, "__metadata__", ())]
             named = (
@@ -112,8 +114,6 @@ class InjectionConfig(_Checked):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.when not in ("before", "after"):
-            raise InputError(f"when is {self.when!r}; give 'before' or 'after'.")
         for pair in self.pairs:
             if len(pair) < 2 or pair[-1] < 0:
                 raise InputError(

@@ -74,7 +74,7 @@ class LayerInjection(nn.Module):
     def forward(self, features: FeatureMaps) -> list[torch.Tensor]:
         """Merge the taps among the maps: one (B, N, D) for each pair."""
         places = [[features.layers.index(tap) for tap in taps] for *taps, _ in self.settings.pairs]
-        return [merger(_maps(features, own)) for merger, own in zip(self.mergers, places, strict=True)]
+        return [merger(features.take(own)) for merger, own in zip(self.mergers, places, strict=True)]
 
 
 def injection_settings(described: Mapping[str, Any] | None) -> InjectionConfig | None:
@@ -140,13 +140,7 @@ def resolved_injection(
 
 def leading_maps(features: FeatureMaps, count: int) -> FeatureMaps:
     """Return the first maps, which are the fuser's; the rest is only injected."""
-    return features if len(features) == count else _maps(features, range(count))
-
-
-def _maps(features: FeatureMaps, places: Sequence[int]) -> FeatureMaps:
-    names = ("maps", "layers", "grids", "prefix", "sources")
-    fields = {name: getattr(features, name) for name in names}
-    return FeatureMaps(**{name: tuple(own[place] for place in places) if own else () for name, own in fields.items()})
+    return features if len(features) == count else features.take(range(count))
 
 
 @dataclass

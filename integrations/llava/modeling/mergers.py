@@ -7,6 +7,7 @@ model with new mergers computes what it computed without them.
 from __future__ import annotations
 
 import abc
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -49,12 +50,17 @@ class Merger(nn.Module, abc.ABC):
         """Turn maps (B, H * W, C) into N tokens, as wide as the first linear layer reads."""
 
     @abc.abstractmethod
-    def num_tokens(self, grid: Grid) -> int:
-        """Return the number N of tokens of maps of this grid; a ValueError if they cannot be merged."""
-
-    @abc.abstractmethod
     def placement(self, grid: Grid) -> tuple[Grid | None, ExtraTokens]:
-        """Return the grid on which the tokens of maps of this grid lie, and how many stand in front and behind."""
+        """Return the grid on which the tokens of maps of this grid lie, and how many stand in front and behind.
+
+        Raises:
+            ValueError: if such maps cannot be merged.
+        """
+
+    def num_tokens(self, grid: Grid) -> int:
+        """Return the number N of tokens of maps of this grid; errors are those of `placement`."""
+        cells, extra = self.placement(grid)
+        return (0 if cells is None else math.prod(cells)) + sum(extra)
 
     def gather_flops(self, grid: Grid) -> int:
         """Count the floating point operations per image before the linear layers."""
@@ -83,10 +89,6 @@ class FuserMLP(Merger):
         """Fuse."""
         fused: torch.Tensor = self.fuser(features)
         return fused
-
-    def num_tokens(self, grid: Grid) -> int:
-        """Return the fuser's number of tokens."""
-        return self.fuser.num_tokens((grid,) * self.fuser.num_layers)
 
     def placement(self, grid: Grid) -> tuple[Grid | None, ExtraTokens]:
         """Return the fuser's."""
@@ -121,19 +123,15 @@ class PixelShuffleMLP(Merger):
         normed: torch.Tensor = self.norm(wide)
         return normed
 
-    def num_tokens(self, grid: Grid) -> int:
-        """Return the number of windows."""
+    def placement(self, grid: Grid) -> tuple[Grid | None, ExtraTokens]:
+        """Return the grid of the windows."""
         height, width = grid
         if height % self.window or width % self.window:
             raise InputError(
                 f"merger 'pixel_shuffle_mlp' cannot cut a grid of {height}x{width} into windows of {self.window}x"
                 f"{self.window}; set its option window to a common divisor, or take another image size."
             )
-        return height * width // self.window**2
-
-    def placement(self, grid: Grid) -> tuple[Grid | None, ExtraTokens]:
-        """Return the grid of the windows."""
-        return (grid[0] // self.window, grid[1] // self.window), ExtraTokens()
+        return (height // self.window, width // self.window), ExtraTokens()
 
 
 def create_merger(

@@ -101,8 +101,8 @@ def write_published(content: Content, folder: Path, options: Options, *, fused: 
     """Write a published checkpoint, with a fuser (MMFuser) or without (LLaVA-1.5), into a folder that exists.
 
     The vision model's weights are written where they came that way; otherwise they are left out, as in the released
-    checkpoints, and the published code reads the vision model that is named: by the model's origin, or else in the
-    options.
+    checkpoints, and the published code reads the vision model that is named: in the options, or else by the model's
+    origin.
 
     Raises:
         ValueError: if the published code cannot be given this model; the message says why.

@@ -7,7 +7,6 @@ import multiprocessing
 import os
 import re
 import shutil
-import signal
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +17,7 @@ from integrations.llava.checkpoints import convert, convert_connector, layout_of
 from integrations.llava.checkpoints.model_io import load_model
 from integrations.llava.cli.convert import main
 from layerfuse.errors import UserError
+from tests.killed_saver import die_at_rename
 
 DAMAGE = {"nothing": b"", "half": None, "a list": b"[]", "another encoding": b'{"\xe9": 1}'}
 
@@ -148,14 +148,7 @@ def test_an_adapter_that_is_refused_leaves_no_folder(sources: dict[str, Path], t
 
 def converted_until(source: Path, target: Path, kill_at: int) -> None:
     """Convert in a process that kills itself at its rename of that number."""
-    calls, rename = iter(range(10**9)), os.replace
-
-    def counted(old: Path, new: Path) -> None:
-        if next(calls) == kill_at:
-            os.kill(os.getpid(), signal.SIGKILL)
-        rename(old, new)
-
-    os.replace = counted  # type: ignore[assignment]
+    die_at_rename(kill_at)
     convert(source, target)
 
 

@@ -342,6 +342,10 @@ def test_what_cannot_be_is_refused_with_what_can() -> None:
         make_model(((1, 2, 3, 4, 0),), merger="text_gated", merger_options={"condition_channels": 32})
     with refused(r"merger 'mlp' takes one layer and is given 2; name a fuser as the merger"):
         make_model(((1, 2, 0),))
+    with refused(r"tokens of the grid \(2, 8\) .* 'concat' of \(4, 4\) .* a merger and a fuser of one grid"):
+        make_model(merger="spatial_aggregator", merger_options={"grid": [2, 8]})
+    with refused(r"when is 'middle'; give one of: before, after"):
+        InjectionConfig(pairs=((1, 0),), when="middle")  # type: ignore[arg-type]
     with refused(r"pairs has \[1\]; give \[layer of the backbone, decoder layer\]"):
         InjectionConfig(pairs=((1,),))
     with refused(r"pairs has \[1, -1\]"):
