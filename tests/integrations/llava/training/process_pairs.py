@@ -6,6 +6,7 @@ ended, after how many seconds, and what they said.
 
 from __future__ import annotations
 
+import faulthandler
 import importlib
 import json
 import os
@@ -33,6 +34,9 @@ class Ended:
     code: int
     seconds: float
     output: str
+
+    def __str__(self) -> str:
+        return f"exit code {self.code} after {self.seconds:.0f} s:\n{self.output}"
 
 
 class Nursery:
@@ -87,7 +91,7 @@ def _pair(job: str, *arguments: Any) -> list[tuple[int, float, str]]:
                 ended[running.pop(pid)] = os.waitstatus_to_exitcode(status), time.monotonic() - started
             elif time.monotonic() - started > _PATIENCE:
                 for left in running:
-                    os.kill(left, signal.SIGKILL)
+                    os.kill(left, signal.SIGABRT)  # says where each of its threads stands, see faulthandler
             else:
                 time.sleep(0.01)
         return [(*ended[rank], said[rank].read_text(encoding="utf-8", errors="replace")) for rank in (0, 1)]
@@ -100,6 +104,7 @@ def _fork(rank: int, port: str, said: Path, job: str, arguments: tuple[Any, ...]
     output = os.open(said, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(output, 1)
     os.dup2(output, 2)
+    faulthandler.enable(file=2)
     os.environ |= {"MASTER_ADDR": "localhost", "MASTER_PORT": port, "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank)}
     code = 1

@@ -134,7 +134,7 @@ class Runs:
 
     def _in_two(self, function: str, *arguments: Any) -> None:
         ended = self.nursery.run(f"distributed_worker:{function}", str(self.folder), *arguments)
-        assert [each.code for each in ended] == [0, 0], ended
+        assert [each.code for each in ended] == [0, 0], "\n".join(f"{each}" for each in ended)
 
 
 @pytest.fixture(scope="module")
