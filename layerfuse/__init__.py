@@ -9,7 +9,15 @@ Shapes are written in the letters of `layerfuse.features`.
 
 from __future__ import annotations
 
-from layerfuse.backbones import BACKBONES, Backbone, BackboneFacts, create_backbone, list_backbones
+from layerfuse.backbones import (
+    BACKBONES,
+    Backbone,
+    BackboneFacts,
+    BackboneGroup,
+    create_backbone,
+    create_backbone_group,
+    list_backbones,
+)
 from layerfuse.encoder import FusedEncoder, check_fuser_fits, create_encoder
 from layerfuse.extraction import extract_features
 from layerfuse.features import FeatureMaps
@@ -27,6 +35,7 @@ __all__ = [
     "FUSERS",
     "Backbone",
     "BackboneFacts",
+    "BackboneGroup",
     "FeatureMaps",
     "FusedEncoder",
     "Fuser",
@@ -36,6 +45,7 @@ __all__ = [
     "__version__",
     "check_fuser_fits",
     "create_backbone",
+    "create_backbone_group",
     "create_encoder",
     "create_fuser",
     "deformable_attention",

@@ -14,22 +14,23 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import ModelHubMixin, snapshot_download
+from huggingface_hub import ModelHubMixin
 from torch import nn
 
-from layerfuse.backbones import Backbone, backbone_from_config, create_backbone
+from layerfuse._encoder_files import CONFIG_FILE, WEIGHTS_FILE, fetch_encoder, read_encoder_config
+from layerfuse.backbones import Featurizer, backbone_from_config, create_backbone, create_backbone_group
 from layerfuse.backbones._creation import as_device, as_dtype, named_once
-from layerfuse.errors import InputError, InvalidTypeError, MissingFileError
+from layerfuse.errors import InputError, InvalidTypeError
 from layerfuse.features import Grid
-from layerfuse.files import atomic_folder, explain_missing_config
+from layerfuse.files import atomic_folder
 from layerfuse.fusers import FUSERS, Fuser, FuserCost, create_fuser, fuser_from_config
 from layerfuse.layers import LayerChoice
-from layerfuse.preprocessing import Images, Preprocessing
+from layerfuse.preprocessing import AnyPreprocessing, Images
 from layerfuse.weights import fitting_weights, load_weights, save_weights
 
 __all__ = ["FusedEncoder", "check_fuser_fits", "create_encoder"]
 
-_CONFIG_FILE, _WEIGHTS_FILE, _CARD_FILE = "config.json", "model.safetensors", "README.md"
+_CARD_FILE = "README.md"
 
 
 class FusedEncoder(
@@ -44,14 +45,14 @@ class FusedEncoder(
     ``FusedEncoder.from_pretrained(folder_or_hub_name)``.
 
     Args:
-        backbone: taps L layers.
-        fuser: takes L maps of the backbone's width.
+        backbone: taps L layers; or a `BackboneGroup`, which taps them in several backbones.
+        fuser: takes L maps of these widths.
 
     Raises:
         ValueError: if the fuser was built for another number of layers or other widths than the backbone gives.
     """
 
-    def __init__(self, backbone: Backbone, fuser: Fuser) -> None:
+    def __init__(self, backbone: Featurizer, fuser: Fuser) -> None:
         super().__init__()
         check_fuser_fits(backbone, fuser)
         self.backbone = backbone
@@ -61,7 +62,8 @@ class FusedEncoder(
         """Encode images as fused visual tokens (B, N, C_out).
 
         Args:
-            images: (B, 3, height, width) in pixels, normalised as `prepare` does it.
+            images: (B, 3, height, width) in pixels, normalised as `prepare` does it; of several backbones
+                (B, 3 * backbones, height, width), see `BackboneGroup`.
             condition: (B, D_c), such as an embedding of each image's question, for a fuser with ``condition_channels``.
 
         Raises:
@@ -71,7 +73,7 @@ class FusedEncoder(
         return tokens
 
     @property
-    def preprocessing(self) -> Preprocessing:
+    def preprocessing(self) -> AnyPreprocessing:
         """The preprocessing that the backbone wants for its images."""
         return self.backbone.preprocessing
 
@@ -92,7 +94,7 @@ class FusedEncoder(
         return self.fuser.out_grid(self.backbone.grids(size))
 
     def prepare(self, images: Images) -> torch.Tensor:
-        """Return the encoder's input, (B, 3, height, width), from one picture or several; see `Backbone.prepare`."""
+        """Return the encoder's input, (B, channels, height, width), from pictures; see `Backbone.prepare`."""
         return self.backbone.prepare(images)
 
     def freeze_backbone(self) -> FusedEncoder:
@@ -152,8 +154,8 @@ class FusedEncoder(
             lambda: FusedEncoder(backbone_from_config(described["backbone"]), fuser_from_config(described["fuser"])),
         )
         with atomic_folder(folder) as scratch:
-            save_weights(self, weights, scratch / _WEIGHTS_FILE)
-            (scratch / _CONFIG_FILE).write_text(json.dumps(described, indent=2) + "\n", encoding="utf-8")
+            save_weights(self, weights, scratch / WEIGHTS_FILE)
+            (scratch / CONFIG_FILE).write_text(json.dumps(described, indent=2) + "\n", encoding="utf-8")
             if not (folder / _CARD_FILE).exists():
                 self.generate_model_card(**model_card_kwargs or {}).save(scratch / _CARD_FILE)
         if not push_to_hub:
@@ -177,7 +179,7 @@ class FusedEncoder(
         cls,
         pretrained_model_name_or_path: str | Path,
         *,
-        backbone: Backbone | None = None,
+        backbone: Featurizer | None = None,
         fuser: Fuser | None = None,
         dtype: torch.dtype | str | None = None,
         device: torch.device | str | None = None,
@@ -201,76 +203,48 @@ class FusedEncoder(
             ValueError: if config or weights are damaged or do not fit one another, or dtype or device is none.
         """
         precision, place = as_dtype(dtype), as_device(device, device_map)
-        folder = Path(pretrained_model_name_or_path)
-        if not folder.is_dir():
-            try:
-                fetched = snapshot_download(
-                    str(pretrained_model_name_or_path),
-                    revision=revision,
-                    cache_dir=cache_dir,
-                    force_download=force_download,
-                    local_files_only=local_files_only,
-                    token=token,
-                    allow_patterns=[_CONFIG_FILE, _WEIGHTS_FILE],
-                )
-            except (OSError, ValueError) as error:  # no such name, no network, nothing in the cache
-                raise MissingFileError(
-                    f"{pretrained_model_name_or_path} is no folder, and it could not be fetched from the hub; give a "
-                    "folder written by FusedEncoder.save_pretrained, or the name of a repository. huggingface_hub "
-                    f"says: {error}"
-                ) from error
-            folder = Path(fetched)
-        config = _read_config(folder)
+        folder = fetch_encoder(
+            pretrained_model_name_or_path,
+            revision=revision,
+            cache_dir=cache_dir,
+            force_download=force_download,
+            local_files_only=local_files_only,
+            token=token,
+        )
+        config = read_encoder_config(folder)
         encoder = cls(
             backbone if backbone is not None else backbone_from_config(config["backbone"]),
             fuser if fuser is not None else fuser_from_config(config["fuser"]),
         )
-        load_weights(encoder, folder / _WEIGHTS_FILE)
+        load_weights(encoder, folder / WEIGHTS_FILE)
         return encoder.to(device=place, dtype=precision).eval()
 
 
-def check_fuser_fits(backbone: Backbone, fuser: Fuser) -> None:
+def check_fuser_fits(backbone: Featurizer, fuser: Fuser) -> None:
     """Refuse a fuser that does not take what the backbone gives: one map of its own width for each tapped layer.
 
     Raises:
-        ValueError: if the fuser was built for another number of layers or other widths; the message says for which to
-            build it.
+        ValueError: if the fuser was built for another number of layers or other widths, or needs one grid where several
+            backbones have several; the message says what to do.
     """
-    widths = (backbone.embed_dim,) * len(backbone.layers)
+    widths = backbone.map_channels
     if tuple(fuser.in_channels) != widths:
         raise InputError(
             f"fuser {fuser.name!r} was built for {len(fuser.in_channels)} maps of widths {tuple(fuser.in_channels)}, "
             f"but the backbone taps layers {backbone.layers} of widths {widths}; build the fuser with "
-            f"in_channels={backbone.embed_dim} and num_layers={len(widths)}, or tap other layers."
+            f"in_channels={backbone.fuser_channels} and num_layers={len(widths)}, or tap other layers."
         )
-
-
-def _read_config(folder: Path) -> dict[str, Any]:
-    """Return the configs of ``backbone`` and ``fuser`` from a folder that `FusedEncoder.save_pretrained` wrote.
-
-    Raises:
-        FileNotFoundError: if config or weights are not there.
-        ValueError: if the config is damaged, or of something else.
-    """
-    missing = [name for name in (_CONFIG_FILE, _WEIGHTS_FILE) if not (folder / name).is_file()]
-    if missing:
-        raise MissingFileError(
-            f"{folder} holds no {' and no '.join(missing)}; give a folder written by FusedEncoder.save_pretrained."
-            f"{explain_missing_config(folder)}"
+    grids = backbone.grids()
+    if fuser.equal_grids and len(set(grids)) > 1:
+        raise InputError(
+            f"fuser {fuser.name!r} needs one grid for all maps, and the backbones give the grids "
+            f"{', '.join(f'{height}x{width}' for height, width in grids)}; bring them to one with resample='bilinear'."
         )
-    try:
-        config = json.loads((folder / _CONFIG_FILE).read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise InputError(f"{folder / _CONFIG_FILE} is no valid JSON ({error}); write or download it anew.") from error
-    if not isinstance(config, dict) or set(config) != {"backbone", "fuser"}:
-        keys = sorted(config) if isinstance(config, dict) else type(config).__name__
-        raise InputError(f"{folder / _CONFIG_FILE} has the keys {keys}; a FusedEncoder's has 'backbone' and 'fuser'.")
-    return config
 
 
 def _inside(module: nn.Module) -> Any:
     """Return the backbone or fuser inside the wrappers of torch.compile and data parallelism."""
-    while not isinstance(module, (Backbone, Fuser)):
+    while not isinstance(module, (Featurizer, Fuser)):
         inner = next((module._modules[name] for name in ("_orig_mod", "module") if name in module._modules), None)
         assert inner is not None, type(module)
         module = inner
@@ -281,13 +255,15 @@ def create_encoder(
     model: object,
     held: object = None,
     *,
-    layers: LayerChoice | None = None,
+    layers: LayerChoice | Sequence[LayerChoice] | None = None,
     fuser: str | Fuser = "mmfuser",
     fuser_options: Mapping[str, Any] | None = None,
-    backbone_options: Mapping[str, Any] | None = None,
-    pretrained: bool = True,
-    image_size: int | tuple[int, int] | None = None,
-    copy: bool = False,
+    backbone_options: Mapping[str, Any] | Sequence[Mapping[str, Any] | None] | None = None,
+    pretrained: bool | Sequence[bool] = True,
+    image_size: int | tuple[int, int] | list[int | tuple[int, int] | None] | None = None,
+    copy: bool | Sequence[bool] = False,
+    resample: str | None = "bilinear",
+    grid: Sequence[int] | None = None,
     device: torch.device | str | None = None,
     dtype: torch.dtype | str | None = None,
     options: Mapping[str, Any] | None = None,
@@ -300,16 +276,22 @@ def create_encoder(
     Args:
         model: as in `create_backbone`: ``"timm:vit_large_patch14_clip_quickgelu_336.openai"``,
             ``"open_clip:ViT-L-14/openai"``, ``"transformers:org/name"``, ``"transformers:" + folder``, a config of
-            transformers, a model, or a family with the model second.
+            transformers, a model, or a family with the model second. A list of these makes one encoder of several
+            backbones, which all see the picture; see `create_backbone_group`.
         held: a model or config where ``model`` names the family that it is to be taken for.
         layers: layer numbers (0 = embeddings, -2 = penultimate block), shares of the depth (floats in (0, 1]), or
             `layerfuse.spread`, in the order that the fuser wants; if None, the fuser's published choice for this depth.
+            Of several backbones a list with a choice for each; the four arguments before ``resample`` are one value for
+            all, or a list.
         fuser: its name, or the fuser itself.
         fuser_options: the fuser's own arguments, such as ``{"num_heads": 8}``.
         backbone_options: of a name, arguments for the library's own constructor; of a model, for the backbone's.
         pretrained: of a name, load the library's weights; False gives random weights and downloads nothing.
         image_size: edge or (height, width) in pixels, if not the model's own.
         copy: copy a model that is handed over rather than cut it.
+        resample: how maps of several backbones come to one grid: ``"bilinear"``, ``"bicubic"``, ``"nearest"``, or None
+            where the fuser takes each on its own.
+        grid: (H, W) of that grid, in patches; if None, that of the first backbone.
         device: where the encoder goes, if not where its backbone is built.
         dtype: of all weights, such as torch.bfloat16 or its name, if not the library's.
         options: deprecated name of ``backbone_options``.
@@ -332,18 +314,20 @@ def create_encoder(
         raise InputError("fuser_options are for a fuser that is built by its name; this one is built already.")
     kind = type(fuser) if isinstance(fuser, Fuser) else FUSERS.get(fuser)
     chosen = fuser.options if isinstance(fuser, Fuser) else fuser_options or {}
-    backbone = create_backbone(
-        model,
-        held,
-        layers=partial(_published_layers, kind, chosen) if layers is None else layers,
-        pretrained=pretrained,
-        image_size=image_size,
-        options=backbone_options,
-        copy=copy,
-    )
+    wanted: Any = partial(_published_layers, kind, chosen) if layers is None else layers
+    how: dict[str, Any] = {"pretrained": pretrained, "image_size": image_size, "options": backbone_options}
+    backbone: Featurizer
+    if isinstance(model, (list, tuple)):
+        if held is not None:
+            raise InvalidTypeError("several backbones are one list; write the family of each in front of its name.")
+        backbone = create_backbone_group(model, layers=wanted, copy=copy, resample=resample, grid=grid, **how)
+    else:
+        if grid is not None:
+            raise InputError(f"grid={tuple(grid)} is for several backbones; one backbone has one grid already.")
+        backbone = create_backbone(model, held, layers=wanted, copy=bool(copy), **how)
     if not isinstance(fuser, Fuser):
         count = len(backbone.layers)
-        fuser = create_fuser(fuser, in_channels=backbone.embed_dim, num_layers=count, options=fuser_options)
+        fuser = create_fuser(fuser, in_channels=backbone.fuser_channels, num_layers=count, options=fuser_options)
     return FusedEncoder(backbone, fuser).to(device=as_device(device), dtype=as_dtype(dtype)).eval()
 
 

@@ -13,7 +13,7 @@ from torch import nn
 from layerfuse.errors import InputError
 from layerfuse.files import read_safetensors
 
-__all__ = ["fitting_weights", "load_weights", "save_weights"]
+__all__ = ["fitting_weights", "load_weights", "save_weights", "weight_differences"]
 
 # What torch.compile, DDP and DataParallel, and checkpoint wrappers put between a module and its parameters.
 _WRAPPERS = ("_orig_mod", "module", "_checkpoint_wrapped_module")
@@ -50,7 +50,7 @@ def fitting_weights(module: nn.Module, rebuild: Callable[[], nn.Module]) -> dict
             f"{_listed(strange)} are no tensors, which safetensors cannot store; save state_dict() itself."
         )
     found = {name if name in expected else _unwrapped(name): value for name, value in module.state_dict().items()}
-    faults = _differences(expected, found)
+    faults = weight_differences(expected, found)
     if faults:
         text = " ".join(found)
         advice = [words for trace, words in _CHANGES.items() if trace in text]
@@ -103,7 +103,7 @@ def load_weights(module: nn.Module, path: Path) -> None:
     """
     stored, metadata = read_safetensors(path)
     own = module.state_dict(keep_vars=True)
-    faults = _differences(own, stored)
+    faults = weight_differences(own, stored)
     if faults:
         raise InputError(
             f"the weights in {path} do not fit this encoder. {faults}. Check that config and weights come from the "
@@ -128,7 +128,7 @@ def _set_buffer_dtypes(module: nn.Module, stored: Mapping[str, torch.Tensor], me
             buffer.data = buffer.data.to(dtype)
 
 
-def _differences(expected: Mapping[str, torch.Tensor], found: Mapping[str, torch.Tensor]) -> str:
+def weight_differences(expected: Mapping[str, torch.Tensor], found: Mapping[str, torch.Tensor]) -> str:
     """Return a text of the names and shapes that differ; empty if none do."""
     missing, unexpected = [*(expected.keys() - found.keys())], [*(found.keys() - expected.keys())]
     misshapen = [

@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from layerfuse.backbones.base import BACKBONES, Backbone
+from layerfuse.backbones._group import BackboneGroup
+from layerfuse.backbones.base import BACKBONES, Backbone, Featurizer
 from layerfuse.errors import InputError, InvalidTypeError, MissingPackageError
 from layerfuse.layers import LayerChoice
 from layerfuse.registry import unknown_name_message
@@ -124,12 +125,16 @@ def named_once(function: str, model: object, held: object) -> tuple[object, obje
     return f"{model}:{held}", None
 
 
-def backbone_from_config(config: Mapping[str, Any]) -> Backbone:
+def backbone_from_config(config: Mapping[str, Any]) -> Featurizer:
     """Build the architecture that a backbone's ``config`` describes, with random weights; nothing is downloaded.
+
+    The config may be that of a `BackboneGroup`.
 
     Raises:
         ValueError: if the config names no family or an unknown one, or lacks keys.
     """
+    if "backbones" in config:
+        return BackboneGroup.from_config(config)
     if "family" not in config:
         raise InputError(
             f"a backbone config needs the key 'family' (one of {', '.join(BACKBONES.names())}); this one has "

@@ -11,7 +11,8 @@ from __future__ import annotations
 import abc
 import json
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar
+from functools import reduce
+from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch import nn
@@ -22,14 +23,101 @@ from layerfuse.backbones._image_checks import check_images, check_tokens, find_p
 from layerfuse.errors import InputError, InvalidTypeError
 from layerfuse.features import FeatureMaps, Grid
 from layerfuse.layers import LayerChoice, resolve_layers
-from layerfuse.preprocessing import Images, Preprocessing
+from layerfuse.preprocessing import AnyPreprocessing, Images, Preprocessing
 from layerfuse.registry import Registry
 from layerfuse.taps import BlockTaps, as_features
 
-__all__ = ["BACKBONES", "Backbone", "BackboneFacts", "as_pair", "checked_multiple"]
+__all__ = ["BACKBONES", "Backbone", "BackboneFacts", "Featurizer", "as_pair", "checked_multiple"]
 
 
-class Backbone(nn.Module, abc.ABC):
+_F = TypeVar("_F", bound="Featurizer")
+
+
+class Featurizer(nn.Module, abc.ABC):
+    """Base class of `Backbone` and `BackboneGroup`.
+
+    Attributes:
+        layers: number (>= 0) of each map's layer, in the order of the maps.
+        image_size: (height, width) of the images, in pixels, as `prepare` makes them.
+        in_channels: of the images.
+        preprocessing: of pictures, which makes such images; may be replaced.
+    """
+
+    layers: tuple[int, ...]
+    image_size: tuple[int, int]
+    in_channels: int
+    preprocessing: AnyPreprocessing
+    _frozen: bool = False
+
+    @property
+    @abc.abstractmethod
+    def members(self) -> tuple[Backbone, ...]:
+        """The backbones; ``FeatureMaps.sources`` are positions among them."""
+
+    @property
+    @abc.abstractmethod
+    def config(self) -> dict[str, Any]:
+        """JSON-able description from which `layerfuse.backbones.backbone_from_config` builds the same architecture."""
+
+    @abc.abstractmethod
+    def grids(self, size: int | Sequence[int] | None = None) -> tuple[Grid, ...]:
+        """Return the grids (H, W) of all maps, in patches, of images of a size in pixels; of the native one if None."""
+
+    @abc.abstractmethod
+    def set_gradient_checkpointing(self, enable: bool = True) -> None:
+        """Recompute block activations in the backward pass instead of keeping them."""
+
+    @property
+    def map_channels(self) -> tuple[int, ...]:
+        """Width C_l of each map."""
+        return tuple(self.members[source].embed_dim for source, _ in self.taps)
+
+    @property
+    def fuser_channels(self) -> int | list[int]:
+        """The widths as a fuser's ``in_channels`` are written: one number if all maps share it, else one per map."""
+        widths = list(self.map_channels)
+        return widths[0] if len(set(widths)) == 1 else widths
+
+    @property
+    def taps(self) -> tuple[tuple[int, int], ...]:
+        """Of each map the position of its backbone among `members`, and its layer."""
+        return tuple((source, layer) for source, member in enumerate(self.members) for layer in member.layers)
+
+    def prepare(self, images: Images) -> torch.Tensor:
+        """Return a batch (B, in_channels, height, width) of one picture or several, on the device and in the dtype.
+
+        Raises:
+            TypeError: if one is no picture, see `Preprocessing.batch`.
+            ValueError: if there is none, or one has values or a shape that cannot be.
+        """
+        return self.preprocessing.batch(images).to(self.device, self.dtype)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype that images are to have."""
+        return reduce(torch.promote_types, [member.dtype for member in self.members])
+
+    @property
+    def device(self) -> torch.device:
+        """The device of the first weight."""
+        return next((weight.device for weight in self.parameters()), torch.device("cpu"))
+
+    def freeze(self: _F) -> _F:
+        """Turn gradients off for every parameter and stay in evaluation mode, whatever ``train()`` is called later.
+
+        Returns the same object.
+        """
+        self._frozen = True
+        self.requires_grad_(False)
+        return self.eval()
+
+    def train(self: _F, mode: bool = True) -> _F:
+        """Set the training mode, unless it is frozen."""
+        super().train(mode and not self._frozen)
+        return self
+
+
+class Backbone(Featurizer):
     """A Vision Transformer of which some layers are tapped, and which ends after the deepest of them.
 
     The model that is handed over is changed: the blocks after the deepest tapped layer, the final norm and the pooling
@@ -82,10 +170,9 @@ class Backbone(nn.Module, abc.ABC):
         self.num_prefix_tokens = facts.num_prefix_tokens
         self.image_size = facts.image_size
         self.any_size = facts.any_size
-        self.preprocessing = facts.preprocessing
+        self.preprocessing: Preprocessing = facts.preprocessing
         self._recipe = None if recipe is None else dict(recipe)
         self.copy_maps = False
-        self._frozen = False
         cut_submodules(model, facts.tail)
         cut_blocks(blocks, max(self.layers))
         self.cut_tail(model)
@@ -183,6 +270,11 @@ class Backbone(nn.Module, abc.ABC):
         return backbone
 
     @property
+    def members(self) -> tuple[Backbone, ...]:
+        """The backbone itself: the only one."""
+        return (self,)
+
+    @property
     def config(self) -> dict[str, Any]:
         """JSON-able description from which `from_config` builds the same architecture.
 
@@ -243,15 +335,6 @@ class Backbone(nn.Module, abc.ABC):
             self._batch_first_seen = num_images != num_tokens
         return hidden
 
-    def prepare(self, images: Images) -> torch.Tensor:
-        """Return a batch (B, 3, height, width) of one picture or several, on the backbone's device and in its dtype.
-
-        Raises:
-            TypeError: if one is no picture, see `Preprocessing.batch`.
-            ValueError: if there is none, or one has values or a shape that cannot be.
-        """
-        return self.preprocessing.batch(images).to(self.device, self.dtype)
-
     def grid(self, height: int, width: int) -> Grid:
         """Return the grid (H, W), in patches, of an image size in pixels.
 
@@ -279,25 +362,6 @@ class Backbone(nn.Module, abc.ABC):
             return weight.dtype
         floating = (p.dtype for p in self.model.parameters() if p.is_floating_point())
         return next(floating, torch.get_default_dtype())
-
-    @property
-    def device(self) -> torch.device:
-        """The device of the first weight."""
-        return next((weight.device for weight in self.parameters()), torch.device("cpu"))
-
-    def freeze(self) -> Backbone:
-        """Turn gradients off for every parameter and stay in evaluation mode, whatever ``train()`` is called later.
-
-        Returns the same backbone.
-        """
-        self._frozen = True
-        self.requires_grad_(False)
-        return self.eval()
-
-    def train(self, mode: bool = True) -> Backbone:
-        """Set the training mode of the model, unless it is frozen."""
-        super().train(mode and not self._frozen)
-        return self
 
     def set_gradient_checkpointing(self, enable: bool = True) -> None:
         """Recompute block activations in the backward pass instead of keeping them.

@@ -15,6 +15,7 @@ from layerfuse.preprocessing.preprocessing import (
     Preprocessing,
     interpolation_name,
 )
+from layerfuse.preprocessing.stacked import AnyPreprocessing, StackedPreprocessing, preprocessing_from_dict
 
 __all__ = [
     "CLIP_MEAN",
@@ -22,10 +23,13 @@ __all__ = [
     "HALF",
     "IMAGENET_MEAN",
     "IMAGENET_STD",
+    "AnyPreprocessing",
     "Geometry",
     "Images",
     "Interpolation",
     "Mode",
     "Preprocessing",
+    "StackedPreprocessing",
     "interpolation_name",
+    "preprocessing_from_dict",
 ]

@@ -9,7 +9,7 @@ pad-to-square of LLaVA-1.5 (arXiv:2310.03744): nothing is cropped, the border ha
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, Literal, cast, get_args
 
@@ -32,6 +32,7 @@ __all__ = [
     "Mode",
     "Preprocessing",
     "interpolation_name",
+    "stack_pictures",
 ]
 
 Mode = Literal["crop", "squash", "pad", "border"]
@@ -142,10 +143,7 @@ class Preprocessing:
             TypeError: if one is no picture.
             ValueError: if there is no image, or one has values or a shape that cannot be.
         """
-        prepared = [self(image) for image in as_pictures(images)]
-        if not prepared:
-            raise InputError("Preprocessing.batch got no images; give at least one.")
-        return torch.stack(prepared)
+        return stack_pictures(self, images)
 
     def fit(self, image: Image.Image) -> Image.Image:
         """Return an RGB image of ``size``, before it is rescaled and normalised; raises as `__call__`."""
@@ -173,6 +171,18 @@ class Preprocessing:
         # The 1e-6 undoes the rounding of quotients such as 224 / (224 / 256).
         height, width = (math.floor(edge / self.crop_pct + 1e-6) for edge in self.size)
         return height, width
+
+    @property
+    def channels(self) -> int:
+        """Channels of the result."""
+        return 3
+
+    def changed(
+        self, *, mode: Mode | None = None, crop_pct: float | None = None, upright: bool | None = None
+    ) -> Preprocessing:
+        """Return another one, with the fields that are given and not None."""
+        given: dict[str, Any] = {"mode": mode, "crop_pct": crop_pct, "upright": upright}
+        return replace(self, **{name: value for name, value in given.items() if value is not None})
 
     def to_dict(self) -> dict[str, Any]:
         """Return the fields as JSON can hold them, for `from_dict`."""
@@ -275,6 +285,14 @@ class Preprocessing:
     @property
     def _filter(self) -> Image.Resampling:
         return Image.Resampling[self.interpolation.upper()]
+
+
+def stack_pictures(prepare: Callable[[Image.Image], torch.Tensor], images: Images) -> torch.Tensor:
+    """Return a batch (B, C, height, width) of images of any kind, each prepared as said; errors as `as_pictures`."""
+    prepared = [prepare(image) for image in as_pictures(images)]
+    if not prepared:
+        raise InputError("Preprocessing.batch got no images; give at least one.")
+    return torch.stack(prepared)
 
 
 def interpolation_name(given: str | int, *, default: Interpolation = "bicubic") -> Interpolation:

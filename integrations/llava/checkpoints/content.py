@@ -24,10 +24,10 @@ from integrations.llava.config import InjectionConfig
 from integrations.llava.image_layout import ImageLayout
 from integrations.llava.modeling import FusedLlavaForConditionalGeneration, build_model, end_answers
 from integrations.llava.prompts import Template
-from layerfuse.backbones import Backbone
+from layerfuse.backbones import Backbone, Featurizer
 from layerfuse.errors import InputError, MissingFileError, UserError
 from layerfuse.fusers import Fuser
-from layerfuse.preprocessing import Mode, Preprocessing
+from layerfuse.preprocessing import AnyPreprocessing, Mode, Preprocessing
 
 from .tensors import StoredTensor, check_fit
 
@@ -120,7 +120,7 @@ class Content:
     model: FusedLlavaForConditionalGeneration
     tensors: Mapping[str, StoredTensor]
     tokenizer: PreTrainedTokenizerBase
-    preprocessing: Preprocessing
+    preprocessing: AnyPreprocessing
     template: Template
     folder: Path
     tail: Mapping[str, StoredTensor] = field(default_factory=dict)
@@ -129,8 +129,21 @@ class Content:
 
     @property
     def backbone(self) -> Backbone:
-        """The backbone, on the meta device."""
-        return self.model.model.vision_tower.backbone
+        """The only backbone, on the meta device; a ValueError if there are several."""
+        backbone = self.model.model.vision_tower.backbone
+        if not isinstance(backbone, Backbone):
+            raise InputError(
+                f"the model has {len(backbone.members)} backbones, and the other layouts have a place for one; keep "
+                "our own layout, 'layerfuse', which holds this model as it is."
+            )
+        return backbone
+
+    @property
+    def only_preprocessing(self) -> Preprocessing:
+        """The preprocessing of the only backbone."""
+        prepare, _ = self.preprocessing, self.backbone  # which refuses several
+        assert isinstance(prepare, Preprocessing)
+        return prepare
 
     @property
     def fuser(self) -> Fuser:
@@ -163,7 +176,7 @@ class Content:
 
 
 def meta_model(
-    backbone: Backbone,
+    backbone: Featurizer,
     fuser: Fuser,
     text_config: PreTrainedConfig,
     *,

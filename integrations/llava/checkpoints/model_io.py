@@ -120,18 +120,26 @@ def _check_weights(folder: Path) -> None:
 def _check_preprocessing(config: FusedLlavaConfig, folder: Path) -> None:
     """Compare the preprocessing of the processor, which counts, with that in the backbone's config."""
     assert isinstance(config.vision_config, LayerfuseVisionConfig)
-    named = (config.vision_config.backbone or {}).get("preprocessing", {})
+    backbone = config.vision_config.backbone or {}
+    named = [own.get("preprocessing", {}) for own in backbone.get("backbones", [backbone])]
     for file in (folder / name for name in ("processor_config.json", "preprocessor_config.json")):
         described = read_json(file) if file.is_file() else {}
         used = described.get("image_processor", described).get("preprocessing", {})
-        # A recipe chooses the mode, and pictures are turned when the model answers.
-        other = [key for key in used.keys() & named.keys() - {"mode", "upright"} if used[key] != named[key]]
-        if other:
-            key = min(other)
+        parts = used.get("parts", [used])
+        if used and len(parts) != len(named):
             raise InputError(
-                f"{file} prepares images with {key} {used[key]}, but the backbone in {folder / CONFIG_FILE} takes "
-                f"{named[key]}; take both files from the same model."
+                f"{file} prepares images for {len(parts)} backbones, and {folder / CONFIG_FILE} has {len(named)}; take "
+                "both files from the same model."
             )
+        for own, wanted in zip(parts, named, strict=False):
+            # A recipe chooses the mode, and pictures are turned when the model answers.
+            other = [key for key in own.keys() & wanted.keys() - {"mode", "upright"} if own[key] != wanted[key]]
+            if other:
+                key = min(other)
+                raise InputError(
+                    f"{file} prepares images with {key} {own[key]}, but the backbone in {folder / CONFIG_FILE} takes "
+                    f"{wanted[key]}; take both files from the same model."
+                )
 
 
 def load_processor(folder: str | Path) -> LlavaProcessor:

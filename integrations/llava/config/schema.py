@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import logging
-import math
-import typing
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Annotated, Any, Literal, cast, get_args, get_origin
+from typing import Literal, cast, get_args
 
 from layerfuse.errors import InputError
 from layerfuse.registry import unknown_name_message
+
+from .limits import Checked, Count, Natural, Positive, Rate, Seed, Share
+from .model import InjectionConfig, ModelConfig
 
 __all__ = [
     "ENGINES",
@@ -47,135 +48,7 @@ ImageMode = Literal["pad", "crop", "squash"]
 
 
 @dataclass(frozen=True)
-class Within:
-    """Limits of a number; with `above`, `least` itself is not allowed."""
-
-    least: float
-    most: float = math.inf
-    above: bool = False
-
-    def check(self, name: str, value: float) -> None:
-        """Refuse a number outside the limits, or none at all (NaN), with a ValueError that names what is allowed."""
-        if not math.isfinite(value):
-            raise InputError(f"{name}={value} is no finite number.")
-        if value < self.least or (self.above and value == self.least):
-            raise InputError(
-                f"{name}={value} is too small; give {'more than' if self.above else 'at least'} {self.least:g}."
-            )
-        if value > self.most:
-            raise InputError(f"{name}={value} is too large; give at most {self.most:.10g}.")
-
-
-Count = Annotated[int, Within(1)]
-Natural = Annotated[int, Within(0)]
-# What numpy and torch both take.
-Seed = Annotated[int, Within(0, 2**32 - 1)]
-Rate = Annotated[float, Within(0)]
-Positive = Annotated[float, Within(0, above=True)]
-Share = Annotated[float, Within(0, 1)]
-
-
-class _Checked:
-    """A dataclass whose numbers lie within the limits that their types declare, and words among those they list."""
-
-    def __post_init__(self) -> None:
-        for name, kind in typing.get_type_hints(type(self), include_extras=True).items():
-            value = getattr(self, name)
-            if get_origin(kind) is Literal and value not in get_args(kind):
-                raise InputError(f"{name} is {value!r}; give one of: {', '.join(map(str, get_args(kind)))}.")
-            # Limits may stand on an entry, as in `int | None` or `dict[str, float]`.
-            limits = [m for part in (kind, *get_args(kind)) for m in getattr(part, "__metadata__", ())]
-            named = (
-                {f"{name}.{key}": entry for key, entry in value.items()} if isinstance(value, dict) else {name: value}
-            )
-            for limit in limits:
-                for key, entry in named.items():
-                    if entry is not None:
-                        limit.check(key, entry)
-
-
-@dataclass(frozen=True)
-class InjectionConfig(_Checked):
-    """Layer injection: maps that are added inside the language model, as in DeepStack (arXiv:2406.04334), Qwen3-VL.
-
-    Attributes:
-        pairs: (tapped layer, decoder layer) each: layers of the backbone as in `ModelConfig.layers`, decoder layers
-            counted from 0; several tapped layers, the decoder layer last, for a merger that is a fuser. Without any,
-            nothing is injected.
-        merger: `mlp`, `pixel_shuffle_mlp`, or the name of a fuser, which gets an MLP behind it.
-        merger_options: the merger's own arguments, such as {"window": 2}.
-        when: whether tokens are added to what the decoder layer reads ("before") or puts out ("after").
-    """
-
-    pairs: tuple[tuple[int, ...], ...] = ()
-    merger: str = "mlp"
-    merger_options: dict[str, Any] = field(default_factory=dict)
-    when: Literal["before", "after"] = "after"
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        for pair in self.pairs:
-            if len(pair) < 2 or pair[-1] < 0:
-                raise InputError(
-                    f"pairs has {list(pair)}; give [layer of the backbone, decoder layer] each, decoder layers counted "
-                    "from 0, such as [[9, 0], [17, 1]]."
-                )
-        if twice := sorted({pair for pair in self.pairs if self.pairs.count(pair) > 1}):
-            raise InputError(f"pairs names {list(twice[0])} twice; name each pair once.")
-
-
-@dataclass(frozen=True)
-class ModelConfig(_Checked):
-    """Parts of the model, by name and options.
-
-    Attributes:
-        family: backbone family of layerfuse: timm, open_clip, transformers, …
-        backbone: the backbone's name in that library, or a folder.
-        layers: tapped layers in the order the fuser wants them (0 = embeddings, -2 = penultimate block).
-        image_size: pixels, one edge; None for the backbone's own.
-        backbone_options: arguments for the library's own constructor.
-        backbone_pretrained: load the library's weights; False gives random ones.
-        fuser: name of the fuser.
-        fuser_options: the fuser's own arguments.
-        projector: kind of projector.
-        injection: layers that are also added inside the language model; its mergers are part of the projector.
-        llm: folder or hub name of a causal language model.
-        llm_pretrained: load its weights; False builds `llm_architecture` with random ones.
-        llm_architecture: transformers' config of the language model (`model_type`, `hidden_size`, …). Used where
-            nothing can be loaded: for random weights, and by a dry run that does not reach the hub.
-        tokenizer: folder or hub name of the tokenizer; None for the language model's own.
-        attention: transformers' name of the attention implementation.
-    """
-
-    family: str = "timm"
-    backbone: str = "vit_large_patch14_clip_quickgelu_336.openai"
-    layers: tuple[int, ...] = (-22, -17, -12, -7, -2)
-    image_size: Count | None = None
-    backbone_options: dict[str, Any] = field(default_factory=dict)
-    backbone_pretrained: bool = True
-    fuser: str = "mmfuser"
-    fuser_options: dict[str, Any] = field(default_factory=dict)
-    projector: Literal["mlp2x_gelu"] = "mlp2x_gelu"
-    injection: InjectionConfig = field(default_factory=InjectionConfig)
-    llm: str = "lmsys/vicuna-7b-v1.5"
-    llm_pretrained: bool = True
-    llm_architecture: dict[str, Any] = field(default_factory=dict)
-    tokenizer: str | None = None
-    attention: str = "sdpa"
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        twice = sorted({layer for layer in self.layers if self.layers.count(layer) > 1})
-        if twice or not self.layers:
-            raise InputError(
-                f"layers={self.layers} names {', '.join(map(str, twice))} twice; name each layer once."
-                if twice
-                else "layers is empty; name at least one layer."
-            )
-
-
-@dataclass(frozen=True)
-class DataConfig(_Checked):
+class DataConfig(Checked):
     """Samples and images of a stage, and how images are brought to the backbone's size.
 
     Attributes:
@@ -205,7 +78,7 @@ class DataConfig(_Checked):
 
 
 @dataclass(frozen=True)
-class LoraConfig(_Checked):
+class LoraConfig(Checked):
     """Low-rank adaptation (LoRA, arXiv:2106.09685) of the language model, through peft.
 
     Attributes:
@@ -225,7 +98,7 @@ class LoraConfig(_Checked):
 
 
 @dataclass(frozen=True)
-class StageConfig(_Checked):
+class StageConfig(Checked):
     """Settings of one stage of training.
 
     Attributes:

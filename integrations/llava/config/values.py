@@ -8,14 +8,14 @@ import os
 import re
 import types
 import typing
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Literal, get_args, get_origin
 
 from layerfuse.errors import InputError
 
 from .yaml_syntax import Word
 
-__all__ = ["decode", "field_types", "is_text"]
+__all__ = ["alternatives", "decode", "field_types", "is_mapping", "is_text"]
 
 _TRUE, _FALSE = ("true", "yes", "on"), ("false", "no", "off")
 
@@ -35,6 +35,11 @@ def is_text(kind: Any) -> bool:
     return kind is str or (_is_optional(kind) and str in get_args(kind))
 
 
+def is_mapping(kind: Any) -> bool:
+    """Whether a field takes a mapping with keys of the user's own."""
+    return any(get_origin(each) is dict for each in (kind, *alternatives(kind)))
+
+
 def decode(kind: Any, value: Any, key: str = "") -> Any:
     """Value of YAML in the type `kind`; a dataclass takes a mapping with a value for every one of its fields.
 
@@ -49,8 +54,10 @@ def decode(kind: Any, value: Any, key: str = "") -> Any:
             return typing.cast(Callable[..., Any], kind)(**values)
         except InputError as error:
             raise InputError(f"{key}: {error}" if key else str(error)) from error
-    if _is_optional(kind):
-        return None if value is None else decode(get_args(kind)[0], value, key)
+    if value is None and _is_optional(kind):
+        return None
+    if choices := alternatives(kind):
+        return decode(choices[_is_list_for(choices, value)], value, key)
     if get_origin(kind) is Literal:
         if value not in get_args(kind) or isinstance(value, bool):
             raise InputError(f"{key} is {_shown(value)}; give one of: {', '.join(map(str, get_args(kind)))}.")
@@ -61,6 +68,20 @@ def decode(kind: Any, value: Any, key: str = "") -> Any:
     if get_origin(kind) is dict:
         return _mapping(get_args(kind)[1], value, key)
     return _anything(value, key) if kind is Any else _READERS[kind](value, key)
+
+
+def alternatives(kind: Any) -> tuple[Any, ...]:
+    """Types of a field that may also be empty, or a list of one value for each of several; none for other fields."""
+    is_union = get_origin(kind) in (typing.Union, types.UnionType)
+    return tuple(each for each in get_args(kind) if each is not type(None)) if is_union else ()
+
+
+def _is_list_for(choices: Sequence[Any], value: Any) -> bool:
+    """Whether a value is the list of several, the second choice, rather than one, the first."""
+    listed = isinstance(value, list | tuple) and len(choices) > 1
+    if listed and get_origin(choices[0]) is tuple:
+        return any(isinstance(entry, list | tuple) for entry in value)
+    return listed
 
 
 def _mapping(kind: Any, value: Any, key: str) -> dict[str, Any]:

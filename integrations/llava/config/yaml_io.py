@@ -20,7 +20,7 @@ from layerfuse.errors import InputError, MissingFileError
 from layerfuse.registry import unknown_name_message
 
 from .schema import ModelConfig, Recipe
-from .values import decode, field_types, is_text
+from .values import alternatives, decode, field_types, is_mapping, is_text
 from .yaml_syntax import dump_yaml, parse_yaml, read_yaml
 
 __all__ = ["dump_recipe", "load_recipe", "parse_overrides", "recipe_names"]
@@ -160,13 +160,15 @@ def _nest(below: Mapping[str, Any], above: Mapping[str, Any], kind: Any) -> dict
         if isinstance(old, Mapping) and isinstance(value, Mapping) and (value or dataclasses.is_dataclass(own)):
             merged[key] = _nest(old, value, own)
         else:
-            merged[key] = {} if value is None and get_origin(own) is dict else value
+            merged[key] = {} if value is None and is_mapping(own) else value
     return merged
 
 
 def _anchor(value: Any, folder: Path) -> Any:
     if isinstance(value, Mapping):
         return {key: _anchor(entry, folder) for key, entry in value.items()}
+    if isinstance(value, list):
+        return [_anchor(entry, folder) for entry in value]
     if isinstance(value, str) and value.startswith(("./", "../")):
         return str((folder / value).resolve())
     return value
@@ -200,7 +202,10 @@ def _read_words(key: str, words: Sequence[str], kind: Any) -> Any:
         if kind not in (bool, Any):
             raise InputError(f"--{key} has no value; write it behind: --{key} VALUE.")
         return True
-    if get_origin(kind) is tuple and not words[0].startswith("["):
+    choices, listed = alternatives(kind), words[0].startswith("[")
+    if len(choices) > 1:
+        kind = Any if listed else choices[0]
+    if get_origin(kind) is tuple and not listed:
         entries = [part for word in words for part in word.split(",") if part.strip()]
         return [_read_word(key, part.strip(), get_args(kind)[0]) for part in entries]
     values = [_read_word(key, word, kind) for word in words]

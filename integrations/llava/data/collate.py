@@ -23,7 +23,7 @@ class Collator:
         """Pad and stack samples of `ConversationDataset`; all may lack `labels`, `image_sizes`, `condition` or `id`.
 
         Returns:
-            `input_ids`, `attention_mask`, `labels` (B, T); `pixel_values` (images, 3, height, width) and `image_sizes`
+            `input_ids`, `attention_mask`, `labels` (B, T); `pixel_values` (images, C, height, width) and `image_sizes`
             (images, 2) if there are any, with them `condition` (images, Q), ids filled up with `IGNORE_INDEX`, where
             samples have it; `sample_ids`, B texts, where samples have an `id`; `skipped`, why samples
             are void, if any is.

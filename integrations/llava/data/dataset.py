@@ -13,7 +13,7 @@ from torch.utils.data import Dataset
 from integrations.llava.image_layout import ImageLayout, ImageSize
 from integrations.llava.prompts import IGNORE_INDEX, Rendered, Template, TextEncoder, asked_ids, render
 from layerfuse.errors import InputError, MissingFileError
-from layerfuse.preprocessing import Preprocessing
+from layerfuse.preprocessing import AnyPreprocessing
 from layerfuse.preprocessing.pixels import image_size
 
 from .doctor.policy import BadSamples
@@ -51,7 +51,7 @@ class ConversationDataset(Dataset[dict[str, Any]]):
         image_folder: str | Path,
         template: Template,
         encoder: TextEncoder,
-        preprocessing: Preprocessing,
+        preprocessing: AnyPreprocessing,
         layout: ImageLayout,
         max_length: int = 2048,
         bad_samples: BadSamples = "fail",
@@ -77,7 +77,7 @@ class ConversationDataset(Dataset[dict[str, Any]]):
         """Prepare a sample.
 
         Returns:
-            `id`; `input_ids` and `labels` (T,); `pixel_values` (images, 3, height, width); `image_sizes` (images, 2),
+            `id`; `input_ids` and `labels` (T,); `pixel_values` (images, C, height, width); `image_sizes` (images, 2),
             height and width before that; if asked for, `condition`, per image the ids of the human's turns. A void
             sample, see `bad_samples`, also has `skipped`, the reason.
 
@@ -103,7 +103,8 @@ class ConversationDataset(Dataset[dict[str, Any]]):
             prepared["skipped"] = reason
         prepared["input_ids"], prepared["labels"] = (torch.from_numpy(v.astype(np.int64)) for v in (ids, labels))
         pixels = [pixels for pixels, _ in images]
-        prepared["pixel_values"] = torch.stack(pixels) if pixels else torch.empty(0, 3, *self.preprocessing.size)
+        shape = (self.preprocessing.channels, *self.preprocessing.size)
+        prepared["pixel_values"] = torch.stack(pixels) if pixels else torch.empty(0, *shape)
         prepared["image_sizes"] = torch.tensor([size for _, size in images], dtype=torch.int64).view(-1, 2)
         if self.with_condition:
             prepared["condition"] = [torch.tensor(ids, dtype=torch.int64) for ids in asked]

@@ -175,7 +175,8 @@ def _connector_bytes(model: FusedLlavaForConditionalGeneration) -> int:
         kept[storage._cdata] = storage
         return tensor
 
-    pixels = torch.empty(1, 3, *model.model.vision_tower.backbone.image_size, device="meta")
+    backbone = model.model.vision_tower.backbone
+    pixels = torch.empty(1, backbone.in_channels, *backbone.image_size, device="meta")
     blank = blank_condition(model.model.fuser, 1, pixels)
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         features = model.model.get_image_features(pixels, condition=blank)

@@ -18,8 +18,7 @@ from typing import NamedTuple
 from torch import nn
 
 from integrations.llava.modeling import FusedLlavaForConditionalGeneration, LayerInjection, Merger, learns
-from layerfuse.backbones import Backbone
-from layerfuse.features import Grid
+from layerfuse.backbones import Backbone, Featurizer
 
 from .facts import ModelFacts, linear_layers
 from .gpus import Gpu
@@ -58,7 +57,7 @@ def sample_flops(
     inner = model.model
     backbone, fuser, projector = inner.vision_tower.backbone, inner.fuser, inner.multi_modal_projector
     fused = fuser.cost(inner.fuser_grids)
-    tower = _backbone_forward(backbone)
+    tower = sum(map(_backbone_forward, backbone.members))
     first, second = (
         2.0 * fused.num_tokens * layer.weight.numel() for layer in (projector.linear_1, projector.linear_2)
     )
@@ -67,7 +66,7 @@ def sample_flops(
     past_fuser = past_backbone or learns(fuser)
     past_projector = past_fuser or learns(projector)
     projector_backward = (first + second) * learns(projector) + second * past_projector + first * past_fuser
-    merged, merged_backward = _mergers(inner.injection, backbone.grids()[0], past_backbone)
+    merged, merged_backward = _mergers(inner.injection, backbone, past_backbone)
     return {
         "backbone": PartFlops(images * tower, backward=images * 2 * tower * past_backbone),
         "fuser": PartFlops(images * fused.flops, backward=images * 2 * fused.flops * past_fuser),
@@ -92,10 +91,11 @@ def _backbone_forward(backbone: Backbone) -> float:
     return 2.0 * tokens * _weights(backbone) + 2.0 * patches * embedding + attention
 
 
-def _mergers(injection: LayerInjection | None, grid: Grid, past_backbone: bool) -> tuple[float, float]:
+def _mergers(injection: LayerInjection | None, backbone: Featurizer, past_backbone: bool) -> tuple[float, float]:
     """Count an image's operations in the mergers of layer injection, forward and backward; they learn as one."""
     forward = backward = 0.0
-    for merger in () if injection is None else injection.mergers:
+    read = () if injection is None else zip(injection.mergers, injection.grids(backbone), strict=True)
+    for merger, grid in read:
         assert isinstance(merger, Merger)
         gather, tokens, learned = merger.gather_flops(grid), merger.num_tokens(grid), learns(merger)
         first, second = (2.0 * tokens * layer.weight.numel() for layer in (merger.linear_1, merger.linear_2))

@@ -67,15 +67,14 @@ def _wrapped(text: str, bullet: str = "  ") -> list[str]:
 
 def _model(report: Report) -> Iterator[str]:
     config, model = report.recipe.model, report.model.model
-    backbone, (height, width) = model.vision_tower.backbone, model.vision_tower.backbone.image_size
-    rows, columns = backbone.grid(height, width)
-    layers, hidden = ", ".join(map(str, backbone.layers)), model.multi_modal_projector.linear_2.out_features
-    maps = f"{model.fuser.num_layers} maps of {rows} x {columns} x {backbone.embed_dim:,}"
+    hidden = model.multi_modal_projector.linear_2.out_features
+    read = zip(model.fuser_grids, model.fuser.in_channels, strict=True)
+    shapes = dict.fromkeys(f"{rows} x {columns} x {channels:,}" for (rows, columns), channels in read)
+    maps = f"{model.fuser.num_layers} maps of {', '.join(shapes)}"
     yield _title("Model")
     yield from _table(
         [
-            ("backbone", f"{config.family} {config.backbone}"),
-            ("", f"layers {layers} of {backbone.num_blocks}, {height} x {width} pixels"),
+            *_backbones(report),
             ("fuser", f"{config.fuser}: {maps}"),
             ("projector", f"{config.projector}: {model.fuser.out_channels:,} -> {hidden:,}"),
             *_injection(config),
@@ -86,11 +85,24 @@ def _model(report: Report) -> Iterator[str]:
     )
 
 
+def _backbones(report: Report) -> Iterator[tuple[str, str]]:
+    config, members = report.recipe.model, report.model.model.vision_tower.backbone.members
+    for own, backbone in zip(config.backbones, members, strict=True):
+        height, width = backbone.image_size
+        layers = ", ".join(map(str, backbone.layers))
+        yield "backbone", " ".join(own.name.split(":", 1))
+        yield "", f"layers {layers} of {backbone.num_blocks}, {height} x {width} pixels"
+
+
 def _injection(config: ModelConfig) -> Iterator[tuple[str, str]]:
     injection = config.injection
     if injection.pairs:
-        pairs = ", ".join(f"{' + '.join(map(str, taps))} -> {layer}" for *taps, layer in injection.pairs)
+        pairs = ", ".join(f"{' + '.join(map(_tap, taps))} -> {layer}" for *taps, layer in injection.pairs)
         yield "injection", f"{injection.merger}: layers {pairs}, {injection.when} these decoder layers"
+
+
+def _tap(tap: int | tuple[int, ...]) -> str:
+    return str(tap) if isinstance(tap, int) else f"{tap[1]} of backbone {tap[0]}"
 
 
 def _parameters(report: Report) -> Iterator[str]:

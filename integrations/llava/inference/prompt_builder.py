@@ -21,7 +21,7 @@ from integrations.llava.image_layout import ImageSize
 from integrations.llava.modeling import FusedLlavaConfig, LayerfuseImageProcessor
 from integrations.llava.prompts import IMAGE_TAG, Message, Template, TextEncoder, asked_ids, render, turns
 from layerfuse.errors import InputError, InvalidTypeError, MissingFileError
-from layerfuse.preprocessing import Preprocessing
+from layerfuse.preprocessing import preprocessing_from_dict
 from layerfuse.preprocessing.pixels import image_size
 
 __all__ = ["Images", "Picture", "PreparedPrompts", "Preparer", "Prompt", "as_list", "as_turns", "load_preparer"]
@@ -76,7 +76,7 @@ class Preparer:
                 "what get_template(name).to_dict() gives."
             ) from error
         self.encoder = TextEncoder(processor.tokenizer)
-        self.preprocessing = Preprocessing.from_dict({"upright": True} | processor.image_processor.preprocessing)
+        self.preprocessing = preprocessing_from_dict(processor.image_processor.preprocessing, upright=True)
         self.layout = config.layout
         self.with_condition = config.reads_questions
         self.image_token_id: int = config.image_token_index
@@ -95,7 +95,7 @@ class Preparer:
         """Write a prompt out and prepare its images.
 
         Returns:
-            `input_ids` (T,) with images expanded, `pixel_values` (images, 3, height, width), `image_sizes` (images, 2);
+            `input_ids` (T,) with images expanded, `pixel_values` (images, C, height, width), `image_sizes` (images, 2);
             for a fuser that reads it, `condition`, per image the ids of the human's turns up to the one that shows it.
 
         Raises:
@@ -107,7 +107,8 @@ class Preparer:
         sizes = self.sizes(pictures)
         ids = self.encode(prompt, sizes, max_new_tokens=max_new_tokens)
         opened = [own if isinstance(own, Image.Image) else read_image(own) for own in pictures]
-        pixels = self.preprocessing.batch(opened) if opened else torch.empty(0, 3, *self.preprocessing.size)
+        shape = (self.preprocessing.channels, *self.preprocessing.size)
+        pixels = self.preprocessing.batch(opened) if opened else torch.empty(0, *shape)
         image_sizes = torch.tensor(sizes, dtype=torch.int64).view(-1, 2)
         prepared = {"input_ids": ids, "pixel_values": pixels, "image_sizes": image_sizes}
         if not self.with_condition:

@@ -22,7 +22,7 @@ from transformers import (
 
 from integrations.llava.config import InjectionConfig, ModelConfig, StageConfig
 from integrations.llava.image_layout import FixedLayout, ImageLayout
-from layerfuse.backbones import Backbone, create_backbone
+from layerfuse.backbones import BackboneGroup, Featurizer, create_backbone
 from layerfuse.encoder import check_fuser_fits
 from layerfuse.errors import InputError, UserError
 from layerfuse.fusers import FUSERS, Fuser, create_fuser
@@ -187,7 +187,7 @@ def build_recipe_model(
 
 
 def build_model(
-    backbone: Backbone,
+    backbone: Featurizer,
     fuser: Fuser,
     llm: PreTrainedModel,
     *,
@@ -235,7 +235,7 @@ def build_model(
         llm.resize_token_embeddings(image_token_id + 1, mean_resizing=False)
     attention = llm.config._attn_implementation
     vision = LayerfuseVisionConfig(
-        backbone=backbone.config, hidden_size=backbone.embed_dim, image_size=list(backbone.image_size)
+        backbone=backbone.config, hidden_size=max(backbone.map_channels), image_size=list(backbone.image_size)
     )
     if layout is None:
         layout = FixedLayout(image_token_id, fuser.num_tokens(backbone.grids()[: fuser.num_layers]))
@@ -271,14 +271,8 @@ def build_model(
     return model
 
 
-def _vision(config: ModelConfig, llm_width: int | None, *, pretrained: bool) -> tuple[Backbone, Fuser]:
-    backbone = create_backbone(
-        f"{config.family}:{config.backbone}",
-        layers=partial(_tapped, config) if config.injection.pairs else config.layers,
-        pretrained=pretrained,
-        image_size=config.image_size,
-        options=config.backbone_options,
-    )
+def _vision(config: ModelConfig, llm_width: int | None, *, pretrained: bool) -> tuple[Featurizer, Fuser]:
+    backbone = _backbone(config, pretrained=pretrained)
     options = dict(config.fuser_options)
     # A fuser that is told what is asked about an image reads the language model's embeddings.
     if "condition_channels" in FUSERS.get(config.fuser).option_parameters():
@@ -288,18 +282,53 @@ def _vision(config: ModelConfig, llm_width: int | None, *, pretrained: bool) -> 
                 f"model.fuser_options sets condition_channels to {asked}, and the language model's embeddings, which "
                 f"the fuser reads, have {llm_width} numbers; leave condition_channels out."
             )
+    count = sum(len(own.layers) for own in config.backbones)
+    widths = list(backbone.map_channels[:count])
     # Forked, so that runs which differ in nothing but the fuser start from the same projector.
     with torch.random.fork_rng():
         fuser = create_fuser(
-            config.fuser, in_channels=backbone.embed_dim, num_layers=len(config.layers), options=options
+            config.fuser,
+            in_channels=widths[0] if len(set(widths)) == 1 else widths,
+            num_layers=count,
+            options=options,
         )
     return backbone, fuser
 
 
-def _tapped(config: ModelConfig, depth: int) -> tuple[int, ...]:
-    """Layers of a backbone of this depth: the fuser's, then those that are only injected."""
-    injected = [layer for *taps, _ in config.injection.pairs for layer in resolve_layers(taps, depth)]
-    return tuple(dict.fromkeys((*resolve_layers(config.layers, depth), *injected)))
+def _backbone(config: ModelConfig, *, pretrained: bool) -> Featurizer:
+    """The backbone, or several: first the maps of the fuser, then those that are only injected."""
+    members = [
+        create_backbone(
+            own.name,
+            layers=partial(_tapped, config, place) if config.injection.pairs else own.layers,
+            pretrained=pretrained,
+            image_size=own.image_size,
+            options=own.options,
+        )
+        for place, own in enumerate(config.backbones)
+    ]
+    if not config.several:
+        return members[0]
+    fused, injected, start = list[int](), list[int](), 0
+    for own, member in zip(config.backbones, members, strict=True):
+        fused += range(start, start + len(own.layers))
+        injected += range(start + len(own.layers), start + len(member.layers))
+        start += len(member.layers)
+    resample = None if config.resample == "none" else config.resample
+    return BackboneGroup(
+        members, resample=resample, grid=config.grid or None, order=[*fused, *injected] if injected else None
+    )
+
+
+def _tapped(config: ModelConfig, place: int, depth: int) -> tuple[int, ...]:
+    """Layers of one of the backbones, of this depth: the fuser's, then those that are only injected."""
+    taps = [tap for pair in config.injection.pairs for tap in pair[:-1]]
+    # A bare number names a layer of the only backbone, or one that the fuser's layers show the backbone of.
+    pairs = [
+        tap if isinstance(tap, tuple) else (0, tap) for tap in taps if isinstance(tap, tuple) or not config.several
+    ]
+    injected = [resolve_layers(layer, depth)[0] for source, layer in pairs if source == place]
+    return tuple(dict.fromkeys((*resolve_layers(config.backbones[place].layers, depth), *injected)))
 
 
 def _language_model(

@@ -18,9 +18,9 @@ class LayerfuseVisionConfig(PreTrainedConfig):
     """A backbone's config, as transformers stores configs.
 
     Attributes:
-        backbone: `Backbone.config`.
-        hidden_size: width C of its maps.
-        image_size: (height, width) in pixels.
+        backbone: `Backbone.config`, or `BackboneGroup.config`.
+        hidden_size: width C of its maps; of several backbones the largest.
+        image_size: (height, width) in pixels; of several backbones the largest.
     """
 
     model_type = "layerfuse_vision"

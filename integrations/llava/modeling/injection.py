@@ -22,9 +22,9 @@ from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from integrations.llava.config import InjectionConfig
-from layerfuse.backbones import Backbone
+from layerfuse.backbones import Featurizer
 from layerfuse.errors import InputError
-from layerfuse.features import FeatureMaps
+from layerfuse.features import FeatureMaps, Grid
 from layerfuse.fusers import Fuser
 from layerfuse.layers import resolve_layers
 
@@ -58,39 +58,61 @@ class LayerInjection(nn.Module):
     """The mergers, one for each pair of taps and decoder layer.
 
     Args:
-        settings: its taps are layer numbers >= 0.
-        in_channels: width C of the backbone's maps.
+        settings: its taps are layer numbers >= 0, of several backbones (backbone, layer).
+        backbone: has these taps.
         out_channels: width D of the language model.
     """
 
-    def __init__(self, settings: InjectionConfig, in_channels: int, out_channels: int) -> None:
+    def __init__(self, settings: InjectionConfig, backbone: Featurizer, out_channels: int) -> None:
         super().__init__()
         self.settings = settings
-        build = functools.partial(create_merger, in_channels=in_channels, out_channels=out_channels)
+        build = functools.partial(create_merger, out_channels=out_channels, options=settings.merger_options)
+        widths = [[backbone.map_channels[place] for place in own] for own in _places(settings, backbone.taps)]
         self.mergers = nn.ModuleList(
-            build(settings.merger, num_layers=len(taps), options=settings.merger_options) for *taps, _ in settings.pairs
+            build(settings.merger, in_channels=own[0] if len(set(own)) == 1 else own, num_layers=len(own))
+            for own in widths
         )
 
     def forward(self, features: FeatureMaps) -> list[torch.Tensor]:
         """Merge the taps among the maps: one (B, N, D) for each pair."""
-        places = [[features.layers.index(tap) for tap in taps] for *taps, _ in self.settings.pairs]
+        taps = tuple(zip(features.sources or (0,) * len(features), features.layers, strict=True))
+        places = _places(self.settings, taps)
         return [merger(features.take(own)) for merger, own in zip(self.mergers, places, strict=True)]
+
+    def grids(self, backbone: Featurizer) -> list[Grid]:
+        """Return the grid of each merger's maps; a ValueError if one has several."""
+        grids = backbone.grids()
+        read = [{grids[place] for place in own} for own in _places(self.settings, backbone.taps)]
+        for (*taps, _), own in zip(self.settings.pairs, read, strict=True):
+            if len(own) > 1:
+                raise InputError(
+                    f"injection.pairs joins the taps {taps}, whose maps lie on several grids: {sorted(own)}; bring the "
+                    "backbones' maps to one grid (model.resample), or inject each tap on its own."
+                )
+        return [own.pop() for own in read]
+
+
+def _places(settings: InjectionConfig, taps: Sequence[tuple[int, int]]) -> list[list[int]]:
+    """Find, for each pair, its taps among (backbone, layer) taps."""
+    known: dict[Any, int] = {tap: place for place, tap in enumerate(taps)}
+    return [[known[(0, tap) if isinstance(tap, int) else tap] for tap in pair[:-1]] for pair in settings.pairs]
 
 
 def injection_settings(described: Mapping[str, Any] | None) -> InjectionConfig | None:
     """Read the fields of an `InjectionConfig` as a checkpoint's config holds them; None where there is none."""
     if not described:
         return None
-    return InjectionConfig(**{**described, "pairs": tuple(map(tuple, described["pairs"]))})
+    pairs = tuple(tuple(tuple(e) if isinstance(e, list) else e for e in pair) for pair in described["pairs"])
+    return InjectionConfig(**{**described, "pairs": pairs})
 
 
 def resolved_injection(
-    settings: InjectionConfig | None, backbone: Backbone, fuser: Fuser, language_model: PreTrainedModel
+    settings: InjectionConfig | None, backbone: Featurizer, fuser: Fuser, language_model: PreTrainedModel
 ) -> InjectionConfig | None:
     """Give taps their numbers from 0 on, and check that everything fits; None if nothing is injected.
 
     Args:
-        settings: taps among `backbone.layers`.
+        settings: taps among `backbone.taps`; a bare number of several backbones is of the one that taps that layer.
         backbone: taps the fuser's layers first, then those that are only injected.
         fuser: of the input; mergers have to give as many tokens.
         language_model: has the decoder layers.
@@ -100,18 +122,20 @@ def resolved_injection(
     """
     if settings is None or not settings.pairs:
         return None
-    pairs = [(*resolve_layers(taps, backbone.num_blocks), layer) for *taps, layer in settings.pairs]
-    injected = tuple(dict.fromkeys(tap for *taps, _ in pairs for tap in taps))
-    unread = set(backbone.layers[fuser.num_layers :]) - set(injected)
-    fits = fuser.in_channels == (backbone.embed_dim,) * fuser.num_layers and fuser.num_layers <= len(backbone.layers)
-    if not fits or unread or set(injected) - set(backbone.layers):
+    single = len(backbone.members) == 1
+    pairs = [(*_resolved(pair[:-1], backbone), pair[-1]) for pair in settings.pairs]
+    injected = tuple(dict.fromkeys(tap for pair in pairs for tap in pair[:-1]))
+    taps = backbone.layers if single else backbone.taps
+    unread = set(taps[fuser.num_layers :]) - set(injected)
+    fits = fuser.in_channels == backbone.map_channels[: fuser.num_layers] and fuser.num_layers <= len(taps)
+    if not fits or unread or set(injected) - set(taps):
         raise InputError(
-            f"the backbone taps layers {backbone.layers} of width {backbone.embed_dim}, the fuser {fuser.name!r} reads "
+            f"the backbone taps layers {taps} of width {backbone.fuser_channels}, the fuser {fuser.name!r} reads "
             f"the first {fuser.num_layers} of widths {fuser.in_channels}, and layers {injected} are injected; tap the "
             "fuser's layers, then those that are only injected, and no other."
         )
     depth = len(decoder_layers(language_model))
-    if outside := sorted({layer for *_, layer in pairs if layer >= depth}):
+    if outside := sorted({pair[-1] for pair in pairs if pair[-1] >= depth}):
         raise InputError(
             f"injection.pairs name decoder layer {outside[0]}, but the language model has {depth}, counted from 0: "
             f"0..{depth - 1}."
@@ -119,23 +143,50 @@ def resolved_injection(
     resolved = replace(settings, pairs=tuple(pairs))
     grids = backbone.grids()
     with torch.device("meta"):
-        mergers = LayerInjection(resolved, backbone.embed_dim, 1).mergers
+        injection = LayerInjection(resolved, backbone, 1)
     read = grids[: fuser.num_layers]
     needed, wanted = fuser.num_tokens(read), (fuser.out_grid(read), fuser.extra_tokens(read))
-    for merger in mergers:
+    for merger, grid in zip(injection.mergers, injection.grids(backbone), strict=True):
         assert isinstance(merger, Merger)
-        if (given := merger.num_tokens(grids[0])) != needed:
+        if (given := merger.num_tokens(grid)) != needed:
             raise InputError(
                 f"injection's merger {settings.merger!r} gives {given} tokens an image, but the fuser {fuser.name!r} "
                 f"gives {needed}, and injected tokens are added to these; take a merger and a fuser of equally many."
             )
-        if (placed := merger.placement(grids[0])) != wanted:
+        if (placed := merger.placement(grid)) != wanted:
             raise InputError(
                 f"injection's merger {settings.merger!r} gives tokens of the grid {placed[0]} (in front and behind: "
                 f"{tuple(placed[1])}), the fuser {fuser.name!r} of {wanted[0]} ({tuple(wanted[1])}), so that they "
                 "would be added to tokens of other places; take a merger and a fuser of one grid."
             )
     return resolved
+
+
+def _resolved(taps: Sequence[Any], backbone: Featurizer) -> list[Any]:
+    """Number taps from 0 on: layers of one backbone; (backbone, layer) of several, each named once."""
+    members = backbone.members
+    if len(members) == 1 and all(isinstance(tap, int) for tap in taps):
+        return list(resolve_layers(taps, members[0].num_blocks))
+    resolved: list[Any] = []
+    for tap in taps:
+        if isinstance(tap, int):
+            depths = [member.num_blocks for member in members]
+            numbers = [tap + depth + 1 if tap < 0 else tap for depth in depths]
+            found = [each for each in enumerate(numbers) if each in backbone.taps]
+            if len(found) != 1:
+                raise InputError(
+                    f"injection.pairs names layer {tap}, which {len(found) or 'none'} of the {len(members)} backbones "
+                    "tap; say of which backbone it is, counted from 0: [backbone, layer], such as [1, 9]."
+                )
+            resolved += found
+            continue
+        source, layer = tap
+        if not 0 <= source < len(members):
+            raise InputError(
+                f"injection.pairs names backbone {source} in {list(tap)}; there are {len(members)}, counted from 0."
+            )
+        resolved.append((source, resolve_layers(layer, members[source].num_blocks)[0]))
+    return resolved if len(members) > 1 else [layer for _, layer in resolved]
 
 
 def leading_maps(features: FeatureMaps, count: int) -> FeatureMaps:
@@ -161,8 +212,8 @@ class InjectionCall:
         """Add to the hidden states (B, T, D) before or after a decoder layer what is injected there."""
         if self.features is None or when != self.settings.when:
             return hidden
-        for (*_, target), images in zip(self.settings.pairs, self.features, strict=True):
-            if target == layer:
+        for pair, images in zip(self.settings.pairs, self.features, strict=True):
+            if pair[-1] == layer:
                 assert self.mask is not None
                 tokens = torch.cat(list(images)).to(hidden.device, hidden.dtype)
                 mask = self.mask.to(hidden.device).unsqueeze(-1)

@@ -135,13 +135,18 @@ class PixelShuffleMLP(Merger):
 
 
 def create_merger(
-    name: str, *, in_channels: int, out_channels: int, num_layers: int = 1, options: Mapping[str, Any] | None = None
+    name: str,
+    *,
+    in_channels: int | list[int],
+    out_channels: int,
+    num_layers: int = 1,
+    options: Mapping[str, Any] | None = None,
 ) -> Merger:
     """Build a merger.
 
     Args:
         name: `mlp`, `pixel_shuffle_mlp`, or a fuser's name: that fuser with an MLP behind it.
-        in_channels: width C of the maps.
+        in_channels: width C of the maps; or the width of each, for a fuser.
         out_channels: width D of the language model.
         num_layers: number of maps L; only a fuser takes more than one.
         options: `window` of `pixel_shuffle_mlp` (2), or the fuser's own.

@@ -30,7 +30,7 @@ from transformers import (
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.utils.generic import can_return_tuple
 
-from layerfuse.backbones import Backbone, backbone_from_config
+from layerfuse.backbones import Featurizer, backbone_from_config
 from layerfuse.errors import InputError
 from layerfuse.features import FeatureMaps, Grid
 from layerfuse.fusers import Fuser, fuser_from_config
@@ -118,7 +118,7 @@ class LayerfuseVisionModel(_LoadsWhole):
     # A backbone's library chooses its attention; a choice for the whole model is the language model's alone.
     _supports_sdpa = _supports_flash_attn = _supports_flex_attn = _supports_attention_backend = True
 
-    def __init__(self, config: LayerfuseVisionConfig, backbone: Backbone | None = None) -> None:
+    def __init__(self, config: LayerfuseVisionConfig, backbone: Featurizer | None = None) -> None:
         super().__init__(config)
         if backbone is None:
             if config.backbone is None:
@@ -139,7 +139,7 @@ class LayerfuseVisionModel(_LoadsWhole):
         self.post_init()
 
     def forward(self, pixel_values: torch.Tensor) -> FeatureMaps:
-        """Encode (B, 3, height, width) images into L feature maps."""
+        """Encode (B, channels, height, width) images into L feature maps."""
         maps: FeatureMaps = self.backbone(pixel_values)
         return maps
 
@@ -153,7 +153,7 @@ class LayerfuseVisionModel(_LoadsWhole):
 class ReadyParts:
     """Ready modules, so that building a model from them allocates nothing twice."""
 
-    backbone: Backbone
+    backbone: Featurizer
     fuser: Fuser
     language_model: PreTrainedModel
 
@@ -198,10 +198,10 @@ class FusedLlavaModel(_LoadsWhole, LlavaModel):
         settings = injection_settings(config.injection)
         if settings is None:
             return None
-        width, hidden = self.vision_tower.backbone.embed_dim, config.text_config.hidden_size  # type: ignore[union-attr]
+        backbone, hidden = self.vision_tower.backbone, config.text_config.hidden_size  # type: ignore[union-attr]
         if not of_parts:
-            return build_part(lambda: LayerInjection(settings, width, hidden))
-        injection = LayerInjection(settings, width, hidden)
+            return build_part(lambda: LayerInjection(settings, backbone, hidden))
+        injection = LayerInjection(settings, backbone, hidden)
         keep_as_built(injection)
         return injection
 
@@ -220,10 +220,10 @@ class FusedLlavaModel(_LoadsWhole, LlavaModel):
         condition: torch.Tensor | None = None,
         **_: Any,  # transformers passes what its own towers take
     ) -> BaseModelOutputWithPooling:
-        """Encode, fuse and project (B, 3, height, width) images.
+        """Encode, fuse and project (B, channels, height, width) images.
 
         Args:
-            pixel_values: (B, 3, height, width).
+            pixel_values: (B, channels, height, width); 3 channels, or as many for each of several backbones.
             vision_feature_layer: unused; the backbone taps what its config says.
             vision_feature_select_strategy: unused, likewise.
             image_sizes: unused, since all images take the same number of tokens here.
@@ -272,7 +272,9 @@ class FusedLlavaModel(_LoadsWhole, LlavaModel):
         if text_only and self.training and torch.is_grad_enabled():
             inputs_embeds = self.get_input_embeddings()(kwargs.pop("input_ids"))
             assert isinstance(self.config.vision_config, LayerfuseVisionConfig)
-            black = inputs_embeds.new_zeros(1, 3, *(self.config.vision_config.image_size or ()))
+            black = inputs_embeds.new_zeros(
+                1, self.vision_tower.backbone.in_channels, *(self.config.vision_config.image_size or ())
+            )
             blank = blank_condition(self.fuser, 1, inputs_embeds)
             features: Any = self.get_image_features(black, condition=blank)
             unused = [features.pooler_output, *(getattr(features, "deepstack_features", None) or ())]

@@ -97,7 +97,7 @@ def _without_weights(build: Callable[[], _Part]) -> _Part:
             hook.remove()
 
 
-def set_attention(backbone: Backbone, implementation: str | None) -> None:
+def set_attention(backbone: nn.Module, implementation: str | None) -> None:
     """Let a backbone of transformers compute attention as it was asked for; other libraries choose themselves."""
     for part in backbone.modules():
         if isinstance(part, PreTrainedModel) and implementation is not None:

@@ -6,7 +6,6 @@ Images are prepared exactly as `layerfuse.Preprocessing` does, so that training,
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +19,7 @@ from transformers.processing_utils import MultiModalData
 from integrations.llava.image_layout import ImageLayout, layout_from_config
 from integrations.llava.prompts import IMAGE_TAG, Template, chat_template
 from layerfuse.errors import InputError
-from layerfuse.preprocessing import Preprocessing
+from layerfuse.preprocessing import AnyPreprocessing, preprocessing_from_dict
 from layerfuse.preprocessing.pixels import image_size
 
 from .model import FusedLlavaConfig, FusedLlavaForConditionalGeneration, LayerfuseVisionConfig
@@ -32,7 +31,8 @@ class LayerfuseImageProcessor(BaseImageProcessor):
     """layerfuse's preprocessing as an image processor of transformers.
 
     Args:
-        preprocessing: `Preprocessing.to_dict()`; its `upright` says whether images are turned by their Exif data.
+        preprocessing: `Preprocessing.to_dict()`, or `StackedPreprocessing.to_dict()` for several backbones; its
+            `upright` says whether images are turned by their Exif data.
         image_layout: `ImageLayout.config` of the model that the images are for; None says nothing, as processors that
             0.1 saved.
     """
@@ -54,7 +54,7 @@ class LayerfuseImageProcessor(BaseImageProcessor):
     @property
     def crop_size(self) -> dict[str, int]:
         """Height and width of a prepared image; tools that count image tokens without preparing one read this."""
-        height, width = self.preprocessing["size"]
+        height, width = preprocessing_from_dict(self.preprocessing).size
         return {"height": height, "width": width}
 
     def to_dict(self) -> dict[str, Any]:
@@ -87,7 +87,7 @@ class LayerfuseImageProcessor(BaseImageProcessor):
             **options: none, unless their value is None: how images are prepared is said by `preprocessing`.
 
         Returns:
-            `pixel_values`: (B, 3, height, width) float32; `image_sizes`: (B, 2) height and width before that.
+            `pixel_values`: (B, channels, height, width) float32; `image_sizes`: (B, 2) height and width before that.
 
         Raises:
             ValueError: if an option is unknown, or something is no image.
@@ -99,7 +99,7 @@ class LayerfuseImageProcessor(BaseImageProcessor):
         if input_data_format not in (None, *_FORMATS):
             raise InputError(f"input_data_format={input_data_format!r} is unknown; give one of {', '.join(_FORMATS)}.")
         # A processor that was saved before there was a choice turns images, too.
-        preprocessing = Preprocessing.from_dict({"upright": True} | self.preprocessing)
+        preprocessing = preprocessing_from_dict(self.preprocessing, upright=True)
         flat = _flatten(images, input_data_format)
         pixels = preprocessing.batch(flat)
         sizes = [image_size(image, upright=preprocessing.upright) for image in flat]
@@ -178,7 +178,7 @@ def add_image_token(tokenizer: PreTrainedTokenizerBase) -> int:
 def build_processor(
     model: FusedLlavaForConditionalGeneration,
     tokenizer: PreTrainedTokenizerBase,
-    preprocessing: Preprocessing,
+    preprocessing: AnyPreprocessing,
     template: Template,
 ) -> FusedLlavaProcessor:
     """Assemble the processor that belongs to a model, and that `AutoProcessor.from_pretrained` reads again.
@@ -191,7 +191,7 @@ def build_processor(
     tokenizer.init_kwargs["padding_side"] = "left"
     described = model.config.layout.config
     return FusedLlavaProcessor(
-        image_processor=LayerfuseImageProcessor(replace(preprocessing, upright=True).to_dict(), described),
+        image_processor=LayerfuseImageProcessor(preprocessing.changed(upright=True).to_dict(), described),
         tokenizer=tokenizer,
         chat_template=chat_template(template, tokenizer),
         image_token=IMAGE_TAG,

@@ -25,7 +25,7 @@ def describe_sizes(
 ) -> dict[str, str]:
     """Label -> value: sizes of the data, of the training and of a model."""
     steps = [len(run.losses.get(stage, ())) for stage in STAGES]
-    backbone = model.model.vision_tower.backbone
+    (backbone,) = model.model.vision_tower.backbone.members
     return {
         "training images": f"{settings.num_train:,}",
         "test images": f"{settings.num_test:,} ({len(run.answers):,} questions)",

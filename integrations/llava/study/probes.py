@@ -67,12 +67,13 @@ def cell_labels(scenes: Sequence[Scene]) -> list[CellLabels]:
 
 def all_layers_backbone(config: ModelConfig) -> Backbone:
     """Build a recipe's backbone with every layer tapped, 0 = embeddings to the last block."""
+    (own,) = config.backbones
     return create_backbone(
-        f"{config.family}:{config.backbone}",
+        own.name,
         layers=lambda depth: range(depth + 1),
         pretrained=config.backbone_pretrained,
-        image_size=config.image_size,
-        options=config.backbone_options,
+        image_size=own.image_size,
+        options=own.options,
     ).eval()
 
 

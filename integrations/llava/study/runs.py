@@ -69,12 +69,17 @@ def finish_run(recipe: Recipe, folder: Path, data: Path) -> FuserRun:
     )
 
 
+def _backbones(recipe: Recipe) -> tuple[str, ...]:
+    named = recipe.model.backbone
+    return named if isinstance(named, tuple) else (named,)
+
+
 def _train(recipe: Recipe, folder: Path, data: Path) -> str:
     fingerprint = digest(
         {
             "recipe": dump_recipe(recipe),
             "data": {name: file_digest(data / name) for name in ("settings.json", "pretrain.json", "train.json")},
-            "weights": {name: folder_digest(name) for name in (recipe.model.backbone, recipe.model.llm)},
+            "weights": {name: folder_digest(name) for name in (*_backbones(recipe), recipe.model.llm)},
             "code": code_digest("training"),
         }
     )

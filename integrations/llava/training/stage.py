@@ -7,7 +7,6 @@ import gc
 import hashlib
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +41,7 @@ from integrations.llava.modeling import (
 from integrations.llava.prompts import TextEncoder, get_template
 from layerfuse.errors import FileAccessError, InputError
 from layerfuse.files import check_disk_space
-from layerfuse.preprocessing import Preprocessing
+from layerfuse.preprocessing import AnyPreprocessing
 
 from .distributed import any_process, on_main
 from .engines import forget_engine, set_precision, shards
@@ -318,10 +317,10 @@ def stage_trainer(
     return trainer
 
 
-def _preprocessing(model: FusedLlavaForConditionalGeneration, config: StageConfig) -> Preprocessing:
+def _preprocessing(model: FusedLlavaForConditionalGeneration, config: StageConfig) -> AnyPreprocessing:
     """How a stage brings images to the backbone's size."""
     backbone = model.model.vision_tower.backbone
-    return replace(backbone.preprocessing, mode=config.data.image_mode, upright=config.data.upright)
+    return backbone.preprocessing.changed(mode=config.data.image_mode, upright=config.data.upright)
 
 
 def _digest(samples: SampleFile, usable: np.ndarray) -> str:

@@ -6,7 +6,6 @@ that ours leaves out, so that it can go back as it came.
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -24,7 +23,7 @@ from integrations.llava.prompts import Template, get_template
 from layerfuse.backbones import backbone_from_config
 from layerfuse.errors import InputError
 from layerfuse.fusers import fuser_from_config
-from layerfuse.preprocessing import Preprocessing
+from layerfuse.preprocessing import preprocessing_from_dict
 
 from ..content import KEPT_FILES, Content, Options, Origin, check_weights, copy_files, meta_model, reading, token_ids
 from ..tensors import CONFIG_FILE, read_json, stored_model, stored_tensors, write_json, write_sharded
@@ -74,7 +73,7 @@ def read_own(folder: Path, options: Options) -> Content:
             f"the processor of {folder} prepares images by {type(image_processor).__name__}; expected "
             f"{LayerfuseImageProcessor.__name__}. Take the processor_config.json that was saved with the model."
         )
-    preprocessing = Preprocessing.from_dict(image_processor.preprocessing)
+    preprocessing = preprocessing_from_dict(image_processor.preprocessing)
     tensors = check_weights(model, stored_model(folder), str(folder))
     kept, origin = folder / _KEPT, None
     if kept.is_dir():
@@ -85,7 +84,7 @@ def read_own(folder: Path, options: Options) -> Content:
         model=model,
         tensors=tensors,
         tokenizer=processor.tokenizer,
-        preprocessing=replace(preprocessing, mode=options.image_mode or preprocessing.mode),
+        preprocessing=preprocessing.changed(mode=options.image_mode),
         template=template,
         folder=folder,
         tail=stored_tensors(kept / _TAIL) if (kept / _TAIL).is_file() else {},

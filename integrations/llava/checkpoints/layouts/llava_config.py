@@ -111,8 +111,10 @@ def published_config(content: Content, earlier: Mapping[str, Any], options: Opti
     text = content.model.config.get_text_config().to_dict()
     rope = dict(text["rope_parameters"])
     _check_llama(text, rope, content.model.config.head)
-    if content.preprocessing.mode not in _ASPECTS:
-        raise InputError(f"images are prepared by {content.preprocessing.mode!r}; the published code can pad and crop.")
+    if content.only_preprocessing.mode not in _ASPECTS:
+        raise InputError(
+            f"images are prepared by {content.only_preprocessing.mode!r}; the published code can pad and crop."
+        )
     tower = options.vision_tower or earlier.get("mm_vision_tower")
     if not tower or "clip" not in tower.lower():
         raise InputError(
@@ -137,7 +139,7 @@ def published_config(content: Content, earlier: Mapping[str, Any], options: Opti
         "mm_hidden_size": backbone.embed_dim,
         "mm_vision_select_layer": layers if fused else layers[0],
         "mm_vision_tower": tower,
-        "image_aspect_ratio": _ASPECTS[content.preprocessing.mode],
+        "image_aspect_ratio": _ASPECTS[content.only_preprocessing.mode],
     }
 
 

@@ -128,7 +128,7 @@ def write_llava_hf(content: Content, folder: Path, options: Options) -> None:
     rest = {name: tensor for name, tensor in content.tensors.items() if not name.startswith(BACKBONE)}
     write_sharded(to_llava_hf({**whole_tower(content, vision_config, options), **rest}), folder)
     # What it came with, if it comes from there with images prepared like that; else its processor is described anew.
-    as_it_came = content.preprocessing.mode == backbone.preprocessing.mode
+    as_it_came = content.only_preprocessing.mode == backbone.preprocessing.mode
     if content.origin is not None and content.origin.layout == LLAVA_HF and as_it_came:
         copy_files(content.origin.folder, folder, tuple(name for name in KEPT_FILES if name != CONFIG_FILE))
     else:
@@ -140,7 +140,7 @@ def write_llava_hf(content: Content, folder: Path, options: Options) -> None:
 
 
 def _write_processor(content: Content, folder: Path) -> None:
-    backbone, prepare = content.backbone, content.preprocessing
+    backbone, prepare = content.backbone, content.only_preprocessing
     content.tokenizer.save_pretrained(folder)
     (folder / "chat_template.jinja").write_text(chat_template(content.template, content.tokenizer), encoding="utf-8")
     height, width = prepare.size

@@ -1,0 +1,210 @@
+"""Several backbones side by side: one picture in, the maps of all of them out, on one grid if that is wanted.
+
+Every backbone sees the picture as its own preprocessing makes it. The pictures lie on one another along the channels of
+one tensor, as in OpenVLA (arXiv:2406.09246), so that whatever handles images handles these.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from layerfuse.backbones._image_checks import check_images
+from layerfuse.backbones.base import BACKBONES, Backbone, Featurizer, as_pair
+from layerfuse.errors import InputError
+from layerfuse.features import RESAMPLING, FeatureMaps, Grid
+from layerfuse.preprocessing import AnyPreprocessing, StackedPreprocessing
+from layerfuse.registry import unknown_name_message
+
+__all__ = ["BackboneGroup"]
+
+_KEYS = {"backbones", "resample", "grid", "order"}
+
+
+class BackboneGroup(Featurizer):
+    """Backbones side by side; their maps come one backbone after the other, `FeatureMaps.sources` says of which.
+
+    Images are one tensor (B, channels of all backbones, height, width), height and width the largest of the backbones'
+    own. Each backbone reads its channels, and of these the top left corner of its own size. Images of another size are
+    given to every backbone as they are.
+
+    Args:
+        backbones: in the order of their channels and maps.
+        resample: ``"bilinear"`` as in Eagle (arXiv:2408.15998), ``"bicubic"`` or ``"nearest"`` brings all maps to one
+            grid, see `FeatureMaps.resample`; with None each keeps its own.
+        grid: (H, W) of that grid, in patches; if None, that of the first backbone.
+        order: in which the maps come, if not one backbone after the other: their positions if they did.
+
+    Raises:
+        ValueError: if there is no backbone, one is given twice, or ``resample``, ``grid`` or ``order`` cannot be.
+    """
+
+    def __init__(
+        self,
+        backbones: Sequence[Backbone],
+        *,
+        resample: str | None = "bilinear",
+        grid: Sequence[int] | None = None,
+        order: Sequence[int] | None = None,
+    ) -> None:
+        super().__init__()
+        if not backbones:
+            raise InputError("a group of backbones needs at least one; got none.")
+        if len({id(backbone.model) for backbone in backbones}) < len(backbones):
+            raise InputError("a group was given one model twice; copy it (copy.deepcopy), or tap more of its layers.")
+        if resample is not None and resample not in RESAMPLING:
+            raise InputError(unknown_name_message("resample", resample, RESAMPLING))
+        self.backbones = nn.ModuleList(backbones)
+        self.resample = resample
+        self.grid = _as_grid(grid, resample)
+        self.order = _as_order(order, sum(len(backbone.layers) for backbone in backbones))
+        self.layers = tuple(layer for _, layer in self.taps)
+        self.in_channels = sum(backbone.in_channels for backbone in backbones)
+        heights, widths = zip(*(backbone.image_size for backbone in backbones), strict=True)
+        self.image_size = (max(heights), max(widths))
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any]) -> BackboneGroup:
+        """Build the architecture of another group's ``config``, with random weights; nothing is downloaded.
+
+        Raises:
+            ValueError: if a key is unknown or missing.
+        """
+        if set(config) != _KEYS:
+            raise InputError(
+                f"the config of several backbones has the keys {', '.join(sorted(_KEYS))}; this one has "
+                f"{', '.join(sorted(config)) or 'none'}."
+            )
+        backbones = [BACKBONES.get(each["family"]).from_config(each) for each in config["backbones"]]
+        return cls(backbones, resample=config["resample"], grid=config["grid"], order=config["order"])
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """JSON-able description from which `from_config` builds the same architecture.
+
+        Raises:
+            ValueError: if a backbone has none, see `Backbone.config`.
+        """
+        grid, order = (None if each is None else list(each) for each in (self.grid, self.order))
+        backbones = [member.config for member in self.members]
+        return {"backbones": backbones, "resample": self.resample, "grid": grid, "order": order}
+
+    @property
+    def members(self) -> tuple[Backbone, ...]:
+        """The backbones, in the order of their channels and maps."""
+        return tuple(self.backbones)  # type: ignore[arg-type]  # a ModuleList forgets what it holds
+
+    @property
+    def taps(self) -> tuple[tuple[int, int], ...]:
+        """Of each map the position of its backbone among `members`, and its layer."""
+        taps = super().taps
+        return taps if self.order is None else tuple([taps[place] for place in self.order])
+
+    @property
+    def preprocessing(self) -> AnyPreprocessing:  # type: ignore[override]  # an attribute of the base class
+        """The preprocessing of each backbone, whose results lie on one another; may be replaced."""
+        return StackedPreprocessing(tuple(member.preprocessing for member in self.members))
+
+    @preprocessing.setter
+    def preprocessing(self, preprocessing: AnyPreprocessing) -> None:
+        if not isinstance(preprocessing, StackedPreprocessing) or len(preprocessing.parts) != len(self.members):
+            raise InputError(
+                f"the preprocessing of {len(self.members)} backbones is a StackedPreprocessing of as many parts; got "
+                f"{preprocessing}."
+            )
+        for member, own in zip(self.members, preprocessing.parts, strict=True):
+            member.preprocessing = own
+
+    def forward(self, images: torch.Tensor | Sequence[torch.Tensor]) -> FeatureMaps:
+        """Encode images as the feature maps of all backbones.
+
+        Args:
+            images: (B, in_channels, height, width), prepared as ``preprocessing`` does it; or one tensor for each
+                backbone, as that backbone takes it alone.
+
+        Returns:
+            L maps, each (B, N_l, C_l), with ``sources``. Where some backbones have prefix tokens, the others have none:
+            (B, 0, C_l).
+
+        Raises:
+            ValueError: if the images have a shape or size that a backbone cannot take.
+            TypeError: if they are no tensors.
+        """
+        found: list[FeatureMaps] = [member(own) for member, own in zip(self.members, self._split(images), strict=True)]
+        prefixed = any(features.prefix for features in found)
+        features = FeatureMaps(
+            maps=tuple([tokens for each in found for tokens in each.maps]),
+            layers=tuple([layer for each in found for layer in each.layers]),
+            grids=tuple([grid for each in found for grid in each.grids]),
+            prefix=tuple([tokens for each in found for tokens in each.prefix or _no_prefix(each)]) if prefixed else (),
+            sources=tuple([source for source, each in enumerate(found) for _ in each.layers]),
+        )
+        if self.resample is not None:
+            features = features.resample(self.grid or features.grids[0], self.resample)
+        return features if self.order is None else features.take(self.order)
+
+    def _split(self, images: torch.Tensor | Sequence[torch.Tensor]) -> Sequence[torch.Tensor]:
+        if isinstance(images, (tuple, list)):
+            if len(images) != len(self.members):
+                raise InputError(
+                    f"images are {len(images)} tensors for {len(self.members)} backbones; give one for each, or one "
+                    "tensor with the channels of all, as prepare makes it."
+                )
+            return images
+        check_images(images, self.in_channels)
+        assert isinstance(images, torch.Tensor)
+        parts = images.split([member.in_channels for member in self.members], dim=1)
+        if tuple(images.shape[2:]) != self.image_size:
+            return parts
+        sizes = [member.image_size for member in self.members]
+        return [part[..., :height, :width] for part, (height, width) in zip(parts, sizes, strict=True)]
+
+    def grids(self, size: int | Sequence[int] | None = None) -> tuple[Grid, ...]:
+        """Return the grids of all maps, as a fuser wants them: L pairs (H, W), in patches.
+
+        ``size`` is that of the images, in pixels: one edge, or (height, width); the native size if None. A ValueError
+        says why a backbone cannot take it.
+        """
+        given = None if size is None or as_pair(size) == self.image_size else size
+        own = [member.grids(given)[0] for member in self.members]
+        if self.resample is not None:
+            own = [self.grid or own[0]] * len(own)
+        return tuple(own[source] for source, _ in self.taps)
+
+    def set_gradient_checkpointing(self, enable: bool = True) -> None:
+        """Recompute block activations in the backward pass instead of keeping them.
+
+        Raises:
+            ValueError: if a model has no such switch.
+        """
+        for member in self.members:
+            member.set_gradient_checkpointing(enable)
+
+    def extra_repr(self) -> str:
+        """Return how maps come to one grid, for ``print(group)``."""
+        return f"resample={self.resample!r}, grid={self.grid}, image_size={self.image_size}"
+
+
+def _as_order(order: Sequence[int] | None, count: int) -> tuple[int, ...] | None:
+    if order is None:
+        return None
+    if sorted(order) != list(range(count)):
+        raise InputError(f"order is {tuple(order)}; give each position from 0 to {count - 1} once.")
+    return tuple(order)
+
+
+def _no_prefix(features: FeatureMaps) -> list[torch.Tensor]:
+    return [tokens[:, :0] for tokens in features.maps]
+
+
+def _as_grid(grid: Sequence[int] | None, resample: str | None) -> Grid | None:
+    if grid is None:
+        return None
+    if resample is None:
+        raise InputError(f"grid={tuple(grid)} needs a way to get there; give resample, too: {', '.join(RESAMPLING)}.")
+    if len(grid) != 2 or min(grid) < 1 or any(int(edge) != edge for edge in grid):
+        raise InputError(f"grid is {tuple(grid)}; give (H, W) in patches, both at least 1.")
+    return int(grid[0]), int(grid[1])

@@ -1,0 +1,102 @@
+"""One picture prepared for several backbones, in the channels of one tensor."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from PIL import Image
+from torch.nn import functional as F
+
+from layerfuse.errors import InputError
+from layerfuse.preprocessing.pixels import Images
+from layerfuse.preprocessing.preprocessing import Mode, Preprocessing, stack_pictures
+
+__all__ = ["AnyPreprocessing", "StackedPreprocessing", "preprocessing_from_dict"]
+
+
+@dataclass(frozen=True)
+class StackedPreprocessing:
+    """The preprocessings of several backbones, whose results lie on one another along the channels.
+
+    A smaller one lies in the top left corner; the rest of its channels is zero.
+
+    Args:
+        parts: one for each backbone, in the order of their channels; all turn pictures upright, or none.
+
+    Raises:
+        ValueError: if there is none, or some turn pictures upright and others do not.
+    """
+
+    parts: tuple[Preprocessing, ...]
+
+    def __post_init__(self) -> None:
+        """Check the parts, and make a list (as JSON has it) a tuple."""
+        object.__setattr__(self, "parts", tuple(self.parts))
+        if not self.parts:
+            raise InputError("StackedPreprocessing has no parts; give the Preprocessing of each backbone.")
+        if len({part.upright for part in self.parts}) > 1:
+            raise InputError(
+                "the backbones of one group disagree whether pictures are turned upright; set `upright` of every "
+                "backbone's preprocessing alike."
+            )
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """(height, width) of the result, in pixels: the largest of the parts."""
+        heights, widths = zip(*(part.size for part in self.parts), strict=True)
+        return max(heights), max(widths)
+
+    @property
+    def channels(self) -> int:
+        """Channels of the result."""
+        return sum(part.channels for part in self.parts)
+
+    @property
+    def upright(self) -> bool:
+        """Whether pictures are turned as their Exif data say."""
+        return self.parts[0].upright
+
+    def __call__(self, image: Image.Image) -> torch.Tensor:
+        """Return the input tensor of the backbones, (channels, height, width) float32, made from one picture.
+
+        Raises as `Preprocessing.__call__`.
+        """
+        (height, width), prepared = self.size, [part(image) for part in self.parts]
+        return torch.cat([F.pad(own, (0, width - own.shape[2], 0, height - own.shape[1])) for own in prepared])
+
+    def batch(self, images: Images) -> torch.Tensor:
+        """Return a batch (B, channels, height, width), float32; images and errors are `Preprocessing.batch`'s."""
+        return stack_pictures(self, images)
+
+    def changed(
+        self, *, mode: Mode | None = None, crop_pct: float | None = None, upright: bool | None = None
+    ) -> StackedPreprocessing:
+        """Return another one, with the fields that are given and not None in every part."""
+        changed = tuple(part.changed(mode=mode, crop_pct=crop_pct, upright=upright) for part in self.parts)
+        return StackedPreprocessing(changed)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the parts as JSON can hold them, for `preprocessing_from_dict`."""
+        return {"parts": [part.to_dict() for part in self.parts]}
+
+
+# How pictures are prepared for one backbone, or for several.
+AnyPreprocessing = Preprocessing | StackedPreprocessing
+
+
+def preprocessing_from_dict(config: Mapping[str, Any], *, upright: bool = False) -> AnyPreprocessing:
+    """Build what `to_dict` of `Preprocessing` or `StackedPreprocessing` describes.
+
+    ``upright`` is for a description that does not say.
+
+    Raises:
+        ValueError: if a key is unknown or missing.
+    """
+    if set(config) != {"parts"}:
+        return Preprocessing.from_dict({"upright": upright, **config})
+    return StackedPreprocessing(
+        tuple(Preprocessing.from_dict({"upright": upright, **part}) for part in config["parts"])
+    )

@@ -1,0 +1,213 @@
+"""Several backbones from a recipe: trained in both stages, saved, converted, answered in batches; what it may say."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+
+from integrations.llava.checkpoints.convert import convert
+from integrations.llava.checkpoints.model_io import load_model, load_processor
+from integrations.llava.config import Recipe, dump_recipe, load_recipe, parse_overrides
+from integrations.llava.dry_run import dry_run, render
+from integrations.llava.modeling import build_recipe_model, read_language_files
+from integrations.llava.training.train import train
+from layerfuse.preprocessing import IMAGENET_MEAN, StackedPreprocessing
+from tests.integrations.llava.tiny_parts import tiny_overrides
+from tests.integrations.llava.training.test_train_injection import answers
+
+DINO, SIGLIP = "vit_small_patch14_reg4_dinov2.lvd142m", "vit_base_patch16_siglip_224.webli"
+VIT: dict[str, Any] = {"embed_dim": 32, "depth": 3, "num_heads": 2, "patch_size": 8}
+TWO: dict[str, Any] = {
+    "model.family": "timm",
+    "model.backbone": [DINO, SIGLIP],
+    "model.layers": [[1, -2], [3]],
+    "model.image_size": [32, 48],
+    "model.backbone_pretrained": False,
+}
+# OpenVLA's way, with layers that are also injected; and one that takes maps of several grids, but of one width.
+FUSERS: dict[str, dict[str, Any]] = {
+    "concat": {
+        "model.backbone_options": [VIT, {**VIT, "embed_dim": 48}],
+        "model.injection.pairs": [[[1, 1], 0], [2, 1]],
+    },
+    "mmfuser": {
+        "model.backbone_options": VIT,
+        "model.resample": "none",
+        "model.fuser_options": {"num_heads": 4},
+    },
+}
+
+
+@pytest.fixture
+def recipe(fuser: str, backbone_folder: Path, llm_folder: Path, data_folder: Path) -> Recipe:
+    overrides = tiny_overrides(backbone_folder, llm_folder, data_folder) | TWO | FUSERS[fuser]
+    for stage in ("pretrain", "finetune"):
+        overrides |= {f"{stage}.gradient_checkpointing": False, f"{stage}.learning_rate": 1e-2}
+    return load_recipe("mmfuser_7b", overrides | {"model.fuser": fuser})
+
+
+@pytest.mark.parametrize("fuser", FUSERS)
+def test_trained_saved_converted_and_answered_the_same_at_batch_1_and_8(
+    recipe: Recipe, fuser: str, pictures: list[Image.Image], tmp_path: Path
+) -> None:
+    folder = train(recipe, tmp_path / "run")
+    model = load_model(folder)
+    backbone = model.model.vision_tower.backbone
+    assert [member.image_size for member in backbone.members] == [(32, 32), (48, 48)]
+    pixels = load_processor(folder).image_processor(pictures)["pixel_values"]
+    assert pixels.shape == (8, 6, 48, 48)
+    prepared = backbone.preprocessing
+    assert isinstance(prepared, StackedPreprocessing)
+    assert prepared.parts[0].mean == IMAGENET_MEAN != prepared.parts[1].mean
+    found = backbone(pixels)
+    for source, (part, member, corner) in enumerate(
+        zip(prepared.parts, backbone.members, (pixels[:, :3, :32, :32], pixels[:, 3:]), strict=True)
+    ):
+        assert torch.equal(corner, part.changed(mode="pad", upright=True).batch(pictures))
+        if found.grids[backbone.taps.index((source, member.layers[0]))] == member.grids()[0]:
+            assert torch.equal(found[backbone.taps.index((source, member.layers[0]))], member(corner)[0])
+    if fuser == "concat":
+        # The fuser's maps stand in front, the layer of the second backbone that is only injected behind them.
+        assert backbone.taps == ((0, 1), (0, 2), (1, 3), (1, 1))
+        assert model.config.injection["pairs"] == [[[1, 1], 0], [[0, 2], 1]]
+        assert model.model.fuser.in_channels == (32, 32, 48)
+        stage_1 = load_file(folder / "pretrain" / "adapter.safetensors")
+        assert all(stage_1[f"model.injection.mergers.{index}.linear_2.weight"].any() for index in range(2))
+    else:
+        assert model.model.fuser_grids == ((4, 4), (4, 4), (6, 6))
+    assert model.config.layout.num_tokens() == (36 if fuser == "mmfuser" else 16)
+
+    alone = answers(folder, pictures, 1)
+    assert alone == answers(folder, pictures, 8)
+    assert all(alone)
+    convert(folder, tmp_path / "copy")
+    for name, tensor in load_file(folder / "model.safetensors").items():
+        assert torch.equal(load_file(tmp_path / "copy" / "model.safetensors")[name], tensor)
+    assert answers(tmp_path / "copy", pictures[:2], 2) == alone[:2]
+    refused = "injection.*has no place" if fuser == "concat" else "has 2 backbones.*place for one"
+    with pytest.raises(ValueError, match=refused):
+        convert(folder, tmp_path / "theirs", "llava-hf")
+    file = folder / "processor_config.json"
+    saved = json.loads(file.read_text())
+    saved["image_processor"]["preprocessing"]["parts"].pop()
+    file.write_text(json.dumps(saved))
+    with pytest.raises(ValueError, match="prepares images for 1 backbones, and .* has 2"):
+        load_model(folder)
+
+
+@pytest.mark.parametrize("fuser", ["concat"])
+def test_a_recipe_says_backbones_as_a_list(recipe: Recipe, fuser: str, tmp_path: Path) -> None:
+    (tmp_path / "recipe.yaml").write_text(dump_recipe(recipe))
+    assert load_recipe(tmp_path / "recipe.yaml").model == recipe.model
+    first, second = recipe.model.backbones
+    assert (first.name, first.layers, first.image_size, first.options) == (f"timm:{DINO}", (1, -2), 32, VIT)
+    assert (second.name, second.layers, second.image_size) == (f"timm:{SIGLIP}", (3,), 48)
+    # A folder beside the recipe, another family for each, one number for a list of one, and a base that had options.
+    (tmp_path / "mine.yaml").write_text(
+        "base: recipe.yaml\nmodel:\n  family: [transformers, timm]\n  backbone: [./clip, b]\n  layers: [[1, 2], 3]\n"
+        "  image_size: null\n  grid: [5, 5]"
+    )
+    model = load_recipe(tmp_path / "mine.yaml").model
+    assert [own.name for own in model.backbones] == [f"transformers:{tmp_path / 'clip'}", "timm:b"]
+    assert (model.layers, model.backbone_options, model.image_size, model.grid) == (((1, 2), (3,)), {}, None, (5, 5))
+    words = ["--model.backbone", "a", "b", "--model.layers", "[[1, 2], [-2]]", "--model.image-size", "32", "48"]
+    given = parse_overrides([*words, "--model.backbone-options", "{}"])
+    assert load_recipe("mmfuser_7b", given).model.backbones[1].layers == (-2,)
+    assert load_recipe("mmfuser_7b", given).model.image_size == (32, 48)
+    assert parse_overrides(["--model.backbone", "[a, b]"]) == {"model.backbone": ["a", "b"]}
+    single = parse_overrides(["--model.backbone", "a", "--model.layers", "3,8,-2", "--model.image-size", "32"])
+    assert single == {"model.backbone": "a", "model.layers": [3, 8, -2], "model.image_size": 32}
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"layers": [1, 2]}, r"layers=\(1, 2\) are for 2 backbones; give a list of layers for each"),
+        ({"layers": [[1], [2], [3]]}, "are for 2 backbones"),
+        ({"layers": [[1, 1], [2]]}, r"layers=\(1, 1\) names 1 twice"),
+        ({"image_size": [32, 48, 64]}, "image_size has 3 entries for 2 backbones in `backbone`; give one value, or"),
+        ({"image_size": [0, 48]}, r"image_size\[0\]=0 is too small"),
+        ({"family": ["timm"]}, "family has 1 entries for 2 backbones"),
+        ({"backbone": "a"}, "are for several backbones, and backbone names one"),
+        ({"backbone": "a", "layers": 1, "image_size": [32, 48]}, "image_size has 2 entries for one backbone in"),
+        ({"grid": [4]}, r"grid=\[4\] is \(H, W\), in patches"),
+        ({"grid": [4, 4], "resample": "none"}, "leave it out for one backbone and with resample: none"),
+        ({"resample": "area"}, "resample is 'area'; give one of: bilinear, bicubic, nearest, none"),
+        ({"injection.pairs": [[[1, 2, 3], 0]]}, r"pairs has \[1, 2, 3\] for a layer of one of several backbones"),
+        ({"injection.pairs": [[1, [0, 1]]]}, "give \\[layer of the backbone, decoder layer\\] each"),
+    ],
+)
+def test_lists_that_do_not_fit_are_refused(given: dict[str, Any], message: str) -> None:
+    overrides = TWO | {f"model.{name}": value for name, value in given.items()}
+    with pytest.raises(ValueError, match=message):
+        load_recipe("mmfuser_7b", overrides)
+
+
+@pytest.mark.parametrize("fuser", ["concat"])
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"injection.pairs": ((3, 0),)}, None),
+        ({"injection.pairs": ((1, 0), ((1, 1), 1))}, "names layer 1, which 2 of the 2 backbones tap; say of which"),
+        ({"injection.pairs": ((0, 0),)}, "names layer 0, which none of the 2 backbones tap"),
+        ({"injection.pairs": (((2, 1), 0),)}, r"names backbone 2 in \[2, 1\]; there are 2, counted from 0"),
+        (
+            {"injection.pairs": (((0, 1), (1, 3), 0),), "injection.merger": "concat", "resample": "none"}
+            | {"fuser_options": {"resize": "nearest", "grid": [4, 4]}},
+            r"joins the taps \[\(0, 1\), \(1, 3\)\], whose maps lie on several grids: \[\(4, 4\), \(6, 6\)\]",
+        ),
+    ],
+)
+def test_a_tap_is_looked_up_by_backbone_and_layer(
+    changes: dict[str, Any], message: str | None, recipe: Recipe, fuser: str
+) -> None:
+    config = recipe.model
+    injection = dataclasses.replace(
+        config.injection, **{name[10:]: value for name, value in changes.items() if name.startswith("injection.")}
+    )
+    own = {name: value for name, value in changes.items() if "." not in name}
+    config = dataclasses.replace(config, injection=injection, **own)
+    files = read_language_files(config)
+    if message is None:
+        model = build_recipe_model(config, files, device="meta")
+        assert model.config.injection["pairs"] == (((1, 3), 0),)
+        return
+    with pytest.raises(ValueError, match=message):
+        build_recipe_model(config, files, device="meta")
+
+
+@pytest.mark.parametrize("fuser", ["concat"])
+def test_a_dry_run_counts_every_backbone(recipe: Recipe, fuser: str) -> None:
+    both = dry_run(recipe)
+    page = render(both)
+    for line in (
+        rf"backbone +timm {DINO}",
+        rf"backbone +timm {SIGLIP}",
+        r"layers 1, 2 of 3, 32 x 32 pixels",
+        r"layers 3, 1 of 3, 48 x 48 pixels",
+        r"concat: 3 maps of 4 x 4 x 32, 4 x 4 x 48",
+        r"layers 1 of backbone 1 -> 0, 2 -> 1, after",
+    ):
+        assert re.search(line, page), line
+    apart = []
+    for place in range(2):
+        own = recipe.model.backbones[place]
+        model = dataclasses.replace(
+            recipe.model,
+            backbone=(DINO, SIGLIP)[place],
+            layers=(1, 2) if place == 0 else (3, 1),
+            image_size=own.image_size,
+            backbone_options=dict(own.options),
+            injection=type(recipe.model.injection)(),
+        )
+        apart.append(dry_run(dataclasses.replace(recipe, model=model)))
+    flops, alone = ([stage.flops["backbone"].forward for stage in report.stages[:1]] for report in (both, apart[0]))
+    assert flops[0] == pytest.approx(alone[0] + apart[1].stages[0].flops["backbone"].forward)
