@@ -68,3 +68,10 @@ def test_every_process_ends_when_one_is_killed(failing: int, nursery: Nursery, a
     assert (ended[failing].code, ended[1 - failing].code) == (-9, 1), ended
     assert abs(ended[0].seconds - ended[1].seconds) < SECONDS
     assert "another process of this run ended without a word" in ended[1 - failing].output
+
+
+def test_a_failure_does_not_reach_into_what_the_processes_do_next(nursery: Nursery) -> None:
+    """As a run that was stopped and goes on in the same processes; the thread of the first start may still look."""
+    ended = nursery.run("failing_worker:again")
+
+    assert [each.code for each in ended] == [0, 0], "\n".join(f"{each}" for each in ended)
