@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from importlib import metadata
+from typing import Any
 
 import pytest
 
+from layerfuse.errors import InputError
+from layerfuse.fusers import create_fuser
 from layerfuse.registry import Registry, unknown_name_message
 
 
@@ -39,6 +43,18 @@ def test_unknown_name_gets_nearest_match_and_the_list() -> None:
 def test_name_without_near_match_gets_the_list_only() -> None:
     assert unknown_name_message("fruit", "xyz", ["b", "a"]) == "fruit 'xyz' is unknown. Known: a, b."
     assert unknown_name_message("fruit", "xyz", []) == "fruit 'xyz' is unknown. Known: none."
+
+
+def test_the_message_says_whose_name_it_is() -> None:
+    message = unknown_name_message("colour", "rde", ["red"], of="fruit 'apple'")
+    assert message == "colour 'rde' of fruit 'apple' is unknown; did you mean 'red'? Known: red."
+
+
+@pytest.mark.parametrize("name", [5, None, True, ["a"], {"a": 1}, b"a"], ids=repr)
+def test_a_name_that_is_no_string_is_unknown(name: Any) -> None:
+    assert unknown_name_message("fruit", name, ["a"]) == f"fruit {name!r} is unknown. Known: a."
+    with pytest.raises(InputError, match=re.escape(f"fuser {name!r} is unknown. Known: attention_pool, ")):
+        create_fuser(name, in_channels=8, num_layers=2)
 
 
 def test_taken_name_is_refused_and_rerun_definition_is_not() -> None:
