@@ -22,7 +22,8 @@ from layerfuse.backbones._creation import as_device, as_dtype, named_once
 from layerfuse.errors import InputError, InvalidTypeError, MissingFileError
 from layerfuse.features import Grid
 from layerfuse.files import atomic_folder, explain_missing_config
-from layerfuse.fusers import FUSERS, Fuser, FuserCost, create_fuser, fuser_from_config
+from layerfuse.fusers import Fuser, FuserCost, create_fuser, fuser_from_config
+from layerfuse.fusers.creation import fuser_class_for
 from layerfuse.layers import LayerChoice
 from layerfuse.preprocessing import Images, Preprocessing
 from layerfuse.weights import fitting_weights, load_weights, save_weights
@@ -330,8 +331,9 @@ def create_encoder(
         raise InvalidTypeError(f"fuser is a {type(fuser).__name__}; give its name, or a Fuser that is built.")
     if isinstance(fuser, Fuser) and fuser_options:
         raise InputError("fuser_options are for a fuser that is built by its name; this one is built already.")
-    kind = type(fuser) if isinstance(fuser, Fuser) else FUSERS.get(fuser)
-    chosen = fuser.options if isinstance(fuser, Fuser) else fuser_options or {}
+    chosen = fuser.options if isinstance(fuser, Fuser) else {} if fuser_options is None else fuser_options
+    # Before the backbone, which may have to be downloaded, and whose layers are the fuser's choice.
+    kind = type(fuser) if isinstance(fuser, Fuser) else fuser_class_for(fuser, chosen)
     backbone = create_backbone(
         model,
         held,
