@@ -5,7 +5,6 @@ This is where layerfuse ends; a projector and a language model come after it.
 
 from __future__ import annotations
 
-import inspect
 import json
 import warnings
 from collections.abc import Mapping, Sequence
@@ -22,7 +21,7 @@ from layerfuse.backbones._creation import as_device, as_dtype, named_once
 from layerfuse.errors import InputError, InvalidTypeError, MissingFileError
 from layerfuse.features import Grid
 from layerfuse.files import atomic_folder, explain_missing_config
-from layerfuse.fusers import Fuser, FuserCost, create_fuser, fuser_from_config
+from layerfuse.fusers import Fuser, FuserCost, create_fuser, fuser_from_config, source_layers
 from layerfuse.fusers.creation import fuser_class_for
 from layerfuse.layers import LayerChoice
 from layerfuse.preprocessing import Images, Preprocessing
@@ -350,9 +349,7 @@ def create_encoder(
 
 
 def _published_layers(fuser: type[Fuser], options: Mapping[str, Any], num_blocks: int) -> tuple[int, ...]:
-    asked = inspect.signature(fuser.default_layers).parameters.values()
-    taken = {entry.name for entry in asked if entry.kind is entry.KEYWORD_ONLY} & options.keys()
-    published = fuser.default_layers(num_blocks, **{name: options[name] for name in taken})
+    published = source_layers(fuser, num_blocks, options)
     if published is None:
         raise InputError(
             f"fuser {fuser.name!r} has no published choice of layers for {num_blocks} blocks; name them, for example "

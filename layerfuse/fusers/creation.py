@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -10,7 +11,7 @@ from layerfuse.errors import InputError
 from layerfuse.fusers.base import FUSERS, Fuser
 from layerfuse.registry import unknown_name_message
 
-__all__ = ["create_fuser", "fuser_class_for", "fuser_from_config", "list_fusers"]
+__all__ = ["create_fuser", "fuser_class_for", "fuser_from_config", "list_fusers", "source_layers"]
 
 
 def create_fuser(
@@ -86,3 +87,19 @@ def fuser_from_config(config: Mapping[str, Any]) -> Fuser:
 def list_fusers() -> list[str]:
     """List the names that `create_fuser` takes, sorted; those of other installed packages, too."""
     return list(FUSERS)
+
+
+def source_layers(
+    fuser: type[Fuser], num_blocks: int, options: Mapping[str, Any] | None = None
+) -> tuple[int, ...] | None:
+    """Return the layers that a fuser's source taps of a backbone, by `Fuser.default_layers`; None if it names none.
+
+    Args:
+        fuser: its class, as in ``FUSERS``.
+        num_blocks: of the whole backbone.
+        options: the fuser's own constructor arguments by name; those that decide which layers are tapped are used.
+    """
+    asked = inspect.signature(fuser.default_layers).parameters.values()
+    given = dict(options or {})
+    taken = {entry.name for entry in asked if entry.kind is entry.KEYWORD_ONLY} & given.keys()
+    return fuser.default_layers(num_blocks, **{name: given[name] for name in taken})

@@ -131,7 +131,8 @@ class ModelConfig(_Checked):
     Attributes:
         family: backbone family of layerfuse: timm, open_clip, transformers, …
         backbone: the backbone's name in that library, or a folder.
-        layers: tapped layers in the order the fuser wants them (0 = embeddings, -2 = penultimate block).
+        layers: tapped layers in the order the fuser wants them (0 = embeddings, -2 = penultimate block); None for
+            those that the fuser's source taps of a backbone of this depth, as in `layerfuse.create_encoder`.
         image_size: pixels, one edge; None for the backbone's own.
         backbone_options: arguments for the library's own constructor.
         backbone_pretrained: load the library's weights; False gives random ones.
@@ -149,7 +150,7 @@ class ModelConfig(_Checked):
 
     family: str = "timm"
     backbone: str = "vit_large_patch14_clip_quickgelu_336.openai"
-    layers: tuple[int, ...] = (-22, -17, -12, -7, -2)
+    layers: tuple[int, ...] | None = (-22, -17, -12, -7, -2)
     image_size: Count | None = None
     backbone_options: dict[str, Any] = field(default_factory=dict)
     backbone_pretrained: bool = True
@@ -165,6 +166,8 @@ class ModelConfig(_Checked):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.layers is None:
+            return
         twice = sorted({layer for layer in self.layers if self.layers.count(layer) > 1})
         if twice or not self.layers:
             raise InputError(

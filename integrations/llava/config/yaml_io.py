@@ -200,9 +200,11 @@ def _read_words(key: str, words: Sequence[str], kind: Any) -> Any:
         if kind not in (bool, Any):
             raise InputError(f"--{key} has no value; write it behind: --{key} VALUE.")
         return True
-    if get_origin(kind) is tuple and not words[0].startswith("["):
+    listed = next((part for part in (kind, *get_args(kind)) if get_origin(part) is tuple), None)
+    empty = listed is not kind and [*words] in (["null"], ["~"])
+    if listed is not None and not words[0].startswith("[") and not empty:
         entries = [part for word in words for part in word.split(",") if part.strip()]
-        return [_read_word(key, part.strip(), get_args(kind)[0]) for part in entries]
+        return [_read_word(key, part.strip(), get_args(listed)[0]) for part in entries]
     values = [_read_word(key, word, kind) for word in words]
     return values[0] if len(values) == 1 else values
 

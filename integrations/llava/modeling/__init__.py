@@ -8,6 +8,7 @@ from .build import (
     build_model,
     build_recipe_model,
     checkpoint_activations,
+    numbered_layers,
     read_language_files,
 )
 from .condition import blank_condition
@@ -54,6 +55,7 @@ __all__ = [
     "lora_config",
     "lora_weights",
     "merge_lora",
+    "numbered_layers",
     "part_of",
     "quantization_config",
     "read_language_files",

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext, suppress
 from copy import deepcopy
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -25,7 +25,7 @@ from integrations.llava.image_layout import FixedLayout, ImageLayout
 from layerfuse.backbones import Backbone, create_backbone
 from layerfuse.encoder import check_fuser_fits
 from layerfuse.errors import InputError, UserError
-from layerfuse.fusers import FUSERS, Fuser, create_fuser
+from layerfuse.fusers import FUSERS, Fuser, create_fuser, source_layers
 from layerfuse.layers import resolve_layers
 
 from .configuration import FusedLlavaConfig, LayerfuseVisionConfig
@@ -45,6 +45,7 @@ __all__ = [
     "build_model",
     "build_recipe_model",
     "checkpoint_activations",
+    "numbered_layers",
     "read_language_files",
 ]
 
@@ -272,13 +273,7 @@ def build_model(
 
 
 def _vision(config: ModelConfig, llm_width: int | None, *, pretrained: bool) -> tuple[Backbone, Fuser]:
-    backbone = create_backbone(
-        f"{config.family}:{config.backbone}",
-        layers=partial(_tapped, config) if config.injection.pairs else config.layers,
-        pretrained=pretrained,
-        image_size=config.image_size,
-        options=config.backbone_options,
-    )
+    backbone = _backbone(config, pretrained=pretrained)
     options = dict(config.fuser_options)
     # A fuser that is told what is asked about an image reads the language model's embeddings.
     if "condition_channels" in FUSERS.get(config.fuser).option_parameters():
@@ -291,15 +286,56 @@ def _vision(config: ModelConfig, llm_width: int | None, *, pretrained: bool) -> 
     # Forked, so that runs which differ in nothing but the fuser start from the same projector.
     with torch.random.fork_rng():
         fuser = create_fuser(
-            config.fuser, in_channels=backbone.embed_dim, num_layers=len(config.layers), options=options
+            config.fuser,
+            in_channels=backbone.embed_dim,
+            num_layers=len(_fused(config, backbone.num_blocks)),
+            options=options,
         )
     return backbone, fuser
+
+
+def numbered_layers(config: ModelConfig) -> ModelConfig:
+    """Put numbers where the layers are left to the fuser (None); other configs stay as they are.
+
+    Nothing is loaded: the backbone is built on the meta device, for its depth.
+
+    Raises:
+        ValueError: if the fuser's source names no layers for this depth, or there is no such backbone.
+    """
+    if config.layers is not None:
+        return config
+    with torch.device("meta"):
+        backbone = _backbone(config, pretrained=False)
+    return replace(config, layers=_fused(config, backbone.num_blocks))
+
+
+def _backbone(config: ModelConfig, *, pretrained: bool) -> Backbone:
+    return create_backbone(
+        f"{config.family}:{config.backbone}",
+        layers=partial(_tapped, config) if config.injection.pairs or config.layers is None else config.layers,
+        pretrained=pretrained,
+        image_size=config.image_size,
+        options=config.backbone_options,
+    )
+
+
+def _fused(config: ModelConfig, depth: int) -> tuple[int, ...]:
+    """Layers that the fuser reads of a backbone of this depth."""
+    if config.layers is not None:
+        return resolve_layers(config.layers, depth)
+    published = source_layers(FUSERS.get(config.fuser), depth, config.fuser_options)
+    if published is None:
+        raise InputError(
+            f"model.layers is empty, so the fuser's source decides, but {config.fuser!r} has no published choice of "
+            f"layers for {depth} blocks; name them, for example model.layers: [3, 8, -2]."
+        )
+    return published
 
 
 def _tapped(config: ModelConfig, depth: int) -> tuple[int, ...]:
     """Layers of a backbone of this depth: the fuser's, then those that are only injected."""
     injected = [layer for *taps, _ in config.injection.pairs for layer in resolve_layers(taps, depth)]
-    return tuple(dict.fromkeys((*resolve_layers(config.layers, depth), *injected)))
+    return tuple(dict.fromkeys((*_fused(config, depth), *injected)))
 
 
 def _language_model(
