@@ -8,7 +8,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Callable, Iterable, Iterator
 from importlib import metadata
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 from layerfuse.errors import InputError
 
@@ -31,6 +31,12 @@ def unknown_name_message(kind: str, name: object, known: Iterable[str], *, of: s
     hint = f"; did you mean {nearest[0]!r}?" if nearest else "."
     whose = f" of {of}" if of else ""
     return f"{kind} {name!r}{whose} is unknown{hint} Known: {', '.join(names) or 'none'}."
+
+
+def _full_name(entry: Any) -> str:
+    """Return a class's module and name; what makes objects without being a class, such as a partial, has none."""
+    name = getattr(entry, "__qualname__", None)
+    return repr(entry) if name is None else f"{entry.__module__}.{name}"
 
 
 class Registry(Generic[T]):
@@ -56,7 +62,7 @@ class Registry(Generic[T]):
 
         def decorate(entry: type[T]) -> type[T]:
             # By their names: a notebook cell run twice defines the same class again; that is not a clash.
-            ours, taken = (f"{each.__module__}.{each.__qualname__}" for each in (entry, self._entries.get(name, entry)))
+            ours, taken = (_full_name(each) for each in (entry, self._entries.get(name, entry)))
             if taken != ours:
                 raise InputError(
                     f"{self.kind} {name!r} is already registered by {taken}; choose another name for {ours}."

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 from importlib import metadata
 from typing import Any
@@ -64,6 +65,17 @@ def test_taken_name_is_refused_and_rerun_definition_is_not() -> None:
     again = type("Apple", (), {"__module__": Apple.__module__, "__qualname__": Apple.__qualname__})
     registry.register("apple")(again)
     assert registry.get("apple") is again
+
+
+def test_a_partial_is_registered_and_a_rerun_definition_of_it_is_not_refused() -> None:
+    registry = _registry()
+    for _ in range(2):
+        registry.register("green")(functools.partial(Pear, 1))  # type: ignore[arg-type]
+    assert registry.get("green").func is Pear  # type: ignore[attr-defined]
+    with pytest.raises(ValueError, match=r"'green' is already registered by functools.partial\(.*Pear'>, 1\); .* for "):
+        registry.register("green")(functools.partial(Pear, 2))  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"choose another name for .*\.Apple"):
+        registry.register("green")(Apple)
 
 
 def test_entry_point_of_another_package_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
