@@ -153,7 +153,9 @@ def _pickled(path: Path) -> dict[str, StoredTensor]:
                 f"{path} holds more than tensors: Python objects, which run code when they are read. It was refused "
                 "and nothing was run. Get the weights as safetensors from somebody you trust."
             ) from error
-        raise InputError(f"{path} is not a whole file of weights ({error}); download or write it anew.") from error
+        # torch advises to read it as code.
+        reason = "it holds no pickle of tensors, or is damaged" if "weights_only" in str(error) else error
+        raise InputError(f"{path} is not a whole file of weights ({reason}); download or write it anew.") from error
     strange = (
         sorted(str(name) for name, value in content.items() if not isinstance(value, torch.Tensor))
         if isinstance(content, Mapping)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import tarfile
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +49,29 @@ def test_a_pickle_with_code_is_refused_and_not_run(zipped: bool, tmp_path: Path)
     with pytest.raises(ValueError, match="holds more than tensors: Python objects, .* nothing was run"):
         stored_tensors(tmp_path / "x.bin")
     assert not (tmp_path / "was run").exists()
+
+
+def no_pickle(file: Path, kind: str) -> None:
+    """Write a file that torch.load refuses with advice to read it as code."""
+    if kind == "TorchScript":
+        torch.jit.save(torch.jit.script(torch.nn.Linear(1, 1)), str(file))
+    elif kind == "tar":
+        (file.parent / "storages").write_bytes(b"")
+        with tarfile.open(file, "w") as archive:
+            archive.add(file.parent / "storages", "storages")
+    else:
+        file.write_bytes({"page": b"<!DOCTYPE html>\n", "pointer": b"version https://git-lfs\n"}[kind])
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit")
+@pytest.mark.parametrize("kind", ["page", "pointer", "TorchScript", "tar"])
+def test_what_is_no_pickle_is_told_as_that_and_never_as_something_to_trust(kind: str, tmp_path: Path) -> None:
+    no_pickle(tmp_path / "x.bin", kind)
+    with pytest.raises(
+        ValueError, match=r"x\.bin is not a whole file of weights \(it holds no pickle of tensors, or is damaged\); "
+    ) as error:
+        stored_tensors(tmp_path / "x.bin")
+    assert "weights_only" not in str(error.value)
 
 
 @pytest.mark.parametrize(("content", "named"), [({**TENSORS, "epoch": 3}, "epoch"), ([torch.ones(1)], "list")])
