@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from .schema import PARTS, STAGES, InjectionConfig, LoraConfig, ModelConfig, Recipe, StageConfig
+from .values import decode
 from .yaml_io import dump_recipe, load_recipe, parse_overrides, recipe_names
 
 __all__ = [
@@ -13,6 +14,7 @@ __all__ = [
     "ModelConfig",
     "Recipe",
     "StageConfig",
+    "decode",
     "dump_recipe",
     "load_recipe",
     "parse_overrides",
