@@ -17,7 +17,6 @@ from transformers import (
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
-    set_seed,
 )
 
 from integrations.llava.config import InjectionConfig, ModelConfig, StageConfig
@@ -154,6 +153,8 @@ def build_recipe_model(
         ValueError: if a name, layer or option is not possible.
         ImportError: if adapters or quantised weights are asked for and their package is not installed.
     """
+    from transformers import set_seed  # lies beside what imports peft, and that bitsandbytes: seconds
+
     real = device is None or torch.device(device).type != "meta"
     lora = stage.lora if stage is not None and stage.lora.rank else None
     frozen = torch.bfloat16 if stage is not None and stage.precision == "bf16" else torch.float32
