@@ -45,6 +45,12 @@ _MODEL_FILES = ("model.safetensors", "pytorch_model.bin")
 # As safetensors names them.
 _DTYPES: Mapping[str, torch.dtype] = {**str_to_torch_dtype, "C64": torch.complex64}
 
+# What torch.load raises, by the byte that is wrong.
+_DAMAGE = (
+    *(ArithmeticError, AssertionError, AttributeError, EOFError, LookupError, MemoryError, OSError, RuntimeError),
+    *(TypeError, ValueError, struct.error, pickle.UnpicklingError),
+)
+
 
 @dataclass(frozen=True)
 class StoredTensor:
@@ -146,7 +152,7 @@ def _pickled(path: Path) -> dict[str, StoredTensor]:
     try:
         # Files of PyTorch before 1.6, which are no zip files, cannot be mapped.
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=is_zipfile(path))
-    except (RuntimeError, EOFError, OSError, LookupError, struct.error, pickle.UnpicklingError) as error:
+    except _DAMAGE as error:
         # torch writes "Unsupported global", and "unsupported GLOBAL" of modules that it blocks.
         if "unsupported global" in str(error).lower():
             raise InputError(

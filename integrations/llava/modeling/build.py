@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext, suppress
 from copy import deepcopy
@@ -10,6 +11,7 @@ from functools import partial
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -381,6 +383,11 @@ def _loading(what: str, keys: str) -> Iterator[None]:
     except (OSError, ValueError, ImportError) as error:
         advice = " Try `--model.attention eager`." if "attn_implementation" in str(error) else ""
         raise InputError(f"{what} cannot be built or loaded (see {keys}): {error}{advice}") from error
+    except (EOFError, SafetensorError, pickle.UnpicklingError) as error:  # torch advises to read such a file as code
+        raise InputError(
+            f"{what} cannot be loaded (see {keys}): its weights are no whole file of tensors ({type(error).__name__}); "
+            "download them again, as safetensors."
+        ) from error
 
 
 def checkpoint_activations(model: FusedLlavaForConditionalGeneration) -> None:

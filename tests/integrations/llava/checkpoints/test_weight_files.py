@@ -19,6 +19,7 @@ from integrations.llava.checkpoints.tensors import (
     stored_tensors,
     write_sharded,
 )
+from layerfuse.errors import UserError
 from layerfuse.files import atomic_folder
 from tests.integrations.llava.tiny_parts import RunsCode
 
@@ -106,6 +107,19 @@ def test_a_pickle_cut_off_anywhere_is_told_as_damage(tmp_path: Path) -> None:
         told.append("not a whole file" in str(caught.value))
     # Cut within the name of a class, a file names another class, which nobody can tell from code.
     assert sum(told) > 0.8 * len(whole)
+
+
+def test_a_pickle_with_wrong_bytes_anywhere_is_read_or_told_as_damage(tmp_path: Path) -> None:
+    torch.save(TENSORS, tmp_path / "whole.bin", _use_new_zipfile_serialization=False)
+    whole = (tmp_path / "whole.bin").read_bytes()
+    refused = 0
+    for place in range(0, len(whole), 3):
+        (tmp_path / "x.bin").write_bytes(whole[:place] + bytes([whole[place] ^ 0x80]) + whole[place + 1 :])
+        try:
+            stored_tensors(tmp_path / "x.bin")
+        except UserError as error:
+            refused += "x.bin" in str(error) and "weights_only" not in str(error)
+    assert refused > len(whole) / 9
 
 
 def write_index(folder: Path, places: dict[str, str]) -> None:
