@@ -56,15 +56,16 @@ demo: $(INSTALLED)
 	[ -z "$$PROMPT" ] || set -- "$$@" --prompt "$$PROMPT" ; \
 	exec $(BIN)/python -m integrations.llava demo "$$@"
 
-# One thread a worker: two workers with two threads each would fight over two cores.
+# One thread a worker: two workers with two threads each would fight over two cores. Each begins with one half of the
+# tests as they stand, so that what a file's tests share is made once.
 test: $(INSTALLED)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) -m "not slow" tests
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist worksteal -m "not slow" tests
 
 test-slow: $(INSTALLED)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) -m slow tests
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist worksteal -m slow tests
 
 test-latest test-oldest: test-%: .venv-%/.installed
-	OMP_NUM_THREADS=1 .venv-$*/bin/python -m pytest -n $(JOBS) -m "not slow" tests
+	OMP_NUM_THREADS=1 .venv-$*/bin/python -m pytest -n $(JOBS) --dist worksteal -m "not slow" tests
 
 # uv reads the versions of every Python and system at once, and the lowest ones too; pip can do neither.
 versions: $(INSTALLED)

@@ -5,7 +5,6 @@ This is where layerfuse ends; a projector and a language model come after it.
 
 from __future__ import annotations
 
-import inspect
 import json
 import warnings
 from collections.abc import Mapping, Sequence
@@ -23,7 +22,8 @@ from layerfuse.backbones._creation import as_device, as_dtype, named_once
 from layerfuse.errors import InputError, InvalidTypeError
 from layerfuse.features import Grid
 from layerfuse.files import atomic_folder
-from layerfuse.fusers import FUSERS, Fuser, FuserCost, create_fuser, fuser_from_config
+from layerfuse.fusers import Fuser, FuserCost, create_fuser, fuser_from_config, source_layers
+from layerfuse.fusers.creation import fuser_class_for
 from layerfuse.layers import LayerChoice
 from layerfuse.preprocessing import AnyPreprocessing, Images
 from layerfuse.weights import fitting_weights, load_weights, save_weights
@@ -312,8 +312,9 @@ def create_encoder(
         raise InvalidTypeError(f"fuser is a {type(fuser).__name__}; give its name, or a Fuser that is built.")
     if isinstance(fuser, Fuser) and fuser_options:
         raise InputError("fuser_options are for a fuser that is built by its name; this one is built already.")
-    kind = type(fuser) if isinstance(fuser, Fuser) else FUSERS.get(fuser)
-    chosen = fuser.options if isinstance(fuser, Fuser) else fuser_options or {}
+    chosen = fuser.options if isinstance(fuser, Fuser) else {} if fuser_options is None else fuser_options
+    # Before the backbone, which may have to be downloaded, and whose layers are the fuser's choice.
+    kind = type(fuser) if isinstance(fuser, Fuser) else fuser_class_for(fuser, chosen)
     wanted: Any = partial(_published_layers, kind, chosen) if layers is None else layers
     how: dict[str, Any] = {"pretrained": pretrained, "image_size": image_size, "options": backbone_options}
     backbone: Featurizer
@@ -332,9 +333,7 @@ def create_encoder(
 
 
 def _published_layers(fuser: type[Fuser], options: Mapping[str, Any], num_blocks: int) -> tuple[int, ...]:
-    asked = inspect.signature(fuser.default_layers).parameters.values()
-    taken = {entry.name for entry in asked if entry.kind is entry.KEYWORD_ONLY} & options.keys()
-    published = fuser.default_layers(num_blocks, **{name: options[name] for name in taken})
+    published = source_layers(fuser, num_blocks, options)
     if published is None:
         raise InputError(
             f"fuser {fuser.name!r} has no published choice of layers for {num_blocks} blocks; name them, for example "

@@ -25,8 +25,9 @@ of block ``k`` before any final norm.
 from __future__ import annotations
 
 import json
+import numbers
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -37,8 +38,9 @@ from torch.utils import _pytree as pytree
 
 from layerfuse.errors import InputError, MissingFileError, UnknownKeyError
 from layerfuse.files import atomic_file, read_safetensors
+from layerfuse.registry import unknown_name_message
 
-__all__ = ["RESAMPLING", "FeatureMaps", "Grid"]
+__all__ = ["RESAMPLING", "FeatureMaps", "Grid", "as_grid", "resample_tokens"]
 
 Grid = tuple[int, int]
 
@@ -51,6 +53,31 @@ RESAMPLING: dict[str, dict[str, Any]] = {
 }
 
 _GEOMETRY = "layerfuse.feature_maps"
+
+
+def as_grid(grid: Any, what: str = "grid") -> Grid:
+    """Return a grid as the pair that it is wherever grids are compared; lists and numpy's integers are taken.
+
+    Args:
+        grid: (H, W), in patches.
+        what: stands for the grid in the message.
+
+    Raises:
+        ValueError: if it is no pair of whole numbers of at least 1.
+    """
+    edges = tuple(grid) if isinstance(grid, Iterable) else ()
+    if len(edges) != 2 or not all(_is_edge(edge) for edge in edges):
+        raise InputError(
+            f"{what} is {list(edges) or grid!r}; give (H, W) in patches, two whole numbers, both at least 1."
+        )
+    pair: list[Any] = [edge if isinstance(edge, (int, torch.SymInt)) else int(edge) for edge in edges]
+    return pair[0], pair[1]
+
+
+def _is_edge(edge: Any) -> bool:
+    # In a graph with free sizes an edge may be a symbol.
+    whole = isinstance(edge, (int, torch.SymInt, numbers.Integral)) and not isinstance(edge, bool)
+    return whole and bool(edge >= 1)
 
 
 @dataclass(frozen=True)
@@ -88,6 +115,11 @@ class FeatureMaps:
                 f"{len(self.prefix)} prefix tensors and {len(self.sources)} sources; give one layer and one grid per "
                 "map, and of prefix tensors and sources either one per map or none."
             )
+        # Lists would make equal geometries differ, and do not hash.
+        for name in ("maps", "layers", "prefix", "sources"):
+            object.__setattr__(self, name, tuple(getattr(self, name)))
+        named = zip(self.layers, self.grids, strict=True)
+        object.__setattr__(self, "grids", tuple([as_grid(grid, f"the grid of layer {layer}") for layer, grid in named]))
         batch_size = self.maps[0].shape[0]
         for layer, grid, feature_map in zip(self.layers, self.grids, self.maps, strict=True):
             if feature_map.ndim != 3:
@@ -179,20 +211,23 @@ class FeatureMaps:
 
         Args:
             grid: (H, W), in patches.
-            mode: ``"bilinear"`` or ``"bicubic"``, corner cells on corner cells, or ``"nearest"``.
+            mode: ``"bilinear"`` or ``"bicubic"``, corner cells on corner cells, or ``"nearest"``. With corners on
+                corners, a single row or column is the first one of the map, as in torch, and no mean: ``"nearest"``
+                takes the middle one.
 
         Returns:
             L maps, each (B, H * W, C_l).
 
         Raises:
-            ValueError: if there is no such mode.
+            ValueError: if there is no such mode, or ``grid`` is no pair of whole numbers of at least 1.
         """
-        if mode not in RESAMPLING:
-            raise InputError(f"resampling mode {mode!r} is unknown. Known: {', '.join(RESAMPLING)}.")
+        if mode not in tuple(RESAMPLING):
+            raise InputError(unknown_name_message("resampling mode", mode, RESAMPLING))
+        target, way = as_grid(grid), RESAMPLING[mode]
         maps = tuple(
-            [_resampled(tokens, given, grid, mode) for tokens, given in zip(self.maps, self.grids, strict=True)]
+            [resample_tokens(tokens, given, target, way) for tokens, given in zip(self.maps, self.grids, strict=True)]
         )
-        return replace(self, maps=maps, grids=(grid,) * len(maps))
+        return replace(self, maps=maps, grids=(target,) * len(maps))
 
     def to(
         self,
@@ -249,12 +284,19 @@ class FeatureMaps:
         return cls(maps, layers, grids, prefix, sources)
 
 
-def _resampled(tokens: torch.Tensor, given: Grid, grid: Grid, mode: str) -> torch.Tensor:
-    """Return (B, H * W, C) tokens on another grid."""
+def resample_tokens(tokens: torch.Tensor, given: Grid, grid: Grid, way: Mapping[str, Any]) -> torch.Tensor:
+    """Return (B, N, C) tokens on another grid, (B, H * W, C), interpolated in float32 at least.
+
+    Args:
+        tokens: (B, N, C); returned as they are if they are on that grid.
+        given: their own grid.
+        grid: (H, W) of the result.
+        way: what torch's `interpolate` is told, such as an entry of `RESAMPLING`.
+    """
     if given == grid:
         return tokens
     image = tokens.transpose(1, 2).unflatten(2, given).to(torch.promote_types(tokens.dtype, torch.float32))
-    return F.interpolate(image, size=grid, **RESAMPLING[mode]).flatten(2).transpose(1, 2).to(tokens.dtype)
+    return F.interpolate(image, size=grid, **way).flatten(2).transpose(1, 2).to(tokens.dtype)
 
 
 _Geometry = tuple[tuple[int, ...], tuple[Grid, ...], tuple[int, ...]]

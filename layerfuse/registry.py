@@ -8,7 +8,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Callable, Iterable, Iterator
 from importlib import metadata
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 from layerfuse.errors import InputError
 
@@ -17,15 +17,26 @@ __all__ = ["Registry", "unknown_name_message"]
 T = TypeVar("T")
 
 
-def unknown_name_message(kind: str, name: str, known: Iterable[str]) -> str:
+def unknown_name_message(kind: str, name: object, known: Iterable[str], *, of: str = "") -> str:
     """Return the message for a name that is not known: the nearest of the known names, if one is near, and their list.
 
-    ``kind`` is what the name stands for, such as ``"fuser"``.
+    Args:
+        kind: what the name stands for, such as ``"fuser"``.
+        name: what was given, which need not be a string.
+        known: the names that are taken.
+        of: whose name it is, such as ``"fuser 'concat'"``, for a ``kind`` that many have.
     """
     names = sorted(known)
-    nearest = difflib.get_close_matches(name, names, n=1)
+    nearest = difflib.get_close_matches(name, names, n=1) if isinstance(name, str) else []
     hint = f"; did you mean {nearest[0]!r}?" if nearest else "."
-    return f"{kind} {name!r} is unknown{hint} Known: {', '.join(names) or 'none'}."
+    whose = f" of {of}" if of else ""
+    return f"{kind} {name!r}{whose} is unknown{hint} Known: {', '.join(names) or 'none'}."
+
+
+def _full_name(entry: Any) -> str:
+    """Return a class's module and name; what makes objects without being a class, such as a partial, has none."""
+    name = getattr(entry, "__qualname__", None)
+    return repr(entry) if name is None else f"{entry.__module__}.{name}"
 
 
 class Registry(Generic[T]):
@@ -51,7 +62,7 @@ class Registry(Generic[T]):
 
         def decorate(entry: type[T]) -> type[T]:
             # By their names: a notebook cell run twice defines the same class again; that is not a clash.
-            ours, taken = (f"{each.__module__}.{each.__qualname__}" for each in (entry, self._entries.get(name, entry)))
+            ours, taken = (_full_name(each) for each in (entry, self._entries.get(name, entry)))
             if taken != ours:
                 raise InputError(
                     f"{self.kind} {name!r} is already registered by {taken}; choose another name for {ours}."
@@ -67,6 +78,8 @@ class Registry(Generic[T]):
         Raises:
             ValueError: if nothing has that name; the message gives the nearest match and the full list.
         """
+        if not isinstance(name, str):  # read from a file, say
+            raise InputError(unknown_name_message(self.kind, name, self.names()))
         if name not in self._entries and name in self._entry_points():
             self._entries[name] = self._entry_points()[name].load()
         if name not in self._entries:

@@ -1,7 +1,8 @@
-"""What all tests share: the goldens' folder, Hypothesis settings, one thread a worker."""
+"""What all tests share: the goldens' folder, Hypothesis settings, one thread a worker, little to collect."""
 
 from __future__ import annotations
 
+import gc
 import os
 from collections.abc import Generator
 from pathlib import Path
@@ -56,6 +57,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.get_closest_marker("gpu"):
             item.add_marker(skip)
+
+
+def pytest_collection_finish() -> None:
+    """Leave what was imported out of garbage collections: each training and compilation asks for whole ones."""
+    gc.collect()
+    gc.freeze()
 
 
 def _fail_if_goldens_skipped(report: pytest.TestReport | pytest.CollectReport, name: str) -> None:

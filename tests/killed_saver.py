@@ -5,6 +5,7 @@ Run by tests/test_killed_saves.py in a process of its own: models and libraries 
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import json
 import os
@@ -121,6 +122,7 @@ def main(kind: str, folder: Path) -> None:
     saves[0](target)
     found: dict[str, list[str]] = {"random": [], "numbered": []}
     moments = random.Random(0)
+    gc.freeze()  # savers collect garbage, and would copy all memory to look at what was imported
     for _ in range(RANDOM_KILLS):
         # At some time in one of the first three saves, however slow the machine is.
         reader, writer = os.pipe()

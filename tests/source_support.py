@@ -6,7 +6,7 @@ import ast
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -103,7 +103,13 @@ def _is_type_checking(node: ast.AST) -> bool:
 
 def sources(*folders: str) -> list[Source]:
     """Python files under these folders of the project; a folder that is not there yet has none."""
-    return [Source(path) for folder in folders for path in sorted((ROOT / folder).rglob("*.py"))]
+    return [_source(path) for folder in folders for path in sorted((ROOT / folder).rglob("*.py"))]
+
+
+@cache
+def _source(path: Path) -> Source:
+    """Each file is read and parsed once."""
+    return Source(path)
 
 
 LIBRARY = sources("layerfuse", "integrations")

@@ -24,8 +24,9 @@ from tests.source_support import (
 FOUNDATION = {
     "layerfuse.errors": set(),
     "layerfuse.files": {"layerfuse.errors"},
-    "layerfuse.features": {"layerfuse.errors", "layerfuse.files"},
+    "layerfuse.features": {"layerfuse.errors", "layerfuse.files", "layerfuse.registry"},
     "layerfuse.registry": {"layerfuse.errors"},
+    "layerfuse.argument_types": {"layerfuse.errors"},
     "layerfuse.layers": {"layerfuse.errors"},
     "layerfuse._block_lists": {"layerfuse.errors"},
     "layerfuse._tapped_layers": {"layerfuse.errors"},
@@ -40,6 +41,7 @@ FOUNDATION = {
     "layerfuse.ops": {"layerfuse.errors", "layerfuse.features", "layerfuse.registry", "layerfuse.ops"},
 }
 FUSERS_MAY_IMPORT = {
+    "layerfuse.argument_types",
     "layerfuse.errors",
     "layerfuse.features",
     "layerfuse.registry",

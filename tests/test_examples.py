@@ -1,4 +1,4 @@
-"""Every example runs, offline, in a Python of its own, and prints what its text promises."""
+"""Every example runs, offline, in a process of its own, and prints what its text promises."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from layerfuse import FUSERS, Backbone
-from tests.run_support import run_python
+from tests.run_support import run_ready_python
 from tests.source_support import ROOT
 
 EXAMPLES = ROOT / "examples"
@@ -44,7 +44,7 @@ def test_every_example_has_a_run() -> None:
 @pytest.mark.parametrize("name", sorted(RUNS))
 def test_example_prints_what_it_promises(name: str, tmp_path: Path) -> None:
     arguments, expected = RUNS[name]
-    output = run_python(str(EXAMPLES / name), *arguments, folder=tmp_path)
+    output = run_ready_python(str(EXAMPLES / name), *arguments, folder=tmp_path)
     assert [text for text in expected if text not in output] == [], output
 
 

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import io
 import os
-from dataclasses import replace
+import re
+from dataclasses import fields, replace
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -243,5 +246,47 @@ def test_the_nearest_cell_is_repeated() -> None:
 
 
 def test_an_unknown_way_of_resampling_is_refused() -> None:
-    with pytest.raises(InputError, match="resampling mode 'linear' is unknown. Known: bilinear, bicubic, nearest"):
+    known = r"Known: bicubic, bilinear, nearest\."
+    with pytest.raises(InputError, match=rf"mode 'linear' is unknown; did you mean 'bilinear'\? {known}"):
         random_features(4).resample((2, 2), "linear")
+    for mode in (None, 2, ["bilinear"]):
+        with pytest.raises(InputError, match=rf"^resampling mode {re.escape(repr(mode))} is unknown\. {known}"):
+            random_features(4).resample((2, 2), mode)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("grid", [[2, 3], np.array([2, 3]), (np.int64(2), np.int32(3)), torch.Size([2, 3])], ids=repr)
+def test_a_grid_of_any_kind_becomes_a_pair_of_ints(grid: Any) -> None:
+    features = random_features(4, num_layers=2, grids=(3, 5))
+    resampled = features.resample(grid)
+    assert resampled.grids == ((2, 3), (2, 3)) and {type(edge) for each in resampled.grids for edge in each} == {int}
+    assert isinstance(resampled.grids[0], tuple) and all(map(torch.equal, resampled, features.resample((2, 3))))
+    there = random_features(4, num_layers=1, grids=(2, 3))
+    assert there.resample(grid)[0] is there[0]
+
+
+IMPOSSIBLE_GRIDS = [3, None, "23", (3,), (2, 3, 4), (0, 3), (2, -1), (2.0, 3), ("2", "3"), (True, 3), [[2, 3], [2, 3]]]
+
+
+@pytest.mark.parametrize("grid", IMPOSSIBLE_GRIDS, ids=repr)
+def test_an_impossible_grid_is_refused(grid: Any) -> None:
+    with pytest.raises(InputError, match=r"^grid is .*; give \(H, W\) in patches, two whole numbers, both at least 1"):
+        random_features(4, num_layers=1, grids=(2, 3)).resample(grid)
+    with pytest.raises(InputError, match=r"^the grid of layer 7 is .*; give \(H, W\) in patches"):
+        FeatureMaps((torch.zeros(1, 6, 4),), layers=(7,), grids=(grid,))
+
+
+def test_lists_become_the_tuples_that_the_fields_are() -> None:
+    tokens = torch.zeros(1, 6, 4)
+    features = FeatureMaps([tokens], layers=[7], grids=[[2, 3]], prefix=[tokens], sources=[0])  # type: ignore[arg-type]
+    expected = FeatureMaps((tokens,), layers=(7,), grids=((2, 3),), prefix=(tokens,), sources=(0,))
+    assert [getattr(features, field.name) for field in fields(features)] == [
+        getattr(expected, field.name) for field in fields(expected)
+    ]
+    assert pytree.tree_structure(features) == pytree.tree_structure(expected)
+
+
+@pytest.mark.parametrize(("mode", "row"), [("bilinear", 0), ("bicubic", 0), ("nearest", 2)])
+def test_a_single_row_is_the_one_that_the_docstring_names(mode: str, row: int) -> None:
+    features = random_features(4, num_layers=1, grids=(5, 3))
+    resampled = features.resample((1, 3), mode)
+    torch.testing.assert_close(resampled.nchw(0)[:, :, 0], features.nchw(0)[:, :, row])

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.run_support import run_python
+from tests.run_support import run_python, run_ready_python
 from tests.source_support import ROOT
 
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -39,7 +39,7 @@ def test_readme_example_prints_the_shape_of_fused_tokens_for_three_libraries(tmp
 
 @pytest.mark.parametrize("page", [page for page in PAGES if page.name != "README.md" and code(page)], ids=name)
 def test_python_blocks_of_a_page_run_in_order(page: Path, tmp_path: Path) -> None:
-    run_python("-c", code(page), folder=tmp_path)
+    run_ready_python("-c", code(page), folder=tmp_path)
 
 
 def test_the_page_on_own_projects_shows_the_code_of_its_example() -> None:

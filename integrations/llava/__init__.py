@@ -9,10 +9,12 @@ from __future__ import annotations
 
 import importlib
 import sys
+import threading
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from importlib.abc import MetaPathFinder
 from importlib.machinery import ModuleSpec
+from pathlib import PurePath
 from types import ModuleType
 from typing import Any
 
@@ -38,29 +40,64 @@ _RENAMED = {"Answerer": "Predictor", "Decoding": "SamplingParams", "load_answere
 __all__ = list(_PUBLIC)
 
 
+class _Thread(threading.local):
+    importing = False
+
+
 class _ModelsBehindTransformers(MetaPathFinder):
-    """Imports the models, which registers them, as soon as transformers has been imported.
+    """Imports the models, which registers them, as soon as the import that brought transformers along is over.
 
     Nobody can ask its Auto classes before; and this package, and the commands' `--help`, take no seconds to import.
+    Installed libraries that import transformers themselves (peft, open_clip) are whole by then, since what the models
+    import may import them. A module of the user's own is not waited for: it may load a model while it is imported.
     """
+
+    def __init__(self) -> None:
+        self.thread = _Thread()
+        self.whole = False
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
-        if fullname != "transformers":
+        if self.thread.importing and fullname != "transformers":
             return None
-        found = (finder.find_spec(fullname, path, target) for finder in sys.meta_path if finder is not self)
-        spec = next(filter(None, found), None)
+        others = [finder for finder in sys.meta_path if finder is not self and hasattr(finder, "find_spec")]
+        spec = next(filter(None, (finder.find_spec(fullname, path, target) for finder in others)), None)
         if spec is not None and spec.loader is not None:
-            run = spec.loader.exec_module
+            installed = {"site-packages", "dist-packages"}.intersection(PurePath(spec.origin or "").parts)
+            if installed or fullname == "transformers":
+                spec.loader = _Followed(spec.loader, self)  # type: ignore[assignment]
+        return spec
 
-            def exec_module(module: ModuleType) -> None:
+    def follow(self, load: Callable[[ModuleType], None], module: ModuleType) -> None:
+        """Load a module, and the models behind the outermost one if transformers has come with it."""
+        outer, self.thread.importing = self.thread.importing, True
+        try:
+            load(module)
+            self.whole |= module.__name__ == "transformers"
+        finally:
+            self.thread.importing = outer
+            # Also behind a library that failed: transformers, imported again, comes past no finder.
+            if self.whole and not outer and self in sys.meta_path:
                 sys.meta_path.remove(self)
-                run(module)
                 importlib.import_module(f"{__name__}.modeling")
 
-            spec.loader.exec_module = exec_module  # type: ignore[method-assign]
-        return spec
+
+class _Followed:
+    """The loader of a module, until the module is loaded; finders may give one loader to many modules."""
+
+    def __init__(self, loader: Any, finder: _ModelsBehindTransformers) -> None:
+        self.loader = loader
+        self.finder = finder
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.loader, name)
+
+    def exec_module(self, module: ModuleType) -> None:
+        """Give the module its own loader back, and load it."""
+        assert module.__spec__ is not None
+        module.__spec__.loader = module.__loader__ = self.loader
+        self.finder.follow(self.loader.exec_module, module)
 
 
 if "transformers" in sys.modules:

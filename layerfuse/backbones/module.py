@@ -124,13 +124,12 @@ class ModuleBackbone(Backbone):
         missing = [key for key in _NEEDED if key not in options]
         if missing:
             raise InputError(f"module {name!r} needs the options {', '.join(_NEEDED)}; missing: {', '.join(missing)}.")
-        module_class = MODULES.get(name)
-        if pretrained and not hasattr(module_class, "load_pretrained"):
+        model: Any = MODULES.get(name)(**options.get("arguments", {}))
+        if pretrained and not hasattr(model, "load_pretrained"):
             raise InputError(
-                f"module {name!r} has no pretrained weights that layerfuse knows, because {module_class.__name__} has "
+                f"module {name!r} has no pretrained weights that layerfuse knows, because {type(model).__name__} has "
                 "no method load_pretrained(). Write one, pass pretrained=False, or hand over a module with weights."
             )
-        model: Any = module_class(**options.get("arguments", {}))
         if pretrained:
             model.load_pretrained()
         given = {key: value for key, value in options.items() if key != "arguments"}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import pickle
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
@@ -253,11 +254,18 @@ def _read_config(
 
 
 def _load(transformers: ModuleType, name: str, config: Any, arguments: Mapping[str, Any]) -> tuple[nn.Module, set[str]]:
+    from safetensors import SafetensorError
+
     # AutoModel chooses by the config, so with the vision config of a CLIP checkpoint only its vision part is built.
     try:
         model, report = transformers.AutoModel.from_pretrained(
             name, config=config, output_loading_info=True, **arguments
         )
+    except (EOFError, SafetensorError, pickle.UnpicklingError) as error:  # torch advises to read such a file as code
+        raise InputError(
+            f"the weights of {name!r} are no whole file of tensors ({type(error).__name__}); download them again, as "
+            "safetensors, or pass pretrained=False."
+        ) from error
     except OSError as error:
         raise InputError(
             f"transformers finds no weights for {name!r}; give a name on the hub or a folder with weights in "

@@ -6,7 +6,7 @@ from layerfuse.fusers.attention_pool import AttentionPool
 from layerfuse.fusers.average import Average
 from layerfuse.fusers.base import FUSERS, ExtraTokens, Fuser, FuserCost
 from layerfuse.fusers.concat import Concat
-from layerfuse.fusers.creation import create_fuser, fuser_from_config, list_fusers
+from layerfuse.fusers.creation import create_fuser, fuser_from_config, list_fusers, source_layers
 from layerfuse.fusers.cross_attention import CrossAttention
 from layerfuse.fusers.dense_connector import DenseConnector
 from layerfuse.fusers.depth_attention import DepthAttention
@@ -37,4 +37,5 @@ __all__ = [
     "create_fuser",
     "fuser_from_config",
     "list_fusers",
+    "source_layers",
 ]

@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import abc
 import inspect
+import math
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple, TypeVar
 
@@ -18,9 +19,10 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from layerfuse.argument_types import check_argument_types
 from layerfuse.errors import InputError
 from layerfuse.features import FeatureMaps, Grid
-from layerfuse.registry import Registry
+from layerfuse.registry import Registry, unknown_name_message
 
 __all__ = ["FUSERS", "ExtraTokens", "Fuser", "FuserCost", "all_but"]
 
@@ -80,7 +82,8 @@ class ExtraTokens(NamedTuple):
 class Fuser(nn.Module, abc.ABC):
     """Base class of all fusers.
 
-    A subclass's own constructor arguments, which are JSON-able, go into ``config`` as they are given.
+    A subclass's own constructor arguments, which are JSON-able, go into ``config`` as they are given. They are checked
+    against their type hints before the constructor runs, see `layerfuse.argument_types`.
 
     Args:
         in_channels: C of every map, or one number per map.
@@ -98,7 +101,8 @@ class Fuser(nn.Module, abc.ABC):
         options: the subclass's own constructor arguments by name.
 
     Raises:
-        ValueError: if counts or widths are impossible, or widths differ where they must not.
+        ValueError: if an argument's type is not that of its hint, counts or widths are impossible, or widths differ
+            where they must not.
     """
 
     name: ClassVar[str] = ""
@@ -109,12 +113,17 @@ class Fuser(nn.Module, abc.ABC):
     options: dict[str, Any]
 
     def __new__(cls: type[_F], *args: Any, **kwargs: Any) -> _F:
-        """Note the constructor's arguments in ``options``; copies, which are made without them, bring their own."""
+        """Check the arguments and note the options; copies, which are made without them, bring their own."""
         fuser = super().__new__(cls)
         given = inspect.signature(cls.__init__).bind_partial(fuser, *args, **kwargs)
         given.apply_defaults()
-        names = cls.option_parameters()
-        fuser.__dict__["options"] = {name: value for name, value in given.arguments.items() if name in names}
+        names, whose = cls.option_parameters(), f"fuser {cls.name or cls.__name__!r}"
+        options = {name: value for name, value in given.arguments.items() if name in names}
+        shared = {name: value for name, value in given.arguments.items() if name in _SHARED[1:]}
+        # A subclass may say less of these two than it takes.
+        check_argument_types(Fuser.__init__, shared, of=whose)
+        check_argument_types(cls.__init__, options, of=whose)
+        fuser.__dict__["options"] = options
         return fuser
 
     def __init__(
@@ -312,13 +321,20 @@ class Fuser(nn.Module, abc.ABC):
                 f"{-self.num_layers}..{self.num_layers - 1}."
             )
 
-    def _check_choice(self, option: str, given: str, known: Sequence[str]) -> None:
-        if given not in known:
-            raise InputError(f"{option} {given!r} of fuser {self.name!r} is unknown. Known: {', '.join(known)}.")
+    @classmethod
+    def _check_choice(cls, option: str, given: str, known: Iterable[str]) -> None:
+        if given not in tuple(known):
+            raise InputError(unknown_name_message(option, given, known, of=f"fuser {cls.name!r}"))
 
     def _check_count(self, option: str, count: int) -> None:
         if count < 1:
             raise InputError(f"{option} of fuser {self.name!r} is {count}; expected at least 1.")
+
+    def _check_positive(self, option: str, number: float) -> None:
+        if not (math.isfinite(number) and number > 0):
+            raise InputError(
+                f"{option} of fuser {self.name!r} is {number}; give a finite number above 0, such as 1e-6."
+            )
 
     def _check_condition(self, condition: torch.Tensor | None, batch_size: int) -> None:
         channels = self.condition_channels
@@ -329,6 +345,12 @@ class Fuser(nn.Module, abc.ABC):
             raise InputError(
                 f"fuser {self.name!r} needs a condition, (B={batch_size}, D_c={channels}): call it with the feature "
                 "maps and, say, an embedding of each image's question."
+            )
+        elif not isinstance(condition, torch.Tensor) or not condition.is_floating_point():
+            kind = condition.dtype if isinstance(condition, torch.Tensor) else type(condition).__name__
+            raise InputError(
+                f"fuser {self.name!r} got a condition of type {kind}; it reads vectors of floating-point numbers, "
+                f"(B={batch_size}, D_c={channels}): embed ids and names, and convert flags with .float()."
             )
         elif condition.shape != (batch_size, channels):
             raise InputError(

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from layerfuse.errors import InputError
-from layerfuse.features import RESAMPLING, FeatureMaps, Grid
+from layerfuse.features import RESAMPLING, FeatureMaps, Grid, as_grid
 from layerfuse.fusers.base import FUSERS, Fuser
 
 __all__ = ["Concat"]
@@ -37,8 +37,8 @@ class Concat(Fuser):
         out_channels: width of a final linear layer; if left out there is none, and C_out is the sum of the widths.
 
     Raises:
-        ValueError: if norm, order or resize is unknown, maps to interleave differ in width, or ``grid`` or
-            ``out_channels`` cannot be.
+        ValueError: if norm, order or resize is unknown, maps to interleave differ in width, or ``grid``, ``norm_eps``
+            or ``out_channels`` cannot be.
     """
 
     def __init__(
@@ -57,7 +57,8 @@ class Concat(Fuser):
         self._check_choice("norm", norm, _NORMS)
         self._check_choice("order", order, _ORDERS)
         if resize is not None:
-            self._check_choice("resize", resize, tuple(RESAMPLING))
+            self._check_choice("resize", resize, RESAMPLING)
+        self._check_positive("norm_eps", norm_eps)
         if out_channels is not None and out_channels < 1:
             raise InputError(f"out_channels is {out_channels}; expected at least 1, or None for no linear layer.")
         if order == "interleaved" and len(set(self.in_channels)) > 1:
@@ -68,7 +69,12 @@ class Concat(Fuser):
             )
         self.order = order
         self.resize = resize
-        self.grid = _as_grid(grid, resize)
+        self.grid = None if grid is None else as_grid(grid, "grid of fuser 'concat'")
+        if self.grid is not None and resize is None:
+            raise InputError(
+                f"grid {list(self.grid)} of fuser 'concat' needs a way to get there; give resize, too: "
+                f"{', '.join(RESAMPLING)}."
+            )
         self.equal_grids = resize is None
         width = sum(self.in_channels)
         self.out_channels = width if out_channels is None else out_channels
@@ -102,15 +108,3 @@ class Concat(Fuser):
         target = self.out_grid(grids)
         widths = sum(width for width, grid in zip(self.in_channels, grids, strict=True) if grid != target)
         return 2 * _CELLS_READ[self.resize] * target[0] * target[1] * widths
-
-
-def _as_grid(grid: Sequence[int] | None, resize: str | None) -> Grid | None:
-    if grid is None:
-        return None
-    if len(grid) != 2 or min(grid) < 1:
-        raise InputError(f"grid of fuser 'concat' is {list(grid)}; give (H, W) in patches, both at least 1.")
-    if resize is None:
-        raise InputError(
-            f"grid {list(grid)} of fuser 'concat' needs a way to get there; give resize, too: {', '.join(RESAMPLING)}."
-        )
-    return grid[0], grid[1]

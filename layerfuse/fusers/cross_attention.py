@@ -42,7 +42,8 @@ class CrossAttention(Fuser):
         norm_eps: epsilon of the three layer norms.
 
     Raises:
-        ValueError: if there is no value map, no such query map, or the heads do not divide the channels.
+        ValueError: if there is no value map, no such query map, ``norm_eps`` is not above 0, or the heads do not divide
+            the channels.
     """
 
     equal_grids = False
@@ -64,6 +65,7 @@ class CrossAttention(Fuser):
                 "value map. For a single map use 'select'."
             )
         self._check_index("query_index", query_index)
+        self._check_positive("norm_eps", norm_eps)
         channels = self.in_channels[0]
         check_heads(channels, num_heads)
         self.query_index = query_index % num_layers

@@ -101,7 +101,11 @@ class DenseConnector(Fuser):
         Returns:
             For ``"dci"`` and any depth all layers from the embeddings to the penultimate block, as published for CLIP-L
             (24 blocks) and SigLIP-so400m (27); for the others three layers of these two, None for other depths.
+
+        Raises:
+            ValueError: if the mode is unknown.
         """
+        cls._check_choice("mode", mode, _MODES)
         return tuple(range(depth)) if mode == "dci" else _SPARSE_LAYERS.get(depth)
 
     def fuse(self, features: FeatureMaps, *, condition: torch.Tensor | None = None) -> torch.Tensor:

@@ -21,11 +21,9 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from layerfuse.errors import InputError
 from layerfuse.features import FeatureMaps, Grid
 from layerfuse.fusers.base import FUSERS, Fuser
 from layerfuse.ops import check_heads
-from layerfuse.registry import unknown_name_message
 
 __all__ = ["DepthAttention"]
 
@@ -69,9 +67,8 @@ class DepthAttention(Fuser):
         query_index: int = -1,
     ) -> None:
         super().__init__(in_channels, num_layers)
-        for option, given, known in (("logits", logits, _LOGITS), ("start", start, _STARTS)):
-            if given not in known:
-                raise InputError(unknown_name_message(f"{option} of fuser 'depth_attention'", given, known))
+        self._check_choice("logits", logits, _LOGITS)
+        self._check_choice("start", start, _STARTS)
         self._check_index("query_index", query_index)
         channels = self.in_channels[0]
         check_heads(channels, num_heads)

@@ -43,7 +43,8 @@ class MMFuser(Fuser):
             `layerfuse.ops.set_implementation`.
 
     Raises:
-        ValueError: if there is no value map, no such query map, or the heads do not divide the channels.
+        ValueError: if there is no value map, no such query map, ``norm_eps`` is not above 0, or the heads do not divide
+            the channels.
     """
 
     equal_grids = False
@@ -68,6 +69,7 @@ class MMFuser(Fuser):
                 "For a single map use 'select'."
             )
         self._check_index("query_index", query_index)
+        self._check_positive("norm_eps", norm_eps)
         channels = self.in_channels[0]
         self.query_index = query_index % num_layers
         self.query_norm = nn.LayerNorm(channels, eps=norm_eps)

@@ -19,10 +19,9 @@ from collections.abc import Sequence
 
 import torch
 from torch import nn
-from torch.nn import functional as F
 
 from layerfuse.errors import InputError
-from layerfuse.features import FeatureMaps, Grid
+from layerfuse.features import FeatureMaps, Grid, as_grid, resample_tokens
 from layerfuse.fusers.base import FUSERS, Fuser
 from layerfuse.ops import check_heads
 
@@ -30,6 +29,8 @@ __all__ = ["SpatialAggregator"]
 
 _CONTEXTS = ("mean", "none")
 _MIXINGS = ("joint", "separate")
+# Corner cells do not stay on corner cells, as they do in `FeatureMaps.resample`: Cambrian's encoders have it so.
+_RESAMPLING = {"mode": "bilinear", "align_corners": False}
 
 
 class RandomTable(nn.Module):
@@ -189,8 +190,10 @@ class AggregatorLayer(nn.Module):
 class SpatialAggregator(Fuser):
     """One learned query per output cell reads the window below it in every map. Widths and grids of maps may differ.
 
-    A map whose grid is not the output grid times its window is first resampled to that, bilinearly (align_corners off),
-    as Cambrian's encoders do. Where all windows have one token, this is attention over depth, cell by cell.
+    A map whose grid is not the output grid times its window is first resampled to that, bilinearly in float32 at least
+    (align_corners off), as Cambrian's encoders do, where the name of each says the grid that its map is brought to.
+    Here ``grid`` and ``windows`` say it: a map twice as fine as the output is read in windows with a window of 2, and
+    resampled with a window of 1. Where all windows have one token, this is attention over depth, cell by cell.
 
     Args:
         in_channels: C of every map, or one number per map.
@@ -234,7 +237,7 @@ class SpatialAggregator(Fuser):
         check_heads(channels, num_heads)
         self._check_index("context_index", context_index)
         self.windows = _checked_windows(windows, num_layers)
-        self.grid = _checked_grid(grid)
+        self.grid = None if grid is None else as_grid(grid, "grid of fuser 'spatial_aggregator'")
         self.context_index = context_index if context == "mean" else None
         self.projections = nn.ModuleList(_map_projection(width, channels) for width in self.in_channels)
         self.query = RandomTable(1, channels, std=channels**-0.5)
@@ -247,7 +250,7 @@ class SpatialAggregator(Fuser):
         """Return what the queries read: (B, N, C) over the output grid."""
         grid = self.out_grid(features.grids)
         maps = [
-            project(_resampled(tokens, given, read))
+            project(resample_tokens(tokens, given, read, _RESAMPLING))
             for project, tokens, given, read in zip(
                 self.projections, features.maps, features.grids, self._read_grids(grid), strict=True
             )
@@ -304,22 +307,6 @@ def _checked_windows(windows: int | Sequence[int], num_layers: int) -> tuple[int
             f"windows is {windows!r} for {num_layers} maps; give one edge of at least 1 for all maps, or one per map."
         )
     return listed
-
-
-def _checked_grid(grid: Sequence[int] | None) -> Grid | None:
-    if grid is None:
-        return None
-    if len(grid) != 2 or min(grid) < 1:
-        raise InputError(f"grid is {grid!r}; give the output's (H, W) in cells, each at least 1.")
-    return grid[0], grid[1]
-
-
-def _resampled(tokens: torch.Tensor, grid: Grid, target: Grid) -> torch.Tensor:
-    """Bring (B, N, C) tokens of a grid to another."""
-    if grid == target:
-        return tokens
-    picture = tokens.transpose(1, 2).unflatten(2, grid)
-    return F.interpolate(picture, size=target, mode="bilinear", align_corners=False).flatten(2).transpose(1, 2)
 
 
 def _windows(tokens: torch.Tensor, grid: Grid, window: int) -> torch.Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -224,5 +225,20 @@ def test_a_registered_module_brings_its_weights() -> None:
         # What is saved brings its own weights, so the module's are not loaded again.
         rebuilt = backbone_from_config(backbone.config)
         assert not torch.equal(rebuilt.model.positions, backbone.model.positions)
+        # A partial of the class brings them, too.
+        MODULES.register("partial-vit")(functools.partial(Pretrained, depth=2))  # type: ignore[arg-type]
+        partial = create_backbone("module:partial-vit", layers=2, options={**given, "arguments": {}})
+        torch.testing.assert_close(partial(random_images()).maps, expected(random_images()).maps, rtol=0, atol=0)
     finally:
         del MODULES._entries["vit-with-weights"]
+        MODULES._entries.pop("partial-vit", None)
+
+
+def test_a_partial_without_weights_says_so() -> None:
+    MODULES.register("bare-partial")(functools.partial(TinyViT, depth=2))  # type: ignore[arg-type]
+    try:
+        assert create_backbone("module:bare-partial", layers=1, pretrained=False, options=FACTS).num_blocks == 2
+        with pytest.raises(ValueError, match="'bare-partial' has no pretrained weights .* TinyViT has no method load_"):
+            create_backbone("module:bare-partial", layers=1, options=FACTS)
+    finally:
+        del MODULES._entries["bare-partial"]

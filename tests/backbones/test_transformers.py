@@ -243,6 +243,20 @@ def test_a_folder_without_weights_is_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    ("file", "content"),
+    [("pytorch_model.bin", b"<!DOCTYPE html>"), ("pytorch_model.bin", b""), ("model.safetensors", b"x")],
+)
+def test_a_damaged_file_of_weights_is_told_and_never_as_something_to_trust(
+    file: str, content: bytes, tmp_path: Path
+) -> None:
+    transformers.CLIPVisionConfig(**SIZES).save_pretrained(tmp_path)
+    (tmp_path / file).write_bytes(content)
+    with pytest.raises(ValueError, match="the weights of .* are no whole file of tensors .*; download them") as error:
+        create_backbone(f"transformers:{tmp_path}", layers=1)
+    assert "weights_only" not in str(error.value)
+
+
+@pytest.mark.parametrize(
     ("pretrained", "message"),
     [(True, "with config.json. It says"), (False, "or a model type, such as 'clip_vision_model'. It says")],
 )

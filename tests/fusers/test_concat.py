@@ -156,7 +156,7 @@ def test_any_number_of_layers_is_taken(options: dict[str, Any], num_layers: int)
     ("options", "message"),
     [
         ({"order": "mixed"}, "order 'mixed' of fuser 'concat' is unknown. Known: blocks, interleaved"),
-        ({"resize": "area"}, "resize 'area' of fuser 'concat' is unknown. Known: bilinear, bicubic, nearest"),
+        ({"resize": "area"}, "resize 'area' of fuser 'concat' is unknown. Known: bicubic, bilinear, nearest"),
         ({"grid": (3, 4)}, r"grid \[3, 4\] of fuser 'concat' needs a way to get there; give resize, too: bilinear"),
         ({"resize": "nearest", "grid": (3,)}, r"grid of fuser 'concat' is \[3\]; give \(H, W\) in patches"),
         ({"resize": "nearest", "grid": (3, 0)}, r"grid of fuser 'concat' is \[3, 0\]; give .* at least 1"),

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -110,6 +113,21 @@ def test_a_condition_that_is_missing_or_of_another_shape_is_refused() -> None:
         message = rf"a condition of shape \({', '.join(map(str, shape))},?\); it was built for \(B=2, D_c=6\)"
         with pytest.raises(ValueError, match=message):
             fuser(features, torch.zeros(shape))
+
+
+@pytest.mark.parametrize(
+    ("condition", "kind"),
+    [
+        *[(torch.ones(2, 6).to(dtype), dtype) for dtype in (torch.bool, torch.int64, torch.complex64)],
+        *[("a question", "str"), ([[0.0] * 6] * 2, "list"), (np.zeros((2, 6)), "ndarray")],
+    ],
+    ids=lambda given: given if isinstance(given, str) else str(getattr(given, "dtype", "list")),
+)
+def test_a_condition_that_is_no_vectors_is_refused_whatever_the_precision(condition: Any, kind: Any) -> None:
+    fuser, features = TextGated(8, 3), random_features(8, num_layers=3)
+    for context in (nullcontext(), torch.autocast("cpu", torch.bfloat16)):
+        with context, pytest.raises(ValueError, match=rf"got a condition of type {kind}; it reads .* \(B=2, D_c=6\)"):
+            fuser(features, condition)
 
 
 def test_a_fuser_with_a_condition_compiles_without_a_graph_break() -> None:

@@ -146,7 +146,7 @@ def test_an_encoder_taps_the_published_layers_of_the_mode() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"mode": "dense"}, "mode 'dense' of fuser 'dense_connector' is unknown. Known: sti, sci, dci"),
+        ({"mode": "dense"}, "mode 'dense' of fuser 'dense_connector' is unknown. Known: dci, sci, sti"),
         ({"groups": 0}, "groups of fuser 'dense_connector' is 0; expected at least 1"),
         ({"groups": 4}, "got num_layers=3, which leaves 2 maps for groups=4; each needs one"),
         ({"mode": "sti", "pool": 0}, r"pool of fuser 'dense_connector' is 0; give a number .* \(rows, columns\)"),

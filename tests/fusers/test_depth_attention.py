@@ -173,8 +173,8 @@ def test_depth_attention_taps_mmfusers_layers() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"logits": "deep"}, "logits of fuser 'depth_attention' 'deep' is unknown.* Known: own, query"),
-        ({"start": "query"}, "start of fuser 'depth_attention' 'query' is unknown.* Known: mean, query_layer"),
+        ({"logits": "deep"}, "logits 'deep' of fuser 'depth_attention' is unknown.* Known: own, query"),
+        ({"start": "query"}, "start 'query' of fuser 'depth_attention' is unknown.* Known: mean, query_layer"),
         ({"query_index": 3}, "query_index 3 is outside the 3 maps; allowed: -3..2"),
         ({"num_heads": 3}, "8 channels cannot be split evenly over 3 heads; num_heads must be one of 1, 2, 4, 8"),
         ({"num_heads": 0}, "num_heads is 0; expected at least 1"),

@@ -65,7 +65,7 @@ def test_concat_normalises_over_all_channels_then_projects() -> None:
 
 
 def test_concat_refuses_an_unknown_norm() -> None:
-    with pytest.raises(ValueError, match="norm 'batch' of fuser 'concat' is unknown. Known: none, layer"):
+    with pytest.raises(ValueError, match="norm 'batch' of fuser 'concat' is unknown. Known: layer, none"):
         Concat(8, 2, norm="batch")
 
 

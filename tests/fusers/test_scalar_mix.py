@@ -64,7 +64,7 @@ def test_a_config_and_weights_of_layerfuse_0_1_compute_the_same() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"normalise": "sum"}, "normalise 'sum' of fuser 'scalar_mix' is unknown. Known: softmax, none"),
+        ({"normalise": "sum"}, "normalise 'sum' of fuser 'scalar_mix' is unknown. Known: none, softmax"),
         ({"start": "last"}, "start 'last' of fuser 'scalar_mix' is unknown. Known: mean, query_layer"),
         ({"start": "query_layer"}, "cannot start at the query layer with normalise='softmax', .* normalise='none'"),
         ({"query_index": 3}, "query_index 3 is outside the 3 maps; allowed: -3..2"),

@@ -145,6 +145,16 @@ def test_maps_of_other_grids_are_resampled_bilinearly() -> None:
     assert grown == 8 * 8 * (2 * 3 + 4 * 6)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_maps_are_resampled_in_float32_as_cambrian_does(dtype: torch.dtype) -> None:
+    fuser = SpatialAggregator(8, 1, grid=[7, 9], num_heads=2).to(dtype)
+    features, read = random_features(8, num_layers=1, grids=(5, 4), dtype=dtype), []
+    fuser.projections[0].register_forward_pre_hook(lambda _, inputs: read.append(inputs[0]))
+    fuser(features)
+    expected = F.interpolate(features.nchw(0).float(), size=(7, 9), mode="bilinear", align_corners=False).to(dtype)
+    assert torch.equal(read[0], expected.flatten(2).transpose(1, 2))
+
+
 def test_the_output_grid_is_the_last_maps_over_its_window() -> None:
     fuser = SpatialAggregator(8, 2, windows=[1, 2], num_heads=2)
     assert fuser.out_grid([(4, 4), (8, 6)]) == (4, 3)
@@ -185,8 +195,8 @@ def test_the_published_size_is_reached_with_the_published_settings() -> None:
         ({"context_index": 2}, r"context_index 2 is outside the 2 maps; allowed: -2\.\.1"),
         ({"windows": [1, 2, 1]}, r"windows is \[1, 2, 1\] for 2 maps; give one edge of at least 1"),
         ({"windows": 0}, "windows is 0 for 2 maps; give one edge of at least 1"),
-        ({"grid": [4]}, r"grid is \[4\]; give the output's \(H, W\) in cells"),
-        ({"grid": [4, 0]}, r"grid is \[4, 0\]; give the output's \(H, W\) in cells"),
+        ({"grid": [4]}, r"grid of fuser 'spatial_aggregator' is \[4\]; give \(H, W\) in patches"),
+        ({"grid": [4, 0]}, r"grid of fuser 'spatial_aggregator' is \[4, 0\]; give \(H, W\) in patches"),
     ],
 )
 def test_impossible_settings_are_refused(options: dict[str, Any], message: str) -> None:

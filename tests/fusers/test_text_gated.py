@@ -136,7 +136,7 @@ def test_the_width_of_the_condition_must_be_given() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"keys": "cls"}, "keys 'cls' of fuser 'text_gated' is unknown. Known: class, mean"),
+        ({"keys": "cls"}, "keys 'cls' of fuser 'text_gated' is unknown; did you mean 'class'. Known: class, mean"),
         ({"groups": 6}, r"5 maps cannot be cut into 6 groups; allowed: 1\.\.5. Tap more layers"),
         ({"groups": 0}, r"5 maps cannot be cut into 0 groups; allowed: 1\.\.5"),
         ({"groups": [2, 2]}, r"groups \[2, 2\] hold 4 maps, the fuser has 5; give the number of maps of each"),

@@ -22,6 +22,7 @@ from .layouts.layerfuse import OWN, read_own, write_own
 from .layouts.llava import PUBLISHED, read_published, write_published
 from .layouts.llava_config import check_fuser
 from .layouts.llava_hf import LLAVA_HF, read_llava_hf, write_llava_hf
+from .layouts.vip_llava import VIP_LLAVA, read_vip_llava, write_vip_llava
 from .lora import merged_tensors
 from .tensors import CONFIG_FILE, holds_model, read_json, stored_model, stored_tensors
 
@@ -29,8 +30,8 @@ __all__ = ["LAYOUTS", "convert", "convert_connector", "layout_of"]
 
 _log = logging.getLogger(__name__)
 
-LAYOUTS = (OWN, *PUBLISHED, LLAVA_HF)
-"""Ours; MMFuser's; LLaVA-1.5's, which is the former without a fuser; that of transformers' LLaVA."""
+LAYOUTS = (OWN, *PUBLISHED, LLAVA_HF, VIP_LLAVA)
+"""Ours; MMFuser's; LLaVA-1.5's, which is the former without a fuser; those of transformers' LLaVA and VipLlava."""
 
 # What a connector's file is called: ours, as a stage of training leaves it; the published one, as their stage 1 does.
 _OUR_CONNECTOR, _PUBLISHED_CONNECTOR = "adapter.safetensors", "mm_projector.bin"
@@ -52,10 +53,12 @@ def layout_of(folder: str | Path) -> str:
         return PUBLISHED[0] if has_published_fuser(stored_model(folder)) else PUBLISHED[1]
     if config.get("model_type") == "llava" and "text_config" in config:
         return LLAVA_HF
+    if config.get("model_type") == "vipllava" and "text_config" in config:
+        return VIP_LLAVA
     raise InputError(
         f"{folder} holds a {config.get('model_type')!r} model of {config.get('architectures')}, which is none of "
         f"{', '.join(LAYOUTS)}: its config is no {FusedLlavaConfig.model_type}, names no mm_vision_tower, and is no "
-        "transformers LLaVA's."
+        "transformers LLaVA's or VipLlava's."
     )
 
 
@@ -110,6 +113,8 @@ def convert(
             write_own(content, scratch)
         elif layout == LLAVA_HF:
             write_llava_hf(content, scratch, options)
+        elif layout == VIP_LLAVA:
+            write_vip_llava(content, scratch, options)
         else:
             write_published(content, scratch, options, fused=layout == PUBLISHED[0])
     return target
@@ -126,6 +131,8 @@ def _read(source: Path, options: Options) -> Content:
         return read_own(source, options)
     if found == LLAVA_HF:
         return read_llava_hf(source, config, options)
+    if found == VIP_LLAVA:
+        return read_vip_llava(source, config, options)
     return read_published(source, config, options)
 
 
@@ -152,7 +159,7 @@ def convert_connector(source: str | Path, target: str | Path, layout: str = OWN)
     if written.exists():
         raise ExistingFileError(f"{written} exists already; give another folder, or move it away.")
     _refuse_file(target)
-    if layout == LLAVA_HF:
+    if layout in (LLAVA_HF, VIP_LLAVA):
         raise InputError(f"the layout {layout} has no files of connectors; give one of {', '.join((OWN, *PUBLISHED))}.")
     # A whole model counts more than a connector beside it, which may be of an earlier stage.
     beside = [] if holds_model(source) else [source / name for name in _CONNECTORS if (source / name).is_file()]

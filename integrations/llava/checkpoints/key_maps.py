@@ -1,11 +1,13 @@
 """What the layouts call a weight, in their words and in ours; fusers that lost their scales are refused here.
 
-ours                                     published (LLaVA-1.5, MMFuser)                  llava-hf
+ours                                     published (LLaVA-1.5, MMFuser)                  llava-hf, vip-llava
 model.language_model.X, lm_head          model.X, lm_head                                language_model.model.X, …
 model.fuser.X                            model.mm_projector.0.X
 model.multi_modal_projector.linear_1     model.mm_projector.0 (with fuser: 1)            multi_modal_projector.linear_1
 model.multi_modal_projector.linear_2     model.mm_projector.2 (with fuser: 3)            multi_modal_projector.linear_2
 model.vision_tower.backbone.model.X      model.vision_tower.vision_tower.vision_model.X  vision_tower.vision_model.X
+
+ViP-LLaVA's multi_modal_projector.projector_layernorm is model.fuser.norm, of the fuser `concat`.
 """
 
 from __future__ import annotations
@@ -32,6 +34,8 @@ __all__ = [
 BACKBONE = "model.vision_tower.backbone.model."
 """Prefix of a vision model's weights in ours; the layouts' names behind it are those of transformers."""
 _FUSER, _PROJECTOR, _INJECTION = "model.fuser.", "model.multi_modal_projector.", "model.injection."
+# Of `concat`, which ViP-LLaVA's projector begins with.
+_CONCAT_NORM = f"{_FUSER}norm."
 _PUBLISHED_TOWER = "model.vision_tower.vision_tower.vision_model."
 # Positions of the two linear layers in the published projector, a list of modules.
 _LINEARS = {True: {"1": "linear_1", "3": "linear_2"}, False: {"0": "linear_1", "2": "linear_2"}}
@@ -46,6 +50,7 @@ _LLAVA_HF_RULES = (
     (re.compile(r"^(?:model\.)?language_model\.lm_head\."), "lm_head."),
     (re.compile(r"^(?:language_model\.model|model\.language_model)\."), "model.language_model."),
     (re.compile(r"^(?:model\.)?vision_tower\.(?:vision_model\.)?"), BACKBONE),
+    (re.compile(r"^(?:model\.)?multi_modal_projector\.projector_layernorm\."), _CONCAT_NORM),
     (re.compile(r"^multi_modal_projector\."), _PROJECTOR),
 )
 _SCALES = (f"{_FUSER}output_scale.scale", f"{_FUSER}self_scale.scale")
@@ -74,7 +79,7 @@ def from_published(tensors: Mapping[str, StoredTensor]) -> dict[str, StoredTenso
 
 
 def from_llava_hf(tensors: Mapping[str, StoredTensor]) -> dict[str, StoredTensor]:
-    """Tensors of transformers' LLaVA, as any of its versions names them, under our names."""
+    """Tensors of transformers' LLaVA or VipLlava, as any of its versions names them, under our names."""
     return _apply(_LLAVA_HF_RULES, tensors)
 
 
@@ -185,6 +190,7 @@ def to_llava_hf(tensors: Mapping[str, StoredTensor]) -> dict[str, StoredTensor]:
     """Our tensors as checkpoints of llava-hf on the hub name them, which every version of transformers reads."""
     prefixes = {
         BACKBONE: "vision_tower.vision_model.",
+        _CONCAT_NORM: "multi_modal_projector.projector_layernorm.",
         _PROJECTOR: "multi_modal_projector.",
         "model.language_model.": "language_model.model.",
         "lm_head.": "language_model.lm_head.",

@@ -45,6 +45,12 @@ _MODEL_FILES = ("model.safetensors", "pytorch_model.bin")
 # As safetensors names them.
 _DTYPES: Mapping[str, torch.dtype] = {**str_to_torch_dtype, "C64": torch.complex64}
 
+# What torch.load raises, by the byte that is wrong.
+_DAMAGE = (
+    *(ArithmeticError, AssertionError, AttributeError, EOFError, LookupError, MemoryError, OSError, RuntimeError),
+    *(TypeError, ValueError, struct.error, pickle.UnpicklingError),
+)
+
 
 @dataclass(frozen=True)
 class StoredTensor:
@@ -146,14 +152,16 @@ def _pickled(path: Path) -> dict[str, StoredTensor]:
     try:
         # Files of PyTorch before 1.6, which are no zip files, cannot be mapped.
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=is_zipfile(path))
-    except (RuntimeError, EOFError, OSError, LookupError, struct.error, pickle.UnpicklingError) as error:
+    except _DAMAGE as error:
         # torch writes "Unsupported global", and "unsupported GLOBAL" of modules that it blocks.
         if "unsupported global" in str(error).lower():
             raise InputError(
                 f"{path} holds more than tensors: Python objects, which run code when they are read. It was refused "
                 "and nothing was run. Get the weights as safetensors from somebody you trust."
             ) from error
-        raise InputError(f"{path} is not a whole file of weights ({error}); download or write it anew.") from error
+        # torch advises to read it as code.
+        reason = "it holds no pickle of tensors, or is damaged" if "weights_only" in str(error) else error
+        raise InputError(f"{path} is not a whole file of weights ({reason}); download or write it anew.") from error
     strange = (
         sorted(str(name) for name, value in content.items() if not isinstance(value, torch.Tensor))
         if isinstance(content, Mapping)

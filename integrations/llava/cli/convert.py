@@ -21,6 +21,7 @@ _LAYOUTS = """layouts:
   mmfuser    yuecao0119/MMFuser: LLaVA-1.5's with a fuser
   llava      haotian-liu/LLaVA: LLaVA-1.5, no fuser
   llava-hf   transformers' LlavaForConditionalGeneration, no fuser
+  vip-llava  transformers' VipLlavaForConditionalGeneration, several layers side by side
 The source may have any of them; its files tell which.
 """
 

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
-from .schema import PARTS, STAGES, InjectionConfig, LoraConfig, ModelConfig, Recipe, StageConfig
+from .model import BackboneChoice, InjectionConfig, ModelConfig
+from .schema import PARTS, STAGES, LoraConfig, Recipe, StageConfig
+from .values import decode
 from .yaml_io import dump_recipe, load_recipe, parse_overrides, recipe_names
 
 __all__ = [
     "PARTS",
     "STAGES",
+    "BackboneChoice",
     "InjectionConfig",
     "LoraConfig",
     "ModelConfig",
     "Recipe",
     "StageConfig",
+    "decode",
     "dump_recipe",
     "load_recipe",
     "parse_overrides",

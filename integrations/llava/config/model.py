@@ -55,13 +55,13 @@ class BackboneChoice(NamedTuple):
 
     Attributes:
         name: with its family, as `layerfuse.create_backbone` takes it.
-        layers: the fuser's.
+        layers: the fuser's; None for those that its source taps.
         image_size: pixels, one edge; None for the backbone's own.
         options: arguments for the library's own constructor.
     """
 
     name: str
-    layers: tuple[int, ...]
+    layers: tuple[int, ...] | None
     image_size: int | None
     options: Mapping[str, Any]
 
@@ -76,7 +76,8 @@ class ModelConfig(Checked):
     Attributes:
         family: backbone family of layerfuse: timm, open_clip, transformers, …
         backbone: the backbone's name in that library, or a folder.
-        layers: tapped layers in the order the fuser wants them (0 = embeddings, -2 = penultimate block).
+        layers: tapped layers in the order the fuser wants them (0 = embeddings, -2 = penultimate block); None for
+            those that the fuser's source taps of a backbone of this depth, as in `layerfuse.create_encoder`.
         image_size: pixels, one edge; None for the backbone's own.
         backbone_options: arguments for the library's own constructor.
         backbone_pretrained: load the library's weights; False gives random ones.
@@ -96,7 +97,7 @@ class ModelConfig(Checked):
 
     family: str | tuple[str, ...] = "timm"
     backbone: str | tuple[str, ...] = "vit_large_patch14_clip_quickgelu_336.openai"
-    layers: tuple[int, ...] | tuple[tuple[int, ...], ...] = (-22, -17, -12, -7, -2)
+    layers: tuple[int, ...] | tuple[tuple[int, ...], ...] | None = (-22, -17, -12, -7, -2)
     image_size: Count | tuple[Count | None, ...] | None = None
     backbone_options: dict[str, Any] | tuple[dict[str, Any], ...] = field(default_factory=dict)
     backbone_pretrained: bool = True
@@ -115,7 +116,7 @@ class ModelConfig(Checked):
     def __post_init__(self) -> None:
         super().__post_init__()
         self._check_lists()
-        for layers in (own.layers for own in self.backbones):
+        for layers in (own.layers for own in self.backbones if own.layers is not None):
             twice = sorted({layer for layer in layers if layers.count(layer) > 1})
             if twice or not layers:
                 raise InputError(
@@ -131,8 +132,8 @@ class ModelConfig(Checked):
 
     def _check_lists(self) -> None:
         count = len(self.backbone) if isinstance(self.backbone, tuple) else 0
-        nested = [isinstance(layers, tuple) for layers in self.layers]
-        if count and not (all(nested) and len(nested) == count):
+        nested = [isinstance(layers, tuple) for layers in self.layers or ()]
+        if count and self.layers is not None and not (all(nested) and len(nested) == count):
             raise InputError(
                 f"layers={self.layers} are for {count} backbones; give a list of layers for each, such as "
                 "[[3, 8, -2], [-2]]."
@@ -157,12 +158,12 @@ class ModelConfig(Checked):
     def backbones(self) -> tuple[BackboneChoice, ...]:
         """The backbones that are named: one, or several."""
         names: Any = self.backbone if isinstance(self.backbone, tuple) else (self.backbone,)
-        layers: Any = self.layers if self.several else (self.layers,)
+        layers: Any = self.layers if self.several and self.layers is not None else (self.layers,) * len(names)
         rest = [
             value if isinstance(value, tuple) else (value,) * len(names)
             for value in (self.family, self.image_size, self.backbone_options)
         ]
         return tuple(
-            BackboneChoice(f"{family}:{name}", tuple(own), size, options)
+            BackboneChoice(f"{family}:{name}", own, size, options)
             for name, own, family, size, options in zip(names, layers, *rest, strict=True)
         )

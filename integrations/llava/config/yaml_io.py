@@ -202,10 +202,13 @@ def _read_words(key: str, words: Sequence[str], kind: Any) -> Any:
         if kind not in (bool, Any):
             raise InputError(f"--{key} has no value; write it behind: --{key} VALUE.")
         return True
-    choices, listed = alternatives(kind), words[0].startswith("[")
+    choices, in_brackets = alternatives(kind), words[0].startswith("[")
+    empty = type(None) in get_args(kind) and [*words] in (["null"], ["~"])
     if len(choices) > 1:
-        kind = Any if listed else choices[0]
-    if get_origin(kind) is tuple and not listed:
+        kind = Any if in_brackets else choices[0]
+    elif choices:
+        kind = choices[0] if get_origin(choices[0]) is tuple else kind
+    if get_origin(kind) is tuple and not in_brackets and not empty:
         entries = [part for word in words for part in word.split(",") if part.strip()]
         return [_read_word(key, part.strip(), get_args(kind)[0]) for part in entries]
     values = [_read_word(key, word, kind) for word in words]

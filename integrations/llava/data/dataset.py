@@ -66,7 +66,7 @@ class ConversationDataset(Dataset[dict[str, Any]]):
         self.max_length = max_length
         self.bad_samples = bad_samples
         self.with_condition = with_condition
-        self._texts: dict[int, np.ndarray] = {}
+        self._texts: dict[int, tuple[np.ndarray, np.ndarray]] = {}
         self._text_bytes = 0
 
     def __len__(self) -> int:
@@ -89,16 +89,15 @@ class ConversationDataset(Dataset[dict[str, Any]]):
         prepared: dict[str, Any] = {"id": sample_id(sample, file_index(self.samples, index))}
         images: list[tuple[torch.Tensor, ImageSize]] = []
         try:
-            rendered = self._rendered(index)
+            rendered, asked = self._rendered(index)
             images = [self._image(name) for name in image_names(sample)]
             ids, labels = self._expanded(rendered, [size for _, size in images])
-            asked = self._asked(sample)
         except InputError as error:
             reason = f"sample {prepared['id']}: {error}"
             if self.bad_samples == "fail":
                 raise BadSampleError(reason) from error
             # One position, so that every process still takes the same number of steps.
-            ids, images, asked = np.array(self.encoder.begin[:1] or [self.encoder.end]), [], []
+            ids, images, asked = np.array(self.encoder.begin[:1] or [self.encoder.end]), [], np.empty((0, 0))
             labels = np.full_like(ids, IGNORE_INDEX)
             prepared["skipped"] = reason
         prepared["input_ids"], prepared["labels"] = (torch.from_numpy(v.astype(np.int64)) for v in (ids, labels))
@@ -107,7 +106,7 @@ class ConversationDataset(Dataset[dict[str, Any]]):
         prepared["pixel_values"] = torch.stack(pixels) if pixels else torch.empty(0, *shape)
         prepared["image_sizes"] = torch.tensor([size for _, size in images], dtype=torch.int64).view(-1, 2)
         if self.with_condition:
-            prepared["condition"] = [torch.tensor(ids, dtype=torch.int64) for ids in asked]
+            prepared["condition"] = [torch.from_numpy(ids.astype(np.int64)) for ids in asked]
         return prepared
 
     @property
@@ -141,21 +140,25 @@ class ConversationDataset(Dataset[dict[str, Any]]):
         # same, since no position moves left.
         return expanded[:, : self.max_length]
 
-    def _rendered(self, index: int) -> np.ndarray:
-        """(2, T) int32: ids and labels, one position per image."""
+    def _rendered(self, index: int) -> tuple[np.ndarray, np.ndarray]:
+        """(2, T) int32, ids and labels, one position per image; and, if asked for, (images, Q), what is asked of each.
+
+        Of a conversation, all images are asked the same.
+        """
         kept = self._texts.get(index)
         if kept is None:
             rendered = self.render(index)
-            kept = np.array([rendered.input_ids, rendered.labels], dtype=np.int32)
-            if self._text_bytes + kept.nbytes <= _KEEP_RENDERED:
+            asked = self._asked(self.samples[index]) if self.with_condition else []
+            texts = ([rendered.input_ids, rendered.labels], asked)
+            ids, condition = (np.array(text, dtype=np.int32) for text in texts)
+            kept = ids, condition
+            if self._text_bytes + ids.nbytes + condition.nbytes <= _KEEP_RENDERED:
                 self._texts[index] = kept
-                self._text_bytes += kept.nbytes
+                self._text_bytes += ids.nbytes + condition.nbytes
         return kept
 
     def _asked(self, sample: Sample) -> list[list[int]]:
-        """Ids of what is asked about each image, where the fuser reads it."""
-        if not self.with_condition:
-            return []
+        """Ids of what is asked about each image."""
         turns, count = sample["conversations"], len(image_names(sample))
         return asked_ids(turns, count, encoder=self.encoder, until_shown=False, at_most=self.max_length)
 

@@ -25,6 +25,7 @@ from .model import (
 from .parts import count_parameters, learns, part_of, set_trainable
 from .processing import LayerfuseImageProcessor, add_image_token, build_processor
 from .quantization import QUANTIZATIONS, Quantization, quantization_config
+from .vision import numbered_layers
 
 __all__ = [
     "FILE_PREFIX",
@@ -54,6 +55,7 @@ __all__ = [
     "lora_config",
     "lora_weights",
     "merge_lora",
+    "numbered_layers",
     "part_of",
     "quantization_config",
     "read_language_files",

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import pickle
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext, suppress
 from copy import deepcopy
 from dataclasses import asdict, dataclass
-from functools import partial
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -17,16 +18,14 @@ from transformers import (
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
-    set_seed,
 )
 
 from integrations.llava.config import InjectionConfig, ModelConfig, StageConfig
 from integrations.llava.image_layout import FixedLayout, ImageLayout
-from layerfuse.backbones import BackboneGroup, Featurizer, create_backbone
+from layerfuse.backbones import Featurizer
 from layerfuse.encoder import check_fuser_fits
 from layerfuse.errors import InputError, UserError
-from layerfuse.fusers import FUSERS, Fuser, create_fuser
-from layerfuse.layers import resolve_layers
+from layerfuse.fusers import Fuser
 
 from .configuration import FusedLlavaConfig, LayerfuseVisionConfig
 from .generation import forbid_token
@@ -37,6 +36,7 @@ from .model import FusedLlavaForConditionalGeneration, ReadyParts
 from .parts import count_parameters, forbid_uncapped_attention, loses_cap, set_trainable
 from .processing import add_image_token
 from .quantization import Quantization, keep_unpackable, quantization_config
+from .vision import build_vision
 
 __all__ = [
     "Assembled",
@@ -153,6 +153,8 @@ def build_recipe_model(
         ValueError: if a name, layer or option is not possible.
         ImportError: if adapters or quantised weights are asked for and their package is not installed.
     """
+    from transformers import set_seed  # lies beside what imports peft, and that bitsandbytes: seconds
+
     real = device is None or torch.device(device).type != "meta"
     lora = stage.lora if stage is not None and stage.lora.rank else None
     frozen = torch.bfloat16 if stage is not None and stage.precision == "bf16" else torch.float32
@@ -161,7 +163,7 @@ def build_recipe_model(
         if seed is not None:
             set_seed(seed)
         width = getattr(files.config.get_text_config(), "hidden_size", None)
-        backbone, fuser = _vision(config, width, pretrained=real and config.backbone_pretrained)
+        backbone, fuser = build_vision(config, width, pretrained=real and config.backbone_pretrained)
         quantize = lora.quantize if lora is not None and real and quantized else "none"
         llm = _language_model(config, files.config, llm_dtype, quantize, pretrained=real and config.llm_pretrained)
         model = build_model(
@@ -271,66 +273,6 @@ def build_model(
     return model
 
 
-def _vision(config: ModelConfig, llm_width: int | None, *, pretrained: bool) -> tuple[Featurizer, Fuser]:
-    backbone = _backbone(config, pretrained=pretrained)
-    options = dict(config.fuser_options)
-    # A fuser that is told what is asked about an image reads the language model's embeddings.
-    if "condition_channels" in FUSERS.get(config.fuser).option_parameters():
-        asked = options.setdefault("condition_channels", llm_width)
-        if asked != llm_width:
-            raise InputError(
-                f"model.fuser_options sets condition_channels to {asked}, and the language model's embeddings, which "
-                f"the fuser reads, have {llm_width} numbers; leave condition_channels out."
-            )
-    count = sum(len(own.layers) for own in config.backbones)
-    widths = list(backbone.map_channels[:count])
-    # Forked, so that runs which differ in nothing but the fuser start from the same projector.
-    with torch.random.fork_rng():
-        fuser = create_fuser(
-            config.fuser,
-            in_channels=widths[0] if len(set(widths)) == 1 else widths,
-            num_layers=count,
-            options=options,
-        )
-    return backbone, fuser
-
-
-def _backbone(config: ModelConfig, *, pretrained: bool) -> Featurizer:
-    """The backbone, or several: first the maps of the fuser, then those that are only injected."""
-    members = [
-        create_backbone(
-            own.name,
-            layers=partial(_tapped, config, place) if config.injection.pairs else own.layers,
-            pretrained=pretrained,
-            image_size=own.image_size,
-            options=own.options,
-        )
-        for place, own in enumerate(config.backbones)
-    ]
-    if not config.several:
-        return members[0]
-    fused, injected, start = list[int](), list[int](), 0
-    for own, member in zip(config.backbones, members, strict=True):
-        fused += range(start, start + len(own.layers))
-        injected += range(start + len(own.layers), start + len(member.layers))
-        start += len(member.layers)
-    resample = None if config.resample == "none" else config.resample
-    return BackboneGroup(
-        members, resample=resample, grid=config.grid or None, order=[*fused, *injected] if injected else None
-    )
-
-
-def _tapped(config: ModelConfig, place: int, depth: int) -> tuple[int, ...]:
-    """Layers of one of the backbones, of this depth: the fuser's, then those that are only injected."""
-    taps = [tap for pair in config.injection.pairs for tap in pair[:-1]]
-    # A bare number names a layer of the only backbone, or one that the fuser's layers show the backbone of.
-    pairs = [
-        tap if isinstance(tap, tuple) else (0, tap) for tap in taps if isinstance(tap, tuple) or not config.several
-    ]
-    injected = [resolve_layers(layer, depth)[0] for source, layer in pairs if source == place]
-    return tuple(dict.fromkeys((*resolve_layers(config.backbones[place].layers, depth), *injected)))
-
-
 def _language_model(
     config: ModelConfig, architecture: PreTrainedConfig, dtype: torch.dtype, quantize: Quantization, *, pretrained: bool
 ) -> PreTrainedModel:
@@ -373,6 +315,11 @@ def _loading(what: str, keys: str) -> Iterator[None]:
     except (OSError, ValueError, ImportError) as error:
         advice = " Try `--model.attention eager`." if "attn_implementation" in str(error) else ""
         raise InputError(f"{what} cannot be built or loaded (see {keys}): {error}{advice}") from error
+    except (EOFError, SafetensorError, pickle.UnpicklingError) as error:  # torch advises to read such a file as code
+        raise InputError(
+            f"{what} cannot be loaded (see {keys}): its weights are no whole file of tensors ({type(error).__name__}); "
+            "download them again, as safetensors."
+        ) from error
 
 
 def checkpoint_activations(model: FusedLlavaForConditionalGeneration) -> None:

@@ -13,7 +13,7 @@ import functools
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
@@ -21,12 +21,13 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
-from integrations.llava.config import InjectionConfig
+from integrations.llava.config import InjectionConfig, decode
 from layerfuse.backbones import Featurizer
 from layerfuse.errors import InputError
 from layerfuse.features import FeatureMaps, Grid
 from layerfuse.fusers import Fuser
 from layerfuse.layers import resolve_layers
+from layerfuse.registry import unknown_name_message
 
 from .mergers import Merger, create_merger
 
@@ -35,6 +36,7 @@ __all__ = [
     "LayerInjection",
     "current_call",
     "decoder_layers",
+    "fitting_injection",
     "injecting",
     "injection_settings",
     "leading_maps",
@@ -99,29 +101,57 @@ def _places(settings: InjectionConfig, taps: Sequence[tuple[int, int]]) -> list[
 
 
 def injection_settings(described: Mapping[str, Any] | None) -> InjectionConfig | None:
-    """Read the fields of an `InjectionConfig` as a checkpoint's config holds them; None where there is none."""
+    """Read the fields of an `InjectionConfig` as a checkpoint's config holds them; None where nothing is injected.
+
+    Raises:
+        ValueError: if they are not those fields, or hold what an `InjectionConfig` cannot.
+    """
     if not described:
         return None
-    pairs = tuple(tuple(tuple(e) if isinstance(e, list) else e for e in pair) for pair in described["pairs"])
-    return InjectionConfig(**{**described, "pairs": pairs})
+    known = [field.name for field in fields(InjectionConfig)]
+    if not isinstance(described, Mapping):
+        raise InputError(f"injection of the config is {described!r}; give its fields, {', '.join(known)}, or null.")
+    if unknown := sorted(described.keys() - set(known)):
+        raise InputError(unknown_name_message("field of the config's injection", unknown[0], known))
+    pairs = described.get("pairs")
+    if not _holds_numbers(pairs):
+        raise InputError(
+            f"injection.pairs of the config is {pairs!r}; give [layer of the backbone, decoder layer] each, such as "
+            "[[9, 0], [17, 1]], or injection null for a model that injects nothing."
+        )
+    settings: InjectionConfig = decode(InjectionConfig, described, "injection")
+    return settings if settings.pairs else None
+
+
+def _holds_numbers(pairs: Any) -> bool:
+    """Tell whether a value is a list of lists of whole numbers, or of pairs of them where a backbone is named."""
+    lists = isinstance(pairs, list | tuple) and all(isinstance(pair, list | tuple) for pair in pairs)
+    taps = [tap for pair in pairs for tap in pair] if lists else []
+    numbers = [number for tap in taps for number in (tap if isinstance(tap, list | tuple) else [tap])]
+    return lists and all(type(number) is int for number in numbers)
 
 
 def resolved_injection(
     settings: InjectionConfig | None, backbone: Featurizer, fuser: Fuser, language_model: PreTrainedModel
 ) -> InjectionConfig | None:
-    """Give taps their numbers from 0 on, and check that everything fits; None if nothing is injected.
+    """Check that injection fits a language model, and the rest as `fitting_injection`; None if nothing is injected."""
+    if settings is None or not settings.pairs:
+        return None
+    return fitting_injection(settings, backbone, fuser, len(decoder_layers(language_model)))
+
+
+def fitting_injection(settings: InjectionConfig, backbone: Featurizer, fuser: Fuser, depth: int) -> InjectionConfig:
+    """Give taps their numbers from 0 on, and check that everything fits.
 
     Args:
         settings: taps among `backbone.taps`; a bare number of several backbones is of the one that taps that layer.
         backbone: taps the fuser's layers first, then those that are only injected.
         fuser: of the input; mergers have to give as many tokens.
-        language_model: has the decoder layers.
+        depth: number of decoder layers.
 
     Raises:
         ValueError: if a layer is none of the backbone's or language model's, or a merger's tokens are not the fuser's.
     """
-    if settings is None or not settings.pairs:
-        return None
     single = len(backbone.members) == 1
     pairs = [(*_resolved(pair[:-1], backbone), pair[-1]) for pair in settings.pairs]
     injected = tuple(dict.fromkeys(tap for pair in pairs for tap in pair[:-1]))
@@ -134,7 +164,6 @@ def resolved_injection(
             f"the first {fuser.num_layers} of widths {fuser.in_channels}, and layers {injected} are injected; tap the "
             "fuser's layers, then those that are only injected, and no other."
         )
-    depth = len(decoder_layers(language_model))
     if outside := sorted({pair[-1] for pair in pairs if pair[-1] >= depth}):
         raise InputError(
             f"injection.pairs name decoder layer {outside[0]}, but the language model has {depth}, counted from 0: "

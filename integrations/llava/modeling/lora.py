@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import copy
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
 from integrations.llava.config import LoraConfig
 from layerfuse.errors import InputError, MissingPackageError
+
+if TYPE_CHECKING:
+    from peft import PeftConfig
 
 __all__ = ["FILE_PREFIX", "add_lora", "inject_lora", "lora_config", "lora_weights", "merge_lora"]
 
@@ -79,8 +83,15 @@ def merge_lora(model: nn.Module) -> None:
     del model.peft_config
 
 
-def inject_lora(model: nn.Module, config: Mapping[str, Any] | str | Path, *, trainable: bool = True) -> None:
-    """Put adapters, by the fields of a `peft.LoraConfig` or the folder of one, into the model in place, in float32.
+def inject_lora(
+    model: nn.Module, config: PeftConfig | Mapping[str, Any] | str | Path, *, trainable: bool | None = None
+) -> None:
+    """Put adapters, by a `peft.LoraConfig`, its fields or the folder of one, into the model in place, in float32.
+
+    Args:
+        model: without adapters.
+        config: copied.
+        trainable: whether the adapters learn; None for what a `peft.LoraConfig` says, and otherwise yes.
 
     Raises:
         ValueError: if the model has adapters already.
@@ -99,9 +110,15 @@ def inject_lora(model: nn.Module, config: Mapping[str, Any] | str | Path, *, tra
         raise MissingPackageError(
             "LoRA needs the package peft; install it with `pip install 'layerfuse[lora]'`."
         ) from error
-    read: Any = peft.LoraConfig.from_pretrained
-    described = peft.LoraConfig(**config) if isinstance(config, Mapping) else read(str(config))
-    described.inference_mode = not trainable
+    described: Any
+    if isinstance(config, peft.PeftConfig):
+        described = copy.copy(config)
+        trainable = not config.inference_mode if trainable is None else trainable
+    elif isinstance(config, Mapping):
+        described = peft.LoraConfig(**config)
+    else:
+        described = peft.LoraConfig.from_pretrained(str(config))
+    described.inference_mode = trainable is False
     peft.inject_adapter_in_model(described, model, adapter_name=_ADAPTER)
     for parameter in learning:
         parameter.requires_grad_(True)

@@ -42,6 +42,7 @@ from .injection import (
     InjectedFeatures,
     LayerInjection,
     current_call,
+    fitting_injection,
     injecting,
     injection_settings,
     leading_maps,
@@ -195,10 +196,12 @@ class FusedLlavaModel(_LoadsWhole, LlavaModel):
         self.post_init()
 
     def _build_injection(self, config: FusedLlavaConfig, of_parts: bool) -> LayerInjection | None:
-        settings = injection_settings(config.injection)
-        if settings is None:
+        described = injection_settings(config.injection)
+        if described is None:
             return None
-        backbone, hidden = self.vision_tower.backbone, config.text_config.hidden_size  # type: ignore[union-attr]
+        backbone, text = self.vision_tower.backbone, config.get_text_config()
+        settings = fitting_injection(described, backbone, self.fuser, text.num_hidden_layers)
+        hidden = config.text_config.hidden_size  # type: ignore[union-attr]
         if not of_parts:
             return build_part(lambda: LayerInjection(settings, backbone, hidden))
         injection = LayerInjection(settings, backbone, hidden)

@@ -116,7 +116,8 @@ def run_recipe(settings: DemoSettings, fuser: str, seed: int, data: Path) -> Rec
     """
     layers = load_recipe(settings.recipe).model.layers
     # Another fuser than the recipe's takes its own default options.
-    values: dict[str, object] = {"model.fuser": fuser, "model.layers": layers[-1:] if fuser == "select" else layers}
+    tapped = layers[-1:] if layers and fuser == "select" else layers
+    values: dict[str, object] = {"model.fuser": fuser, "model.layers": tapped}
     stages = {
         "pretrain": ("pretrain.json", settings.pretrain_steps),
         "finetune": ("train.json", settings.finetune_steps),

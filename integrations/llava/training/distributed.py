@@ -56,21 +56,20 @@ class ProcessFailedError(RuntimeError):
         return f"process {self.process} failed: {self.kind}: {self.text}{where}"
 
 
-class _Board:
-    """The key-value store of the process group, through a connection that nobody else waits on."""
+class _Block:
+    """What a run says of one block of `shared_failures`, under keys of its own: nothing of it reaches a later block.
 
-    def __init__(self, group: dist.ProcessGroup) -> None:
-        self.group = group
-        self.store = distributed_c10d._get_default_store().clone()
-        self.rank, self.size = dist.get_rank(), dist.get_world_size()
-        self.num_results = self.block = 0
+    The thread that watches a block can still be looking when the next one begins.
+    """
+
+    def __init__(self, board: _Board, number: int) -> None:
+        self.store, self.rank, self.size, self.number = board.store, board.rank, board.size, number
+        self.num_results = 0
         self.heard: tuple[ProcessFailedError, BaseException | None] | None = None
-        self.guarded = False
-        self.cpu_group: Any = None
 
     def key(self, name: str) -> str:
-        """Key of a value of the present block."""
-        return f"layerfuse/{self.block}/{name}"
+        """Key of a value of this block."""
+        return f"layerfuse/{self.number}/{name}"
 
     def publish(self, error: BaseException, same: tuple[type[BaseException], ...]) -> None:
         """Tell the others of this process's failure, if it is the first, and let them read it before the store ends."""
@@ -129,6 +128,24 @@ class _Board:
         raise error from failure
 
 
+class _Board:
+    """The key-value store of the process group, through a connection that nobody else waits on."""
+
+    def __init__(self, group: dist.ProcessGroup) -> None:
+        self.group = group
+        self.store = distributed_c10d._get_default_store().clone()
+        self.rank, self.size = dist.get_rank(), dist.get_world_size()
+        self.num_blocks = 0
+        self.block: _Block | None = None
+        self.cpu_group: Any = None
+
+    def open_block(self) -> _Block:
+        """Begin a block. All processes count their blocks alike."""
+        self.num_blocks += 1
+        self.block = _Block(self, self.num_blocks)
+        return self.block
+
+
 _boards: list[_Board] = []
 
 
@@ -159,42 +176,41 @@ class shared_failures(AbstractContextManager[None]):  # noqa: N801 (used as a fu
 
     def __enter__(self) -> None:
         board = _board()
-        if board is not None and not board.guarded:
-            # Nothing is on the board of a new block; all processes count their blocks alike.
-            board.block, board.heard, board.guarded = board.block + 1, None, True
+        if board is not None and board.block is None:
             self.board = board
-            threading.Thread(target=_watch, args=(board, self.done), name="failures of others", daemon=True).start()
+            watched = (board.open_block(), self.done)
+            threading.Thread(target=_watch, args=watched, name="failures of others", daemon=True).start()
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, where: TracebackType | None
     ) -> None:
-        board = self.board
-        if board is None:
+        if self.board is None:
             return
-        board.guarded = False
+        block, self.board.block = self.board.block, None
+        assert block is not None
         try:
             if isinstance(error, RuntimeError) and not isinstance(error, ProcessFailedError):
                 # What breaks in a collective is seldom the cause.
-                board.raise_if_heard(error)
+                block.raise_if_heard(error)
                 if _PEER_GONE.search(str(error)):
                     gone = ProcessFailedError(None, type(error).__name__, str(error))
-                    board.publish(gone, self.same)
+                    block.publish(gone, self.same)
                     raise gone from error
-            if error is not None and board.heard is None:
-                board.publish(error, self.same)
+            if error is not None and block.heard is None:
+                block.publish(error, self.same)
             elif error is None:
-                board.leave()
+                block.leave()
         finally:
             self.done.set()
 
 
-def _watch(board: _Board, done: threading.Event) -> None:
+def _watch(block: _Block, done: threading.Event) -> None:
     """Look for failures of others; end this process if it does not end by itself."""
     while not done.wait(_LOOK):
-        heard = board.look()
+        heard = block.look()
         if heard is not None:
             if not done.wait(_GRACE):
-                _log.error("%s\nprocess %d waited for it and is ended.", heard[0], board.rank)
+                _log.error("%s\nprocess %d waited for it and is ended.", heard[0], block.rank)
                 logging.shutdown()
                 os._exit(1)
             return
@@ -209,19 +225,21 @@ def on_main(work: Callable[[], Result]) -> Result:
     if board is None:
         return work()
     with shared_failures():
-        board.num_results += 1
-        key = board.key(f"result/{board.num_results}")
-        if board.rank == 0:
+        block = board.block
+        assert block is not None
+        block.num_results += 1
+        key = block.key(f"result/{block.num_results}")
+        if block.rank == 0:
             result = work()
-            board.set(key, result)
+            block.set(key, result)
         else:
-            while not board.store.check([key]):
-                board.raise_if_heard()
+            while not block.store.check([key]):
+                block.raise_if_heard()
                 time.sleep(_LOOK / 5)
-            result = pickle.loads(board.store.get(key))
+            result = pickle.loads(block.store.get(key))
         # Nobody goes on before all have read, so that the result need not stay.
-        if board.store.add(f"{key}/read", 1) == board.size:
-            board.store.delete_key(key)
+        if block.store.add(f"{key}/read", 1) == block.size:
+            block.store.delete_key(key)
     return result
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -16,6 +17,7 @@ from accelerate import PartialState
 from transformers import TrainerCallback
 
 from integrations.llava.config import STAGES, Recipe
+from integrations.llava.modeling import numbered_layers
 from layerfuse.errors import UserError
 
 from .distributed import on_main, shared_failures
@@ -68,6 +70,7 @@ def train(
     with shared_failures(same=(UserError, RunInterrupted)), stop_requests() as request, locked:
         with request.at_once():
             asked = in_order(stages, recipe)
+            recipe = replace(recipe, model=numbered_layers(recipe.model))
             left = on_main(lambda: folder.open(recipe, asked, overwrite=overwrite))
             plan = Plan(recipe, folder, asked, left, adapter, overwrite, callbacks, request, process)
             on_main(lambda: check_plan(plan))

@@ -14,6 +14,7 @@ import torch
 from layerfuse.errors import InputError
 from layerfuse.ops.deformable.gather import gather
 from layerfuse.ops.deformable.reference import reference
+from layerfuse.registry import unknown_name_message
 
 __all__ = ["IMPLEMENTATIONS", "check_implementation", "deformable_attention"]
 
@@ -69,8 +70,7 @@ def check_implementation(implementation: str) -> None:
     """Raise InputError, with the known names, for an implementation that ``deformable_attention`` does not have."""
     if implementation not in IMPLEMENTATIONS:
         raise InputError(
-            f"implementation {implementation!r} of deformable attention is unknown. "
-            f"Known: {', '.join(IMPLEMENTATIONS)}."
+            unknown_name_message("implementation", implementation, IMPLEMENTATIONS, of="deformable attention")
         )
 
 

@@ -14,7 +14,10 @@ from transformers import (
     LlamaConfig,
     LlavaConfig,
     LlavaForConditionalGeneration,
+    PreTrainedModel,
     SiglipVisionConfig,
+    VipLlavaConfig,
+    VipLlavaForConditionalGeneration,
 )
 
 from layerfuse.fusers.mmfuser import MMFuser
@@ -30,6 +33,7 @@ __all__ = [
     "save_published",
     "save_tower",
     "tiny_llava_hf",
+    "tiny_vip_llava",
     "write_weights",
 ]
 
@@ -43,26 +47,48 @@ def tiny_llava_hf(
 ) -> LlavaForConditionalGeneration:
     """A LLaVA of transformers with random weights: 6 vision blocks, 2 text blocks."""
     torch.manual_seed(0)
-    kind = CLIPVisionConfig if tower == "clip" else SiglipVisionConfig
-    vision = kind(**_CLIP, image_size=SIZE, patch_size=PATCH, initializer_range=0.2)
-    fields = {"intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2, "initializer_range": 0.2}
-    llama = LlamaConfig(vocab_size=vocabulary, hidden_size=WIDTH, **{**fields, "pad_token_id": 0, **text})
-    config = LlavaConfig(
-        vision_config=vision,
-        text_config=llama,
-        image_token_index=image_token,
-        image_seq_length=(SIZE // PATCH) ** 2,
-        vision_feature_select_strategy="default" if tower == "clip" else "full",
-    )
-    model = LlavaForConditionalGeneration(config).eval()
-    for name, parameter in model.named_parameters():
-        if "norm" in name or "bias" in name:
-            torch.nn.init.normal_(parameter, std=0.2)
+    parts = _parts(vocabulary, image_token, tower, text)
+    strategy = "default" if tower == "clip" else "full"
+    model = LlavaForConditionalGeneration(LlavaConfig(**parts, vision_feature_select_strategy=strategy)).eval()
+    _randomise(model)
     return model
 
 
+def tiny_vip_llava(
+    *, vocabulary: int, image_token: int, layers: Any = (-2, -3, -6, 2), tower: str = "clip", eps: float = 1e-3
+) -> VipLlavaForConditionalGeneration:
+    """A ViP-LLaVA of transformers with random weights, of the same sizes."""
+    torch.manual_seed(0)
+    parts = _parts(vocabulary, image_token, tower, {})
+    config = VipLlavaConfig(**parts, vision_feature_layers=layers, projector_layernorm_eps=eps)
+    model = VipLlavaForConditionalGeneration(config).eval()
+    _randomise(model)
+    return model
+
+
+def _parts(vocabulary: int, image_token: int, tower: str, text: dict[str, Any]) -> dict[str, Any]:
+    kind = CLIPVisionConfig if tower == "clip" else SiglipVisionConfig
+    fields = {"intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2, "initializer_range": 0.2}
+    return {
+        "vision_config": kind(**_CLIP, image_size=SIZE, patch_size=PATCH, initializer_range=0.2),
+        "text_config": LlamaConfig(vocab_size=vocabulary, hidden_size=WIDTH, **{**fields, "pad_token_id": 0, **text}),
+        "image_token_index": image_token,
+        "image_seq_length": (SIZE // PATCH) ** 2,
+    }
+
+
+def _randomise(model: PreTrainedModel) -> None:
+    for name, parameter in model.named_parameters():
+        if "norm" in name or "bias" in name:
+            torch.nn.init.normal_(parameter, std=0.2)
+
+
 def save_llava_hf(
-    model: LlavaForConditionalGeneration, folder: Path, *, keys: str = "saved", pad: bool = False
+    model: LlavaForConditionalGeneration | VipLlavaForConditionalGeneration,
+    folder: Path,
+    *,
+    keys: str = "saved",
+    pad: bool = False,
 ) -> None:
     """Write it as transformers does (`saved`), as the files on the hub are (`hub`), or under today's names (`new`)."""
     model.save_pretrained(folder)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import tarfile
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from integrations.llava.checkpoints.tensors import (
     stored_tensors,
     write_sharded,
 )
+from layerfuse.errors import UserError
 from layerfuse.files import atomic_folder
 from tests.integrations.llava.tiny_parts import RunsCode
 
@@ -48,6 +50,29 @@ def test_a_pickle_with_code_is_refused_and_not_run(zipped: bool, tmp_path: Path)
     with pytest.raises(ValueError, match="holds more than tensors: Python objects, .* nothing was run"):
         stored_tensors(tmp_path / "x.bin")
     assert not (tmp_path / "was run").exists()
+
+
+def no_pickle(file: Path, kind: str) -> None:
+    """Write a file that torch.load refuses with advice to read it as code."""
+    if kind == "TorchScript":
+        torch.jit.save(torch.jit.script(torch.nn.Linear(1, 1)), str(file))
+    elif kind == "tar":
+        (file.parent / "storages").write_bytes(b"")
+        with tarfile.open(file, "w") as archive:
+            archive.add(file.parent / "storages", "storages")
+    else:
+        file.write_bytes({"page": b"<!DOCTYPE html>\n", "pointer": b"version https://git-lfs\n"}[kind])
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit")
+@pytest.mark.parametrize("kind", ["page", "pointer", "TorchScript", "tar"])
+def test_what_is_no_pickle_is_told_as_that_and_never_as_something_to_trust(kind: str, tmp_path: Path) -> None:
+    no_pickle(tmp_path / "x.bin", kind)
+    with pytest.raises(
+        ValueError, match=r"x\.bin is not a whole file of weights \(it holds no pickle of tensors, or is damaged\); "
+    ) as error:
+        stored_tensors(tmp_path / "x.bin")
+    assert "weights_only" not in str(error.value)
 
 
 @pytest.mark.parametrize(("content", "named"), [({**TENSORS, "epoch": 3}, "epoch"), ([torch.ones(1)], "list")])
@@ -82,6 +107,19 @@ def test_a_pickle_cut_off_anywhere_is_told_as_damage(tmp_path: Path) -> None:
         told.append("not a whole file" in str(caught.value))
     # Cut within the name of a class, a file names another class, which nobody can tell from code.
     assert sum(told) > 0.8 * len(whole)
+
+
+def test_a_pickle_with_wrong_bytes_anywhere_is_read_or_told_as_damage(tmp_path: Path) -> None:
+    torch.save(TENSORS, tmp_path / "whole.bin", _use_new_zipfile_serialization=False)
+    whole = (tmp_path / "whole.bin").read_bytes()
+    refused = 0
+    for place in range(0, len(whole), 3):
+        (tmp_path / "x.bin").write_bytes(whole[:place] + bytes([whole[place] ^ 0x80]) + whole[place + 1 :])
+        try:
+            stored_tensors(tmp_path / "x.bin")
+        except UserError as error:
+            refused += "x.bin" in str(error) and "weights_only" not in str(error)
+    assert refused > len(whole) / 9
 
 
 def write_index(folder: Path, places: dict[str, str]) -> None:

@@ -77,6 +77,23 @@ def test_texts_are_kept_as_long_as_they_fit(data_folder: Path, monkeypatch: pyte
     assert 1 <= len(unkept._texts) <= 4
 
 
+def test_what_is_asked_is_kept_with_the_text(data_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    samples = [
+        {"image": ["0.png", "1.png"], "conversations": human_and_gpt("<image><image>\nWhich?", "One.", "Sure?")},
+        {"conversations": human_and_gpt("What is one?", "A number.")},
+    ]
+    data = dataset(data_folder, samples, with_condition=True)
+    first = [data[index] for index in range(2)]
+    assert [len(item["condition"]) for item in first] == [2, 0]
+    monkeypatch.setattr(TextEncoder, "__call__", None)
+    for index, item in enumerate(first):
+        again = data[index]["condition"]
+        assert all(
+            torch.equal(*pair) and pair[0].dtype == torch.int64 for pair in zip(again, item["condition"], strict=True)
+        )
+    assert data._text_bytes == sum(array.nbytes for kept in data._texts.values() for array in kept)
+
+
 def test_worker_processes_read_the_same_samples(data_folder: Path) -> None:
     data = dataset(data_folder, read_samples(data_folder / "train.json"))
     loader: DataLoader[Any] = DataLoader(data, batch_size=4, collate_fn=Collator(0), num_workers=2)

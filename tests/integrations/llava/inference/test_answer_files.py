@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -23,6 +20,7 @@ from integrations.llava.inference.requests import Request, prompt_lengths, read_
 from integrations.llava.inference.results import AnswerFile, weights_fingerprint
 from tests.integrations.llava.inference.answering_parts import PROMPTS
 from tests.integrations.llava.tiny_parts import human_and_gpt
+from tests.integrations.llava.training.process_pairs import Nursery
 
 
 @pytest.fixture
@@ -240,24 +238,14 @@ def test_a_run_goes_on_with_another_number_of_processes(
 
 
 def test_processes_of_torchrun_share_the_questions(
-    root: Path, run: Path, questions: Path, data_folder: Path, ask: Callable[..., int], tmp_path: Path
+    nursery: Nursery, run: Path, questions: Path, data_folder: Path, ask: Callable[..., int], tmp_path: Path
 ) -> None:
-    command = [sys.executable, "-m", "integrations.llava", "generate", "--model", str(run), "--input", str(questions)]
-    command += ["--image-folder", str(data_folder), "--output", str(tmp_path / "a.jsonl"), "--max-new-tokens", "6"]
-    started = [
-        subprocess.Popen(
-            command,
-            cwd=root,
-            env=os.environ | {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "OMP_NUM_THREADS": "1"},
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(2)
-    ]
-    messages = [process.communicate(timeout=300)[1] for process in started]
+    command = ["generate", "--model", str(run), "--input", str(questions), "--image-folder", str(data_folder)]
+    command += ["--output", str(tmp_path / "a.jsonl"), "--max-new-tokens", "6"]
+    ended = nursery.run("distributed_worker:command", command)
     ask(tmp_path / "whole.jsonl")
 
-    assert [process.returncode for process in started] == [0, 0], messages
+    assert [each.code for each in ended] == [0, 0], ended
     assert read(tmp_path / "a.jsonl") == read(tmp_path / "whole.jsonl")
 
 

@@ -33,11 +33,12 @@ from transformers import (
 
 from integrations.llava.checkpoints.model_io import load_model
 from integrations.llava.config.schema import ModelConfig
-from integrations.llava.modeling.build import build_model, build_recipe_model, read_language_files
+from integrations.llava.modeling.build import _language_model, build_model, build_recipe_model, read_language_files
 from integrations.llava.modeling.model import FusedLlavaForConditionalGeneration
 from layerfuse.backbones import create_backbone
 from layerfuse.errors import InputError
 from layerfuse.fusers import create_fuser
+from tests.integrations.llava.tiny_parts import save_llm
 
 VOCABULARY = 61
 GREEDY: dict[str, Any] = {
@@ -339,3 +340,14 @@ def test_a_language_model_without_the_attention_asked_for_names_the_way_out() ->
 
     with pytest.raises(InputError, match=r"scaled_dot_product_attention yet.* Try `--model.attention eager`"):
         build_recipe_model(config, read_language_files(config, offline=True), device="meta")
+
+
+@pytest.mark.parametrize("content", [b"<!DOCTYPE html>", b""])
+def test_a_damaged_file_of_weights_is_told_and_never_as_something_to_trust(content: bytes, tmp_path: Path) -> None:
+    folder = save_llm(tmp_path)
+    (folder / "model.safetensors").unlink()
+    (folder / "pytorch_model.bin").write_bytes(content)
+    recipe = ModelConfig(llm=str(folder))
+    with pytest.raises(ValueError, match="its weights are no whole file of tensors .*; download them again") as error:
+        _language_model(recipe, AutoConfig.from_pretrained(folder), torch.float32, "none", pretrained=True)
+    assert "weights_only" not in str(error.value)

@@ -129,6 +129,26 @@ def test_loaded_adapters_go_on_learning_if_asked_to(llm_folder: Path, tmp_path: 
     assert all(parameter.requires_grad for name, parameter in model.named_parameters() if ".lora_" in name)
 
 
+@pytest.mark.parametrize("learns", [True, False])
+def test_adapters_are_put_in_by_a_config_that_peft_has_built(learns: bool, llm_folder: Path) -> None:
+    import peft
+
+    from integrations.llava.modeling import inject_lora
+
+    model, other = build(llm_folder), build(llm_folder)
+    targets = r"model\.language_model\..*\.(?:q_proj|v_proj)"
+    config = peft.LoraConfig(r=2, target_modules=targets, inference_mode=not learns)
+    inject_lora(model, config)
+    adapters = [parameter for name, parameter in model.named_parameters() if ".lora_" in name]
+    assert len(adapters) == 8
+    assert all(parameter.requires_grad is learns for parameter in adapters)
+    # What the caller holds is his, and what he says beside it counts more.
+    inject_lora(other, config, trainable=not learns)
+    adapters = [parameter for name, parameter in other.named_parameters() if ".lora_" in name]
+    assert all(parameter.requires_grad is not learns for parameter in adapters)
+    assert config.inference_mode is not learns
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_merging_leaves_a_plain_model_that_computes_the_same(
     dtype: torch.dtype, llm_folder: Path, tmp_path: Path

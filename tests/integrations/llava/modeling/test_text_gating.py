@@ -149,6 +149,31 @@ def test_without_a_condition_the_model_says_what_is_missing(gated: Predictor) ->
         gated.model.model.get_image_features(pixels)
 
 
+@pytest.mark.parametrize(
+    ("condition", "problem"),
+    [
+        (
+            torch.ones(1, 32, dtype=torch.bool),
+            r"condition has shape \(1, 32\) and dtype torch.bool; give the token ids",
+        ),
+        (torch.tensor([5, 6]), r"condition has shape \(2,\) and dtype torch.int64; give the token ids"),
+        ([[5, 6]], "condition is a list; give the token ids"),
+        (torch.tensor([[5, 10**6], [-7, IGNORE_INDEX]]), r"token ids from -7 to 1000000; .* knows 0 to \d+\. Give ids"),
+        (torch.tensor([[5, -7]]), r"token ids from -7 to 5; .* filled up with -100"),
+    ],
+)
+def test_a_condition_that_cannot_be_read_is_refused(gated: Predictor, condition: Any, problem: str) -> None:
+    with pytest.raises(ValueError, match=problem):
+        gated.model.model.get_image_features(torch.zeros(1, 3, 32, 32), condition=condition)
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int16, torch.int32])
+def test_ids_of_any_whole_dtype_are_the_same_ids(gated: Predictor, dtype: torch.dtype) -> None:
+    inner, pixels, ids = gated.model.model, torch.randn(1, 3, 32, 32), torch.tensor([[5, 6, 7]])
+    expected = inner.get_image_features(pixels, condition=ids).last_hidden_state
+    assert torch.equal(inner.get_image_features(pixels, condition=ids.to(dtype)).last_hidden_state, expected)
+
+
 def test_a_condition_for_a_fuser_that_takes_none_is_refused(predictor: Predictor) -> None:
     with pytest.raises(ValueError, match="fuser 'mmfuser' takes no condition"):
         predictor.model.model.get_image_features(torch.zeros(1, 3, 32, 32), condition=torch.zeros(1, 32))

@@ -1,9 +1,11 @@
-"""What two processes run for test_distributed.py: one training each, its results left in files."""
+"""What processes run for test_distributed.py and test_interruption.py: one training each, results left in files."""
 
 from __future__ import annotations
 
 import os
 import signal
+import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,6 +18,7 @@ from accelerate.utils import DistributedType
 from torch.distributed.tensor import DTensor
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from integrations.llava.__main__ import main
 from integrations.llava.config.yaml_io import load_recipe
 from integrations.llava.training import plan as starting
 from integrations.llava.training import train
@@ -122,3 +125,22 @@ def both_engines(rank: int, folder: str) -> None:
     with engines_on_cpu():
         recipe = load_recipe(Path(folder) / "recipe.yaml", {"pretrain.engine": "fsdp2", "finetune.engine": "ddp"})
         train(recipe, Path(folder) / "fsdp2_then_ddp")
+
+
+def command(rank: int, arguments: list[str]) -> int:
+    """Run a command of the command line, and listen to Ctrl-C, which a shell has jobs in the background ignore."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    return main(arguments)
+
+
+def command_killed(rank: int, arguments: list[str], metrics: str) -> int:
+    """The same; the second process gets SIGTERM at any moment after four lines of a run's metrics."""
+    if rank == 1:
+        threading.Thread(target=_kill_soon, args=(Path(metrics),), daemon=True).start()
+    return main(arguments)
+
+
+def _kill_soon(metrics: Path) -> None:
+    while not (metrics.is_file() and len(metrics.read_text().splitlines()) > 4):
+        time.sleep(0.01)
+    os.kill(os.getpid(), signal.SIGTERM)

@@ -5,15 +5,19 @@ from __future__ import annotations
 import importlib
 import os
 import signal
+import threading
+import time
 from typing import Any
 
 import yaml
+from accelerate import PartialState
 from safetensors import SafetensorError
 
 from integrations.llava.cli import train as train_command
 from integrations.llava.data import BadSampleError
+from integrations.llava.training import distributed
 
-__all__ = ["ERRORS", "PLACES", "fail", "killed"]
+__all__ = ["ERRORS", "PLACES", "again", "fail", "killed"]
 
 ERRORS = {
     "SafetensorError": SafetensorError,
@@ -55,6 +59,43 @@ def killed(rank: int, arguments: list[str], failing: int) -> int:
     if rank == failing:
         _at(PLACES["step"][rank], lambda: os.kill(os.getpid(), signal.SIGKILL))
     return train_command.main(arguments)
+
+
+def again(rank: int) -> int:
+    """A block that fails, and another one while the first process's thread still looks for the failure of the first."""
+    PartialState(cpu=True)
+    board = distributed._board()
+    assert board is not None
+    board.store = store = _SlowStore(board.store)  # type: ignore[assignment]
+    try:
+        with distributed.shared_failures():
+            if rank == 0:
+                assert store.found.wait(30)
+            raise KeyError("the coffee is cold")
+    except KeyError:
+        pass
+    # The main process works until the thread has come to its end.
+    return 0 if distributed.on_main(lambda: time.sleep(3 * _SlowStore.SECONDS) or "warm") == "warm" else 3
+
+
+class _SlowStore:
+    """A key-value store that takes its time to tell threads what they look for."""
+
+    SECONDS = 0.3
+
+    def __init__(self, store: Any) -> None:
+        self._store = store
+        self.found = threading.Event()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._store, name)
+
+    def check(self, keys: list[str]) -> bool:
+        there: bool = self._store.check(keys)
+        if there and threading.current_thread() is not threading.main_thread():
+            self.found.set()
+            time.sleep(self.SECONDS)
+        return there
 
 
 def _raise_at(place: tuple[str, str, int], error: Exception) -> None:

@@ -9,11 +9,8 @@ import dataclasses
 import json
 import os
 import shutil
-import signal
-import socket
 import subprocess
 import sys
-import time
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, ClassVar
@@ -41,32 +38,21 @@ def losses(folder: Path) -> list[float]:
     return [row["loss"] for row in rows]
 
 
-def start(root: Path, *arguments: str, **variables: str) -> subprocess.Popen[str]:
-    """Start Python with the project's root on its path."""
+def launch(root: Path, *arguments: str) -> str:
+    """Run two processes as torchrun does; they have to end well."""
     path = os.pathsep.join([str(root), os.environ.get("PYTHONPATH", "")])
-    return subprocess.Popen(
-        [sys.executable, *arguments],
-        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": path} | variables,
+    launcher = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--rdzv-backend", "c10d"]
+    done = subprocess.run(
+        [sys.executable, *launcher, "--rdzv-endpoint", "localhost:0", *arguments],
+        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": path},
         cwd=root,
         text=True,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
+        timeout=120,
     )
-
-
-def launch(root: Path, *arguments: str) -> subprocess.Popen[str]:
-    """Start two processes as torchrun does."""
-    launcher = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--rdzv-backend", "c10d"]
-    return start(root, *launcher, "--rdzv-endpoint", "localhost:0", *arguments)
-
-
-def launch_apart(root: Path, *arguments: str) -> list[subprocess.Popen[str]]:
-    """Start two processes as a scheduler's own launcher does (srun): each knows its rank."""
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = str(free.getsockname()[1])
-    common = {"MASTER_ADDR": "localhost", "MASTER_PORT": port, "WORLD_SIZE": "2"}
-    return [start(root, *arguments, RANK=rank, LOCAL_RANK=rank, **common) for rank in ("0", "1")]
+    assert done.returncode == 0, done.stdout
+    return done.stdout
 
 
 def finetuned(recipe: Recipe, **changes: object) -> Recipe:
@@ -210,35 +196,27 @@ def test_deepspeed_gives_the_losses_and_weights_of_one_process(
 
 
 def test_a_run_killed_in_mid_epoch_and_started_again_has_the_losses_of_one_that_was_left_alone(
-    recipe: Recipe, runs: Runs, root: Path, tmp_path: Path
+    recipe: Recipe, runs: Runs, nursery: Nursery, root: Path, tmp_path: Path
 ) -> None:
-    """Two processes from the command line: SIGTERM, then the same command again, now from torchrun."""
+    """Two processes that know their ranks: SIGTERM to one, then the same command again, now from torchrun."""
     samples = json.loads(Path(recipe.finetune.data.path).read_text()) * 20
     (tmp_path / "data.json").write_text(json.dumps(samples))
     data = dataclasses.replace(recipe.finetune.data, path=str(tmp_path / "data.json"))
     long = finetuned(recipe, data=data, max_steps=40)
     assert len(samples) > 40 * long.finetune.batch_size, "the whole run lies within one epoch"
     (tmp_path / "recipe.yaml").write_text(dump_recipe(long))
-    stages = ["--stages", "finetune", "--adapter", str(runs.adapter)]
-    command = ["-m", "integrations.llava", "train", "--recipe", str(tmp_path / "recipe.yaml"), *stages]
-    killed = launch_apart(root, *command, "--output", str(tmp_path / "killed"))
-    metrics = tmp_path / "killed" / "metrics.jsonl"
-    deadline = time.monotonic() + 120
-    while not (metrics.is_file() and len(metrics.read_text().splitlines()) > 4):
-        assert all(process.poll() is None for process in killed), [process.communicate()[0] for process in killed]
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
+    command = ["train", "--recipe", str(tmp_path / "recipe.yaml"), "--stages", "finetune"]
+    command += ["--adapter", str(runs.adapter)]
+    killed, alone = ([*command, "--output", str(tmp_path / name)] for name in ("killed", "alone"))
     # One is enough: the other hears of it.
-    killed[1].send_signal(signal.SIGTERM)
-    outputs = [process.communicate(timeout=60)[0] for process in killed]
+    ended = nursery.run("distributed_worker:command_killed", killed, str(tmp_path / "killed" / "metrics.jsonl"))
     first = losses(tmp_path / "killed")
-    assert [process.returncode for process in killed] == [EXIT_REQUEUE] * 2, outputs
+    assert [each.code for each in ended] == [EXIT_REQUEUE] * 2, ended
     assert 4 < len(first) < 40
 
-    for name in ("killed", "alone"):
-        again = launch(root, *command, "--output", str(tmp_path / name))
-        output, _ = again.communicate(timeout=120)
-        assert again.returncode == 0, output
+    launch(root, "-m", "integrations.llava", *killed)
+    ended = nursery.run("distributed_worker:command", alone)
+    assert [each.code for each in ended] == [0, 0], ended
     assert losses(tmp_path / "killed") == losses(tmp_path / "alone")
     assert losses(tmp_path / "killed")[: len(first)] == first
     ours, whole = (load_file(tmp_path / name / "model.safetensors") for name in ("killed", "alone"))

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import os
 import signal
-import subprocess
-import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -15,6 +15,7 @@ from integrations.llava.config.schema import Recipe
 from integrations.llava.config.yaml_io import dump_recipe
 from integrations.llava.training.run_folder import RunFolder
 from integrations.llava.training.signals import RunInterrupted, StopRequest, stop_requests
+from tests.integrations.llava.training.process_pairs import Alone, Nursery
 from tests.integrations.llava.training.test_resume import both_stages
 
 
@@ -45,49 +46,41 @@ def test_a_request_where_nothing_is_to_be_saved_ends_the_run_at_once() -> None:
     assert stop.value.exit_code == 75
 
 
-def _long_run(recipe: Recipe, folder: Path, root: Path) -> subprocess.Popen[str]:
+@contextmanager
+def _long_run(recipe: Recipe, folder: Path, nursery: Nursery) -> Iterator[Alone]:
+    """A training from the command line that has made its first step."""
     (folder / "recipe.yaml").write_text(dump_recipe(both_stages(recipe, max_steps=2000, log_every=1, num_workers=1)))
-    command = ["-m", "integrations.llava", "train", "--recipe", str(folder / "recipe.yaml")]
-    process = subprocess.Popen(
-        [sys.executable, *command, "--output", str(folder / "run")],
-        cwd=root,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,
-        # A shell has jobs in the background ignore it.
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
-    )
-    while not (folder / "run" / "metrics.jsonl").is_file():
-        assert process.poll() is None, process.communicate()[0]
-        time.sleep(0.02)
-    return process
+    command = ["train", "--recipe", str(folder / "recipe.yaml"), "--output", str(folder / "run")]
+    with nursery.alone("distributed_worker:command", command) as process:
+        while not (folder / "run" / "metrics.jsonl").is_file():
+            assert process.runs(), process.wait()
+            time.sleep(0.02)
+        yield process
 
 
 def test_the_first_ctrl_c_stops_with_a_checkpoint_and_says_how_to_go_on(
-    tiny_recipe: Recipe, root: Path, tmp_path: Path
+    tiny_recipe: Recipe, nursery: Nursery, tmp_path: Path
 ) -> None:
     """Sent to the whole group, loaders included, as a terminal does."""
-    process = _long_run(tiny_recipe, tmp_path, root)
-    os.killpg(process.pid, signal.SIGINT)
-    output, _ = process.communicate(timeout=60)
+    with _long_run(tiny_recipe, tmp_path, nursery) as process:
+        process.send(signal.SIGINT, group=True)
+        ended = process.wait()
 
-    assert process.returncode == 130, output
-    assert "start the same command again to go on" in output and "Traceback" not in output
+    assert ended.code == 130, ended
+    assert "start the same command again to go on" in ended.output and "Traceback" not in ended.output
     assert RunFolder(tmp_path / "run").checkpoint("pretrain") is not None
 
 
-def test_a_second_ctrl_c_kills_at_once(tiny_recipe: Recipe, root: Path, tmp_path: Path) -> None:
-    process = _long_run(tiny_recipe, tmp_path, root)
-    process.send_signal(signal.SIGSTOP)  # so that both come within one step
-    process.send_signal(signal.SIGINT)
-    process.send_signal(signal.SIGCONT)
-    deadline = time.monotonic() + 30
-    while process.poll() is None and time.monotonic() < deadline:
-        process.send_signal(signal.SIGINT)
-        time.sleep(0.001)
+def test_a_second_ctrl_c_kills_at_once(tiny_recipe: Recipe, nursery: Nursery, tmp_path: Path) -> None:
+    with _long_run(tiny_recipe, tmp_path, nursery) as process:
+        process.send(signal.SIGSTOP)  # so that both come within one step
+        process.send(signal.SIGINT)
+        process.send(signal.SIGCONT)
+        deadline = time.monotonic() + 30
+        while process.runs() and time.monotonic() < deadline:
+            process.send(signal.SIGINT)
+            time.sleep(0.001)
+        ended = process.wait()
 
-    process.communicate(timeout=60)
-    assert process.returncode == -signal.SIGINT
+    assert ended.code == -signal.SIGINT, ended
     assert not [*(tmp_path / "run").glob("*/.saving/trained.safetensors.part")]

@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +14,7 @@ from transformers import TrainingArguments
 from integrations.llava.training.loss_guard import NonFiniteLossError
 from integrations.llava.training.metrics_log import RunLog
 from integrations.llava.training.trainer import parameter_groups
+from tests.integrations.llava.training.process_pairs import Nursery
 from tests.integrations.llava.training.tiny_training import (
     BREAKS_GRADIENTS,
     BREAKS_LOSS,
@@ -193,23 +191,13 @@ def test_one_process_uses_one_gpu_and_says_how_to_use_all(tmp_path: Path, caplog
 
 
 @pytest.fixture(scope="module")
-def two_processes(tmp_path_factory: pytest.TempPathFactory, root: Path) -> dict[str, Any]:
+def two_processes(tmp_path_factory: pytest.TempPathFactory, nursery: Nursery) -> dict[str, Any]:
     """What `tiny_worker.py` finds when two processes share its runs."""
     folder = tmp_path_factory.mktemp("two")
-    worker = Path(__file__).with_name("tiny_worker.py")
-    command = ["torch.distributed.run", "--nproc-per-node=2", "--master-port=0", "--rdzv-backend=c10d"]
-    environment = {**os.environ, "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    done = subprocess.run(
-        [sys.executable, "-m", *command, "--rdzv-endpoint=localhost:0", str(worker), str(folder)],
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
+    ended = nursery.run("tiny_worker:main", str(folder))
+    assert [each.code for each in ended] == [0, 0], ended
     found = {path.stem: json.loads(path.read_text()) for path in folder.glob("*.json")}
-    # Not the exit code: torch's threads now and then abort a process that is done.
-    assert found.keys() == {"micro_batch", "token", "broken-0", "broken-1"}, done.stderr
+    assert found.keys() == {"micro_batch", "token", "broken-0", "broken-1"}, ended
     return found
 
 

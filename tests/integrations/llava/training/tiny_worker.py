@@ -1,17 +1,15 @@
-"""Run by torchrun: tiny runs shared by two processes; what was found is left in a folder as JSON."""
+"""What two processes run for test_trainer.py: tiny runs that they share; what was found is left in a folder as JSON."""
 
 from __future__ import annotations
 
 import importlib
 import json
-import sys
 from pathlib import Path
 
-import torch
 
-
-def main(folder: Path) -> None:
+def main(rank: int, output: str) -> None:
     """Train with both averages, then with a sample that breaks one process."""
+    folder = Path(output)
     tiny = importlib.import_module("tiny_training")
     unequal = [tiny.item("a", 1, 3, skipped="a"), tiny.item("b", 5, skipped="b")]
     for loss_average in ("micro_batch", "token"):
@@ -28,9 +26,3 @@ def main(folder: Path) -> None:
     except tiny.NonFiniteLossError as error:
         found = {"message": str(error), "weight": float(trainer.model.weight.detach())}
         (folder / f"broken-{trainer.args.process_index}.json").write_text(json.dumps(found))
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]))
-    # Left to the interpreter's end, threads of gloo sometimes abort the process.
-    torch.distributed.destroy_process_group()
