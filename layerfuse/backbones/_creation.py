@@ -189,7 +189,7 @@ def _family_of(held: object) -> type[Backbone]:
     if not isinstance(held, nn.Module):
         raise InvalidTypeError(
             f"a backbone is made from a name such as 'timm:vit_base_patch16_clip_224.openai', a model or a config of "
-            f"transformers; got a {type(held).__name__}."
+            f"transformers; got a {type(held).__name__}. Several backbones are made by create_backbone_group."
         )
     return BACKBONES.get("module")
 

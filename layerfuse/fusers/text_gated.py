@@ -166,8 +166,10 @@ class TextGated(Fuser):
         return 2 * terms * self.num_tokens(grids) * self.in_channels[0]
 
     def _weights(self, features: FeatureMaps, means: Sequence[torch.Tensor], condition: torch.Tensor) -> torch.Tensor:
-        if self.keys == "class" and features.prefix and features.prefix[0].shape[1] > 0:
-            tokens = self._group_means([prefix[:, 0] for prefix in features.prefix])
+        if self.keys == "class" and any(prefix.shape[1] for prefix in features.prefix):
+            # Of several backbones, some may have no prefix tokens.
+            pairs = zip(features.prefix, features.maps, strict=True)
+            tokens = self._group_means([first[:, 0] if first.shape[1] else patches.mean(1) for first, patches in pairs])
         else:
             tokens = [mean.mean(1) for mean in means]
         groups = self.key_proj(torch.stack(tokens, dim=1))

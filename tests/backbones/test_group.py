@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -149,6 +150,16 @@ def test_an_encoder_of_two_backbones_is_saved_and_loaded(
     assert torch.equal(again.prepare(pictures), images)
 
 
+def test_a_text_gate_sees_patches_where_a_backbone_has_no_class_token() -> None:
+    names: dict[str, Any] = {"layers": -2, "pretrained": False, "options": VIT, "image_size": 32}
+    features = create_backbone_group([CLIP, SIGLIP], **names)(random_images(2).repeat(1, 2, 1, 1))
+    options = {"condition_channels": 6, "groups": 2}
+    fuser = create_fuser("text_gated", in_channels=32, num_layers=2, options=options)
+    condition = torch.linspace(-1, 1, 12).view(2, 6)
+    seen = replace(features, prefix=(features.prefix[0], features[1].mean(1, keepdim=True)))
+    assert torch.equal(fuser(features, condition), fuser(seen, condition))
+
+
 def test_a_group_is_exported_and_compiled_to_one_graph(pictures: list[Image.Image]) -> None:
     group = group_of()
     fuser = create_fuser("concat", in_channels=group.fuser_channels, num_layers=3)
@@ -213,6 +224,20 @@ def test_what_does_not_fit_is_refused(twins: BackboneGroup, pictures: list[Image
     with pytest.raises(ValueError, match="disagree whether pictures are turned upright"):
         StackedPreprocessing(tuple(upright))
     assert preprocessing_from_dict(wide.preprocessing.to_dict()) == wide.preprocessing
+
+
+def test_each_backbone_is_tapped_at_the_fusers_published_layers_for_its_depth() -> None:
+    encoder = create_encoder(
+        [CLIP, CLIP],
+        fuser="mmfuser",
+        fuser_options={"num_heads": 4},
+        pretrained=False,
+        image_size=32,
+        backbone_options={**VIT, "depth": 24},
+    )
+    assert encoder.backbone.layers == (3, 8, 13, 18, 23) * 2
+    with pytest.raises(TypeError, match="got a list. Several backbones are made by create_backbone_group"):
+        create_backbone([CLIP, CLIP], layers=1)
 
 
 @pytest.fixture(scope="module")

@@ -30,7 +30,7 @@ from transformers import (
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.utils.generic import can_return_tuple
 
-from layerfuse.backbones import Featurizer, backbone_from_config
+from layerfuse.backbones import Backbone, Featurizer, backbone_from_config
 from layerfuse.errors import InputError
 from layerfuse.features import FeatureMaps, Grid
 from layerfuse.fusers import Fuser, fuser_from_config
@@ -134,9 +134,7 @@ class LayerfuseVisionModel(_LoadsWhole):
             keep_as_built(backbone)
         self.backbone = backbone
         # Device maps must not cut within a block.
-        lists = [module for module in backbone.modules() if isinstance(module, (nn.ModuleList, nn.Sequential))]
-        blocks = max(lists, key=lambda blocks: sum(part.numel() for part in blocks.parameters()), default=())
-        self._no_split_modules = sorted({type(block).__name__ for block in blocks})
+        self._no_split_modules = sorted({kind for member in backbone.members for kind in _block_classes(member)})
         self.post_init()
 
     def forward(self, pixel_values: torch.Tensor) -> FeatureMaps:
@@ -148,6 +146,13 @@ class LayerfuseVisionModel(_LoadsWhole):
         """Switch modes; a frozen backbone stays in evaluation mode, so that no dropout disturbs it."""
         super().train(mode and learns(self))
         return self
+
+
+def _block_classes(backbone: Backbone) -> set[str]:
+    """Names of the classes of a backbone's blocks, which are its largest list of modules."""
+    lists = [module for module in backbone.modules() if isinstance(module, (nn.ModuleList, nn.Sequential))]
+    blocks = max(lists, key=lambda blocks: sum(part.numel() for part in blocks.parameters()), default=())
+    return {type(block).__name__ for block in blocks}
 
 
 @dataclass
@@ -274,10 +279,8 @@ class FusedLlavaModel(_LoadsWhole, LlavaModel):
         text_only = kwargs.get("input_ids") is not None and kwargs.get("pixel_values") is None
         if text_only and self.training and torch.is_grad_enabled():
             inputs_embeds = self.get_input_embeddings()(kwargs.pop("input_ids"))
-            assert isinstance(self.config.vision_config, LayerfuseVisionConfig)
-            black = inputs_embeds.new_zeros(
-                1, self.vision_tower.backbone.in_channels, *(self.config.vision_config.image_size or ())
-            )
+            backbone = self.vision_tower.backbone
+            black = inputs_embeds.new_zeros(1, backbone.in_channels, *backbone.image_size)
             blank = blank_condition(self.fuser, 1, inputs_embeds)
             features: Any = self.get_image_features(black, condition=blank)
             unused = [features.pooler_output, *(getattr(features, "deepstack_features", None) or ())]

@@ -85,6 +85,12 @@ def test_trained_saved_converted_and_answered_the_same_at_batch_1_and_8(
         assert model.model.fuser_grids == ((4, 4), (4, 4), (6, 6))
     assert model.config.layout.num_tokens() == (36 if fuser == "mmfuser" else 16)
 
+    # Text alone touches every trained parameter, as if there were a black picture.
+    text = torch.tensor([[1, 5, 6]])
+    model.train()(input_ids=text, labels=text).loss.backward()
+    assert all(weight.grad is not None for weight in model.model.fuser.parameters())
+    assert len(model.model.vision_tower._no_split_modules) == 1
+
     alone = answers(folder, pictures, 1)
     assert alone == answers(folder, pictures, 8)
     assert all(alone)
