@@ -16,6 +16,7 @@ from layerfuse.preprocessing.preprocessing import (
     interpolation_name,
 )
 from layerfuse.preprocessing.stacked import AnyPreprocessing, StackedPreprocessing, preprocessing_from_dict
+from layerfuse.preprocessing.tiles import prepare_tiles
 
 __all__ = [
     "CLIP_MEAN",
@@ -31,5 +32,6 @@ __all__ = [
     "Preprocessing",
     "StackedPreprocessing",
     "interpolation_name",
+    "prepare_tiles",
     "preprocessing_from_dict",
 ]

@@ -36,6 +36,7 @@ BACKBONE = "model.vision_tower.backbone.model."
 _FUSER, _PROJECTOR, _INJECTION = "model.fuser.", "model.multi_modal_projector.", "model.injection."
 # Of `concat`, which ViP-LLaVA's projector begins with.
 _CONCAT_NORM = f"{_FUSER}norm."
+_NEWLINE = "model.image_newline"
 _PUBLISHED_TOWER = "model.vision_tower.vision_tower.vision_model."
 # Positions of the two linear layers in the published projector, a list of modules.
 _LINEARS = {True: {"1": "linear_1", "3": "linear_2"}, False: {"0": "linear_1", "2": "linear_2"}}
@@ -133,7 +134,9 @@ def our_connector(tensors: Mapping[str, StoredTensor]) -> dict[str, StoredTensor
     if published:
         return _connector_from_published(published)
     ours = from_llava_hf(tensors)
-    return {name: tensor for name, tensor in ours.items() if name.startswith((_FUSER, _PROJECTOR, _INJECTION))}
+    return {
+        name: tensor for name, tensor in ours.items() if name.startswith((_FUSER, _PROJECTOR, _INJECTION, _NEWLINE))
+    }
 
 
 def _check_scales(ours: Mapping[str, StoredTensor]) -> None:
@@ -176,6 +179,11 @@ def connector_to_published(tensors: Mapping[str, StoredTensor]) -> dict[str, Sto
     if any(name.startswith(_INJECTION) for name in tensors):
         raise InputError(
             "the connector has mergers of layer injection, which the published code does not know; keep our own layout."
+        )
+    if _NEWLINE in tensors:
+        raise InputError(
+            "the connector has the newline of tiles (image layout 'anyres'), which the published code of LLaVA-1.5 "
+            "does not know; keep our own layout."
         )
     fuser = {name.removeprefix(_FUSER): tensor for name, tensor in tensors.items() if name.startswith(_FUSER)}
     theirs = to_published_state_dict(fuser) if fuser else {}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -23,9 +24,9 @@ from integrations.llava.data.doctor import (
     write_clean,
     write_lines,
 )
-from integrations.llava.image_layout import FixedLayout
+from integrations.llava.image_layout import AnyResLayout, FixedLayout, ImageLayout, default_pinpoints
 from integrations.llava.prompts import TEMPLATES, TextEncoder, get_template
-from layerfuse.errors import ExistingFileError, FileAccessError, MissingFileError, UserError
+from layerfuse.errors import ExistingFileError, FileAccessError, InputError, MissingFileError, UserError
 from layerfuse.files import atomic_file
 
 __all__ = ["main"]
@@ -65,6 +66,12 @@ def _add_check_arguments(parser: argparse.ArgumentParser) -> None:
     add("--tokenizer", help="folder or hub name; checks lengths in tokens too")
     add("--max-length", type=int, default=2048, help="tokens, images included (default: 2048)")
     add("--image-tokens", type=int, default=576, help="positions that an image takes up (default: 576)")
+    add(
+        "--anyres",
+        type=int,
+        metavar="EDGE",
+        help="images are cut into tiles of so many pixels an edge, as LLaVA-NeXT does; --image-tokens are a tile's",
+    )
     add("--workers", type=int, help="processes (default: one per CPU)")
     add("--report", type=Path, help="write everything that was found to this JSON file")
     add("--strict", action="store_true", help="exit with 1 also if there are warnings only")
@@ -132,8 +139,19 @@ def _token_limit(arguments: argparse.Namespace) -> TokenLimit | None:
             f"tokenizer {arguments.tokenizer} cannot be loaded ({error}); give its folder or hub name."
         ) from error
     # The tokenizer need not know images; no token of its own has this id.
-    layout = FixedLayout(-1, arguments.image_tokens)
+    layout = _layout(arguments.image_tokens, arguments.anyres)
     return TokenLimit(TextEncoder(tokenizer), layout=layout, max_length=arguments.max_length)
+
+
+def _layout(num_tokens: int, tile: int | None) -> ImageLayout:
+    if tile is None:
+        return FixedLayout(-1, num_tokens)
+    edge = math.isqrt(num_tokens)
+    if edge**2 != num_tokens:
+        raise InputError(
+            f"--image-tokens {num_tokens} make no square tile; give a square number, such as 576 (24 x 24)."
+        )
+    return AnyResLayout(-1, (tile, tile), (edge, edge), default_pinpoints((tile, tile)))
 
 
 def _convert(arguments: argparse.Namespace) -> int:

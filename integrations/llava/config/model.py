@@ -87,6 +87,10 @@ class ModelConfig(Checked):
         fuser_options: the fuser's own arguments.
         projector: kind of projector.
         injection: layers that are also added inside the language model; its mergers are part of the projector.
+        image_layout: "fixed", one picture of the backbone's size; "anyres", an overview and tiles, as in LLaVA-NeXT,
+            where each row of tokens ends with a newline, which is part of the projector.
+        pinpoints: (height, width) in pixels of the canvases that "anyres" scales images into, in whole tiles, which
+            have the backbone's size; without any, LLaVA-NeXT's: of tiles 1 x 2, 2 x 1, 2 x 2, 3 x 1, 1 x 3.
         llm: folder or hub name of a causal language model.
         llm_pretrained: load its weights; False builds `llm_architecture` with random ones.
         llm_architecture: transformers' config of the language model (`model_type`, `hidden_size`, …). Used where
@@ -107,6 +111,8 @@ class ModelConfig(Checked):
     fuser_options: dict[str, Any] = field(default_factory=dict)
     projector: Literal["mlp2x_gelu"] = "mlp2x_gelu"
     injection: InjectionConfig = field(default_factory=InjectionConfig)
+    image_layout: Literal["fixed", "anyres"] = "fixed"
+    pinpoints: tuple[tuple[int, ...], ...] = ()
     llm: str = "lmsys/vicuna-7b-v1.5"
     llm_pretrained: bool = True
     llm_architecture: dict[str, Any] = field(default_factory=dict)
@@ -128,6 +134,16 @@ class ModelConfig(Checked):
             raise InputError(
                 f"grid={list(self.grid)} is (H, W), in patches, to which the maps of several backbones are resampled; "
                 "leave it out for one backbone and with resample: none."
+            )
+
+        if wrong := [own for own in self.pinpoints if len(own) != 2 or min(own) < 1]:
+            raise InputError(
+                f"pinpoints has {list(wrong[0])}; give [height, width] in pixels each, such as [336, 672]."
+            )
+        if self.pinpoints and self.image_layout != "anyres":
+            raise InputError(
+                f"pinpoints is given, and image_layout is {self.image_layout!r}, which cuts no tiles; set image_layout "
+                "to 'anyres', or leave pinpoints out."
             )
 
     def _check_lists(self) -> None:

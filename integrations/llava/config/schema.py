@@ -30,7 +30,7 @@ PARTS: Mapping[str, tuple[str, ...]] = {
     "backbone": ("model.vision_tower.",),
     "fuser": ("model.fuser.",),
     # Mergers of layer injection bring maps to the language model's width as the projector does, and learn with it.
-    "projector": ("model.multi_modal_projector.", "model.injection."),
+    "projector": ("model.multi_modal_projector.", "model.image_newline", "model.injection."),
     "llm": ("model.language_model.", "lm_head."),
 }
 """Parts of the model that a stage can train -> how the names of their parameters begin."""

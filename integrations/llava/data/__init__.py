@@ -8,6 +8,7 @@ from .doctor import Survey, survey_samples, usable_indices
 from .doctor.findings import Finding
 from .doctor.policy import check_samples, usable_samples
 from .files import SampleFile, Selection, read_samples, sample_lengths, select_samples
+from .image_sizes import grouping_lengths, sample_image_sizes
 from .images import read_image, read_image_size
 from .samplers import ModalityLengthSampler, ShuffleSampler
 from .samples import Sample, image_names, is_outside, linked_media, unread_media
@@ -24,12 +25,14 @@ __all__ = [
     "ShuffleSampler",
     "Survey",
     "check_samples",
+    "grouping_lengths",
     "image_names",
     "is_outside",
     "linked_media",
     "read_image",
     "read_image_size",
     "read_samples",
+    "sample_image_sizes",
     "sample_lengths",
     "select_samples",
     "survey_samples",

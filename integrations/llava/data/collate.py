@@ -23,10 +23,10 @@ class Collator:
         """Pad and stack samples of `ConversationDataset`; all may lack `labels`, `image_sizes`, `condition` or `id`.
 
         Returns:
-            `input_ids`, `attention_mask`, `labels` (B, T); `pixel_values` (images, C, height, width) and `image_sizes`
-            (images, 2) if there are any, with them `condition` (images, Q), ids filled up with `IGNORE_INDEX`, where
-            samples have it; `sample_ids`, B texts, where samples have an `id`; `skipped`, why samples
-            are void, if any is.
+            `input_ids`, `attention_mask`, `labels` (B, T); `pixel_values` (tiles of all images, C, height, width) and
+            `image_sizes` (images, 2) if there are any, with them `condition` (images, Q), ids filled up with
+            `IGNORE_INDEX`, where samples have it; `sample_ids`, B texts, where samples have an `id`; `skipped`, why
+            samples are void, if any is.
         """
         ids = [sample["input_ids"] for sample in samples]
         batch: dict[str, Any] = {

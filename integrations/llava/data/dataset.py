@@ -13,11 +13,12 @@ from torch.utils.data import Dataset
 from integrations.llava.image_layout import ImageLayout, ImageSize
 from integrations.llava.prompts import IGNORE_INDEX, Rendered, Template, TextEncoder, asked_ids, render
 from layerfuse.errors import InputError, MissingFileError
-from layerfuse.preprocessing import AnyPreprocessing
+from layerfuse.preprocessing import AnyPreprocessing, prepare_tiles
 from layerfuse.preprocessing.pixels import image_size
 
 from .doctor.policy import BadSamples
-from .files import file_index, sample_lengths
+from .files import file_index
+from .image_sizes import grouping_lengths
 from .images import read_image
 from .samples import Sample, image_names, sample_id
 
@@ -77,9 +78,10 @@ class ConversationDataset(Dataset[dict[str, Any]]):
         """Prepare a sample.
 
         Returns:
-            `id`; `input_ids` and `labels` (T,); `pixel_values` (images, C, height, width); `image_sizes` (images, 2),
-            height and width before that; if asked for, `condition`, per image the ids of the human's turns. A void
-            sample, see `bad_samples`, also has `skipped`, the reason.
+            `id`; `input_ids` and `labels` (T,); `pixel_values` (tiles of all images, C, height, width), one tile an
+            image unless the layout cuts it; `image_sizes` (images, 2), height and width before that; if asked for,
+            `condition`, per image the ids of the human's turns. A void sample, see `bad_samples`, also has `skipped`,
+            the reason.
 
         Raises:
             BadSampleError: if its images do not fit into `max_length`, cannot be read, or are not those that its text
@@ -103,7 +105,7 @@ class ConversationDataset(Dataset[dict[str, Any]]):
         prepared["input_ids"], prepared["labels"] = (torch.from_numpy(v.astype(np.int64)) for v in (ids, labels))
         pixels = [pixels for pixels, _ in images]
         shape = (self.preprocessing.channels, *self.preprocessing.size)
-        prepared["pixel_values"] = torch.stack(pixels) if pixels else torch.empty(0, *shape)
+        prepared["pixel_values"] = torch.cat(pixels) if pixels else torch.empty(0, *shape)
         prepared["image_sizes"] = torch.tensor([size for _, size in images], dtype=torch.int64).view(-1, 2)
         if self.with_condition:
             prepared["condition"] = [torch.from_numpy(ids.astype(np.int64)) for ids in asked]
@@ -111,9 +113,8 @@ class ConversationDataset(Dataset[dict[str, Any]]):
 
     @property
     def lengths(self) -> list[int]:
-        """Words of each sample, as the published sampler counts them; negative for samples without image."""
-        lengths: list[int] = sample_lengths(self.samples).tolist()
-        return lengths
+        """Lengths by which batches are grouped, see `grouping_lengths`; negative for samples without image."""
+        return grouping_lengths(self.samples, self.layout, self.image_folder, upright=self.preprocessing.upright)
 
     def render(self, index: int) -> Rendered:
         """Write a sample out; images are one token each."""
@@ -168,4 +169,5 @@ class ConversationDataset(Dataset[dict[str, Any]]):
             image = read_image(path)
         except MissingFileError as error:
             raise InputError(f"image {path} cannot be read: it is missing.") from error
-        return self.preprocessing(image), image_size(image, upright=self.preprocessing.upright)
+        size = image_size(image, upright=self.preprocessing.upright)
+        return prepare_tiles(image, self.preprocessing, self.layout.canvas(size)), size

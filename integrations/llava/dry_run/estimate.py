@@ -121,8 +121,8 @@ def _stage_report(
         workload = measured_workload(samples, config, model.config.layout)
     else:
         survey, workload = None, assumed_workload(name, config, model.config.layout)
-    images, tokens, longest = workload.images, workload.tokens, workload.longest
-    flops = sample_flops(model, facts, images=images, tokens=tokens, checkpointing=config.gradient_checkpointing)
+    tiles, tokens, longest = workload.tiles, workload.tokens, workload.longest
+    flops = sample_flops(model, facts, images=tiles, tokens=tokens, checkpointing=config.gradient_checkpointing)
     numbers = [number for number in num_gpus if config.batch_size % (number * (config.micro_batch_size or 1)) == 0]
     return StageReport(
         name=name,

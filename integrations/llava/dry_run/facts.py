@@ -58,7 +58,7 @@ class ModelFacts:
     Attributes:
         trained: part -> parameters that learn.
         frozen: part -> parameters that do not.
-        tokens_per_image: positions an image takes up.
+        tokens_per_image: positions an image takes up, at most.
         num_blocks: of the language model.
         block: any of them; they are alike.
         vocabulary: rows of the output layer.
@@ -120,7 +120,7 @@ def model_facts(model: FusedLlavaForConditionalGeneration) -> ModelFacts:
     return ModelFacts(
         trained={part: count["trainable"] for part, count in counts.items()},
         frozen={part: count["frozen"] for part, count in counts.items()},
-        tokens_per_image=model.config.layout.num_tokens(),
+        tokens_per_image=model.config.layout.num_tokens(model.config.layout.largest_size),
         num_blocks=len(blocks),
         block=_block(blocks[0], text),
         vocabulary=model.lm_head.out_features,
@@ -167,7 +167,7 @@ def _block(block: nn.Module, text: Any) -> Block:
 
 
 def _connector_bytes(model: FusedLlavaForConditionalGeneration) -> int:
-    """Run one image through the meta device, up to the language model, and add up what autograd keeps."""
+    """Run one image, of most tiles, through the meta device, up to the language model; add up what autograd keeps."""
     kept: dict[int, torch.UntypedStorage] = {}
 
     def keep(tensor: torch.Tensor) -> torch.Tensor:
@@ -175,11 +175,12 @@ def _connector_bytes(model: FusedLlavaForConditionalGeneration) -> int:
         kept[storage._cdata] = storage
         return tensor
 
-    backbone = model.model.vision_tower.backbone
-    pixels = torch.empty(1, backbone.in_channels, *backbone.image_size, device="meta")
+    backbone, layout = model.model.vision_tower.backbone, model.config.layout
+    size = layout.largest_size or backbone.image_size
+    pixels = torch.empty(layout.num_tiles(size), backbone.in_channels, *backbone.image_size, device="meta")
     blank = blank_condition(model.model.fuser, 1, pixels)
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        features = model.model.get_image_features(pixels, condition=blank)
+        features = model.model.get_image_features(pixels, image_sizes=torch.tensor([size]), condition=blank)
     for tokens in (features.pooler_output, *(getattr(features, "deepstack_features", None) or ())):
         for tensor in tokens or ():
             keep(tensor)

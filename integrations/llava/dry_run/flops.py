@@ -47,7 +47,7 @@ def sample_flops(
     Args:
         model: also on the meta device; each parameter trained or frozen, as in that stage.
         facts: of the same model.
-        images: per sample.
+        images: per sample; of images that are cut, their tiles.
         tokens: T of the sample, images included.
         checkpointing: whether the language model's blocks are computed again in the backward pass.
 

@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 from integrations.llava._text import aligned, column_widths
 from integrations.llava.config import PARTS, ModelConfig
 from integrations.llava.data.doctor import findings_table, verdict
+from integrations.llava.image_layout import ImageLayout
 
 from .estimate import Report, StageReport
 from .flops import PartFlops, hours
@@ -79,7 +80,7 @@ def _model(report: Report) -> Iterator[str]:
             ("projector", f"{config.projector}: {model.fuser.out_channels:,} -> {hidden:,}"),
             *_injection(config),
             ("llm", f"{config.llm} ({report.llm_origin})"),
-            ("image", f"{report.model.config.layout.num_tokens():,} tokens"),
+            ("image", _image(report.model.config.layout)),
         ],
         left=2,
     )
@@ -92,6 +93,14 @@ def _backbones(report: Report) -> Iterator[tuple[str, str]]:
         layers = ", ".join(map(str, backbone.layers))
         yield "backbone", " ".join(own.name.split(":", 1))
         yield "", f"layers {layers} of {backbone.num_blocks}, {height} x {width} pixels"
+
+
+def _image(layout: ImageLayout) -> str:
+    size = layout.largest_size
+    tokens = f"{layout.num_tokens(size):,} tokens"
+    if size is None:
+        return tokens
+    return f"up to {tokens}: {size[0]} x {size[1]} pixels (height x width), {layout.num_tiles(size)} tiles"
 
 
 def _injection(config: ModelConfig) -> Iterator[tuple[str, str]]:

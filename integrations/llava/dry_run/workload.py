@@ -16,12 +16,11 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 
 from integrations.llava.config import StageConfig
-from integrations.llava.data import Sample, image_names, read_image_size, sample_lengths
+from integrations.llava.data import Sample, sample_image_sizes, sample_lengths
 from integrations.llava.image_layout import ImageLayout
 from integrations.llava.prompts import get_template
 
@@ -57,6 +56,7 @@ class Workload:
         text_tokens: per sample, on average: all other positions.
         longest: tokens of the longest sample, images included, after cutting to `max_length`.
         origin: where these numbers come from.
+        tiles: per sample, on average: pictures that the backbone sees, one an image unless the layout cuts it.
     """
 
     samples: int
@@ -65,6 +65,7 @@ class Workload:
     text_tokens: float
     longest: int
     origin: str
+    tiles: float
 
     @property
     def tokens(self) -> float:
@@ -75,10 +76,12 @@ class Workload:
 def assumed_workload(name: str, config: StageConfig, layout: ImageLayout) -> Workload:
     """Describe a stage whose data are not at hand: as many samples as published, or as `max_steps` takes.
 
-    Their lengths are assumed, and that each has one image of the model's own size.
+    Their lengths are assumed, and that each has one image: of the model's own size, or, where images are cut into
+    tiles, of the size that takes most tokens.
     """
     captions = get_template(config.template).caption_only
-    image = layout.num_tokens()
+    size = layout.largest_size
+    image = layout.num_tokens(size)
     longest = image + _LONGEST_CAPTION if captions else config.data.max_length
     steps = config.max_steps
     return Workload(
@@ -87,7 +90,9 @@ def assumed_workload(name: str, config: StageConfig, layout: ImageLayout) -> Wor
         image_tokens=float(image),
         text_tokens=float(_CAPTION_TOKENS if captions else _CONVERSATION_TOKENS),
         longest=min(longest, config.data.max_length),
-        origin=f"{'published number of samples' if steps is None else 'samples of max_steps'}, assumed lengths",
+        origin=f"{'published number of samples' if steps is None else 'samples of max_steps'}, assumed lengths"
+        + ("" if size is None else f", each with an image of {size[0]} x {size[1]} pixels, the most tokens there are"),
+        tiles=float(layout.num_tiles(size)),
     )
 
 
@@ -102,10 +107,11 @@ def measured_workload(samples: Sequence[Sample], config: StageConfig, layout: Im
     """
     words = sample_lengths(samples)
     images, tokens = (words > 0).astype(int), layout.num_tokens() * (words > 0)
+    tiles = images * layout.num_tiles()
     if layout.depends_on_size:
-        folder, upright = Path(config.data.image_folder), config.data.upright
-        sizes = [[read_image_size(folder / name, upright=upright) for name in image_names(each)] for each in samples]
+        sizes = sample_image_sizes(samples, config.data.image_folder, upright=config.data.upright)
         images, tokens = np.array([*map(len, sizes)]), np.array([sum(map(layout.num_tokens, each)) for each in sizes])
+        tiles = np.array([sum(map(layout.num_tiles, each)) for each in sizes])
     system = len(get_template(config.template).system.split())
     lengths = np.minimum(tokens + TOKENS_PER_WORD * (np.abs(words) + system), config.data.max_length)
     return Workload(
@@ -115,6 +121,7 @@ def measured_workload(samples: Sequence[Sample], config: StageConfig, layout: Im
         text_tokens=float((lengths - tokens).mean()),
         longest=round(float(lengths.max())),
         origin=f"measured on {config.data.path}, {TOKENS_PER_WORD} tokens a word",
+        tiles=float(tiles.mean()),
     )
 
 

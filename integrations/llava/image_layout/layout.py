@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import abc
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, ClassVar
@@ -44,6 +45,19 @@ class ImageLayout(abc.ABC):
     @abc.abstractmethod
     def num_tokens(self, image_size: ImageSize | None = None) -> int:
         """Number of tokens that an image takes; without its size, an image of the model's own size."""
+
+    def num_tiles(self, image_size: ImageSize | None = None) -> int:
+        """Number of times that the backbone looks at an image: 1, unless images are cut into tiles."""
+        return 1
+
+    @property
+    def largest_size(self) -> ImageSize | None:
+        """Size of an image that takes most tokens; None where the model's own stands for it."""
+        return None
+
+    def canvas(self, image_size: ImageSize) -> ImageSize | None:
+        """(height, width) in pixels that an image is scaled into and cut into tiles; None where it stays whole."""
+        return None
 
     def repeats(self, ids: Sequence[int], image_sizes: Sequence[ImageSize | None]) -> list[int]:
         """Number of positions that each id of a text takes: an image's tokens where one stands, else 1.
@@ -98,7 +112,7 @@ class ImageLayout(abc.ABC):
     @property
     def config(self) -> dict[str, Any]:
         """JSON-able description from which `layout_from_config` builds the same layout, but for the id of the token."""
-        described = {"name": self.name, **asdict(self)}
+        described: dict[str, Any] = json.loads(json.dumps({"name": self.name, **asdict(self)}))
         del described["image_token_id"]
         return described
 

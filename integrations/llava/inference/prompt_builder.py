@@ -17,11 +17,11 @@ from transformers import LlavaProcessor, PreTrainedConfig
 from integrations.llava._files import is_writable_text
 from integrations.llava.checkpoints import load_config, load_processor
 from integrations.llava.data import read_image, read_image_size
-from integrations.llava.image_layout import ImageSize
+from integrations.llava.image_layout import AnyResLayout, ImageSize
 from integrations.llava.modeling import FusedLlavaConfig, LayerfuseImageProcessor
 from integrations.llava.prompts import IMAGE_TAG, Message, Template, TextEncoder, asked_ids, render, turns
 from layerfuse.errors import InputError, InvalidTypeError, MissingFileError
-from layerfuse.preprocessing import preprocessing_from_dict
+from layerfuse.preprocessing import prepare_tiles, preprocessing_from_dict
 from layerfuse.preprocessing.pixels import image_size
 
 __all__ = ["Images", "Picture", "PreparedPrompts", "Preparer", "Prompt", "as_list", "as_turns", "load_preparer"]
@@ -89,14 +89,16 @@ class Preparer:
         spelling = json.loads(tokenizer.backend_tokenizer.to_str()) | {"truncation": None, "padding": None}
         numbers = [self.image_token_id, self.layout.num_tokens(), self.encoder.begin, self.encoder.end]
         read = [self.template.to_dict(), self.preprocessing.to_dict(), numbers, sorted(tokenizer.all_special_ids)]
+        read += [self.layout.config] if isinstance(self.layout, AnyResLayout) else []
         return hashlib.sha256(json.dumps([read, spelling], sort_keys=True).encode()).hexdigest()[:12]
 
     def __call__(self, images: Images, prompt: Prompt, *, max_new_tokens: int = 1) -> dict[str, Any]:
         """Write a prompt out and prepare its images.
 
         Returns:
-            `input_ids` (T,) with images expanded, `pixel_values` (images, C, height, width), `image_sizes` (images, 2);
-            for a fuser that reads it, `condition`, per image the ids of the human's turns up to the one that shows it.
+            `input_ids` (T,) with images expanded, `pixel_values` (tiles of all images, C, height, width), one tile an
+            image unless the layout cuts it, `image_sizes` (images, 2); for a fuser that reads it, `condition`, per
+            image the ids of the human's turns up to the one that shows it.
 
         Raises:
             ValueError: as `encode`, or if an image file cannot be read.
@@ -107,8 +109,12 @@ class Preparer:
         sizes = self.sizes(pictures)
         ids = self.encode(prompt, sizes, max_new_tokens=max_new_tokens)
         opened = [own if isinstance(own, Image.Image) else read_image(own) for own in pictures]
+        tiles = [
+            prepare_tiles(own, self.preprocessing, None if size is None else self.layout.canvas(size))
+            for own, size in zip(opened, sizes, strict=True)
+        ]
         shape = (self.preprocessing.channels, *self.preprocessing.size)
-        pixels = self.preprocessing.batch(opened) if opened else torch.empty(0, *shape)
+        pixels = torch.cat(tiles) if tiles else torch.empty(0, *shape)
         image_sizes = torch.tensor(sizes, dtype=torch.int64).view(-1, 2)
         prepared = {"input_ids": ids, "pixel_values": pixels, "image_sizes": image_sizes}
         if not self.with_condition:

@@ -36,6 +36,7 @@ from .model import FusedLlavaForConditionalGeneration, ReadyParts
 from .parts import count_parameters, forbid_uncapped_attention, loses_cap, set_trainable
 from .processing import add_image_token
 from .quantization import Quantization, keep_unpackable, quantization_config
+from .tiling import check_layout, recipe_layout
 from .vision import build_vision
 
 __all__ = [
@@ -172,6 +173,7 @@ def build_recipe_model(
             llm,
             image_token_id=files.image_token_id,
             dtype=torch.float32,
+            layout=recipe_layout(config, backbone, fuser, files.image_token_id),
             injection=config.injection,
         )
         if stage is None:
@@ -217,8 +219,8 @@ def build_model(
         injection: layers that are also added inside the language model, through new mergers that start at zero.
 
     Raises:
-        ValueError: if the fuser does not fit the backbone, layers cannot be injected like that, or the language model
-            computes its logits in a way that is not known here.
+        ValueError: if the fuser does not fit the backbone or the layout, layers cannot be injected like that, or the
+            language model computes its logits in a way that is not known here.
     """
     decoder = decoder_of(llm)
     injection = resolved_injection(injection, backbone, fuser, decoder or llm)
@@ -241,6 +243,7 @@ def build_model(
     )
     if layout is None:
         layout = FixedLayout(image_token_id, fuser.num_tokens(backbone.grids()[: fuser.num_layers]))
+    check_layout(layout, backbone, fuser)
     config = FusedLlavaConfig(
         vision_config=vision,
         text_config=llm.config,
@@ -270,6 +273,8 @@ def build_model(
     for part in (inner.vision_tower, inner.fuser, inner.multi_modal_projector, inner.injection):
         if part is not None:
             part.to(dtype or llm.dtype)
+    if inner.image_newline is not None:
+        inner.image_newline.data = inner.image_newline.to(dtype or llm.dtype)
     return model
 
 

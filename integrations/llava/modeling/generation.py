@@ -81,7 +81,11 @@ class GeneratesFromImages:
         layout, sizes = self.config.layout, images["image_sizes"]
         known = [None] * len(images["pixel_values"]) if sizes is None else [tuple(size) for size in sizes.tolist()]
         counts = layout.images_per_text((input_ids == layout.image_token_id).sum(1).tolist(), known)
+        # Of pixels that are not filled up to equal numbers of tiles, each tile is a row.
+        waiting = iter(map(layout.num_tiles, known))
+        tiles = [sum(next(waiting) for _ in range(count)) for count in counts]
         for name, of_all in images.items():
             if of_all is not None:
-                rest[name] = torch.cat([own for of_text in of_all.split(counts) for own in [of_text] * expand_size])
+                rows = tiles if name == "pixel_values" and of_all.ndim == 4 else counts
+                rest[name] = torch.cat([own for of_text in of_all.split(rows) for own in [of_text] * expand_size])
         return ids, rest

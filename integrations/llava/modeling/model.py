@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import math
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -26,10 +27,12 @@ from transformers import (
     LlavaModel,
     PreTrainedConfig,
     PreTrainedModel,
+    initialization,
 )
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.utils.generic import can_return_tuple
 
+from integrations.llava.image_layout import AnyResLayout
 from layerfuse.backbones import Backbone, Featurizer, backbone_from_config
 from layerfuse.errors import InputError
 from layerfuse.features import FeatureMaps, Grid
@@ -60,6 +63,7 @@ from .parts import (
     set_attention,
 )
 from .quantization import keep_unpackable
+from .tiling import image_tiles
 
 __all__ = [
     "FusedLlavaConfig",
@@ -169,6 +173,7 @@ class FusedLlavaModel(_LoadsWhole, LlavaModel):
 
     config: FusedLlavaConfig
     config_class = FusedLlavaConfig
+    image_newline: nn.Parameter | None
     # A whole model's folder holds the head, too.
     _keys_to_ignore_on_load_unexpected = [r"^lm_head\."]  # noqa: RUF012  (transformers copies it)
 
@@ -188,6 +193,10 @@ class FusedLlavaModel(_LoadsWhole, LlavaModel):
         projector = Projector(self.fuser.out_channels, config.text_config.hidden_size)
         self.multi_modal_projector = projector  # type: ignore[assignment]
         self.injection = self._build_injection(config, parts is not None)
+        # As in LLaVA-NeXT, name included: what stands at the end of a row of tokens.
+        tiled, hidden = isinstance(config.layout, AnyResLayout), config.text_config.hidden_size
+        self.register_parameter("image_newline", nn.Parameter(torch.empty(hidden)) if tiled else None)
+        self._init_weights(self)
         self.language_model = parts.language_model if parts else AutoModel.from_config(config.text_config)
         keep_as_built(self.multi_modal_projector)
         if self.injection is not None:
@@ -213,6 +222,14 @@ class FusedLlavaModel(_LoadsWhole, LlavaModel):
         keep_as_built(injection)
         return injection
 
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        """As in transformers, which knows no newline; LLaVA-NeXT draws it like an embedding."""
+        super()._init_weights(module)
+        if module is self and self.image_newline is not None:
+            std = 1 / math.sqrt(self.image_newline.numel())
+            initialization.normal_(self.image_newline, mean=0.0, std=std)
+
     @property
     def fuser_grids(self) -> tuple[Grid, ...]:
         """Grids of the maps that the fuser reads, of an image of the backbone's own size."""
@@ -228,33 +245,37 @@ class FusedLlavaModel(_LoadsWhole, LlavaModel):
         condition: torch.Tensor | None = None,
         **_: Any,  # transformers passes what its own towers take
     ) -> BaseModelOutputWithPooling:
-        """Encode, fuse and project (B, channels, height, width) images.
+        """Encode, fuse and project images.
 
         Args:
-            pixel_values: (B, channels, height, width); 3 channels, or as many for each of several backbones.
+            pixel_values: (B, channels, height, width), 3 channels, or as many for each of several backbones; where
+                images are cut into tiles, as `image_tiles` takes them.
             vision_feature_layer: unused; the backbone taps what its config says.
             vision_feature_select_strategy: unused, likewise.
-            image_sizes: unused, since all images take the same number of tokens here.
+            image_sizes: (B, 2), height and width before preparing, where images are cut into tiles; else unused.
             condition: what a fuser with a condition reads of each image's question: (B, D_c); or (B, Q) token ids,
                 filled up with -100, whose mean embedding it is.
 
         Returns:
-            `last_hidden_state`: (B, N, C_out) fused tokens; `pooler_output`: B tensors (N, D), projected; with layer
-            injection `deepstack_features`, as `InjectedFeatures` has them. With `return_dict=False` a tuple of these.
+            `last_hidden_state`: (B, N, C_out) fused tokens, or those of all tiles; `pooler_output`: B tensors (N, D),
+            projected, tiles put together; with layer injection `deepstack_features`, as `InjectedFeatures` has them.
+            With `return_dict=False` a tuple of these.
 
         Raises:
-            ValueError: if the fuser needs a condition and there is none.
+            ValueError: if the fuser needs a condition and there is none, or tiles and sizes do not go together.
         """
-        tower = self.vision_tower
+        tower, tiles = self.vision_tower, image_tiles(self.config.layout, pixel_values, image_sizes)
         with torch.set_grad_enabled(torch.is_grad_enabled() and learns(tower)):
-            features = tower(pixel_values.to(next(tower.parameters()).dtype))
+            features = tower(tiles.pixels.to(next(tower.parameters()).dtype))
         maps = leading_maps(features, self.fuser.num_layers)
         asked = read_condition(self.fuser, condition, self.get_input_embeddings())
-        fused = self.fuser(maps) if asked is None else self.fuser(maps, asked.to(maps[0].device))
-        projected: Any = list(self.multi_modal_projector(fused))
+        fused = self.fuser(maps) if asked is None else self.fuser(maps, tiles.repeat(asked.to(maps[0].device)))
+        projected: Any = tiles.pack(self.multi_modal_projector(fused), self.image_newline)
         if self.injection is None:
             return BaseModelOutputWithPooling(last_hidden_state=fused, pooler_output=projected)
-        injected = [list(tokens) for tokens in self.injection(features)]
+        # Where a newline stands, nothing is added, so that new mergers leave everything as it is.
+        nothing = None if self.image_newline is None else torch.zeros_like(self.image_newline)
+        injected = [tiles.pack(tokens, nothing) for tokens in self.injection(features)]
         if (call := current_call()) is not None:
             call.features = injected
         return InjectedFeatures(last_hidden_state=fused, pooler_output=projected, deepstack_features=injected)
@@ -280,9 +301,10 @@ class FusedLlavaModel(_LoadsWhole, LlavaModel):
         if text_only and self.training and torch.is_grad_enabled():
             inputs_embeds = self.get_input_embeddings()(kwargs.pop("input_ids"))
             backbone = self.vision_tower.backbone
-            black = inputs_embeds.new_zeros(1, backbone.in_channels, *backbone.image_size)
+            size, channels = backbone.image_size, backbone.in_channels
+            black = inputs_embeds.new_zeros(self.config.layout.num_tiles(size), channels, *size)
             blank = blank_condition(self.fuser, 1, inputs_embeds)
-            features: Any = self.get_image_features(black, condition=blank)
+            features: Any = self.get_image_features(black, image_sizes=torch.tensor([size]), condition=blank)
             unused = [features.pooler_output, *(getattr(features, "deepstack_features", None) or ())]
             kwargs["inputs_embeds"] = inputs_embeds + 0 * sum(tokens[0].sum() for tokens in unused)
         with nullcontext() if self.injection is None else injecting(self.injection.settings, kwargs):
@@ -298,7 +320,8 @@ class FusedLlavaModel(_LoadsWhole, LlavaModel):
         ids, embeds = arguments.pop("input_ids", None), arguments.pop("inputs_embeds", None)
         if embeds is None:
             embeds = self.get_input_embeddings()(ids)
-        output: Any = self.get_image_features(arguments.pop("pixel_values"), condition=condition)
+        pixels, sizes = arguments.pop("pixel_values"), arguments.pop("image_sizes", None)
+        output: Any = self.get_image_features(pixels, image_sizes=sizes, condition=condition)
         features = torch.cat(output.pooler_output).to(embeds.device, embeds.dtype)
         places = self.get_placeholder_mask(ids, inputs_embeds=embeds, image_features=features)
         spliced: torch.Tensor = embeds.masked_scatter(places, features)

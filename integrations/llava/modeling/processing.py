@@ -16,10 +16,10 @@ from transformers import AutoImageProcessor, AutoProcessor, BatchFeature, LlavaP
 from transformers.image_processing_utils import BaseImageProcessor
 from transformers.processing_utils import MultiModalData
 
-from integrations.llava.image_layout import ImageLayout, layout_from_config
+from integrations.llava.image_layout import AnyResLayout, ImageLayout, layout_from_config
 from integrations.llava.prompts import IMAGE_TAG, Template, chat_template
 from layerfuse.errors import InputError
-from layerfuse.preprocessing import AnyPreprocessing, preprocessing_from_dict
+from layerfuse.preprocessing import AnyPreprocessing, prepare_tiles, preprocessing_from_dict
 from layerfuse.preprocessing.pixels import image_size
 
 from .model import FusedLlavaConfig, FusedLlavaForConditionalGeneration, LayerfuseVisionConfig
@@ -57,6 +57,13 @@ class LayerfuseImageProcessor(BaseImageProcessor):
         height, width = preprocessing_from_dict(self.preprocessing).size
         return {"height": height, "width": width}
 
+    @property
+    def layout(self) -> ImageLayout | None:
+        """The layout, if images are cut into tiles; it knows no image token."""
+        described = self.image_layout or {}
+        is_tiled = described.get("name") == AnyResLayout.name
+        return layout_from_config(described, image_token_id=-1) if is_tiled else None
+
     def to_dict(self) -> dict[str, Any]:
         """Describe the processor, its crop size with it, so that JSON can hold it."""
         return {**super().to_dict(), "crop_size": self.crop_size}
@@ -87,7 +94,8 @@ class LayerfuseImageProcessor(BaseImageProcessor):
             **options: none, unless their value is None: how images are prepared is said by `preprocessing`.
 
         Returns:
-            `pixel_values`: (B, channels, height, width) float32; `image_sizes`: (B, 2) height and width before that.
+            `pixel_values`: (B, channels, height, width) float32, or (B, most tiles, channels, height, width), filled up
+            with zeros, where images are cut into tiles; `image_sizes`: (B, 2) height and width before that.
 
         Raises:
             ValueError: if an option is unknown, or something is no image.
@@ -101,8 +109,14 @@ class LayerfuseImageProcessor(BaseImageProcessor):
         # A processor that was saved before there was a choice turns images, too.
         preprocessing = preprocessing_from_dict(self.preprocessing, upright=True)
         flat = _flatten(images, input_data_format)
-        pixels = preprocessing.batch(flat)
         sizes = [image_size(image, upright=preprocessing.upright) for image in flat]
+        layout = self.layout
+        if layout is None:
+            pixels = preprocessing.batch(flat)
+        else:
+            images = zip(flat, sizes, strict=True)
+            tiles = [prepare_tiles(image, preprocessing, layout.canvas(size)) for image, size in images]
+            pixels = torch.nn.utils.rnn.pad_sequence(tiles, batch_first=True)
         prepared = {"pixel_values": pixels, "image_sizes": torch.tensor(sizes)}
         return BatchFeature({name: own.numpy() if kind == "np" else own.to(device) for name, own in prepared.items()})
 

@@ -24,6 +24,7 @@ from integrations.llava.data import (
     ConversationDataset,
     Sample,
     SampleFile,
+    grouping_lengths,
     read_samples,
     sample_lengths,
     select_samples,
@@ -119,6 +120,7 @@ class Stage(TrainerCallback):
             self.assembled = self._build()
             # Counted before an engine takes parameters apart.
             self.counts = self.assembled.counts
+            self._count_images()
             described = "; ".join(
                 f"{part} {count['trainable']:,} parameters trained, {count['frozen']:,} frozen"
                 for part, count in self.counts.items()
@@ -203,6 +205,23 @@ class Stage(TrainerCallback):
             raise InputError(
                 f"not every process sees {', '.join(map(str, needed))}; put the run's folder on a disk that all "
                 "machines share (--output)."
+            )
+
+    def _count_images(self) -> None:
+        """Where tokens of images depend on their size, say if they may be too many; group batches by them."""
+        layout, data = self.assembled.model.config.layout, self.config.data
+        if not layout.depends_on_size:
+            return
+        if (most := layout.num_tokens(layout.largest_size)) > data.max_length:
+            _log.warning(
+                "an image may take up to %d positions, and data.max_length is %d: a sample whose images do not fit %s",
+                most,
+                data.max_length,
+                "is left out" if data.bad_samples == "skip" else "stops the run",
+            )
+        if self.lengths is not None:
+            self.lengths = on_main(
+                lambda: grouping_lengths(self.samples, layout, data.image_folder, upright=data.upright)
             )
 
     def _build(self, *, quantized: bool = True) -> Assembled:

@@ -118,7 +118,7 @@ class _RecordedTexts(ConversationDataset):
     def _image(self, name: str) -> tuple[torch.Tensor, tuple[int, int]]:
         row, index = map(int, name.split())
         pixels = self.pixels[row][index]
-        return pixels, (pixels.shape[1], pixels.shape[2])
+        return pixels[None], (pixels.shape[1], pixels.shape[2])
 
 
 class Run:

@@ -1,0 +1,191 @@
+"""AnyRes from a recipe: data of many sizes, both stages, saved, answered, evaluated, estimated, checked."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+
+from integrations.llava.checkpoints import convert, convert_connector, load_model
+from integrations.llava.cli.data import main as data_command
+from integrations.llava.config import InjectionConfig, Recipe, dump_recipe, load_recipe
+from integrations.llava.data import grouping_lengths, image_names, read_samples, sample_lengths
+from integrations.llava.dry_run import dry_run, render
+from integrations.llava.evaluation import evaluate
+from integrations.llava.image_layout import AnyResLayout, FixedLayout, default_pinpoints
+from integrations.llava.inference.conversation import Conversation
+from integrations.llava.inference.predictor import Predictor, load_predictor
+from integrations.llava.inference.sampling import SamplingParams
+from integrations.llava.training.train import train
+
+# Height and width of the eight images: single tiles, wide, tall and large ones; the last is a line.
+SIZES = ((24, 30), (40, 100), (100, 40), (64, 64), (30, 120), (33, 31), (90, 20), (4, 200))
+LAYOUT = AnyResLayout(1, (32, 32), (4, 4), default_pinpoints((32, 32)))
+FUSERS: dict[str, dict[str, Any]] = {"concat": {}, "mmfuser": {"num_heads": 4}, "text_gated": {"groups": 2}}
+INJECTION = InjectionConfig(pairs=((1, 0), (-1, 1)))
+
+
+@pytest.fixture(scope="module")
+def folder(data_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The data of `data_folder`, with images of other sizes, and questions about them."""
+    made = tmp_path_factory.mktemp("sizes")
+    random = np.random.default_rng(0)
+    for index, size in enumerate(SIZES):
+        Image.fromarray(random.integers(0, 255, (*size, 3), dtype=np.uint8)).save(made / f"{index}.png")
+    for name in ("pretrain.json", "train.json"):
+        shutil.copy(data_folder / name, made)
+    rows = [
+        {"question_id": index, "image": f"{index}.png", "text": "What number?", "kind": "number", "answer": index}
+        for index in range(len(SIZES))
+    ]
+    (made / "questions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return made
+
+
+def tiled(recipe: Recipe, folder: Path, fuser: str = "concat", **model: Any) -> Recipe:
+    own = {"fuser": fuser, "fuser_options": FUSERS[fuser], "image_layout": "anyres"} | model
+    stages = {}
+    for name in ("pretrain", "finetune"):
+        stage = recipe.stage(name)
+        data = dataclasses.replace(stage.data, path=str(folder / Path(stage.data.path).name), image_folder=str(folder))
+        options = {"data": data, "learning_rate": 1e-2, "warmup_ratio": 0.0, "group_by_modality": name == "finetune"}
+        stages[name] = dataclasses.replace(stage, **options)
+    return dataclasses.replace(recipe, model=dataclasses.replace(recipe.model, **own), **stages)  # type: ignore[arg-type]
+
+
+def answers(predictor: Predictor, folder: Path, batch_size: int) -> list[str]:
+    """Answers about one image, several, none; of all sizes."""
+    paths = [folder / f"{index}.png" for index in range(len(SIZES))]
+    images = [*paths, None, [paths[3], paths[0]], [paths[7], paths[4], paths[2]]]
+    prompts = ["What number is it?" + " Sure?" * (index % 3) for index in range(len(images))]
+    return predictor(images, prompts, batch_size=batch_size, max_new_tokens=6)
+
+
+@pytest.mark.parametrize("fuser", FUSERS)
+def test_trained_saved_and_answered_the_same_at_batch_1_and_8(
+    fuser: str, tiny_recipe: Recipe, folder: Path, tmp_path: Path
+) -> None:
+    """`concat` with layer injection, too."""
+    model = {"injection": INJECTION} if fuser == "concat" else {}
+    run = train(tiled(tiny_recipe, folder, fuser, **model), tmp_path / "run")
+    first, second = (load_file(run / name / "adapter.safetensors") for name in ("pretrain", "finetune"))
+    saved = load_file(run / "model.safetensors")["model.image_newline"]
+
+    assert first["model.image_newline"].shape == (32,)
+    assert not torch.equal(first["model.image_newline"], second["model.image_newline"]), "the newline learns"
+    assert torch.equal(saved, second["model.image_newline"])
+    predictor = load_predictor(run)
+    assert predictor.model.config.layout == dataclasses.replace(LAYOUT, image_token_id=predictor.prepare.image_token_id)
+    alone = answers(predictor, folder, 1)
+    assert alone == answers(predictor, folder, 8)
+    assert len(set(alone)) > 1
+    if fuser == "concat":
+        check_conversation_and_evaluation(predictor, run, folder)
+        check_conversion(run, tmp_path)
+
+
+def check_conversation_and_evaluation(predictor: Predictor, run: Path, folder: Path) -> None:
+    chat = Conversation(predictor, SamplingParams(max_new_tokens=4))
+    room = chat.room("What?")
+    chat.show(folder / "1.png")
+    chat.show(folder / "2.png")
+    assert room is not None and chat.room("What?") is not None
+    assert room - (chat.room("What?") or 0) >= sum(map(LAYOUT.num_tokens, SIZES[1:3]))
+    said = "".join(chat.say("What?"))
+    assert said == predictor([[folder / "1.png", folder / "2.png"]], ["What?"], max_new_tokens=4)[0]
+    "".join(chat.say("And now?"))
+    assert len(chat.images) == 2
+
+    found = evaluate(run, folder / "questions.jsonl", folder, max_new_tokens=4, batch_size=3)
+    one = predictor([folder / f"{index}.png" for index in range(8)], ["What number?"] * 8, max_new_tokens=4)
+    assert found is not None
+    assert [answer.prediction for answer in found.answers] == one
+
+
+def check_conversion(run: Path, tmp_path: Path) -> None:
+    copied = load_file(convert(run, tmp_path / "copy") / "model.safetensors")
+    for name, tensor in load_file(run / "model.safetensors").items():
+        assert torch.equal(copied[name], tensor), name
+    assert load_model(tmp_path / "copy").config.layout == load_model(run).config.layout
+    with pytest.raises(ValueError, match="tokens of an image depend on its size here .image layout 'anyres'"):
+        convert(run, tmp_path / "theirs", "llava-hf")
+    connector = convert_connector(run, tmp_path / "connector")
+    assert "model.image_newline" in load_file(connector)
+
+
+def test_a_recipe_holds_its_layout(tiny_recipe: Recipe, folder: Path, tmp_path: Path) -> None:
+    recipe = tiled(tiny_recipe, folder, pinpoints=((32, 64), (96, 32)))
+    (tmp_path / "recipe.yaml").write_text(dump_recipe(recipe))
+
+    assert load_recipe(tmp_path / "recipe.yaml").model == recipe.model
+    assert load_recipe("mmfuser_7b").model.image_layout == "fixed"
+    for given, message in (
+        ({"model.image_layout": "tiles"}, r"model\.image_layout is 'tiles'; give one of: fixed, anyres"),
+        ({"model.pinpoints": [[336, 672]]}, "pinpoints is given, and image_layout is 'fixed'"),
+        ({"model.image_layout": "anyres", "model.pinpoints": [336, 672]}, r"pinpoints has \[336\]; give \[height"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            load_recipe("mmfuser_7b", given)
+    with pytest.raises(ValueError, match="pinpoint 40 x 32 .height x width. is no whole number of tiles of 32 x 32"):
+        dry_run(tiled(tiny_recipe, folder, pinpoints=((40, 32),)))
+
+
+def test_batches_are_grouped_by_words_and_the_tokens_of_images(folder: Path) -> None:
+    samples = read_samples(folder / "train.json")
+    words = sample_lengths(samples).tolist()
+    lengths = grouping_lengths(samples, LAYOUT, folder, upright=False)
+    expected = [
+        count + sum(LAYOUT.num_tokens(SIZES[int(name[0])]) for name in image_names(sample))
+        for count, sample in zip(words, samples, strict=True)
+    ]
+
+    assert lengths == expected
+    assert [length < 0 for length in lengths] == [not image_names(sample) for sample in samples]
+    assert grouping_lengths(samples, FixedLayout(1, 16), folder, upright=False) == words
+
+
+def test_a_dry_run_counts_tiles(tiny_recipe: Recipe, folder: Path) -> None:
+    """Data are measured by their images' sizes; without data each image is the one of most tokens."""
+    recipe = tiled(tiny_recipe, folder, "mmfuser")
+    measured = dry_run(recipe)
+    work = measured.stages[1].workload
+    assert work.image_tokens == pytest.approx(sum(map(LAYOUT.num_tokens, SIZES)) / 12)
+    assert work.tiles == pytest.approx(sum(map(LAYOUT.num_tiles, SIZES)) / 12)
+    assert "up to 88 tokens: 64 x 64 pixels (height x width), 5 tiles" in render(measured)
+
+    empty = {name: dataclasses.replace(recipe.stage(name).data, path="") for name in ("pretrain", "finetune")}
+    stages = {name: dataclasses.replace(recipe.stage(name), data=data) for name, data in empty.items()}
+    assumed = dry_run(dataclasses.replace(recipe, **stages))  # type: ignore[arg-type]
+    fixed = dry_run(
+        dataclasses.replace(recipe, model=dataclasses.replace(recipe.model, image_layout="fixed"), **stages)  # type: ignore[arg-type]
+    )
+    for own, other in zip(assumed.stages, fixed.stages, strict=True):
+        assert own.facts.tokens_per_image == 16 + 8 * 9
+        assert (own.workload.tiles, own.workload.images) == (5, 1)
+        assert "each with an image of 64 x 64 pixels, the most tokens there are" in own.workload.origin
+        for part in ("backbone", "fuser", "projector"):
+            assert own.flops[part].forward == 5 * other.flops[part].forward
+        # The newline beside them; what autograd keeps grows with the tiles.
+        assert own.facts.trained["projector"] == other.facts.trained["projector"] + 32
+        assert own.facts.connector_bytes > 4 * other.facts.connector_bytes
+
+
+def test_the_data_command_counts_tiles(folder: Path, llm_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def problems(*options: str) -> int:
+        common = ["--data", str(folder / "train.json"), "--image-folder", str(folder), "--tokenizer", str(llm_folder)]
+        return data_command(["check", *common, "--image-tokens", "16", *options])
+
+    assert problems("--max-length", "150") == 0
+    capsys.readouterr()
+    assert problems("--max-length", "150", "--anyres", "32") == 1
+    assert "images exceed max_length" in capsys.readouterr().out
+    assert problems("--image-tokens", "15", "--anyres", "32") == 1
+    assert "--image-tokens 15 make no square tile" in capsys.readouterr().err
