@@ -215,6 +215,8 @@ def _resolved(taps: Sequence[Any], backbone: Featurizer) -> list[Any]:
                 f"injection.pairs names backbone {source} in {list(tap)}; there are {len(members)}, counted from 0."
             )
         resolved.append((source, resolve_layers(layer, members[source].num_blocks)[0]))
+    if twice := [tap for tap in resolved if resolved.count(tap) > 1]:
+        raise InputError(f"injection.pairs reads the tap {twice[0]} twice in one pair; name each once.")
     return resolved if len(members) > 1 else [layer for _, layer in resolved]
 
 

@@ -19,7 +19,7 @@ from integrations.llava.config import Recipe, dump_recipe, load_recipe, parse_ov
 from integrations.llava.dry_run import dry_run, render
 from integrations.llava.modeling import build_recipe_model, read_language_files
 from integrations.llava.training.train import train
-from layerfuse.preprocessing import IMAGENET_MEAN, StackedPreprocessing
+from layerfuse.preprocessing import CLIP_MEAN, IMAGENET_MEAN, StackedPreprocessing
 from tests.integrations.llava.tiny_parts import tiny_overrides
 from tests.integrations.llava.training.test_train_injection import answers
 
@@ -39,7 +39,9 @@ FUSERS: dict[str, dict[str, Any]] = {
         "model.injection.pairs": [[[1, 1], 0], [2, 1]],
     },
     "mmfuser": {
-        "model.backbone_options": VIT,
+        "model.family": ["transformers", "timm"],
+        "model.image_size": [None, 48],
+        "model.backbone_options": [{}, VIT],
         "model.resample": "none",
         "model.fuser_options": {"num_heads": 4},
     },
@@ -49,6 +51,8 @@ FUSERS: dict[str, dict[str, Any]] = {
 @pytest.fixture
 def recipe(fuser: str, backbone_folder: Path, llm_folder: Path, data_folder: Path) -> Recipe:
     overrides = tiny_overrides(backbone_folder, llm_folder, data_folder) | TWO | FUSERS[fuser]
+    if fuser == "mmfuser":
+        overrides["model.backbone"] = [str(backbone_folder), SIGLIP]
     for stage in ("pretrain", "finetune"):
         overrides |= {f"{stage}.gradient_checkpointing": False, f"{stage}.learning_rate": 1e-2}
     return load_recipe("mmfuser_7b", overrides | {"model.fuser": fuser})
@@ -66,7 +70,7 @@ def test_trained_saved_converted_and_answered_the_same_at_batch_1_and_8(
     assert pixels.shape == (8, 6, 48, 48)
     prepared = backbone.preprocessing
     assert isinstance(prepared, StackedPreprocessing)
-    assert prepared.parts[0].mean == IMAGENET_MEAN != prepared.parts[1].mean
+    assert prepared.parts[0].mean == (CLIP_MEAN if fuser == "mmfuser" else IMAGENET_MEAN) != prepared.parts[1].mean
     found = backbone(pixels)
     for source, (part, member, corner) in enumerate(
         zip(prepared.parts, backbone.members, (pixels[:, :3, :32, :32], pixels[:, 3:]), strict=True)
@@ -89,7 +93,8 @@ def test_trained_saved_converted_and_answered_the_same_at_batch_1_and_8(
     text = torch.tensor([[1, 5, 6]])
     model.train()(input_ids=text, labels=text).loss.backward()
     assert all(weight.grad is not None for weight in model.model.fuser.parameters())
-    assert len(model.model.vision_tower._no_split_modules) == 1
+    kinds = model.model.vision_tower._no_split_modules
+    assert "Block" in kinds and not any("Backbone" in kind for kind in kinds)
 
     alone = answers(folder, pictures, 1)
     assert alone == answers(folder, pictures, 8)
@@ -164,6 +169,7 @@ def test_lists_that_do_not_fit_are_refused(given: dict[str, Any], message: str) 
         ({"injection.pairs": ((3, 0),)}, None),
         ({"injection.pairs": ((1, 0), ((1, 1), 1))}, "names layer 1, which 2 of the 2 backbones tap; say of which"),
         ({"injection.pairs": ((0, 0),)}, "names layer 0, which none of the 2 backbones tap"),
+        ({"injection.pairs": ((2, (0, 2), 0),), "injection.merger": "concat"}, r"reads the tap \(0, 2\) twice"),
         ({"injection.pairs": (((2, 1), 0),)}, r"names backbone 2 in \[2, 1\]; there are 2, counted from 0"),
         (
             {"injection.pairs": (((0, 1), (1, 3), 0),), "injection.merger": "concat", "resample": "none"}
