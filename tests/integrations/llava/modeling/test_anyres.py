@@ -25,8 +25,9 @@ from integrations.llava.modeling.build import build_model
 from integrations.llava.modeling.processing import add_image_token
 from integrations.llava.modeling.tiling import pack_tiles
 from integrations.llava.prompts import TEMPLATES
-from layerfuse.backbones import Backbone, create_backbone
+from layerfuse.backbones import Backbone, create_backbone, create_backbone_group
 from layerfuse.fusers import create_fuser, list_fusers
+from layerfuse.preprocessing import prepare_tiles
 from layerfuse.testing import randomise_parameters
 from tests.integrations.llava.tiny_parts import make_tokenizer, tiny_clip, tiny_llm
 
@@ -298,6 +299,30 @@ def test_injected_tokens_lie_where_the_inputs_do_and_newlines_get_nothing() -> N
             for form in (given, flat(given))
         )
         assert torch.equal(one, other)
+
+
+@torch.no_grad()
+def test_several_backbones_see_the_same_tiles() -> None:
+    """The smaller one sees each scaled down; a tile has the size of the larger."""
+    torch.manual_seed(0)
+    small = tiny_clip(image_size=16, patch_size=4)
+    group = create_backbone_group([tiny_clip(), small], layers=[(1, 3), (2,)])
+    fuser = create_fuser("concat", in_channels=32, num_layers=3)
+    model = build_model(group, fuser, tiny_llm(VOCABULARY), image_token_id=IMAGE, layout=LAYOUT).eval()
+    picture = Image.effect_noise((97, 33), 50)
+    canvas = LAYOUT.canvas((33, 97))
+    tiles = prepare_tiles(picture, group.preprocessing, canvas)
+    large, other = group.preprocessing.parts
+    expected = prepare_tiles(picture, large, canvas)
+
+    assert tiles.shape == (LAYOUT.num_tiles((33, 97)), 6, 32, 32)
+    assert torch.equal(tiles[:, :3], expected)
+    assert torch.equal(tiles[0, 3:, :16, :16], other(picture)) and not tiles[:, 3:, 16:].any()
+    sizes = torch.tensor([[33, 97]])
+    packed = model.model.get_image_features(tiles, image_sizes=sizes).pooler_output[0]
+    alone = model.model.multi_modal_projector(model.model.fuser(group(tiles)))
+    assert model.model.image_newline is not None
+    assert torch.equal(packed, pack_tiles(alone, LAYOUT, (33, 97), model.model.image_newline))
 
 
 # What is given

@@ -6,6 +6,7 @@ import dataclasses
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -24,6 +25,7 @@ from integrations.llava.image_layout import AnyResLayout, FixedLayout, default_p
 from integrations.llava.inference.conversation import Conversation
 from integrations.llava.inference.predictor import Predictor, load_predictor
 from integrations.llava.inference.sampling import SamplingParams
+from integrations.llava.training.stage import Stage
 from integrations.llava.training.train import train
 
 # Height and width of the eight images: single tiles, wide, tall and large ones; the last is a line.
@@ -150,6 +152,26 @@ def test_batches_are_grouped_by_words_and_the_tokens_of_images(folder: Path) -> 
     assert lengths == expected
     assert [length < 0 for length in lengths] == [not image_names(sample) for sample in samples]
     assert grouping_lengths(samples, FixedLayout(1, 16), folder, upright=False) == words
+
+
+@pytest.mark.parametrize(("bad_samples", "said"), [("skip", "is left out"), ("fail", "stops the run")])
+def test_a_stage_says_that_images_may_not_fit(
+    bad_samples: Any, said: str, tiny_recipe: Recipe, folder: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    def count(max_length: int) -> Any:
+        config = dataclasses.replace(tiny_recipe.finetune.data, image_folder=str(folder), bad_samples=bad_samples)
+        stage: Any = SimpleNamespace(
+            assembled=SimpleNamespace(model=SimpleNamespace(config=SimpleNamespace(layout=LAYOUT))),
+            config=SimpleNamespace(data=dataclasses.replace(config, max_length=max_length)),
+            samples=read_samples(folder / "train.json"),
+            lengths=[1],
+        )
+        Stage._count_images(stage)
+        return stage.lengths
+
+    assert len(count(88)) == 12 and not caplog.records
+    count(87)
+    assert f"up to 88 positions, and data.max_length is 87: a sample whose images do not fit {said}" in caplog.text
 
 
 def test_a_dry_run_counts_tiles(tiny_recipe: Recipe, folder: Path) -> None:
