@@ -10,7 +10,6 @@ import pytest
 import torch
 from PIL import Image
 
-from integrations.llava.checkpoints.model_io import load_model
 from integrations.llava.config.schema import Recipe
 from integrations.llava.config.yaml_io import load_recipe
 from integrations.llava.data import Collator, ConversationDataset
@@ -19,7 +18,6 @@ from integrations.llava.inference.predictor import Predictor, load_predictor
 from integrations.llava.inference.sampling import SamplingParams
 from integrations.llava.modeling import FusedLlavaForConditionalGeneration
 from integrations.llava.prompts import IGNORE_INDEX, TEMPLATES, TextEncoder, asked_ids
-from integrations.llava.training.train import train
 from layerfuse.preprocessing import CLIP_MEAN, CLIP_STD, Preprocessing
 from tests.integrations.llava.inference.answering_parts import PROMPTS, SAMPLED, save_run
 from tests.integrations.llava.tiny_parts import human_and_gpt, make_tokenizer, tiny_overrides
@@ -262,20 +260,6 @@ def gated_recipe(backbone_folder: Path, llm_folder: Path, data_folder: Path) -> 
         "finetune.gradient_checkpointing": True,
     }
     return load_recipe("mmfuser_7b", overrides)
-
-
-def test_a_recipe_trains_and_the_model_answers_alike_at_every_batch_size(
-    gated_recipe: Recipe, pictures: list[Image.Image], tmp_path: Path
-) -> None:
-    folder = train(gated_recipe, tmp_path / "run")
-    model = load_model(folder)
-    assert model.config.fuser["condition_channels"] == WIDTH and model.model.fuser.group_sizes == (2, 2)
-    assert any(parameter.abs().sum() > 0 for parameter in model.model.fuser.weight_head.parameters())
-
-    predictor = load_predictor(folder)
-    images = [pictures[0], None, pictures[1:3], *pictures[3:8]]
-    one, eight = (predictor(images, PROMPTS, batch_size=size, max_new_tokens=6) for size in (1, 8))
-    assert one == eight
 
 
 def test_a_dry_run_knows_the_gated_model(gated_recipe: Recipe) -> None:

@@ -153,14 +153,6 @@ def test_a_batch_in_which_nothing_is_supervised_has_loss_zero(tiny_recipe: Recip
     assert [row["loss"] for row in rows] == [0, 0, 0]
 
 
-@pytest.mark.parametrize("fuser", ["select", "average", "scalar_mix", "concat", "spatial_aggregator"])
-def test_every_fuser_trains(fuser: str, tiny_recipe: Recipe, tmp_path: Path) -> None:
-    model = dataclasses.replace(tiny_recipe.model, fuser=fuser, fuser_options={})
-    folder = train(dataclasses.replace(tiny_recipe, model=model), tmp_path / fuser)
-
-    assert load_model(folder).model.fuser.name == fuser
-
-
 def test_a_folder_with_a_run_is_kept_unless_told_otherwise(tiny_recipe: Recipe, tmp_path: Path) -> None:
     folder = train(tiny_recipe, tmp_path / "run", stages=["pretrain"])
     (folder / "notes.txt").write_text("mine")

@@ -1,100 +1,57 @@
-"""AnyRes from a recipe: data of many sizes, both stages, saved, answered, evaluated, estimated, checked."""
+"""AnyRes from a recipe, with data of many sizes: what a trained model holds; evaluated, estimated, checked."""
 
 from __future__ import annotations
 
 import dataclasses
-import json
-import shutil
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
-from PIL import Image
 from safetensors.torch import load_file
 
 from integrations.llava.checkpoints import convert, convert_connector, load_model
 from integrations.llava.cli.data import main as data_command
-from integrations.llava.config import InjectionConfig, Recipe, dump_recipe, load_recipe
+from integrations.llava.config import Recipe, dump_recipe, load_recipe
 from integrations.llava.data import grouping_lengths, image_names, read_samples, sample_lengths
 from integrations.llava.dry_run import dry_run, render
 from integrations.llava.evaluation import evaluate
 from integrations.llava.image_layout import AnyResLayout, FixedLayout, default_pinpoints
 from integrations.llava.inference.conversation import Conversation
-from integrations.llava.inference.predictor import Predictor, load_predictor
+from integrations.llava.inference.predictor import load_predictor
 from integrations.llava.inference.sampling import SamplingParams
 from integrations.llava.training.stage import Stage
-from integrations.llava.training.train import train
+from tests.integrations.llava.training.trained_models import SIZES, TrainedModels, model_recipe
 
-# Height and width of the eight images: single tiles, wide, tall and large ones; the last is a line.
-SIZES = ((24, 30), (40, 100), (100, 40), (64, 64), (30, 120), (33, 31), (90, 20), (4, 200))
 LAYOUT = AnyResLayout(1, (32, 32), (4, 4), default_pinpoints((32, 32)))
-FUSERS: dict[str, dict[str, Any]] = {"concat": {}, "mmfuser": {"num_heads": 4}, "text_gated": {"groups": 2}}
-INJECTION = InjectionConfig(pairs=((1, 0), (-1, 1)))
 
 
 @pytest.fixture(scope="module")
-def folder(data_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The data of `data_folder`, with images of other sizes, and questions about them."""
-    made = tmp_path_factory.mktemp("sizes")
-    random = np.random.default_rng(0)
-    for index, size in enumerate(SIZES):
-        Image.fromarray(random.integers(0, 255, (*size, 3), dtype=np.uint8)).save(made / f"{index}.png")
-    for name in ("pretrain.json", "train.json"):
-        shutil.copy(data_folder / name, made)
-    rows = [
-        {"question_id": index, "image": f"{index}.png", "text": "What number?", "kind": "number", "answer": index}
-        for index in range(len(SIZES))
-    ]
-    (made / "questions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return made
+def recipe(backbone_folder: Path, llm_folder: Path, sized_folder: Path) -> Recipe:
+    return model_recipe("anyres-mmfuser", backbone_folder, llm_folder, sized_folder)
 
 
-def tiled(recipe: Recipe, folder: Path, fuser: str = "concat", **model: Any) -> Recipe:
-    own = {"fuser": fuser, "fuser_options": FUSERS[fuser], "image_layout": "anyres"} | model
-    stages = {}
-    for name in ("pretrain", "finetune"):
-        stage = recipe.stage(name)
-        data = dataclasses.replace(stage.data, path=str(folder / Path(stage.data.path).name), image_folder=str(folder))
-        options = {"data": data, "learning_rate": 1e-2, "warmup_ratio": 0.0, "group_by_modality": name == "finetune"}
-        stages[name] = dataclasses.replace(stage, **options)
-    return dataclasses.replace(recipe, model=dataclasses.replace(recipe.model, **own), **stages)  # type: ignore[arg-type]
+def cut_at(recipe: Recipe, *pinpoints: tuple[int, int]) -> Recipe:
+    return dataclasses.replace(recipe, model=dataclasses.replace(recipe.model, pinpoints=pinpoints))
 
 
-def answers(predictor: Predictor, folder: Path, batch_size: int) -> list[str]:
-    """Answers about one image, several, none; of all sizes."""
-    paths = [folder / f"{index}.png" for index in range(len(SIZES))]
-    images = [*paths, None, [paths[3], paths[0]], [paths[7], paths[4], paths[2]]]
-    prompts = ["What number is it?" + " Sure?" * (index % 3) for index in range(len(images))]
-    return predictor(images, prompts, batch_size=batch_size, max_new_tokens=6)
-
-
-@pytest.mark.parametrize("fuser", FUSERS)
-def test_trained_saved_and_answered_the_same_at_batch_1_and_8(
-    fuser: str, tiny_recipe: Recipe, folder: Path, tmp_path: Path
-) -> None:
-    """`concat` with layer injection, too."""
-    model = {"injection": INJECTION} if fuser == "concat" else {}
-    run = train(tiled(tiny_recipe, folder, fuser, **model), tmp_path / "run")
-    first, second = (load_file(run / name / "adapter.safetensors") for name in ("pretrain", "finetune"))
+@pytest.mark.parametrize("name", ["anyres-injection", "anyres-mmfuser", "anyres-text_gated"])
+def test_a_trained_model_holds_its_layout_and_a_newline_that_learned(name: str, trained: TrainedModels) -> None:
+    run = trained[name]
+    first, second = (load_file(run / stage / "adapter.safetensors") for stage in ("pretrain", "finetune"))
     saved = load_file(run / "model.safetensors")["model.image_newline"]
 
     assert first["model.image_newline"].shape == (32,)
     assert not torch.equal(first["model.image_newline"], second["model.image_newline"]), "the newline learns"
     assert torch.equal(saved, second["model.image_newline"])
+    layout = load_model(run).config.layout
+    assert layout == dataclasses.replace(LAYOUT, image_token_id=layout.image_token_id)
+
+
+def test_a_conversation_and_an_evaluation_answer_as_the_predictor(trained: TrainedModels, sized_folder: Path) -> None:
+    run, folder = trained["anyres-injection"], sized_folder
     predictor = load_predictor(run)
-    assert predictor.model.config.layout == dataclasses.replace(LAYOUT, image_token_id=predictor.prepare.image_token_id)
-    alone = answers(predictor, folder, 1)
-    assert alone == answers(predictor, folder, 8)
-    assert len(set(alone)) > 1
-    if fuser == "concat":
-        check_conversation_and_evaluation(predictor, run, folder)
-        check_conversion(run, tmp_path)
-
-
-def check_conversation_and_evaluation(predictor: Predictor, run: Path, folder: Path) -> None:
     chat = Conversation(predictor, SamplingParams(max_new_tokens=4))
     room = chat.room("What?")
     chat.show(folder / "1.png")
@@ -112,7 +69,8 @@ def check_conversation_and_evaluation(predictor: Predictor, run: Path, folder: P
     assert [answer.prediction for answer in found.answers] == one
 
 
-def check_conversion(run: Path, tmp_path: Path) -> None:
+def test_only_our_own_layout_holds_a_model_with_tiles(trained: TrainedModels, tmp_path: Path) -> None:
+    run = trained["anyres-injection"]
     copied = load_file(convert(run, tmp_path / "copy") / "model.safetensors")
     for name, tensor in load_file(run / "model.safetensors").items():
         assert torch.equal(copied[name], tensor), name
@@ -123,11 +81,11 @@ def check_conversion(run: Path, tmp_path: Path) -> None:
     assert "model.image_newline" in load_file(connector)
 
 
-def test_a_recipe_holds_its_layout(tiny_recipe: Recipe, folder: Path, tmp_path: Path) -> None:
-    recipe = tiled(tiny_recipe, folder, pinpoints=((32, 64), (96, 32)))
-    (tmp_path / "recipe.yaml").write_text(dump_recipe(recipe))
+def test_a_recipe_holds_its_layout(recipe: Recipe, tmp_path: Path) -> None:
+    own = cut_at(recipe, (32, 64), (96, 32))
+    (tmp_path / "recipe.yaml").write_text(dump_recipe(own))
 
-    assert load_recipe(tmp_path / "recipe.yaml").model == recipe.model
+    assert load_recipe(tmp_path / "recipe.yaml").model == own.model
     assert load_recipe("mmfuser_7b").model.image_layout == "fixed"
     for given, message in (
         ({"model.image_layout": "tiles"}, r"model\.image_layout is 'tiles'; give one of: fixed, anyres"),
@@ -137,10 +95,11 @@ def test_a_recipe_holds_its_layout(tiny_recipe: Recipe, folder: Path, tmp_path: 
         with pytest.raises(ValueError, match=message):
             load_recipe("mmfuser_7b", given)
     with pytest.raises(ValueError, match="pinpoint 40 x 32 .height x width. is no whole number of tiles of 32 x 32"):
-        dry_run(tiled(tiny_recipe, folder, pinpoints=((40, 32),)))
+        dry_run(cut_at(recipe, (40, 32)))
 
 
-def test_batches_are_grouped_by_words_and_the_tokens_of_images(folder: Path) -> None:
+def test_batches_are_grouped_by_words_and_the_tokens_of_images(sized_folder: Path) -> None:
+    folder = sized_folder
     samples = read_samples(folder / "train.json")
     words = sample_lengths(samples).tolist()
     lengths = grouping_lengths(samples, LAYOUT, folder, upright=False)
@@ -156,14 +115,14 @@ def test_batches_are_grouped_by_words_and_the_tokens_of_images(folder: Path) -> 
 
 @pytest.mark.parametrize(("bad_samples", "said"), [("skip", "is left out"), ("fail", "stops the run")])
 def test_a_stage_says_that_images_may_not_fit(
-    bad_samples: Any, said: str, tiny_recipe: Recipe, folder: Path, caplog: pytest.LogCaptureFixture
+    bad_samples: Any, said: str, recipe: Recipe, sized_folder: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     def count(max_length: int) -> Any:
-        config = dataclasses.replace(tiny_recipe.finetune.data, image_folder=str(folder), bad_samples=bad_samples)
+        config = dataclasses.replace(recipe.finetune.data, bad_samples=bad_samples)
         stage: Any = SimpleNamespace(
             assembled=SimpleNamespace(model=SimpleNamespace(config=SimpleNamespace(layout=LAYOUT))),
             config=SimpleNamespace(data=dataclasses.replace(config, max_length=max_length)),
-            samples=read_samples(folder / "train.json"),
+            samples=read_samples(sized_folder / "train.json"),
             lengths=[1],
         )
         Stage._count_images(stage)
@@ -174,9 +133,8 @@ def test_a_stage_says_that_images_may_not_fit(
     assert f"up to 88 positions, and data.max_length is 87: a sample whose images do not fit {said}" in caplog.text
 
 
-def test_a_dry_run_counts_tiles(tiny_recipe: Recipe, folder: Path) -> None:
+def test_a_dry_run_counts_tiles(recipe: Recipe) -> None:
     """Data are measured by their images' sizes; without data each image is the one of most tokens."""
-    recipe = tiled(tiny_recipe, folder, "mmfuser")
     measured = dry_run(recipe)
     work = measured.stages[1].workload
     assert work.image_tokens == pytest.approx(sum(map(LAYOUT.num_tokens, SIZES)) / 12)
@@ -200,7 +158,11 @@ def test_a_dry_run_counts_tiles(tiny_recipe: Recipe, folder: Path) -> None:
         assert own.facts.connector_bytes > 4 * other.facts.connector_bytes
 
 
-def test_the_data_command_counts_tiles(folder: Path, llm_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_data_command_counts_tiles(
+    sized_folder: Path, llm_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = sized_folder
+
     def problems(*options: str) -> int:
         common = ["--data", str(folder / "train.json"), "--image-folder", str(folder), "--tokenizer", str(llm_folder)]
         return data_command(["check", *common, "--image-tokens", "16", *options])
