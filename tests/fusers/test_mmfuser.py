@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 from hypothesis import given
@@ -64,6 +66,27 @@ def test_mmfuser_follows_its_formula() -> None:
     inner = fuser.norm1(attended)
     refined = attended + fuser.self_scale.scale * fuser.self_attn(inner, grid, inner, [grid])
     torch.testing.assert_close(fuser(features), query + fuser.output_scale.scale * refined)
+
+
+@pytest.mark.parametrize("shift", [(2, 0), (-2, 4), (4, -2)])
+def test_translation_by_whole_patches_translates_the_output_away_from_borders(shift: tuple[int, int]) -> None:
+    fuser = randomise_parameters(MMFuser(8, 3, num_heads=2), std=0.1).double()
+    # One value map has half the cells of the others each way, so that two of theirs are one of its own.
+    grids = [(24, 28), (12, 14), (24, 28)]
+    features = random_features(8, grids=grids, dtype=torch.float64)
+    moved = dataclasses.replace(
+        features,
+        maps=tuple(
+            tokens.unflatten(1, grid).roll([step * grid[0] // 24 for step in shift], dims=(1, 2)).flatten(1, 2)
+            for tokens, grid in zip(features, grids, strict=True)
+        ),
+    )
+    there = fuser(moved).unflatten(1, grids[-1])
+    carried = fuser(features).unflatten(1, grids[-1]).roll(shift, dims=(1, 2))
+    # No point read is farther than 8 cells off, through both attentions.
+    inner = slice(8 + 4, -8 - 4)
+    torch.testing.assert_close(there[:, inner, inner], carried[:, inner, inner])
+    assert not torch.allclose(there, carried), "at the borders it sees other cells"
 
 
 def test_mmfuser_trains_away_from_the_identity() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
@@ -90,6 +91,16 @@ def test_at_the_start_every_condition_gives_the_plain_mean_of_the_groups(scale: 
     assert torch.equal(output[..., :8], features[-2])
     torch.testing.assert_close(output[..., 8:], torch.stack(features.maps).mean(0))
     assert torch.equal(output, fuser(features, torch.zeros(2, 5)))
+
+
+def test_a_neutral_condition_equals_no_condition() -> None:
+    fuser = randomise_parameters(TextGated(8, 4, condition_channels=5))
+    blind = copy.deepcopy(fuser)
+    torch.nn.init.zeros_(blind.condition_proj.weight)
+    features, condition = random_features(8, num_layers=4, num_prefix_tokens=1), torch.randn(2, 5)
+    neutral = fuser(features, torch.zeros(2, 5))
+    assert torch.equal(neutral, blind(features, condition))
+    assert not torch.allclose(neutral, fuser(features, condition), atol=1e-3)
 
 
 def test_training_moves_the_weights_apart_and_reaches_every_parameter() -> None:
