@@ -65,7 +65,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--overwrite", action="store_true", help="replace other answers and predictions in --output")
     add("--shard", metavar="INDEX/COUNT", help="answer a share (default: torchrun's RANK/WORLD_SIZE); the last scores")
     add("--batch-size", type=int, default=32)
-    add("--max-new-tokens", type=int, default=32)
+    add("--max-new-tokens", type=int, help="longest answer (default: the task's, or 32)")
     add("--device", help="torch device (default: CUDA if there is one, else the CPU)")
     return parser
 

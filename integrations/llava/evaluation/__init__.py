@@ -5,7 +5,7 @@ from __future__ import annotations
 from .report import evaluation_table, read_predictions, write_evaluation
 from .runner import Answer, check_images, evaluate, predict, read_image
 from .scores import Evaluation, KindScores, blind_answers, score_answers, score_predictions, summarise
-from .task import TASKS, Question, ScoredAnswer, Task, read_questions
+from .task import TASKS, NeededFile, Question, ScoredAnswer, Task, read_questions
 from .tasks.synthetic import BoxTask, ColorTask, CountingTask, OcrTask, ShapeTask
 
 __all__ = [
@@ -16,6 +16,7 @@ __all__ = [
     "CountingTask",
     "Evaluation",
     "KindScores",
+    "NeededFile",
     "OcrTask",
     "Question",
     "ScoredAnswer",
