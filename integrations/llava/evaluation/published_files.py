@@ -12,7 +12,7 @@ from layerfuse.errors import InputError, MissingFileError, MissingPackageError
 
 from .task import Question, Task
 
-__all__ = ["existing_file", "parquet_rows", "read_json", "read_llava_questions"]
+__all__ = ["existing_file", "parquet_rows", "read_llava_questions", "read_published_json"]
 
 
 def read_llava_questions(task: Task, kind: str, folder: str | Path, name: str, images: str) -> list[Question]:
@@ -61,7 +61,7 @@ def existing_file(task: Task, folder: str | Path, name: str) -> Path:
     return path
 
 
-def read_json(task: Task, folder: str | Path, name: str) -> Any:
+def read_published_json(task: Task, folder: str | Path, name: str) -> Any:
     """Read a JSON file of a task.
 
     Raises:

@@ -12,7 +12,7 @@ from PIL import Image
 
 from integrations.llava.evaluation import ColorTask, NeededFile, Question, Task, evaluate
 from integrations.llava.evaluation.made_images import image_digest, png_bytes, store_image
-from integrations.llava.evaluation.published_files import parquet_rows, read_json, read_llava_questions
+from integrations.llava.evaluation.published_files import parquet_rows, read_llava_questions, read_published_json
 from integrations.llava.inference.predictor import Predictor
 
 
@@ -116,10 +116,10 @@ def test_question_files_of_llava_are_read_as_they_stand(tmp_path: Path) -> None:
 
 def test_json_of_a_benchmark_that_cannot_be_read_is_named(tmp_path: Path) -> None:
     (tmp_path / "a.json").write_text("[1, 2]")
-    assert read_json(Two(), tmp_path, "a.json") == [1, 2]
+    assert read_published_json(Two(), tmp_path, "a.json") == [1, 2]
     (tmp_path / "a.json").write_text("[1, 2")
     with pytest.raises(ValueError, match=r"a\.json is no JSON .*get it anew"):
-        read_json(Two(), tmp_path, "a.json")
+        read_published_json(Two(), tmp_path, "a.json")
 
 
 def test_parquet_is_read_row_by_row(tmp_path: Path) -> None:
