@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from integrations.llava._files import json_lines
+from integrations.llava._text import listed
 from layerfuse.errors import InputError, MissingFileError, MissingPackageError
 
 from .task import Question, Task
 
-__all__ = ["existing_file", "parquet_rows", "read_llava_questions", "read_published_json"]
+__all__ = ["existing_file", "parquet_rows", "read_llava_questions", "read_published_json", "refuse_unknown_ids"]
 
 
 def read_llava_questions(task: Task, kind: str, folder: str | Path, name: str, images: str) -> list[Question]:
@@ -73,6 +74,17 @@ def read_published_json(task: Task, folder: str | Path, name: str) -> Any:
         return json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise InputError(f"{path} is no JSON ({error}); get it anew.") from error
+
+
+def refuse_unknown_ids(asked: Collection[int | str], known: Collection[int | str], path: Path) -> None:
+    """Raise a ValueError that counts and lists the ids of questions that a file does not have."""
+    there = set(known)
+    missing = [str(own_id) for own_id in asked if own_id not in there]
+    if missing:
+        raise InputError(
+            f"{len(missing)} of {len(asked)} questions are not in {path}; ids {listed(missing, most=10)}. "
+            "Give files of one version."
+        )
 
 
 def parquet_rows(
