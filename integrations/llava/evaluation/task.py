@@ -140,6 +140,11 @@ class Task(ABC):
         """Longest answer under the protocol, in tokens; None leaves it to the evaluation."""
         return self.answer_lengths.get(self.protocol)
 
+    @property
+    def note(self) -> str:
+        """Return what a reader of its number has to know, such as who judged; empty where there is nothing."""
+        return ""
+
     def needs(self) -> tuple[NeededFile, ...]:
         """Return what `load` reads, images included; here the question file and ``images``."""
         return (
@@ -197,6 +202,10 @@ class Task(ABC):
 
         The answer is anything that a model can write; one that cannot be read is wrong, never an error.
         """
+
+    def score_all(self, answers: Sequence[tuple[str, Question]]) -> list[Mapping[str, float]]:
+        """Score all answers to its questions, in their order; here one after the other."""
+        return [self.score(answer, question) for answer, question in answers]
 
     def aggregate(self, scores: Sequence[ScoredAnswer]) -> dict[str, float]:
         """Sum up the scored answers to all questions: name -> number, here the mean of each score.
