@@ -136,7 +136,8 @@ def _answers(folder: Path) -> dict[tuple[str, str], str]:
     texts = folder / "questions_answers_YN"
     answers = {}
     for path in sorted((texts if texts.is_dir() else folder).glob("*.txt")):
-        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+        # At "\n" only: a question may hold other characters that part lines.
+        for number, line in enumerate(path.read_text(encoding="utf-8").strip().split("\n"), start=1):
             question, _, answer = line.strip().partition("\t")
             if answer.lower() not in ("yes", "no"):
                 raise InputError(f"{path}, line {number}: expected a question, a tab, and Yes or No; get it anew.")

@@ -11,10 +11,10 @@ width, height in pixels).
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
 from integrations.llava.data import read_image_size
 from layerfuse.errors import InputError
@@ -68,13 +68,22 @@ class ReferringTask(Task):
         """Read the split; images are stored as files, and questions numbered by row and expression."""
         questions = []
         columns = ["image", "answer", "bbox"]
+        sizes: dict[str, tuple[int, int] | None] = {}  # many rows are about one image
         for number, row in enumerate(parquet_rows(self, folder, self._files, columns)):
             content = row["image"]["bytes"]
             name = store_image(folder, f"refcoco/{image_digest(content)}.jpg", partial(bytes, content))
-            place = f"{Path(folder) / self._files}, row {number}"
-            right, size = _fractions(row["bbox"], Path(folder) / name, place)
+            if name not in sizes:
+                sizes[name] = read_image_size(Path(folder) / name, upright=False)
+            size, box = sizes[name], row["bbox"]
+            if size is None or len(box) != 4:
+                raise InputError(
+                    f"{Path(folder) / self._files}, row {number}: the image cannot be read, or its box is no box "
+                    f"({box!r:.80}); get the file anew."
+                )
+            height, width = size
+            right = _fractions(box, width, height)
             questions += [
-                Question(f"{number}.{index}", name, text, self.name, right, {"size": size})
+                Question(f"{number}.{index}", name, text, self.name, right, {"size": (width, height)})
                 for index, text in enumerate(row["answer"])
             ]
         return questions
@@ -102,14 +111,10 @@ class ReferringTask(Task):
         return f"{self.data_set}/data/{self.split}-*.parquet"
 
 
-def _fractions(box: Any, image: Path, place: str) -> tuple[Box, tuple[int, int]]:
-    """Return a box (left, top, width, height in pixels) as fractions of the image's sides, and width and height."""
-    size = read_image_size(image, upright=False)
-    if size is None or len(box) != 4:
-        raise InputError(f"{place}: the image cannot be read, or its box is no box ({box!r:.80}); get the file anew.")
-    height, width = size
+def _fractions(box: Sequence[float], width: int, height: int) -> Box:
+    """Convert a box of left, top, width and height in pixels to edges in fractions of the image's sides."""
     x, y, across, down = map(float, box)
-    return (x / width, y / height, (x + across) / width, (y + down) / height), (width, height)
+    return x / width, y / height, (x + across) / width, (y + down) / height
 
 
 @TASKS.register("refcoco_val")
