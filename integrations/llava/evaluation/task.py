@@ -16,7 +16,9 @@ from layerfuse.registry import Registry
 
 __all__ = [
     "TASKS",
+    "Group",
     "NeededFile",
+    "Protocol",
     "Question",
     "ScoredAnswer",
     "Task",
@@ -26,8 +28,12 @@ __all__ = [
 ]
 
 _KEYS = ("question_id", "image", "text", "kind", "answer")
+
 Protocol = Literal["llava", "lmms", "official"]
+"""Ways to ask and score: see `Task`."""
+
 Group = Literal["general", "ocrbench", "caption", "comprehension", "extra"]
+"""Tables of the paper, and what stands in none of them."""
 
 
 @dataclass(frozen=True)

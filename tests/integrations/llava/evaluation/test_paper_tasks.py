@@ -12,7 +12,17 @@ from typing import Any
 
 import pytest
 
-from integrations.llava.evaluation import TASKS, Evaluation, Task, check_images, predict, score_predictions
+from integrations.llava.evaluation import (
+    TASKS,
+    Evaluation,
+    Task,
+    check_images,
+    evaluate,
+    predict,
+    read_predictions,
+    read_questions,
+    score_predictions,
+)
 from integrations.llava.evaluation.tasks.paper import ReferringTask, VqaV2Task
 
 from .paper_fixtures import (
@@ -71,7 +81,8 @@ def asked(task: Task, folder: Path) -> list[str]:
 def evaluated(task: Task, folder: Path, said: Mapping[Any, str]) -> Evaluation:
     questions = task.load(folder)
     check_images(questions, folder)
-    assert {own.kind for own in questions} <= set(TASKS)
+    (kind,) = {own.kind for own in questions}
+    assert type(task) is TASKS.get(kind)
     rows = [{"question_id": own_id, "prediction": text} for own_id, text in said.items()]
     return score_predictions(questions, rows, task=task)
 
@@ -267,6 +278,27 @@ def test_the_names_of_referring_tasks_are_those_that_they_are_registered_by() ->
         task = TASKS.get(name)()
         assert isinstance(task, ReferringTask)
         assert task.name == name
+
+
+@pytest.mark.parametrize("name", ["gqa", "mme"])
+def test_a_model_is_asked_a_benchmark(name: str, folder: Path, run: Path, tmp_path: Path) -> None:
+    task = TASKS.get(name)()
+    output = tmp_path / "out"
+    evaluation = evaluate(run, task, folder, output=output, max_new_tokens=2, device="cpu")
+    assert evaluation is not None
+    assert task.metric in numbers(evaluation)
+    assert len(evaluation.answers) == len(task.load(folder))
+    given = read_predictions(output / "predictions.jsonl")
+    assert score_predictions(task.load(folder), given, task=task).kinds == evaluation.kinds
+
+
+@pytest.mark.parametrize("name", [*WRITERS, *REFERRING])
+def test_a_benchmark_takes_no_question_of_ones_own(name: str, tmp_path: Path) -> None:
+    row = {"question_id": 1, "image": "a.png", "text": "?", "kind": name, "answer": "yes"}
+    path = tmp_path / "questions.jsonl"
+    path.write_text(json.dumps(row))
+    with pytest.raises(ValueError, match="is a benchmark, whose questions are read from its own files"):
+        read_questions(path)
 
 
 @pytest.mark.parametrize("name", WRITERS)

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+from .benchmark import BenchmarkTask
 from .gqa import GqaTask
 from .mme import MmeTask
 from .ocrbench import OcrBenchTask
@@ -16,6 +17,7 @@ from .vizwiz import VizWizTask
 from .vqav2 import VqaV2Task
 
 __all__ = [
+    "BenchmarkTask",
     "GqaTask",
     "MmeTask",
     "OcrBenchTask",

@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from ...published_files import read_llava_questions, read_published_json, refuse_unknown_ids
-from ...task import TASKS, NeededFile, Question, ScoredAnswer, Task
+from ...task import TASKS, NeededFile, Question, ScoredAnswer
+from .benchmark import BenchmarkTask
 from .prompts import EVAL_ZIP
 
 __all__ = ["GqaTask"]
@@ -22,7 +23,7 @@ _NO_PUNCTUATION = str.maketrans("", "", string.punctuation)
 
 
 @TASKS.register("gqa")
-class GqaTask(Task):
+class GqaTask(BenchmarkTask):
     """The answer in lower case, without full stops at its end, equals the right one.
 
     Open questions (structural type ``query``) and binary ones are counted apart, too. ``lmms`` compares without case
@@ -36,8 +37,6 @@ class GqaTask(Task):
     title = "GQA"
     source = "GQA testdev_balanced, eval.py: accuracy; questions of LLaVA-1.5"
     question_file = _ASKED
-    group = "general"
-    protocols = ("llava", "lmms")
     answer_lengths: ClassVar[Mapping[str, int]] = {"llava": 128, "lmms": 16}
 
     def needs(self) -> tuple[NeededFile, ...]:
@@ -76,7 +75,9 @@ class GqaTask(Task):
             structural = own.question.fields.get("structural")
             if structural is not None:
                 parts.setdefault("open" if structural == "query" else "binary", []).append(own)
-        return {**numbers, **{name: Task.aggregate(self, own)["accuracy"] for name, own in sorted(parts.items())}}
+        for name, each in sorted(parts.items()):
+            numbers[name] = super().aggregate(each)["accuracy"]
+        return numbers
 
     def submission(self, predictions: Sequence[ScoredAnswer]) -> Mapping[str, bytes]:
         """Return the file that GQA's ``eval.py`` reads."""

@@ -13,7 +13,8 @@ from layerfuse.errors import InputError
 
 from ...metrics.binary import mme_score, read_mme_answer
 from ...published_files import read_llava_questions
-from ...task import TASKS, NeededFile, Question, ScoredAnswer, Task
+from ...task import TASKS, NeededFile, Question, ScoredAnswer
+from .benchmark import BenchmarkTask
 from .prompts import EVAL_ZIP, SHORT_ANSWER
 
 __all__ = ["MmeTask"]
@@ -29,7 +30,7 @@ _COGNITION = ("commonsense_reasoning", "numerical_calculation", "text_translatio
 
 
 @TASKS.register("mme")
-class MmeTask(Task):
+class MmeTask(BenchmarkTask):
     """Sub-task score: 100 x accuracy + 100 x share of images with both questions right; perception is their sum of ten.
 
     Perception (at most 2000) is the reported number, cognition (four sub-tasks, at most 800) stands beside it. An
@@ -42,10 +43,8 @@ class MmeTask(Task):
     title = "MME"
     source = "MME, eval_tool/calculation.py: perception"
     question_file = _ASKED
-    group = "general"
     metric = "perception"
     shown_as = "points"
-    protocols = ("llava", "lmms")
     answer_lengths: ClassVar[Mapping[str, int]] = {"llava": 128, "lmms": 16}
 
     def needs(self) -> tuple[NeededFile, ...]:

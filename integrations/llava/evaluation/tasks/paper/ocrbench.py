@@ -11,7 +11,8 @@ from layerfuse.errors import InputError
 
 from ...metrics.ocrbench import CATEGORIES, ocrbench_sums, stands_in_answer
 from ...published_files import existing_file, read_published_json
-from ...task import TASKS, NeededFile, Question, ScoredAnswer, Task
+from ...task import TASKS, NeededFile, Question, ScoredAnswer
+from .benchmark import BenchmarkTask
 
 __all__ = ["OcrBenchTask"]
 
@@ -23,7 +24,7 @@ _TYPES = {kind for kinds in CATEGORIES.values() for kind in kinds}
 
 
 @TASKS.register("ocrbench")
-class OcrBenchTask(Task):
+class OcrBenchTask(BenchmarkTask):
     """A right text stands in the answer (`stands_in_answer`); the score is how many of the 1000 do.
 
     The question is asked as it is: MMFuser's script writes the sentence that asks for a single word into its log only.
@@ -39,7 +40,6 @@ class OcrBenchTask(Task):
     group = "ocrbench"
     metric = "score"
     shown_as = "points"
-    protocols = ("llava", "lmms")
     answer_lengths: ClassVar[Mapping[str, int]] = {"llava": 128, "lmms": 128}
 
     def needs(self) -> tuple[NeededFile, ...]:

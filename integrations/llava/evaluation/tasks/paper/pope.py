@@ -13,7 +13,8 @@ from layerfuse.errors import InputError
 
 from ...metrics.binary import YesNoCounts, read_pope_answer
 from ...published_files import existing_file, read_llava_questions
-from ...task import TASKS, NeededFile, Question, ScoredAnswer, Task
+from ...task import TASKS, NeededFile, Question, ScoredAnswer
+from .benchmark import BenchmarkTask
 from .prompts import EVAL_ZIP
 
 __all__ = ["PopeTask"]
@@ -25,7 +26,7 @@ _NUMBERS = ("f1", "accuracy", "precision", "recall", "yes_ratio")
 
 
 @TASKS.register("pope")
-class PopeTask(Task):
+class PopeTask(BenchmarkTask):
     """F1 with yes as the positive answer, the mean of the three categories: the paper's number.
 
     What is no "no" counts as yes (`read_pope_answer`). ``lmms`` wants the whole answer to be yes or no, leaves others
@@ -39,9 +40,7 @@ class PopeTask(Task):
     title = "POPE"
     source = "POPE on COCO val2014, LLaVA-1.5's eval_pope.py: mean F1 of three categories"
     question_file = _ASKED
-    group = "general"
     metric = "f1"
-    protocols = ("llava", "lmms")
     answer_lengths: ClassVar[Mapping[str, int]] = {"llava": 128, "lmms": 128}
 
     def needs(self) -> tuple[NeededFile, ...]:

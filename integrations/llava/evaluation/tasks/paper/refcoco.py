@@ -23,7 +23,8 @@ from ...made_images import image_digest, store_image
 from ...metrics.boxes import intersection_over_union
 from ...metrics.grounding import Box, pad_box, parse_float_box
 from ...published_files import parquet_rows
-from ...task import TASKS, NeededFile, Question, Task
+from ...task import TASKS, NeededFile, Question
+from .benchmark import BenchmarkTask
 
 __all__ = ["ReferringTask"]
 
@@ -35,7 +36,7 @@ _PROMPT = (
 _THRESHOLD = 0.5
 
 
-class ReferringTask(Task):
+class ReferringTask(BenchmarkTask):
     """A box that overlaps the right one by half of their union, or more; one question per expression.
 
     Args:
@@ -49,7 +50,6 @@ class ReferringTask(Task):
 
     source = "lmms-eval's refcoco_bbox_rec: accuracy at IoU >= 0.5"
     group = "comprehension"
-    protocols = ("llava", "lmms")
     answer_lengths: ClassVar[Mapping[str, int]] = {"llava": 1024, "lmms": 1024}
     data_set: ClassVar[str]
     split: ClassVar[str]

@@ -10,7 +10,8 @@ from layerfuse.errors import InputError
 
 from ...metrics.science_qa import read_science_qa_answer, read_science_qa_answer_of_lmms
 from ...published_files import read_published_json, refuse_unknown_ids
-from ...task import TASKS, NeededFile, Question, Task
+from ...task import TASKS, NeededFile, Question
+from .benchmark import BenchmarkTask
 from .prompts import EVAL_ZIP, OPTION_LETTER
 
 __all__ = ["ScienceQaTask"]
@@ -22,7 +23,7 @@ _LETTERS = "ABCDEFGHIJ"
 
 
 @TASKS.register("scienceqa")
-class ScienceQaTask(Task):
+class ScienceQaTask(BenchmarkTask):
     """The letter that is read in the answer (`read_science_qa_answer`) is the right one; IMG accuracy.
 
     ``lmms`` asks in another form, and takes any capital with a full stop behind it.
@@ -35,8 +36,6 @@ class ScienceQaTask(Task):
     title = "SQA-IMG"
     source = "ScienceQA test, LLaVA-1.5's eval_science_qa.py: IMG-Accuracy"
     question_file = _ASKED
-    group = "general"
-    protocols = ("llava", "lmms")
     answer_lengths: ClassVar[Mapping[str, int]] = {"llava": 1024, "lmms": 16}
 
     def needs(self) -> tuple[NeededFile, ...]:

@@ -14,7 +14,8 @@ from layerfuse.errors import InputError
 
 from ...metrics.vqa import soft_vqa_score
 from ...published_files import read_llava_questions, read_published_json
-from ...task import TASKS, NeededFile, Question, Task
+from ...task import TASKS, NeededFile, Question
+from .benchmark import BenchmarkTask
 from .prompts import EVAL_ZIP, SHORT_ANSWER
 
 __all__ = ["TextVqaTask", "question_in_prompt"]
@@ -27,7 +28,7 @@ _TOKENS = "Reference OCR token: "
 
 
 @TASKS.register("textvqa")
-class TextVqaTask(Task):
+class TextVqaTask(BenchmarkTask):
     """Soft score against ten people's answers, both sides normalised (`soft_vqa_score`).
 
     LLaVA's questions bring the words that an OCR system read in the image. ``lmms`` leaves them out, writes the
@@ -41,8 +42,6 @@ class TextVqaTask(Task):
     title = "TextVQA"
     source = "TextVQA 0.5.1 val, LLaVA-1.5's eval_textvqa.py"
     question_file = _ASKED
-    group = "general"
-    protocols = ("llava", "lmms")
     answer_lengths: ClassVar[Mapping[str, int]] = {"llava": 128, "lmms": 1024}
 
     def needs(self) -> tuple[NeededFile, ...]:

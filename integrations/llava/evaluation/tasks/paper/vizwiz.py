@@ -9,7 +9,8 @@ from typing import ClassVar
 
 from ...metrics.vqa import normalise_vqa_answer
 from ...published_files import read_llava_questions
-from ...task import TASKS, NeededFile, Question, ScoredAnswer, Task
+from ...task import TASKS, NeededFile, Question, ScoredAnswer
+from .benchmark import BenchmarkTask
 from .prompts import EVAL_ZIP, SHORT_ANSWER
 
 __all__ = ["VizWizTask"]
@@ -20,7 +21,7 @@ _UNANSWERABLE = "\nWhen the provided information is insufficient, respond with '
 
 
 @TASKS.register("vizwiz")
-class VizWizTask(Task):
+class VizWizTask(BenchmarkTask):
     """EvalAI challenge 2185 scores, as VQAv2's does; every image has to be answered.
 
     ``lmms`` writes the question with one capital, and lets answers be 1024 tokens long.
@@ -34,8 +35,6 @@ class VizWizTask(Task):
     title = "VizWiz"
     source = "VizWiz-VQA test, EvalAI challenge 2185; questions of LLaVA-1.5"
     question_file = _ASKED
-    group = "general"
-    protocols = ("llava", "lmms")
     answer_lengths: ClassVar[Mapping[str, int]] = {"llava": 128, "lmms": 1024}
 
     def needs(self) -> tuple[NeededFile, ...]:

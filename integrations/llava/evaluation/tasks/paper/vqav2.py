@@ -11,7 +11,8 @@ from layerfuse.errors import InputError
 
 from ...metrics.vqa import normalise_vqa_answer
 from ...published_files import read_llava_questions, refuse_unknown_ids
-from ...task import TASKS, NeededFile, Question, ScoredAnswer, Task
+from ...task import TASKS, NeededFile, Question, ScoredAnswer
+from .benchmark import BenchmarkTask
 from .prompts import EVAL_ZIP
 
 __all__ = ["VqaV2Task"]
@@ -22,7 +23,7 @@ _IMAGES = "vqav2/test2015"
 
 
 @TASKS.register("vqav2")
-class VqaV2Task(Task):
+class VqaV2Task(BenchmarkTask):
     """EvalAI challenge 830 scores: per person min(others who said so / 3, 1), the mean over ten people.
 
     The server wants every question of test2015; those that are not of test-dev are answered with nothing. Answers are
@@ -36,8 +37,6 @@ class VqaV2Task(Task):
     title = "VQAv2"
     source = "VQA v2.0 test-dev, EvalAI challenge 830; questions of LLaVA-1.5"
     question_file = _ASKED
-    group = "general"
-    protocols = ("llava", "lmms")
     answer_lengths: ClassVar[Mapping[str, int]] = {"llava": 128, "lmms": 16}
     _all_ids: Sequence[int | str] = ()
 
