@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from .judge import Judge
+from .judged import JudgedTask
 from .report import evaluation_table, read_predictions, write_evaluation
 from .runner import Answer, check_images, evaluate, predict, read_image
 from .scores import Evaluation, KindScores, blind_answers, score_answers, score_predictions, summarise
@@ -15,6 +17,8 @@ __all__ = [
     "ColorTask",
     "CountingTask",
     "Evaluation",
+    "Judge",
+    "JudgedTask",
     "KindScores",
     "NeededFile",
     "OcrTask",

@@ -13,6 +13,7 @@ from xml.etree import ElementTree
 
 import pytest
 
+from integrations.llava.cli.evaluate import main
 from integrations.llava.evaluation import TASKS, Evaluation, Task, check_images, score_predictions
 from integrations.llava.evaluation.judge import Judge
 from integrations.llava.evaluation.tasks.paper import LlavaBenchTask, MMBenchCnTask, MMBenchTask, MmVetTask
@@ -319,3 +320,42 @@ def test_mm_vet_without_its_answers(folder: Path, server: JudgeServer) -> None:
     (folder / "mm-vet/mm-vet.json").write_text('{"v1_1": {"answer": "a"}}')
     with pytest.raises(ValueError, match=r"no answer to 2 of 3 questions: v1_0, v1_2\. Give MM-Vet's file"):
         MmVetTask(judge=judge_of(server, folder)).load(folder)
+
+
+# The command
+
+
+def test_the_command_names_a_judge(folder: Path, server: JudgeServer, capsys: pytest.CaptureFixture[str]) -> None:
+    predictions = folder / "out" / "predictions.jsonl"
+    predictions.parent.mkdir()
+    rows = [{"question_id": own, "prediction": "a"} for own in range(3)]
+    predictions.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    command = ["--predictions", str(predictions), "--task", "llava_bench", "--image-folder", str(folder)]
+    judge = ["--judge", server.url, "--judge-model", "judge"]
+    for _ in range(2):
+        assert main([*command, *judge]) == 0
+        assert "score 75.000" in capsys.readouterr().out
+    assert len(server.requests) == 3
+    assert len((folder / "out/judge.jsonl").read_text().splitlines()) == 3
+    refused = {
+        ("--judge", server.url): "--judge URL and --judge-model NAME go together",
+        ("--protocol", "lmms"): "protocol 'lmms' is unknown to LlavaBenchTask; it has: llava",
+        (*judge, "--judge-key", "NO_SUCH_KEY"): "environment variable NO_SUCH_KEY is not set",
+        (*judge, "--task", "seedbench"): "no judge scores seedbench; leave --judge out, or take llava_bench or mm_vet",
+    }
+    for options, message in refused.items():
+        with pytest.raises(SystemExit, match="2"):
+            main([*command, *options])
+        assert message in capsys.readouterr().err
+
+
+def test_the_command_chooses_a_protocol(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    predictions = folder / "predictions.jsonl"
+    rows = [{"question_id": own, "prediction": letter} for own, letter in RIGHT.items()]
+    predictions.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    command = ["--predictions", str(predictions), "--image-folder", str(folder), "--protocol", "official"]
+    assert main([*command, "--task", "mmbench"]) == 0
+    assert "100.0 %  logic 1.000" in capsys.readouterr().out
+    with pytest.raises(SystemExit, match="2"):
+        main([*command, "--questions", "q.jsonl"])
+    assert "--protocol and --judge belong to a --task" in capsys.readouterr().err
