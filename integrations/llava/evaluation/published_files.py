@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,8 @@ from layerfuse.errors import InputError, MissingFileError, MissingPackageError
 from .task import Question, Task
 
 __all__ = ["existing_file", "parquet_rows", "read_llava_questions", "read_published_json", "refuse_unknown_ids"]
+
+_PART = re.compile(r"(.+)-(\d{5})-of-(\d{5})(?:-[0-9a-f]+)?\.parquet")
 
 
 def read_llava_questions(task: Task, kind: str, folder: str | Path, name: str, images: str) -> list[Question]:
@@ -97,11 +100,12 @@ def parquet_rows(
     Raises:
         FileNotFoundError: if no file fits.
         ImportError: if pyarrow is not installed.
-        ValueError: if a file cannot be read, or lacks a column.
+        ValueError: if a file cannot be read, or lacks a column, or of several parts one is missing or doubled.
     """
     paths = sorted(Path(folder).glob(pattern))
     if not paths:
         existing_file(task, folder, pattern)
+    _refuse_odd_parts(paths)
     try:
         import pyarrow
         from pyarrow import parquet
@@ -119,3 +123,20 @@ def parquet_rows(
                 yield from batch.to_pylist()
         except (OSError, pyarrow.ArrowException) as error:
             raise InputError(f"{path} cannot be read as parquet ({error}); get it anew.") from error
+
+
+def _refuse_odd_parts(paths: Sequence[Path]) -> None:
+    """Raise a ValueError where files named NAME-00000-of-00003… are not three, each once."""
+    parts: dict[tuple[Path, str], list[tuple[int, int]]] = {}
+    for path in paths:
+        found = _PART.fullmatch(path.name)
+        if found is not None:
+            parts.setdefault((path.parent, found[1]), []).append((int(found[2]), int(found[3])))
+    for (folder, name), own in parts.items():
+        total = max(count for _, count in own)
+        wrong = [str(index) for index in range(total) if own.count((index, total)) != 1]
+        if wrong or len(own) != total:
+            raise InputError(
+                f"{folder}: {name} comes in {total} parts, of which {len(wrong)} are missing or doubled "
+                f"({listed(wrong, most=10)}; {len(own)} files are there). Give each once, all of one version."
+            )

@@ -37,6 +37,15 @@ COLUMNS = (
     "split",
 )
 
+MMMU_SUBJECTS = (
+    *("Accounting", "Agriculture", "Architecture_and_Engineering", "Art", "Art_Theory"),
+    *("Basic_Medical_Science", "Biology", "Chemistry", "Clinical_Medicine", "Computer_Science", "Design"),
+    *("Diagnostics_and_Laboratory_Medicine", "Economics", "Electronics", "Energy_and_Power", "Finance"),
+    *("Geography", "History", "Literature", "Manage", "Marketing", "Materials", "Math"),
+    *("Mechanical_Engineering", "Music", "Pharmacy", "Physics", "Psychology", "Public_Health"),
+    "Sociology",
+)
+
 
 def picture(width: int = 12, height: int = 9, color: str = "red", kind: str = "PNG") -> bytes:
     file = io.BytesIO()
@@ -223,9 +232,15 @@ PARQUET: dict[str, list[dict[str, Any]]] = {
     ],
     "mmstar/mmstar.parquet": [
         {"index": n, "question": f" Which {n}?\nOptions: A: a, B: b, C: c, D: d ", "image": picture(), "answer": right}
-        | {"category": category, "l2_category": detailed, "meta_info": {}}
+        | {"category": category, "l2_category": detailed, "meta_info": {"source": "made up"}}
         for n, right, category, detailed in _STARS
     ],
+    **{
+        f"mmmu/{subject}/validation-00000-of-00001.parquet": [
+            _mmmu(f"validation_{subject}_1", "Name <image 1>.", ["x", "y"], "A", "green")
+        ]
+        for subject in MMMU_SUBJECTS
+    },
     "mmmu/Art/validation-00000-of-00001.parquet": [
         _mmmu("validation_Art_1", "Which is in <image 1>?", ["a cat", "<image 2>", "a hen"], "B", "red", "blue"),
     ],
@@ -234,7 +249,7 @@ PARQUET: dict[str, list[dict[str, Any]]] = {
         _mmmu("validation_Math_2", "Name <image 1>.", ["x", "y"], "A", "green"),
     ],
     **{
-        f"{data_set}/data/{split}-00000-of-00001.parquet": region_rows()
+        f"{data_set}/data/{split}-00000-of-00001-0123456789abcdef.parquet": region_rows()
         for data_set, splits in {
             "RefCOCO": ("val", "testA", "testB"),
             "RefCOCOplus": ("val", "testA", "testB"),
@@ -264,7 +279,10 @@ def write_parquet(folder: Path) -> None:
 
 
 def write_all(folder: Path) -> None:
-    """Write all benchmarks of this module; those that are parquet where pyarrow is installed."""
+    """Write all benchmarks of this module; those that are parquet where pyarrow is installed.
+
+    RefCOCO's files are those of `paper_fixtures`, which they replace.
+    """
     for write in WRITERS.values():
         write(folder)
     try:

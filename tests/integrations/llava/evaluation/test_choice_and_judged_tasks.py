@@ -24,6 +24,7 @@ from .table_fixtures import (
     WRITERS,
     mmbench_rows,
     write_llava_rules,
+    write_mm_vet,
     write_mmbench,
 )
 
@@ -158,6 +159,16 @@ def test_a_table_without_its_columns_or_right_answers(folder: Path) -> None:
     assert csv.field_size_limit() == limit
 
 
+def test_the_official_rule_wants_turned_options(folder: Path) -> None:
+    path = folder / "mmbench/mmbench_dev_20230712.tsv"
+    with path.open(newline="") as file:
+        head, *rows = list(csv.reader(file, delimiter="\t"))
+    with path.open("w", newline="") as file:
+        csv.writer(file, delimiter="\t").writerows([head, *(row for row in rows if len(row[0]) == 1)])
+    with pytest.raises(ValueError, match=r"no question with its options turned \(index of 1,000,000 and more\)"):
+        MMBenchTask("official").load(folder)
+
+
 def test_the_chinese_table_may_lie_in_either_folder(folder: Path) -> None:
     (folder / "mmbench_cn/mmbench_dev_cn_20231003.tsv").unlink()
     write_mmbench(folder, "mmbench/mmbench_dev_cn_20231003.tsv", "cn")
@@ -263,9 +274,14 @@ def test_llava_bench_asks_again_for_ratings_that_cannot_be_read(folder: Path, se
     ("name", "content", "message"),
     [
         (
+            "questions.jsonl",
+            '{"question_id": 1, "text": "a", "image": "000.jpg"}',
+            "2 that are answered there .*: 0, 2",
+        ),
+        (
             "context.jsonl",
             '{"image": "000.jpg", "caption": "a"}',
-            r"1 of 3 questions lack .*: 2\. Give the files whole",
+            "1 of 3 questions lack .*: 2; .*Give the files whole",
         ),
         ("answers_gpt4.jsonl", '{"question_id": 1}', r"answers_gpt4\.jsonl, line 1 lacks question_id or text"),
         ("rule.json", '{"llava_bench_conv": {"prompt": "a"}}', r"has no prompt for llava_bench_detail"),
@@ -275,7 +291,7 @@ def test_files_for_a_judge_that_lack_something(
     name: str, content: str, message: str, folder: Path, server: JudgeServer
 ) -> None:
     (folder / "llava-bench-in-the-wild" / name).write_text(content)
-    assert len(LlavaBenchTask().load(folder)) == 3
+    assert LlavaBenchTask().load(folder)
     with pytest.raises(ValueError, match=message):
         LlavaBenchTask(judge=judge_of(server, folder)).load(folder)
 
@@ -318,7 +334,12 @@ def test_mm_vet_asks_again_at_higher_temperatures_and_grades_0_at_last(folder: P
 
 def test_mm_vet_without_its_answers(folder: Path, server: JudgeServer) -> None:
     (folder / "mm-vet/mm-vet.json").write_text('{"v1_1": {"answer": "a"}}')
-    with pytest.raises(ValueError, match=r"no answer to 2 of 3 questions: v1_0, v1_2\. Give MM-Vet's file"):
+    with pytest.raises(ValueError, match=r"no answer to 2 of 3 questions: v1_0, v1_2; 0 of its own are not asked"):
+        MmVetTask(judge=judge_of(server, folder)).load(folder)
+    write_mm_vet(folder)
+    path = folder / "mm-vet/llava-mm-vet.jsonl"
+    path.write_text("".join(path.read_text().splitlines(keepends=True)[:2]))
+    with pytest.raises(ValueError, match=r"1 of its own are not asked: v1_2\. Give both files whole"):
         MmVetTask(judge=judge_of(server, folder)).load(folder)
 
 

@@ -18,8 +18,16 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from integrations.llava.evaluation import TASKS, Evaluation, Task, check_images, score_predictions
-from integrations.llava.evaluation.published_files import existing_file
+from integrations.llava.evaluation import (
+    TASKS,
+    Evaluation,
+    Task,
+    check_images,
+    evaluate,
+    read_questions,
+    score_predictions,
+)
+from integrations.llava.evaluation.published_files import existing_file, parquet_rows
 from integrations.llava.evaluation.tasks.paper import MMBenchTask, MmmuTask, RegionCaptionTask
 
 from .table_fixtures import LETTER, PARQUET, SHORT, write_all, write_parquet
@@ -133,12 +141,49 @@ def test_short_and_doubled_predictions_are_counted_and_listed(name: str, folder:
 
 def test_parquet_files_hold_what_their_stand_in_gives(tmp_path: Path) -> None:
     pytest.importorskip("pyarrow", reason="pyarrow is not installed")
-    from integrations.llava.evaluation.published_files import parquet_rows
-
     write_parquet(tmp_path)
     for name, rows in PARQUET.items():
         columns = list(rows[0])
         assert list(parquet_rows(TASKS.get("chartqa")(), tmp_path, name, columns)) == rows
+
+
+def test_parts_of_parquet_that_are_missing_or_doubled_are_listed(tmp_path: Path) -> None:
+    task = TASKS.get("chartqa")()
+
+    def told(*names: str) -> str:
+        folder = tmp_path / str(len(list(tmp_path.iterdir())))
+        folder.mkdir()
+        for name in names:
+            (folder / name).touch()
+        with pytest.raises((ValueError, ImportError)) as error:
+            next(parquet_rows(task, folder, "*.parquet"))
+        return str(error.value)
+
+    first, second, third = (f"test-{n:05d}-of-00003.parquet" for n in range(3))
+    assert "test comes in 3 parts, of which 1 are missing or doubled (1; 2 files are there)" in told(first, third)
+    again = "test-00000-of-00003-0123abcd.parquet"
+    assert "1 are missing or doubled (0; 4 files are there)" in told(first, second, third, again)
+    assert "3 parts, of which 0 are missing" in told(first, second, third, "test-00000-of-00001.parquet")
+    assert "parts, of which" not in told(first, second, third)
+    assert "parts, of which" not in told("mmstar.parquet")
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_benchmark_takes_no_question_of_ones_own(name: str, tmp_path: Path) -> None:
+    path = tmp_path / "questions.jsonl"
+    path.write_text(json.dumps({"question_id": 1, "image": "a.png", "text": "?", "kind": name, "answer": "yes"}))
+    with pytest.raises(ValueError, match="is a benchmark, whose questions are read from its own files"):
+        read_questions(path)
+
+
+@pytest.mark.parametrize(("name", "protocol"), [("mm_vet", "lmms"), ("mmmu", "lmms"), ("refcoco_val_caption", "llava")])
+def test_a_model_is_asked(name: str, protocol: str, folder: Path, run: Path, tmp_path: Path) -> None:
+    task = TASKS.get(name)(protocol)
+    output = tmp_path / "out"
+    evaluation = evaluate(run, task, folder, output=output, max_new_tokens=2, device="cpu")
+    assert evaluation is not None
+    assert len(evaluation.answers) == len(task.load(folder))
+    assert (output / "submission").is_dir() == (name == "mm_vet")
 
 
 def test_chartqa(folder: Path) -> None:
@@ -190,38 +235,50 @@ def test_mmstar(folder: Path) -> None:
     assert numbers(evaluated(TASKS.get("mmstar")("official"), folder, said))["accuracy"] == pytest.approx(5 / 6)
 
 
+SOME = {"validation_Art_1": "(B)", "validation_Math_1": "It is about 24/7", "validation_Math_2": "B"}
+
+
 def test_mmmu_as_published(folder: Path) -> None:
     task = MmmuTask()
     assert task.note == "greedy, not as published"
-    asked = task.load(folder)
-    assert [task.prompt(own) for own in asked] == [
-        f"Which is in <image 1>?\n(A) a cat\n(B) <image 2>\n(C) a hen\n{LETTER}",
-        "How many in <image 1>?" + SHORT,
-        f"Name <image 1>.\n(A) x\n(B) y\n{LETTER}",
-    ]
-    assert all(isinstance(own.image, str) for own in asked)
-    said = {"validation_Art_1": "(B)", "validation_Math_1": "It is about 24/7", "validation_Math_2": "B"}
-    told = numbers(evaluated(task, folder, said))
-    assert told == pytest.approx({"accuracy": 2 / 3, "art and design": 1.0, "science": 0.5})
+    asked = {own.question_id: own for own in task.load(folder)}
+    assert {own_id: task.prompt(asked[own_id]) for own_id in SOME} == {
+        "validation_Art_1": f"Which is in <image 1>?\n(A) a cat\n(B) <image 2>\n(C) a hen\n{LETTER}",
+        "validation_Math_1": "How many in <image 1>?" + SHORT,
+        "validation_Math_2": f"Name <image 1>.\n(A) x\n(B) y\n{LETTER}",
+    }
+    assert all(isinstance(own.image, str) for own in asked.values())
+    # One of 31 is wrong, which is one of six in the sciences.
+    told = numbers(evaluated(task, folder, {**dict.fromkeys(asked, "A"), **SOME}))
+    assert told["accuracy"] == pytest.approx(30 / 31)
+    assert told["science"] == pytest.approx(5 / 6)
+    assert {value for name, value in told.items() if name not in ("accuracy", "science")} == {1.0}
+    assert len(told) == 7
 
 
 def test_mmmu_as_lmms_eval_asks_it(folder: Path) -> None:
     task = MmmuTask("lmms")
-    asked = task.load(folder)
+    asked = {own.question_id: own for own in task.load(folder)}
     assert task.note == ""
-    assert [task.prompt(own) for own in asked] == [
-        f"Which is in <image 1>?\nA. a cat\nB. <image 2>\nC. a hen\n{LETTER}",
-        f"How many in <image 1>?\n{SHORT}",
-        f"Name <image 1>.\nA. x\nB. y\n{LETTER}",
-    ]
-    assert [len(own.images) for own in asked] == [2, 1, 1]
+    assert {own_id: task.prompt(asked[own_id]) for own_id in SOME} == {
+        "validation_Art_1": f"Which is in <image 1>?\nA. a cat\nB. <image 2>\nC. a hen\n{LETTER}",
+        "validation_Math_1": f"How many in <image 1>?\n{SHORT}",
+        "validation_Math_2": f"Name <image 1>.\nA. x\nB. y\n{LETTER}",
+    }
+    assert [len(asked[own_id].images) for own_id in SOME] == [2, 1, 1]
     # The written list of right answers is one text there.
-    assert asked[1].answer == ("['24/7', '3.43']",)
+    assert asked["validation_Math_1"].answer == ("['24/7', '3.43']",)
 
 
 def test_mmmu_guesses_the_same_letter_each_time(folder: Path) -> None:
-    said = {"validation_Art_1": "?", "validation_Math_1": "?", "validation_Math_2": "?"}
+    said = dict.fromkeys((own.question_id for own in MmmuTask().load(folder)), "?")
     assert len({str(evaluated(MmmuTask(), folder, said).answers) for _ in range(3)}) == 1
+
+
+def test_mmmu_wants_all_subjects(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    stand_in(monkeypatch, {name: rows for name, rows in PARQUET.items() if "/Art" not in name})
+    with pytest.raises(ValueError, match=r"lacks 2 of 30 subjects: Art, Art_Theory\. Give the files of all"):
+        MmmuTask().load(folder)
 
 
 def test_region_captions(folder: Path) -> None:
@@ -256,7 +313,7 @@ def test_regions_are_marked_as_lmms_eval_marks_them(folder: Path) -> None:
 
 
 def test_a_region_without_a_box_is_named(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    row = {**PARQUET["RefCOCO/data/val-00000-of-00001.parquet"][0], "bbox": [1.0, 2.0]}
+    row = {**PARQUET["RefCOCO/data/val-00000-of-00001-0123456789abcdef.parquet"][0], "bbox": [1.0, 2.0]}
     stand_in(monkeypatch, {"RefCOCO/data/val-0.parquet": [row]})
     with pytest.raises(ValueError, match=r"row 0 has no caption, or no bbox \(\[1\.0, 2\.0\]\); get the file anew"):
         TASKS.get("refcoco_val_caption")().load(folder)

@@ -18,7 +18,8 @@ from ...metrics.option_letters import ai2d_letter
 from ...option_lines import lettered, option_lines
 from ...published_files import parquet_rows
 from ...table_pictures import stored_picture, table_picture
-from ...task import TASKS, NeededFile, Question, Task
+from ...task import TASKS, NeededFile, Question
+from ..paper.benchmark import BenchmarkTask
 from ..paper.prompts import OPTION_LETTER
 
 __all__ = ["Ai2dTask"]
@@ -27,7 +28,7 @@ _FILES = "ai2d/data/test-*.parquet"
 
 
 @TASKS.register("ai2d")
-class Ai2dTask(Task):
+class Ai2dTask(BenchmarkTask):
     r"""The answer is the letter, case and punctuation aside, or begins with it and a full stop.
 
     Example:
@@ -37,6 +38,7 @@ class Ai2dTask(Task):
 
     title = "AI2D"
     source = "AI2D: accuracy, as in lmms-eval"
+    group = "extra"
     protocols = ("lmms",)
     answer_lengths: ClassVar[Mapping[str, int]] = {"lmms": 16}
 

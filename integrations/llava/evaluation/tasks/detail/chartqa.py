@@ -15,7 +15,8 @@ from typing import ClassVar
 from ...metrics.documents import chart_answer_is_right
 from ...published_files import parquet_rows
 from ...table_pictures import stored_picture, table_picture
-from ...task import TASKS, NeededFile, Question, ScoredAnswer, Task
+from ...task import TASKS, NeededFile, Question, ScoredAnswer
+from ..paper.benchmark import BenchmarkTask
 from ..paper.prompts import SHORT_ANSWER
 
 __all__ = ["ChartQaTask"]
@@ -24,7 +25,7 @@ _FILES = "chartqa/data/test-*.parquet"
 
 
 @TASKS.register("chartqa")
-class ChartQaTask(Task):
+class ChartQaTask(BenchmarkTask):
     r"""Relaxed accuracy, over all questions, and over those written by people and by a program.
 
     Example:
@@ -34,6 +35,7 @@ class ChartQaTask(Task):
 
     title = "ChartQA"
     source = "ChartQA: relaxed accuracy, as in lmms-eval"
+    group = "extra"
     protocols = ("lmms",)
     answer_lengths: ClassVar[Mapping[str, int]] = {"lmms": 16}
 

@@ -20,14 +20,15 @@ from layerfuse.errors import InputError
 from ...metrics.documents import anls
 from ...published_files import parquet_rows
 from ...table_pictures import stored_picture, table_picture
-from ...task import TASKS, NeededFile, Question, ScoredAnswer, Task
+from ...task import TASKS, NeededFile, Question, ScoredAnswer
+from ..paper.benchmark import BenchmarkTask
 from ..paper.prompts import SHORT_ANSWER
 
 __all__ = ["DocVqaTask", "DocVqaTestTask", "InfoVqaTask", "InfoVqaTestTask"]
 
 
 @TASKS.register("docvqa")
-class DocVqaTask(Task):
+class DocVqaTask(BenchmarkTask):
     r"""ANLS: the similarity of characters to the nearest right answer, 0 below a half; DocVQA, validation.
 
     Example:
@@ -38,6 +39,7 @@ class DocVqaTask(Task):
     title = "DocVQA (val)"
     source = "DocVQA: ANLS"
     metric = "anls"
+    group = "extra"
     protocols = ("lmms",)
     answer_lengths: ClassVar[Mapping[str, int]] = {"lmms": 128}
     kind: ClassVar[str] = "docvqa"

@@ -16,7 +16,8 @@ from typing import ClassVar
 from ...metrics.option_letters import mmstar_letter
 from ...published_files import parquet_rows
 from ...table_pictures import stored_picture, table_picture
-from ...task import TASKS, NeededFile, Question, ScoredAnswer, Task
+from ...task import TASKS, NeededFile, Question, ScoredAnswer
+from ..paper.benchmark import BenchmarkTask
 from ..paper.prompts import OPTION_LETTER
 
 __all__ = ["MmStarTask"]
@@ -27,7 +28,7 @@ _YES_OR_NO = " Please answer yes or no."
 
 
 @TASKS.register("mmstar")
-class MmStarTask(Task):
+class MmStarTask(BenchmarkTask):
     r"""The letter that MMStar's rule finds; the mean over categories, eighteen under ``lmms``, six under ``official``.
 
     Example:
@@ -37,6 +38,7 @@ class MmStarTask(Task):
 
     title = "MMStar"
     source = "MMStar: mean accuracy of its categories"
+    group = "extra"
     protocols = ("lmms", "official")
     answer_lengths: ClassVar[Mapping[str, int]] = {"lmms": 1024, "official": 1024}
 

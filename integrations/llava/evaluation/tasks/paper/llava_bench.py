@@ -23,6 +23,7 @@ from ...judge import Judge
 from ...judged import JudgedTask
 from ...published_files import existing_file, read_llava_questions, read_published_json
 from ...task import TASKS, NeededFile, Question, ScoredAnswer
+from .benchmark import BenchmarkTask
 
 __all__ = ["LlavaBenchTask"]
 
@@ -41,7 +42,7 @@ _NUM_REPLIES = 4
 
 
 @TASKS.register("llava_bench")
-class LlavaBenchTask(JudgedTask):
+class LlavaBenchTask(JudgedTask, BenchmarkTask):
     """100 times the mean rating of our answers over that of the references, over all questions and by category.
 
     A reply whose first line is not two numbers is asked for again; the published script counts it as -1 to -1.
@@ -53,7 +54,7 @@ class LlavaBenchTask(JudgedTask):
 
     title = "LLaVA-Bench (in the wild)"
     source = "LLaVA-Bench-in-the-Wild: rating relative to GPT-4's answers"
-    group = "general"
+    protocols = ("llava",)
     metric = "score"
     shown_as = "points"
     question_file = _QUESTIONS
@@ -94,10 +95,12 @@ class LlavaBenchTask(JudgedTask):
                 for own in questions
                 if str(own.question_id) not in self._references or _image(own) not in self._captions
             ]
-            if lacking:
+            not_asked = sorted(set(self._references) - {str(own.question_id) for own in questions})
+            if lacking or not_asked:
                 raise InputError(
                     f"{len(lacking)} of {len(questions)} questions lack a caption in {_CONTEXT} or an answer in "
-                    f"{_REFERENCES}: {listed(lacking, most=10)}. Give the files whole."
+                    f"{_REFERENCES}: {listed(lacking, most=10)}; {len(not_asked)} that are answered there are not "
+                    f"asked: {listed(not_asked, most=10)}. Give the files whole."
                 )
         return questions
 

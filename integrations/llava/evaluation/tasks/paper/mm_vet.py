@@ -24,6 +24,7 @@ from ...judge import Judge
 from ...judged import JudgedTask
 from ...published_files import read_llava_questions, read_published_json
 from ...task import TASKS, NeededFile, Question, ScoredAnswer
+from .benchmark import BenchmarkTask
 from .prompts import EVAL_ZIP
 
 __all__ = ["MmVetTask"]
@@ -49,7 +50,7 @@ _NUM_REPLIES = 6
 
 
 @TASKS.register("mm_vet")
-class MmVetTask(JudgedTask):
+class MmVetTask(JudgedTask, BenchmarkTask):
     """The mean grade, and that of each ability; without a judge, the file that MM-Vet's own page grades.
 
     As in the published evaluator a reply that is no number from 0 to 1 is asked for again, up to five times, at a
@@ -63,10 +64,8 @@ class MmVetTask(JudgedTask):
 
     title = "MM-Vet"
     source = "MM-Vet: mean grade of its few-shot judge"
-    group = "general"
     metric = "score"
     question_file = _QUESTIONS
-    protocols = ("llava", "lmms")
     answer_lengths: ClassVar[Mapping[str, int]] = {"llava": 1024, "lmms": 1024}
     _longest_replies: ClassVar[Mapping[str, int]] = {"llava": 3, "lmms": 128}
     _judge_prompt: str = ""
@@ -91,13 +90,16 @@ class MmVetTask(JudgedTask):
         questions = read_llava_questions(self, "mm_vet", folder, _QUESTIONS, _IMAGES)
         if self.judge is None:
             return questions
-        rows = read_published_json(self, folder, _ANSWERS)
+        content = read_published_json(self, folder, _ANSWERS)
+        rows = content if isinstance(content, dict) else {}
         keys = [f"v1_{own.question_id}" for own in questions]
-        missing = [key for key in keys if not isinstance(rows, dict) or "answer" not in rows.get(key, {})]
-        if missing:
+        missing = [key for key in keys if "answer" not in rows.get(key, {})]
+        not_asked = sorted(set(rows) - set(keys))
+        if missing or not_asked:
             raise InputError(
                 f"{Path(folder) / _ANSWERS} has no answer to {len(missing)} of {len(keys)} questions: "
-                f"{listed(missing, most=10)}. Give MM-Vet's file."
+                f"{listed(missing, most=10)}; {len(not_asked)} of its own are not asked: {listed(not_asked, most=10)}. "
+                "Give both files whole."
             )
         prompt = Path(folder) / _PROMPT
         try:

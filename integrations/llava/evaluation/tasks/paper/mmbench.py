@@ -27,7 +27,8 @@ from ...metrics.option_letters import circular_letter
 from ...option_lines import option_lines
 from ...published_files import existing_file
 from ...table_pictures import decoded_picture, stored_picture
-from ...task import TASKS, NeededFile, Question, ScoredAnswer, Task
+from ...task import TASKS, NeededFile, Question, ScoredAnswer
+from .benchmark import BenchmarkTask
 from .prompts import OPTION_LETTER
 
 __all__ = ["MMBenchCnTask", "MMBenchTask"]
@@ -48,7 +49,7 @@ _EMPTY = frozenset(
 
 
 @TASKS.register("mmbench")
-class MMBenchTask(Task):
+class MMBenchTask(BenchmarkTask):
     r"""MMBench, dev split, in English.
 
     Under ``llava`` the server scores: `submission` is the Excel table that it takes. Under ``official`` the same
@@ -65,7 +66,6 @@ class MMBenchTask(Task):
 
     title = "MMBench"
     source = "MMBench: options in every order all right; LLaVA-1.5's prompt"
-    group = "general"
     protocols = ("llava", "official")
     answer_lengths: ClassVar[Mapping[str, int]] = {"llava": 1024, "official": 1024}
     tables: ClassVar[tuple[str, ...]] = ("mmbench/mmbench_dev_20230712.tsv",)
@@ -101,6 +101,11 @@ class MMBenchTask(Task):
         if missing or not rows:
             raise InputError(
                 f"{path}: {len(missing)} of {len(rows)} rows have no picture: {listed(missing, most=10)}. Get it anew."
+            )
+        if self.protocol == "official" and all(int(row["index"]) < _TURN for row, _ in rows):
+            raise InputError(
+                f"{path} has no question with its options turned (index of {_TURN:,} and more), which the official "
+                "rule is about. Give MMBench's own table, or take --protocol llava."
             )
         return [self._question(row, names[row["index"] if row["index"] in names else picture]) for row, picture in rows]
 

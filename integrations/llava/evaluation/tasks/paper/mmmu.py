@@ -16,6 +16,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
+from integrations.llava._text import listed
 from layerfuse.errors import InputError
 
 from ...metrics.open_answers import open_answer_is_right
@@ -23,7 +24,8 @@ from ...metrics.option_letters import mmmu_letter
 from ...option_lines import lettered, option_lines
 from ...published_files import parquet_rows
 from ...table_pictures import stored_picture, table_picture
-from ...task import TASKS, NeededFile, Question, ScoredAnswer, Task
+from ...task import TASKS, NeededFile, Question, ScoredAnswer
+from .benchmark import BenchmarkTask
 from .prompts import OPTION_LETTER, SHORT_ANSWER
 
 __all__ = ["MmmuTask"]
@@ -45,7 +47,7 @@ _DISCIPLINE_OF = {subject: name for name, subjects in _DISCIPLINES.items() for s
 
 
 @TASKS.register("mmmu")
-class MmmuTask(Task):
+class MmmuTask(BenchmarkTask):
     r"""The letter that MMMU's parser finds, or an open answer that holds a right one; an unread letter is a guess.
 
     The guess is the same each time, by the question's id. Answers are greedy here, where the published script samples
@@ -59,8 +61,6 @@ class MmmuTask(Task):
 
     title = "MMMU (val)"
     source = "MMMU: accuracy by its parser"
-    group = "general"
-    protocols = ("llava", "lmms")
     answer_lengths: ClassVar[Mapping[str, int]] = {"llava": 128, "lmms": 16}
 
     @property
@@ -74,7 +74,14 @@ class MmmuTask(Task):
 
     def load(self, folder: str | Path) -> list[Question]:
         """Read the questions of all subjects, and store their pictures as files."""
-        return [self._question(row, folder) for row in parquet_rows(self, folder, _FILES, _COLUMNS)]
+        questions = [self._question(row, folder) for row in parquet_rows(self, folder, _FILES, _COLUMNS)]
+        missing = sorted(set(_DISCIPLINE_OF) - {_subject(own) for own in questions})
+        if missing:
+            raise InputError(
+                f"{Path(folder) / _FILES} lacks {len(missing)} of {len(_DISCIPLINE_OF)} subjects: "
+                f"{listed(missing, most=10)}. Give the files of all."
+            )
+        return questions
 
     def _question(self, row: Mapping[str, Any], folder: str | Path) -> Question:
         own_id = str(row["id"])
@@ -124,9 +131,14 @@ class MmmuTask(Task):
         """Average over all questions, and over those of each discipline."""
         parts: dict[str, list[float]] = {}
         for own in scores:
-            subject = re.sub(r"^[^_]*_|_\d+$", "", str(own.question.question_id))
+            subject = _subject(own.question)
             parts.setdefault(_DISCIPLINE_OF.get(subject, subject), []).append(own.scores["accuracy"])
         return {**super().aggregate(scores), **{name: sum(own) / len(own) for name, own in sorted(parts.items())}}
+
+
+def _subject(question: Question) -> str:
+    """What stands between split and number in an id such as validation_Art_Theory_3."""
+    return re.sub(r"^[^_]*_|_\d+$", "", str(question.question_id))
 
 
 def _texts(written: Any) -> list[str]:

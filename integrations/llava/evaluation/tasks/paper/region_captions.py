@@ -23,7 +23,8 @@ from ...made_images import image_digest, png_bytes, store_image
 from ...metrics.cider import CiderCorpus
 from ...published_files import parquet_rows
 from ...table_pictures import stored_picture, table_picture
-from ...task import TASKS, NeededFile, Question, ScoredAnswer, Task
+from ...task import TASKS, NeededFile, Question, ScoredAnswer
+from .benchmark import BenchmarkTask
 
 __all__ = ["RegionCaptionTask"]
 
@@ -35,7 +36,7 @@ _SPLITS = {
 }
 
 
-class RegionCaptionTask(Task):
+class RegionCaptionTask(BenchmarkTask):
     """CIDEr of descriptions of marked regions; one question per region, what people call it as references.
 
     Which words are rare is told by the whole split, once it is loaded.
@@ -48,7 +49,6 @@ class RegionCaptionTask(Task):
     source = "lmms-eval's refcoco_bbox and refcoco_seg: CIDEr"
     group = "caption"
     metric = "cider"
-    protocols = ("llava", "lmms")
     answer_lengths: ClassVar[Mapping[str, int]] = {"llava": 1024, "lmms": 1024}
     data_set: ClassVar[str]
     split: ClassVar[str]

@@ -20,7 +20,8 @@ from integrations.llava._text import listed
 from layerfuse.errors import InputError
 
 from ...published_files import existing_file, read_llava_questions, read_published_json
-from ...task import TASKS, NeededFile, Question, ScoredAnswer, Task
+from ...task import TASKS, NeededFile, Question, ScoredAnswer
+from .benchmark import BenchmarkTask
 from .prompts import EVAL_ZIP
 
 __all__ = ["SeedBenchImageTask", "SeedBenchTask"]
@@ -31,7 +32,7 @@ _IMAGES = "seed_bench"
 
 
 @TASKS.register("seedbench")
-class SeedBenchTask(Task):
+class SeedBenchTask(BenchmarkTask):
     r"""The answer is the right letter and nothing else; under ``lmms`` its first character counts.
 
     Images and videos apart, and each type of question, stand beside. The paper's 58.6 of LLaVA-1.5 is over all.
@@ -43,8 +44,6 @@ class SeedBenchTask(Task):
 
     title = "SEED-Bench"
     source = "SEED-Bench: the exact letter"
-    group = "general"
-    protocols = ("llava", "lmms")
     answer_lengths: ClassVar[Mapping[str, int]] = {"llava": 128, "lmms": 1024}
     question_file = _ASKED
     kind: ClassVar[str] = "seedbench"
