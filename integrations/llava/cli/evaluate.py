@@ -38,7 +38,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if arguments.task is not None and arguments.image_folder is None:
         parser.error("--task reads its questions and images from a folder; give it as --image-folder FOLDER")
     try:
-        evaluation = _evaluate(arguments)
+        task = None if arguments.task is None else _task(arguments)
+        evaluation = _evaluate(arguments, task)
     except UserError as error:
         parser.error(str(error))
     print(
@@ -46,6 +47,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         if evaluation is None
         else evaluation_table(evaluation)
     )
+    if evaluation is not None and task is not None and task.note:
+        print(f"{arguments.task}: {task.note}")
     return 0
 
 
@@ -81,8 +84,7 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _evaluate(arguments: argparse.Namespace) -> Evaluation | None:
-    task = None if arguments.task is None else _task(arguments)
+def _evaluate(arguments: argparse.Namespace, task: Task | None) -> Evaluation | None:
     if arguments.predictions is not None:
         asked = read_questions(arguments.questions) if task is None else task.load(arguments.image_folder)
         evaluation = score_predictions(asked, read_predictions(arguments.predictions), task=task)

@@ -355,7 +355,9 @@ def test_the_command_names_a_judge(folder: Path, server: JudgeServer, capsys: py
     judge = ["--judge", server.url, "--judge-model", "judge"]
     for _ in range(2):
         assert main([*command, *judge]) == 0
-        assert "score 75.000" in capsys.readouterr().out
+        told = capsys.readouterr().out
+        assert "score 75.000" in told
+        assert told.endswith("\nllava_bench: judge judge (judge-2026), our instruction\n")
     assert len(server.requests) == 3
     assert len((folder / "out/judge.jsonl").read_text().splitlines()) == 3
     refused = {
