@@ -80,12 +80,13 @@ class Judge:
         self._num_tries, self._timeout, self._pause = num_tries, timeout, pause
         self._key = None if key_variable is None else _read_key(key_variable)
         self._replies = _Replies(Path(replies))
+        self._served: set[str] = set()
         self._opener = urllib.request.build_opener(_NoRedirect)
 
     @property
     def name(self) -> str:
-        """The judge for tables: the model that was asked for, and in brackets those that replied under other names."""
-        others = sorted(self._replies.served - {self.model, ""})
+        """The judge for tables: the model asked for, and in brackets, once asked, who replied under another name."""
+        others = sorted(self._served - {self.model, ""})
         return f"{self.model} ({', '.join(others)})" if others else self.model
 
     def ask(self, messages: Sequence[Message], *, temperature: float, max_tokens: int, attempt: int = 0) -> str:
@@ -109,11 +110,11 @@ class Judge:
         body = {key: value for key, value in (body | self._options).items() if value is not None}
         what = json.dumps([self.url, body, attempt], sort_keys=True)
         key = hashlib.sha256(what.encode("utf-8", "surrogatepass")).hexdigest()
-        kept = self._replies.texts.get(key)
-        if kept is not None:
-            return kept
-        text, served = self._request(json.dumps(body).encode())
-        self._replies.keep(key, text, served)
+        kept = self._replies.found.get(key)
+        text, served = kept or self._request(json.dumps(body).encode())
+        if kept is None:
+            self._replies.keep(key, text, served)
+        self._served.add(served)
         return text
 
     def _request(self, body: bytes) -> tuple[str, str]:
@@ -180,8 +181,7 @@ class _Replies:
     def __init__(self, path: Path) -> None:
         self._path = path
         self._lock = threading.Lock()
-        self.texts: dict[str, str] = {}
-        self.served: set[str] = set()
+        self.found: dict[str, tuple[str, str]] = {}
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             with path.open("ab+") as file:
@@ -195,8 +195,7 @@ class _Replies:
         for number, row in json_lines(path):
             if not all(isinstance(row.get(key), str) for key in ("key", "reply", "model")):
                 raise InputError(f"{path}, line {number} is no reply of a judge; move the file away.")
-            self.texts[row["key"]] = row["reply"]
-            self.served.add(row["model"])
+            self.found[row["key"]] = (row["reply"], row["model"])
 
     def keep(self, key: str, text: str, served: str) -> None:
         line = json.dumps({"key": key, "model": served, "reply": text}) + "\n"
@@ -206,8 +205,7 @@ class _Replies:
                     file.write(line)
             except OSError as error:
                 raise FileAccessError(f"{self._path} cannot be written ({error.strerror or error}).") from error
-            self.texts[key] = text
-            self.served.add(served)
+            self.found[key] = (text, served)
 
 
 def _read_key(variable: str) -> str:

@@ -79,8 +79,9 @@ def test_replies_are_kept_and_tell_requests_apart(server: JudgeServer, tmp_path:
     assert again.ask(turns("a"), temperature=0, max_tokens=9) == "you said a"
     assert (len(server.requests), again.name) == (5, "judge (judge-2026)")
     other = Judge(server.url, "other", tmp_path / "replies.jsonl")
+    server.served = "other-1"
     other.ask(turns("a"), temperature=0, max_tokens=9)
-    assert len(server.requests) == 6
+    assert (len(server.requests), other.name) == (6, "other (other-1)")
 
 
 def test_a_reply_that_a_killed_process_left_half_written_is_asked_again(server: JudgeServer, tmp_path: Path) -> None:
