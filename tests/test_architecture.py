@@ -235,7 +235,9 @@ def test_integrations_is_a_namespace_folder() -> None:
 def test_declared_dependencies_are_those_that_are_imported() -> None:
     text = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
     core, extra = (_requirements(text, key) for key in ("dependencies", "llava"))
-    extra |= {"transformers"}.union(*(_requirements(text, key) for key in ("lora", "quantize", "deepspeed")))
+    extra |= {"transformers"}.union(
+        *(_requirements(text, key) for key in ("lora", "quantize", "deepspeed", "parquet", "eval"))
+    )
     used = {package: _distributions(sources(package)) for package in ("layerfuse", "integrations")}
     optional = {"open_clip_torch", "transformers", "matplotlib"}  # imported where they are used, each an extra
     assert used["layerfuse"] - core == optional

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from .judge import Judge
+from .judged import JudgedTask
 from .report import evaluation_table, read_predictions, write_evaluation
 from .runner import Answer, check_images, evaluate, predict, read_image
 from .scores import Evaluation, KindScores, blind_answers, score_answers, score_predictions, summarise
-from .task import TASKS, Question, ScoredAnswer, Task, read_questions
+from .task import TASKS, NeededFile, Question, ScoredAnswer, Task, read_questions
 from .tasks.synthetic import BoxTask, ColorTask, CountingTask, OcrTask, ShapeTask
 
 __all__ = [
@@ -15,7 +17,10 @@ __all__ = [
     "ColorTask",
     "CountingTask",
     "Evaluation",
+    "Judge",
+    "JudgedTask",
     "KindScores",
+    "NeededFile",
     "OcrTask",
     "Question",
     "ScoredAnswer",

@@ -20,6 +20,8 @@ from .task import Question, Task, check_ids, read_questions, tasks_of
 
 __all__ = ["Answer", "check_images", "evaluate", "predict", "read_image"]
 
+_LONGEST = 32
+
 Answer = Callable[[Sequence[Any], Sequence[str]], Sequence[str]]
 """Answers a batch: per prompt its PIL image, or a list where a question has several or none; as many answers return."""
 
@@ -31,7 +33,7 @@ def evaluate(
     *,
     output: str | Path | None = None,
     batch_size: int = 32,
-    max_new_tokens: int = 32,
+    max_new_tokens: int | None = None,
     device: str | None = None,
     overwrite: bool = False,
     shard: Shard | None = None,
@@ -46,7 +48,7 @@ def evaluate(
             Answers are written there as they come, and an evaluation that was interrupted goes on from them. Nothing is
             written if None.
         batch_size: questions at a time.
-        max_new_tokens: longest answer, in tokens.
+        max_new_tokens: longest answer, in tokens; None takes the task's, or 32 where it says none.
         device: torch device; CUDA if there is one, else the CPU.
         overwrite: ask anew whatever `output` holds.
         shard: which of several processes this is, that answer a share each; None is the only one.
@@ -65,6 +67,8 @@ def evaluate(
     if output is None and shard is not None and shard.count > 1:
         raise InputError(f"{shard.count} processes have no place to put their answers together; give an output.")
     task = questions if isinstance(questions, Task) else None
+    told = max_new_tokens if max_new_tokens is not None or task is None else task.max_new_tokens
+    longest = _LONGEST if told is None else told
     asked = questions.load(image_folder) if isinstance(questions, Task) else read_questions(questions)
     check_ids(asked, f"task {type(questions).__name__}")
     check_images(asked, image_folder)
@@ -77,7 +81,7 @@ def evaluate(
             model_folder,
             folder / "answers.jsonl",
             image_folder=image_folder,
-            sampling=SamplingParams(max_new_tokens),
+            sampling=SamplingParams(longest),
             batch_size=batch_size,
             device=device,
             shard=shard,

@@ -79,9 +79,12 @@ def score_answers(
             "Give exactly one prediction per question."
         )
     answers = {row["question_id"]: str(row["prediction"]) for row in rows}
-    tasks = tasks_of(questions, task)
-    pairs = [(answers[own.question_id], own) for own in questions]
-    return [ScoredAnswer(own, said, tasks[own.kind].score(said, own)) for said, own in pairs]
+    scored = {}
+    for kind, own_task in tasks_of(questions, task).items():
+        pairs = [(answers[own.question_id], own) for own in questions if own.kind == kind]
+        for (_, own), scores in zip(pairs, own_task.score_all(pairs), strict=True):
+            scored[own.question_id] = scores
+    return [ScoredAnswer(own, answers[own.question_id], scored[own.question_id]) for own in questions]
 
 
 def summarise(answers: Sequence[ScoredAnswer], *, task: Task | None = None) -> dict[str, KindScores]:

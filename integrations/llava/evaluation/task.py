@@ -5,18 +5,35 @@ from __future__ import annotations
 import json
 from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 from integrations.llava._files import json_lines
 from layerfuse.errors import InputError, MissingFileError, UserError
 from layerfuse.registry import Registry
 
-__all__ = ["TASKS", "Question", "ScoredAnswer", "Task", "check_ids", "read_questions", "tasks_of"]
+__all__ = [
+    "TASKS",
+    "Group",
+    "NeededFile",
+    "Protocol",
+    "Question",
+    "ScoredAnswer",
+    "Task",
+    "check_ids",
+    "read_questions",
+    "tasks_of",
+]
 
 _KEYS = ("question_id", "image", "text", "kind", "answer")
+
+Protocol = Literal["llava", "lmms", "official"]
+"""Ways to ask and score: see `Task`."""
+
+Group = Literal["general", "ocrbench", "caption", "comprehension", "extra"]
+"""Tables of the paper, and what stands in none of them."""
 
 
 @dataclass(frozen=True)
@@ -67,23 +84,88 @@ class ScoredAnswer:
         return {**self.question.row(), "prediction": self.prediction, "scores": dict(self.scores)}
 
 
+@dataclass(frozen=True)
+class NeededFile:
+    """A file or folder that a task reads.
+
+    Attributes:
+        path: relative to the folder that `Task.load` is given; a pattern such as ``*.parquet`` where there are several.
+        what: what is in it, in a few words.
+        source: where to get it.
+    """
+
+    path: str
+    what: str
+    source: str
+
+
 class Task(ABC):
     """A benchmark, or a kind of question: what is asked, how answers are scored, where the rule comes from.
 
     One object may serve a whole evaluation: what `load` learns, `aggregate` and `submission` may use.
 
+    Args:
+        protocol: one of `protocols`; None is the first.
+
     Attributes:
         title: a few words for tables.
         source: the benchmark whose scoring rule this is.
         question_file: name of the file that `load` reads.
+        group: the table of the paper that it stands in.
+        protocols: the ways to ask and score that it knows, the default first: ``llava`` as LLaVA-1.5 (and the paper)
+            did, ``lmms`` as lmms-eval does, ``official`` by the benchmark's own rule.
+        answer_lengths: protocol -> longest answer in tokens, where it says one.
+        metric: the number of `aggregate` that tables show.
+        shown_as: ``percent`` if tables show 100 times the metric, ``points`` if they show it as it is.
     """
 
     title: ClassVar[str] = ""
     source: ClassVar[str] = ""
     question_file: ClassVar[str] = "questions.jsonl"
+    group: ClassVar[Group] = "extra"
+    protocols: ClassVar[tuple[Protocol, ...]] = ("llava",)
+    answer_lengths: ClassVar[Mapping[str, int]] = {}
+    metric: ClassVar[str] = "accuracy"
+    shown_as: ClassVar[Literal["percent", "points"]] = "percent"
+    _protocol: str | None = None
+
+    def __init__(self, protocol: str | None = None) -> None:
+        if protocol is not None and protocol not in self.protocols:
+            raise InputError(
+                f"protocol {protocol!r} is unknown to {type(self).__name__}; it has: {', '.join(self.protocols)}."
+            )
+        self._protocol = protocol
+
+    @property
+    def protocol(self) -> str:
+        """The way in which this object asks and scores, one of `protocols`."""
+        return self._protocol or self.protocols[0]
+
+    @property
+    def max_new_tokens(self) -> int | None:
+        """Longest answer under the protocol, in tokens; None leaves it to the evaluation."""
+        return self.answer_lengths.get(self.protocol)
+
+    @property
+    def note(self) -> str:
+        """Return what a reader of its number has to know, such as who judged; empty where there is nothing."""
+        return ""
+
+    def needs(self) -> tuple[NeededFile, ...]:
+        """Return what `load` reads, images included; here the question file and ``images``."""
+        return (
+            NeededFile(self.question_file, "questions (docs/evaluation.md)", "your own"),
+            NeededFile("images", "the images that questions name", "your own"),
+        )
+
+    def unit(self, question: Question) -> Hashable:
+        """Return what a bootstrap draws a question with: questions of one unit are drawn together, here each alone."""
+        return question.question_id
 
     def load(self, folder: str | Path) -> list[Question]:
         """Read the questions in a folder; here those of this task in its `question_file`, with images in ``images``.
+
+        Pictures that are no files (in a table, or still to be drawn) are stored as files first: `made_images`.
 
         Returns:
             The questions; names of images are relative to the folder.
@@ -127,10 +209,14 @@ class Task(ABC):
         The answer is anything that a model can write; one that cannot be read is wrong, never an error.
         """
 
+    def score_all(self, answers: Sequence[tuple[str, Question]]) -> list[Mapping[str, float]]:
+        """Score all answers to its questions, in their order; here one after the other."""
+        return [self.score(answer, question) for answer, question in answers]
+
     def aggregate(self, scores: Sequence[ScoredAnswer]) -> dict[str, float]:
         """Sum up the scored answers to all questions: name -> number, here the mean of each score.
 
-        Tables show ``accuracy`` in per cent.
+        Tables show `metric`. A bootstrap calls this with questions left out and others several times.
         """
         return {name: sum(own.scores[name] for own in scores) / len(scores) for name in scores[0].scores}
 
