@@ -324,7 +324,14 @@ def create_encoder(
         backbone = create_backbone_group(model, layers=wanted, copy=copy, resample=resample, grid=grid, **how)
     else:
         if grid is not None:
-            raise InputError(f"grid={tuple(grid)} is for several backbones; one backbone has one grid already.")
+            shown = tuple(grid) if isinstance(grid, Sequence) else grid
+            raise InputError(f"grid={shown} is for several backbones; one backbone has one grid already.")
+        for name, given in (("pretrained", pretrained), ("backbone_options", backbone_options), ("copy", copy)):
+            if isinstance(given, (list, tuple)):
+                raise InvalidTypeError(
+                    f"{name} is a {type(given).__name__}, for several backbones, and one model was given; list that, "
+                    f"too, or give {name} alone."
+                )
         backbone = create_backbone(model, held, layers=wanted, copy=bool(copy), **how)
     if not isinstance(fuser, Fuser):
         count = len(backbone.layers)

@@ -97,6 +97,10 @@ def preprocessing_from_dict(config: Mapping[str, Any], *, upright: bool = False)
     """
     if set(config) != {"parts"}:
         return Preprocessing.from_dict({"upright": upright, **config})
-    return StackedPreprocessing(
-        tuple(Preprocessing.from_dict({"upright": upright, **part}) for part in config["parts"])
-    )
+    parts = config["parts"]
+    if not isinstance(parts, (list, tuple)) or not all(isinstance(part, Mapping) for part in parts):
+        raise InputError(
+            f"Preprocessing config has for 'parts' {parts!r:.80}; give a list with one config for each backbone, as "
+            "Preprocessing.to_dict makes it."
+        )
+    return StackedPreprocessing(tuple(Preprocessing.from_dict({"upright": upright, **part}) for part in parts))
