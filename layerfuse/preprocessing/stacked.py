@@ -74,7 +74,7 @@ class StackedPreprocessing:
     def changed(
         self, *, mode: Mode | None = None, crop_pct: float | None = None, upright: bool | None = None
     ) -> StackedPreprocessing:
-        """Return another one, with the fields that are given and not None in every part."""
+        """Return this preprocessing with other values, in every part, in the fields that are given and not None."""
         changed = tuple(part.changed(mode=mode, crop_pct=crop_pct, upright=upright) for part in self.parts)
         return StackedPreprocessing(changed)
 

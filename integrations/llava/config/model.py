@@ -135,7 +135,6 @@ class ModelConfig(Checked):
                 f"grid={list(self.grid)} is (H, W), in patches, to which the maps of several backbones are resampled; "
                 "leave it out for one backbone and with resample: none."
             )
-
         if wrong := [own for own in self.pinpoints if len(own) != 2 or min(own) < 1]:
             raise InputError(
                 f"pinpoints has {list(wrong[0])}; give [height, width] in pixels each, such as [336, 672]."
