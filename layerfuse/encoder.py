@@ -304,6 +304,8 @@ def create_encoder(
             does not fit the layers.
         TypeError: if ``model`` is neither a name nor a model nor a config, or ``fuser`` neither a name nor a fuser.
     """
+    if isinstance(model, (list, tuple)) and held is not None:
+        raise InvalidTypeError("several backbones are one list; write the family of each in front of its name.")
     model, held = named_once("create_encoder", model, held)
     if options is not None:
         warnings.warn("options is deprecated; write backbone_options.", DeprecationWarning, stacklevel=2)
@@ -319,8 +321,6 @@ def create_encoder(
     how: dict[str, Any] = {"pretrained": pretrained, "image_size": image_size, "options": backbone_options}
     backbone: Featurizer
     if isinstance(model, (list, tuple)):
-        if held is not None:
-            raise InvalidTypeError("several backbones are one list; write the family of each in front of its name.")
         backbone = create_backbone_group(model, layers=wanted, copy=copy, resample=resample, grid=grid, **how)
     else:
         if grid is not None:

@@ -220,6 +220,8 @@ def test_what_does_not_fit_is_refused(twins: BackboneGroup, pictures: list[Image
         create_fuser("average", in_channels=wide.fuser_channels, num_layers=3)
     with pytest.raises(ValueError, match=r"grid=\(4, 4\) is for several backbones"):
         create_encoder(CLIP, layers=1, fuser="select", grid=(4, 4), pretrained=False)
+    with pytest.raises(TypeError, match="several backbones are one list; write the family of each in front"):
+        create_encoder([CLIP], "timm", layers=1)
     upright = [part.changed(upright=bool(place)) for place, part in enumerate(wide.preprocessing.parts)]
     with pytest.raises(ValueError, match="disagree whether pictures are turned upright"):
         StackedPreprocessing(tuple(upright))
