@@ -368,3 +368,18 @@ def test_weights_of_openvla_that_do_not_fit_are_refused(openvla: dict[str, torch
     (tmp_path / "model.safetensors").write_bytes(b"damaged")
     with pytest.raises(ValueError, match="is damaged"):
         load_prismatic_weights(group, tmp_path / "model.safetensors")
+
+
+def test_what_are_no_weights_of_openvla_is_refused(openvla: dict[str, torch.Tensor]) -> None:
+    group, name = _openvla_group(), "vision_backbone.featurizer.cls_token"
+    kept = {key: tensor.clone() for key, tensor in group.state_dict().items()}
+    # Which of two names counts would be chance.
+    twice = openvla | {"vision_backbone.dino_featurizer.cls_token": openvla[name] + 1}
+    with pytest.raises(ValueError, match=f"has {name} and .*dino_featurizer.cls_token, which are weights of one model"):
+        load_prismatic_weights(group, twice)
+    with pytest.raises(TypeError, match="cls_token of the checkpoint is a str; give tensors"):
+        load_prismatic_weights(group, openvla | {name: "x"})  # type: ignore[dict-item]
+    with pytest.raises(TypeError, match="weights are a NoneType; give names with tensors"):
+        load_prismatic_weights(group, None)  # type: ignore[arg-type]
+    assert all(torch.equal(tensor, kept[key]) for key, tensor in group.state_dict().items())
+    load_prismatic_weights(group, {**openvla, 3: torch.zeros(1)})  # type: ignore[dict-item]  # others are passed over

@@ -146,6 +146,8 @@ class ModelConfig(Checked):
             )
 
     def _check_lists(self) -> None:
+        if self.backbone == ():
+            raise InputError("backbone is an empty list; name one backbone, or list several.")
         count = len(self.backbone) if isinstance(self.backbone, tuple) else 0
         nested = [isinstance(layers, tuple) for layers in self.layers or ()]
         if self.backbone == ():
@@ -160,7 +162,7 @@ class ModelConfig(Checked):
         named = f"{count} backbones" if count else "one backbone"
         for name in ("family", "image_size", "backbone_options"):
             value = getattr(self, name)
-            if isinstance(value, tuple) and len(value) != count:
+            if isinstance(value, tuple) and (not count or len(value) != count):
                 raise InputError(
                     f"{name} has {len(value)} entries for {named} in `backbone`; give one value, or a "
                     "list of one for each of several backbones."
