@@ -125,6 +125,15 @@ def test_generated_tokens_are_theirs_with_beams_too(beams: int, images_per_row: 
         assert torch.equal(ours.generate(**form, **options), expected)
 
 
+@torch.no_grad()
+def test_embedded_texts_with_more_images_or_tiles_than_texts_are_answered_as_their_ids(ours: Any) -> None:
+    given, options = inputs(), {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0}
+    for form in (given, flat(given)):
+        expected = ours.generate(**form, **options)[:, form["input_ids"].shape[1] :]
+        form["inputs_embeds"] = ours.get_input_embeddings()(form.pop("input_ids"))
+        assert torch.equal(ours.generate(**form, **options), expected)
+
+
 def test_beams_repeat_the_tiles_of_each_text_together(ours: Any) -> None:
     """As versions of transformers ask for that do not encode images first."""
     given = inputs(SIZES[:3])
