@@ -304,6 +304,8 @@ def create_encoder(
             does not fit the layers.
         TypeError: if ``model`` is neither a name nor a model nor a config, or ``fuser`` neither a name nor a fuser.
     """
+    if isinstance(model, (list, tuple)) and held is not None:
+        raise InvalidTypeError("several backbones are one list; write the family of each in front of its name.")
     model, held = named_once("create_encoder", model, held)
     if options is not None:
         warnings.warn("options is deprecated; write backbone_options.", DeprecationWarning, stacklevel=2)
@@ -319,12 +321,17 @@ def create_encoder(
     how: dict[str, Any] = {"pretrained": pretrained, "image_size": image_size, "options": backbone_options}
     backbone: Featurizer
     if isinstance(model, (list, tuple)):
-        if held is not None:
-            raise InvalidTypeError("several backbones are one list; write the family of each in front of its name.")
         backbone = create_backbone_group(model, layers=wanted, copy=copy, resample=resample, grid=grid, **how)
     else:
         if grid is not None:
-            raise InputError(f"grid={tuple(grid)} is for several backbones; one backbone has one grid already.")
+            shown = tuple(grid) if isinstance(grid, Sequence) else grid
+            raise InputError(f"grid={shown} is for several backbones; one backbone has one grid already.")
+        for name, given in (("pretrained", pretrained), ("backbone_options", backbone_options), ("copy", copy)):
+            if isinstance(given, (list, tuple)):
+                raise InvalidTypeError(
+                    f"{name} is a {type(given).__name__}, for several backbones, and one model was given; list that, "
+                    f"too, or give {name} alone."
+                )
         backbone = create_backbone(model, held, layers=wanted, copy=bool(copy), **how)
     if not isinstance(fuser, Fuser):
         count = len(backbone.layers)

@@ -6,7 +6,8 @@ one tensor, as in OpenVLA (arXiv:2406.09246), so that whatever handles images ha
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -14,8 +15,8 @@ from torch import nn
 
 from layerfuse.backbones._image_checks import check_images
 from layerfuse.backbones.base import BACKBONES, Backbone, Featurizer, as_pair
-from layerfuse.errors import InputError
-from layerfuse.features import RESAMPLING, FeatureMaps, Grid
+from layerfuse.errors import InputError, InvalidTypeError
+from layerfuse.features import RESAMPLING, FeatureMaps, Grid, as_grid
 from layerfuse.preprocessing import AnyPreprocessing, StackedPreprocessing
 from layerfuse.registry import unknown_name_message
 
@@ -40,6 +41,7 @@ class BackboneGroup(Featurizer):
 
     Raises:
         ValueError: if there is no backbone, one is given twice, or ``resample``, ``grid`` or ``order`` cannot be.
+        TypeError: if they are no list of `Backbone`.
     """
 
     def __init__(
@@ -51,11 +53,10 @@ class BackboneGroup(Featurizer):
         order: Sequence[int] | None = None,
     ) -> None:
         super().__init__()
-        if not backbones:
-            raise InputError("a group of backbones needs at least one; got none.")
+        backbones = _as_backbones(backbones)
         if len({id(backbone.model) for backbone in backbones}) < len(backbones):
             raise InputError("a group was given one model twice; copy it (copy.deepcopy), or tap more of its layers.")
-        if resample is not None and resample not in RESAMPLING:
+        if resample is not None and resample not in tuple(RESAMPLING):
             raise InputError(unknown_name_message("resample", resample, RESAMPLING))
         self.backbones = nn.ModuleList(backbones)
         self.resample = resample
@@ -78,7 +79,15 @@ class BackboneGroup(Featurizer):
                 f"the config of several backbones has the keys {', '.join(sorted(_KEYS))}; this one has "
                 f"{', '.join(sorted(config)) or 'none'}."
             )
-        backbones = [BACKBONES.get(each["family"]).from_config(each) for each in config["backbones"]]
+        listed = config["backbones"]
+        if not isinstance(listed, (list, tuple)) or not all(
+            isinstance(each, Mapping) and "family" in each for each in listed
+        ):
+            raise InputError(
+                f"the config of several backbones has for 'backbones' {listed!r:.80}; give a list with the config of "
+                "each, as Backbone.config makes it, with its 'family'. Groups do not hold groups."
+            )
+        backbones = [BACKBONES.get(each["family"]).from_config(each) for each in listed]
         return cls(backbones, resample=config["resample"], grid=config["grid"], order=config["order"])
 
     @property
@@ -188,12 +197,26 @@ class BackboneGroup(Featurizer):
         return f"resample={self.resample!r}, grid={self.grid}, image_size={self.image_size}"
 
 
+def _as_backbones(backbones: Sequence[Backbone]) -> Sequence[Backbone]:
+    given: Any = list(backbones) if isinstance(backbones, Iterable) else backbones
+    if not isinstance(given, list) or not all(isinstance(each, Backbone) for each in given):
+        kinds = ", ".join(type(each).__name__ for each in given) if isinstance(given, list) else type(given).__name__
+        raise InvalidTypeError(
+            f"a group of backbones was given: {kinds}; give a list of backbones, as create_backbone makes them. Groups "
+            "do not hold groups: list the backbones of all."
+        )
+    if not given:
+        raise InputError("a group of backbones needs at least one; got none.")
+    return given
+
+
 def _as_order(order: Sequence[int] | None, count: int) -> tuple[int, ...] | None:
     if order is None:
         return None
-    if sorted(order) != list(range(count)):
-        raise InputError(f"order is {tuple(order)}; give each position from 0 to {count - 1} once.")
-    return tuple(order)
+    given = tuple(order) if isinstance(order, Iterable) else ()
+    if not all(isinstance(place, Integral) for place in given) or sorted(given) != list(range(count)):
+        raise InputError(f"order is {given or order!r}; give each position from 0 to {count - 1} once.")
+    return tuple(map(int, given))
 
 
 def _no_prefix(features: FeatureMaps) -> list[torch.Tensor]:
@@ -203,8 +226,11 @@ def _no_prefix(features: FeatureMaps) -> list[torch.Tensor]:
 def _as_grid(grid: Sequence[int] | None, resample: str | None) -> Grid | None:
     if grid is None:
         return None
+    given = tuple(grid) if isinstance(grid, Iterable) else grid
+    try:
+        target = as_grid(given)
+    except InputError as error:
+        raise InputError(f"grid is {given!r}; give (H, W) in patches, both at least 1.") from error
     if resample is None:
-        raise InputError(f"grid={tuple(grid)} needs a way to get there; give resample, too: {', '.join(RESAMPLING)}.")
-    if len(grid) != 2 or min(grid) < 1 or any(int(edge) != edge for edge in grid):
-        raise InputError(f"grid is {tuple(grid)}; give (H, W) in patches, both at least 1.")
-    return int(grid[0]), int(grid[1])
+        raise InputError(f"grid={target} needs a way to get there; give resample, too: {', '.join(RESAMPLING)}.")
+    return target

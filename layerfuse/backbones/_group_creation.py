@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
+from torch import nn
 
 from layerfuse.backbones._creation import as_device, as_dtype, create_backbone
 from layerfuse.backbones._group import BackboneGroup
@@ -54,17 +55,30 @@ def create_backbone_group(
         ImportError: if a library is not installed.
     """
     place, precision = as_device(device), as_dtype(dtype)
+    if not isinstance(models, (list, tuple)):
+        raise InvalidTypeError(f"models is a {type(models).__name__}; give a list with one model for each backbone.")
     count = len(models)
     chosen = _one_each("layers", layers, count, list, tuple)
     weights = _one_each("pretrained", pretrained, count, list, tuple)
     sizes = _one_each("image_size", image_size, count, list)
     given = _one_each("options", options, count, list, tuple)
     copies = _one_each("copy", copy, count, list, tuple)
+    _check_once(models, copies)
     backbones = [
         create_backbone(model, layers=own, pretrained=load, image_size=size, options=arguments, copy=copied)
         for model, own, load, size, arguments, copied in zip(models, chosen, weights, sizes, given, copies, strict=True)
     ]
     return BackboneGroup(backbones, resample=resample, grid=grid).to(device=place, dtype=precision).eval()
+
+
+def _check_once(models: Sequence[object], copies: Sequence[bool]) -> None:
+    """Refuse one model for several backbones before the first of them cuts it; copies that are made first may be."""
+    for place, (model, copied) in enumerate(zip(models, copies, strict=True)):
+        if isinstance(model, nn.Module) and not copied and any(model is later for later in models[place + 1 :]):
+            raise InputError(
+                f"models has one model, a {type(model).__name__}, for several backbones, and each cuts its own; set "
+                "copy=True, or tap more layers of one backbone."
+            )
 
 
 def _one_each(name: str, given: Any, count: int, *lists: type) -> list[Any]:

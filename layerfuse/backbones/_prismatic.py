@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 import torch
 
 from layerfuse.backbones._group import BackboneGroup
 from layerfuse.backbones.base import Backbone
-from layerfuse.errors import InputError, MissingFileError
+from layerfuse.errors import InputError, InvalidTypeError, MissingFileError
 from layerfuse.weights import weight_differences
 
 __all__ = ["load_prismatic_weights"]
@@ -37,14 +37,14 @@ def load_prismatic_weights(group: BackboneGroup, weights: Mapping[str, torch.Ten
         weights: name -> tensor; or a safetensors file, or a folder of some.
 
     Raises:
-        ValueError: if a weight is missing, unexpected or misshapen, or there are other models than backbones; nothing
-            is loaded then.
+        ValueError: if a weight is missing, unexpected or misshapen, given under two names, or there are other models
+            than backbones; nothing is loaded then.
         FileNotFoundError: if there is no such file.
+        TypeError: if something is no tensor, or ``weights`` are neither tensors nor files.
     """
-    found: dict[int, dict[str, torch.Tensor]] = {}
-    for name, tensor in weights.items() if isinstance(weights, Mapping) else _stored(Path(weights)):
-        if match := _NAME.fullmatch(name):
-            found.setdefault(int(match[1] is not None), {})[_SCALE.sub(r".\1.gamma", match[2])] = tensor
+    if not isinstance(weights, (Mapping, str, Path)):
+        raise InvalidTypeError(f"weights are a {type(weights).__name__}; give names with tensors, or a file or folder.")
+    found = _by_model(weights.items() if isinstance(weights, Mapping) else _stored(Path(weights)))
     if set(found) != set(range(len(group.members))):
         which = ", ".join(("featurizer", "fused_featurizer")[number] for number in sorted(found)) or "none"
         raise InputError(
@@ -63,6 +63,26 @@ def load_prismatic_weights(group: BackboneGroup, weights: Mapping[str, torch.Ten
         fitting.append({f"model.{name}": tensor for name, tensor in own.items()})
     for member, own in zip(group.members, fitting, strict=True):
         member.load_state_dict(own)
+
+
+def _by_model(weights: Iterable[tuple[str, torch.Tensor]]) -> dict[int, dict[str, torch.Tensor]]:
+    """Sort the vision weights by model and timm's names; files may hold one twice, but no other name for it."""
+    found: dict[int, dict[str, torch.Tensor]] = {}
+    names: dict[tuple[int, str], str] = {}
+    for name, tensor in weights:
+        match = _NAME.fullmatch(name) if isinstance(name, str) else None
+        if match is None:
+            continue
+        if not isinstance(tensor, torch.Tensor):
+            raise InvalidTypeError(f"{name} of the checkpoint is a {type(tensor).__name__}; give tensors.")
+        number, own = int(match[1] is not None), _SCALE.sub(r".\1.gamma", match[2])
+        if names.setdefault((number, own), name) != name:
+            raise InputError(
+                f"the checkpoint has {names[number, own]} and {name}, which are weights of one model; give those of "
+                "one vision backbone only."
+            )
+        found.setdefault(number, {})[own] = tensor
+    return found
 
 
 def _is_cut_off(name: str, member: Backbone) -> bool:

@@ -34,7 +34,7 @@ _F = TypeVar("_F", bound="Featurizer")
 
 
 class Featurizer(nn.Module, abc.ABC):
-    """Base class of `Backbone` and `BackboneGroup`.
+    """What encodes images as feature maps: base class of `Backbone`, and of `BackboneGroup` for several side by side.
 
     Attributes:
         layers: number (>= 0) of each map's layer, in the order of the maps.

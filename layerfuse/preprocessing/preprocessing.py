@@ -180,7 +180,7 @@ class Preprocessing:
     def changed(
         self, *, mode: Mode | None = None, crop_pct: float | None = None, upright: bool | None = None
     ) -> Preprocessing:
-        """Return another one, with the fields that are given and not None."""
+        """Return this preprocessing with other values in the fields that are given and not None."""
         given: dict[str, Any] = {"mode": mode, "crop_pct": crop_pct, "upright": upright}
         return replace(self, **{name: value for name, value in given.items() if value is not None})
 

@@ -74,7 +74,7 @@ class StackedPreprocessing:
     def changed(
         self, *, mode: Mode | None = None, crop_pct: float | None = None, upright: bool | None = None
     ) -> StackedPreprocessing:
-        """Return another one, with the fields that are given and not None in every part."""
+        """Return this preprocessing with other values, in every part, in the fields that are given and not None."""
         changed = tuple(part.changed(mode=mode, crop_pct=crop_pct, upright=upright) for part in self.parts)
         return StackedPreprocessing(changed)
 
@@ -97,6 +97,10 @@ def preprocessing_from_dict(config: Mapping[str, Any], *, upright: bool = False)
     """
     if set(config) != {"parts"}:
         return Preprocessing.from_dict({"upright": upright, **config})
-    return StackedPreprocessing(
-        tuple(Preprocessing.from_dict({"upright": upright, **part}) for part in config["parts"])
-    )
+    parts = config["parts"]
+    if not isinstance(parts, (list, tuple)) or not all(isinstance(part, Mapping) for part in parts):
+        raise InputError(
+            f"Preprocessing config has for 'parts' {parts!r:.80}; give a list with one config for each backbone, as "
+            "Preprocessing.to_dict makes it."
+        )
+    return StackedPreprocessing(tuple(Preprocessing.from_dict({"upright": upright, **part}) for part in parts))

@@ -38,7 +38,7 @@ def prepare_tiles(
     if canvas is None:
         return overview
     height, width = preprocessing.size
-    if canvas[0] % height or canvas[1] % width:
+    if min(canvas) < 1 or canvas[0] % height or canvas[1] % width:
         raise InputError(
             f"a canvas of {canvas[0]} x {canvas[1]} pixels (height x width) is no whole number of tiles of {height} x "
             f"{width}; give multiples."

@@ -220,10 +220,77 @@ def test_what_does_not_fit_is_refused(twins: BackboneGroup, pictures: list[Image
         create_fuser("average", in_channels=wide.fuser_channels, num_layers=3)
     with pytest.raises(ValueError, match=r"grid=\(4, 4\) is for several backbones"):
         create_encoder(CLIP, layers=1, fuser="select", grid=(4, 4), pretrained=False)
+    with pytest.raises(TypeError, match="several backbones are one list; write the family of each in front"):
+        create_encoder([CLIP], "timm", layers=1)
     upright = [part.changed(upright=bool(place)) for place, part in enumerate(wide.preprocessing.parts)]
     with pytest.raises(ValueError, match="disagree whether pictures are turned upright"):
         StackedPreprocessing(tuple(upright))
     assert preprocessing_from_dict(wide.preprocessing.to_dict()) == wide.preprocessing
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"backbones": None}, "has for 'backbones' None; give a list with the config of each"),
+        ({"backbones": ["a", "b"]}, r"has for 'backbones' \['a', 'b'\]; give a list"),
+        ({"backbones": [{"layers": [1]}]}, "has for 'backbones' .*with its 'family'"),
+        ({"order": 5}, "order is 5; give each position from 0 to 2 once"),
+        ({"order": ["a", 1, 2]}, r"order is \('a', 1, 2\); give each position"),
+        ({"order": [[0], 1, 2]}, r"order is \(\[0\], 1, 2\); give each position"),
+        ({"grid": 3}, r"grid is 3; give \(H, W\)"),
+        ({"grid": ["a", 2]}, r"grid is \('a', 2\); give \(H, W\)"),
+        ({"grid": [float("nan"), 2]}, r"grid is \(nan, 2\); give \(H, W\)"),
+        ({"grid": [True, 2]}, r"grid is \(True, 2\); give \(H, W\)"),
+        ({"resample": ["bilinear"]}, r"resample \['bilinear'\] is unknown"),
+    ],
+)
+def test_a_config_edited_by_hand_is_refused(change: dict[str, Any], message: str) -> None:
+    config = group_of().config
+    with pytest.raises(ValueError, match=message):
+        backbone_from_config({**config, **change})
+    nested = {**config, "backbones": [config, config["backbones"][0]]}
+    with pytest.raises(ValueError, match="Groups do not hold groups"):
+        backbone_from_config(nested)
+
+
+@pytest.mark.parametrize("parts", [3, None, ["a"], [None]])
+def test_preprocessings_that_are_no_list_of_configs_are_refused(parts: Any) -> None:
+    with pytest.raises(ValueError, match="has for 'parts' .*; give a list with one config for each backbone"):
+        preprocessing_from_dict({"parts": parts})
+
+
+def test_what_is_no_list_of_backbones_is_refused(twins: BackboneGroup) -> None:
+    one = twins.members[0]
+    for given, kinds in (([twins, one], "BackboneGroup, TimmBackbone"), ([one.model], "VisionTransformer")):
+        with pytest.raises(TypeError, match=f"was given: {kinds}; give a list of backbones.*do not hold groups"):
+            BackboneGroup(given)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="was given: TimmBackbone; give a list"):
+        BackboneGroup(one)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="models is a str; give a list with one model"):
+        create_backbone_group(CLIP, layers=1, pretrained=False)
+    assert BackboneGroup(twins.backbones).members == twins.members  # type: ignore[arg-type]  # a ModuleList
+
+
+@pytest.mark.parametrize("copy", [False, [False, True]])
+def test_one_model_for_two_backbones_is_refused_before_it_is_cut(copy: Any) -> None:
+    import timm
+
+    model = timm.create_model(CLIP.removeprefix("timm:"), img_size=32, **VIT)
+    with pytest.raises(ValueError, match="one model, a VisionTransformer, for several backbones"):
+        create_backbone_group([model, model], layers=[(1,), (3,)], copy=copy)
+    assert len(model.blocks) == 3
+    group = create_backbone_group([model, model], layers=[(1,), (3,)], copy=[True, False])
+    assert [len(member.model.blocks) for member in group.members] == [1, 3]  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("name", ["pretrained", "backbone_options", "copy"])
+def test_lists_beside_one_model_are_refused(name: str) -> None:
+    """[False] is true: weights would be downloaded, a model copied."""
+    given: dict[str, Any] = {"pretrained": False, "backbone_options": VIT, "image_size": 32}
+    with pytest.raises(TypeError, match=f"{name} is a list, for several backbones, and one model was given"):
+        create_encoder(CLIP, layers=1, fuser="select", **given | {name: [given.get(name, False)]})
+    with pytest.raises(ValueError, match="grid=4 is for several backbones"):
+        create_encoder(CLIP, layers=1, fuser="select", grid=4, **given)  # type: ignore[arg-type]
 
 
 def test_each_backbone_is_tapped_at_the_fusers_published_layers_for_its_depth() -> None:
@@ -301,3 +368,18 @@ def test_weights_of_openvla_that_do_not_fit_are_refused(openvla: dict[str, torch
     (tmp_path / "model.safetensors").write_bytes(b"damaged")
     with pytest.raises(ValueError, match="is damaged"):
         load_prismatic_weights(group, tmp_path / "model.safetensors")
+
+
+def test_what_are_no_weights_of_openvla_is_refused(openvla: dict[str, torch.Tensor]) -> None:
+    group, name = _openvla_group(), "vision_backbone.featurizer.cls_token"
+    kept = {key: tensor.clone() for key, tensor in group.state_dict().items()}
+    # Which of two names counts would be chance.
+    twice = openvla | {"vision_backbone.dino_featurizer.cls_token": openvla[name] + 1}
+    with pytest.raises(ValueError, match=f"has {name} and .*dino_featurizer.cls_token, which are weights of one model"):
+        load_prismatic_weights(group, twice)
+    with pytest.raises(TypeError, match="cls_token of the checkpoint is a str; give tensors"):
+        load_prismatic_weights(group, openvla | {name: "x"})  # type: ignore[dict-item]
+    with pytest.raises(TypeError, match="weights are a NoneType; give names with tensors"):
+        load_prismatic_weights(group, None)  # type: ignore[arg-type]
+    assert all(torch.equal(tensor, kept[key]) for key, tensor in group.state_dict().items())
+    load_prismatic_weights(group, {**openvla, 3: torch.zeros(1)})  # type: ignore[dict-item]  # others are passed over

@@ -135,7 +135,6 @@ class ModelConfig(Checked):
                 f"grid={list(self.grid)} is (H, W), in patches, to which the maps of several backbones are resampled; "
                 "leave it out for one backbone and with resample: none."
             )
-
         if wrong := [own for own in self.pinpoints if len(own) != 2 or min(own) < 1]:
             raise InputError(
                 f"pinpoints has {list(wrong[0])}; give [height, width] in pixels each, such as [336, 672]."
@@ -147,8 +146,12 @@ class ModelConfig(Checked):
             )
 
     def _check_lists(self) -> None:
+        if self.backbone == ():
+            raise InputError("backbone is an empty list; name one backbone, or list several.")
         count = len(self.backbone) if isinstance(self.backbone, tuple) else 0
         nested = [isinstance(layers, tuple) for layers in self.layers or ()]
+        if self.backbone == ():
+            raise InputError("backbone is an empty list; name one backbone, or a list of several.")
         if count and self.layers is not None and not (all(nested) and len(nested) == count):
             raise InputError(
                 f"layers={self.layers} are for {count} backbones; give a list of layers for each, such as "
@@ -159,7 +162,7 @@ class ModelConfig(Checked):
         named = f"{count} backbones" if count else "one backbone"
         for name in ("family", "image_size", "backbone_options"):
             value = getattr(self, name)
-            if isinstance(value, tuple) and len(value) != count:
+            if isinstance(value, tuple) and (not count or len(value) != count):
                 raise InputError(
                     f"{name} has {len(value)} entries for {named} in `backbone`; give one value, or a "
                     "list of one for each of several backbones."

@@ -1,7 +1,6 @@
 """How many tokens an image takes in the text, and where they stand: one object that data, model and inference ask.
 
-Another arrangement (tokens that are merged, two backbones) is one file with a subclass of `ImageLayout`, plus
-its import line here.
+Another arrangement of tokens is one file with a subclass of `ImageLayout`, plus its import line here.
 """
 
 from __future__ import annotations

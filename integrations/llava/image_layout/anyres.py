@@ -81,7 +81,16 @@ class AnyResLayout(ImageLayout):
         return max(self.pinpoints, key=self.num_tokens, default=self.tile_size)
 
     def canvas(self, image_size: ImageSize) -> ImageSize | None:
-        """Choose the pinpoint that keeps most of an image's pixels, of several the smallest, and of these the first."""
+        """Choose the pinpoint that keeps most of an image's pixels, of several the smallest, and of these the first.
+
+        Raises:
+            ValueError: if an image has no pixel.
+        """
+        if min(image_size) < 1:
+            raise InputError(
+                f"an image of {image_size[0]} x {image_size[1]} pixels (height x width) has none; give its size before "
+                "preparing, both at least 1."
+            )
 
         def kept(pinpoint: ImageSize) -> tuple[int, int]:
             scale = min(pinpoint[1] / image_size[1], pinpoint[0] / image_size[0])

@@ -1,4 +1,4 @@
-"""The layout of one backbone of fixed grid with one fuser: every image takes the same number of tokens."""
+"""The layout of images that are seen once, at one size, by one backbone or several: each takes as many tokens."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ class FixedLayout(ImageLayout):
     """One number of tokens for every image, as in LLaVA-1.5.
 
     Attributes:
-        tokens_per_image: that number; a model's is `Fuser.num_tokens` on the grids of its backbone.
+        tokens_per_image: that number; a model's is `Fuser.num_tokens` on the grids of the maps that the fuser reads.
 
     Raises:
         ValueError: if it is no number, or below 1.

@@ -17,7 +17,7 @@ from transformers import LlavaProcessor, PreTrainedConfig
 from integrations.llava._files import is_writable_text
 from integrations.llava.checkpoints import load_config, load_processor
 from integrations.llava.data import read_image, read_image_size
-from integrations.llava.image_layout import AnyResLayout, ImageSize
+from integrations.llava.image_layout import ImageSize
 from integrations.llava.modeling import FusedLlavaConfig, LayerfuseImageProcessor
 from integrations.llava.prompts import IMAGE_TAG, Message, Template, TextEncoder, asked_ids, render, turns
 from layerfuse.errors import InputError, InvalidTypeError, MissingFileError
@@ -89,7 +89,7 @@ class Preparer:
         spelling = json.loads(tokenizer.backend_tokenizer.to_str()) | {"truncation": None, "padding": None}
         numbers = [self.image_token_id, self.layout.num_tokens(), self.encoder.begin, self.encoder.end]
         read = [self.template.to_dict(), self.preprocessing.to_dict(), numbers, sorted(tokenizer.all_special_ids)]
-        read += [self.layout.config] if isinstance(self.layout, AnyResLayout) else []
+        read += [self.layout.config] if self.layout.depends_on_size else []
         return hashlib.sha256(json.dumps([read, spelling], sort_keys=True).encode()).hexdigest()[:12]
 
     def __call__(self, images: Images, prompt: Prompt, *, max_new_tokens: int = 1) -> dict[str, Any]:

@@ -51,8 +51,10 @@ class GeneratesFromImages:
         images = {} if pixel_values is None else {"pixel_values": pixel_values}
         if pixel_values is None:
             kwargs.pop("condition", None)
+        # transformers reads the number of texts from the first tensor that is given; of images there may be others.
+        texts = {"inputs_embeds": kwargs.pop("inputs_embeds")} if "inputs_embeds" in kwargs else {}
         parent: Any = super()
-        return parent.generate(*args, **images, **kwargs)
+        return parent.generate(*args, **texts, **images, **kwargs)
 
     def _validate_model_kwargs(self, model_kwargs: dict[str, Any]) -> None:
         """As in transformers, which finds no condition among the arguments of its own `forward`."""

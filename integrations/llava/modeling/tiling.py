@@ -100,7 +100,13 @@ def image_tiles(layout: ImageLayout, pixel_values: torch.Tensor, image_sizes: to
             "this model cuts images into tiles by their size, and image_sizes is missing; give (images, 2), height and "
             "width before preparing. The processor returns it beside pixel_values."
         )
-    sizes = [(int(height), int(width)) for height, width in torch.as_tensor(image_sizes).tolist()]
+    given_sizes = torch.as_tensor(image_sizes)
+    if given_sizes.ndim != 2 or given_sizes.shape[1] != 2:
+        raise InputError(
+            f"image_sizes has shape {tuple(given_sizes.shape)}; give (images, 2), height and width before preparing, "
+            "as the processor returns them."
+        )
+    sizes = [(int(height), int(width)) for height, width in given_sizes.tolist()]
     counts = [layout.num_tiles(size) for size in sizes]
     given = tuple(pixel_values.shape)
     fits_flat = len(given) == 4 and given[0] == sum(counts)

@@ -76,7 +76,11 @@ def check_settings(settings: DemoSettings) -> None:
         number = getattr(settings, what)
         if number is not None and number < 1:
             raise InputError(f"{what} is {number}; it has to be at least 1.")
-    load_recipe(settings.recipe)
+    if (count := len(load_recipe(settings.recipe).model.backbones)) > 1:
+        raise InputError(
+            f"recipe {settings.recipe} names {count} backbones, and a demo probes the layers of one; name one backbone "
+            "in the recipe, or train and evaluate it by the commands of their own."
+        )
     _check_photo(settings)
     _check_output(settings.output)
 

@@ -176,8 +176,10 @@ def test_tiles_are_those_of_their_image_processor(size: ImageSize) -> None:
 
 
 def test_a_canvas_that_is_no_whole_number_of_tiles_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"canvas of 40 x 32 pixels .* no whole number of tiles of 32 x 32; give"):
-        prepare_tiles(picture(9, 9), Preprocessing((32, 32), CLIP_MEAN, CLIP_STD), (40, 32))
+    for canvas in ((40, 32), (0, 32)):
+        said = rf"canvas of {canvas[0]} x 32 pixels .* no whole number of tiles of 32 x 32; give"
+        with pytest.raises(ValueError, match=said):
+            prepare_tiles(picture(9, 9), Preprocessing((32, 32), CLIP_MEAN, CLIP_STD), canvas)
 
 
 def test_the_mode_decides_on_the_overview_alone_and_exif_on_both() -> None:

@@ -125,6 +125,15 @@ def test_generated_tokens_are_theirs_with_beams_too(beams: int, images_per_row: 
         assert torch.equal(ours.generate(**form, **options), expected)
 
 
+@torch.no_grad()
+def test_embedded_texts_with_more_images_or_tiles_than_texts_are_answered_as_their_ids(ours: Any) -> None:
+    given, options = inputs(), {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0}
+    for form in (given, flat(given)):
+        expected = ours.generate(**form, **options)[:, form["input_ids"].shape[1] :]
+        form["inputs_embeds"] = ours.get_input_embeddings()(form.pop("input_ids"))
+        assert torch.equal(ours.generate(**form, **options), expected)
+
+
 def test_beams_repeat_the_tiles_of_each_text_together(ours: Any) -> None:
     """As versions of transformers ask for that do not encode images first."""
     given = inputs(SIZES[:3])
@@ -334,6 +343,10 @@ def test_several_backbones_see_the_same_tiles() -> None:
         ({"image_sizes": None}, r"image_sizes is missing; give \(images, 2\), height and"),
         ({"pixel_values": torch.zeros(5, 3, 32, 32)}, r"shape \(5, 3, 32, 32\), but images of .* have \[5, 3, 4, 5, 4"),
         ({"pixel_values": torch.zeros(6, 3, 3, 32, 32)}, r"shape \(6, 3, 3, 32, 32\), but images of"),
+        ({"image_sizes": torch.tensor([40, 60])}, r"image_sizes has shape \(2,\); give \(images, 2\), height and"),
+        ({"image_sizes": torch.ones(6, 3)}, r"image_sizes has shape \(6, 3\); give \(images, 2\)"),
+        ({"image_sizes": torch.tensor([[0, 5]] * 6)}, "an image of 0 x 5 pixels .height x width. has none"),
+        ({"image_sizes": torch.tensor([[5, -1]] * 6)}, "an image of 5 x -1 pixels .height x width. has none"),
     ],
 )
 def test_tiles_and_sizes_that_do_not_go_together_are_refused(change: Any, message: str, ours: Any) -> None:

@@ -231,6 +231,13 @@ def test_unknown_recipe_is_refused(tmp_path: Path) -> None:
     assert "recipe 'tinny' is unknown" in bad(tmp_path, recipe="tinny")
 
 
+def test_a_recipe_of_several_backbones_is_refused_before_anything_is_trained(tmp_path: Path) -> None:
+    (tmp_path / "two.yaml").write_text("base: tiny\nmodel:\n  backbone: [a, b]\n  layers: [[1, 2], [3]]\n")
+    assert "two.yaml names 2 backbones, and a demo probes the layers of one" in bad(
+        tmp_path, recipe=str(tmp_path / "two.yaml")
+    )
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [

@@ -33,8 +33,10 @@ def test_trained_saved_loaded_and_answered_the_same_at_batch_1_and_8(
     assert model.model.fuser.name == MODELS[name]["fuser"]
     stages = [load_file(run / stage / "adapter.safetensors") for stage in ("pretrain", "finetune")]
     assert stages[0].keys() == stages[1].keys()
-    still = [key for key, weight in stages[0].items() if torch.equal(weight, stages[1][key])]
-    assert not still, "every weight of the connector learns in both stages"
+    # What is added to every key of an attention alike changes nothing: only rounding moves it.
+    learning = [key for key in stages[0] if not key.endswith("k_proj.bias")]
+    still = [key for key in learning if torch.equal(stages[0][key], stages[1][key])]
+    assert not still, "every weight of the connector learns in the second stage, too"
     loaded = model.state_dict()
     assert all(torch.equal(loaded[key], weight) for key, weight in stages[1].items())
 
