@@ -6,6 +6,7 @@
 #   make demo SEEDS="0 1 2"                            more than one seed
 #   make demo IMAGE=photo.jpg PROMPT="How many ..."    also answer a question about a photograph
 #   make test | test-slow | check | assets | build
+#   make eval-fixtures                                 made-up data of all benchmarks and two tiny checkpoints to try tables with
 #   make test-latest                                   the tests with the newest versions that pyproject.toml allows
 #   make test-oldest PYTHON=python3.10                 the tests with the lowest ones
 #   make versions                                      write requirements/*.txt anew: the newest versions, the lowest ones
@@ -13,6 +14,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 JOBS ?= 2
+EVAL_FIXTURES ?= runs/eval-fixtures
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 RESOLVE := $(BIN)/uv pip compile --quiet --universal --python-version 3.10 --extra all --extra dev --no-annotate --no-header pyproject.toml
@@ -25,7 +27,7 @@ override PROMPT := $(value PROMPT)
 export FUSERS SEEDS IMAGE PROMPT
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow test-latest test-oldest versions check assets build clean
+.PHONY: help demo test test-slow eval-fixtures test-latest test-oldest versions check assets build clean
 
 help:
 	@sed -n 's/^#   //p' Makefile
@@ -63,6 +65,11 @@ test: $(INSTALLED)
 
 test-slow: $(INSTALLED)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist worksteal -m slow tests
+
+# Some benchmarks are published as parquet, one is sent as an Excel table.
+eval-fixtures: $(INSTALLED)
+	$(BIN)/python -m pip install --disable-pip-version-check --quiet -c requirements/tested.txt -e ".[eval]"
+	$(BIN)/python -m tests.integrations.llava.evaluation.make_fixtures $(EVAL_FIXTURES)
 
 test-latest test-oldest: test-%: .venv-%/.installed
 	OMP_NUM_THREADS=1 .venv-$*/bin/python -m pytest -n $(JOBS) --dist worksteal -m "not slow" tests

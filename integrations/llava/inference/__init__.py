@@ -7,12 +7,13 @@ from .conversation import Conversation
 from .predictor import Predictor, load_predictor
 from .prompt_builder import load_preparer
 from .requests import Request, read_requests
-from .results import answer_requests
+from .results import ReadModel, answer_requests
 from .sampling import SamplingParams
 
 __all__ = [
     "Conversation",
     "Predictor",
+    "ReadModel",
     "Request",
     "SamplingParams",
     "Shard",
