@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from .batching import Shard, answer_all, find_shard
 from .conversation import Conversation
+from .likelihood import answer_likelihoods
 from .predictor import Predictor, load_predictor
 from .prompt_builder import load_preparer
 from .requests import Request, read_requests
@@ -18,6 +19,7 @@ __all__ = [
     "SamplingParams",
     "Shard",
     "answer_all",
+    "answer_likelihoods",
     "answer_requests",
     "find_shard",
     "load_predictor",

@@ -116,7 +116,7 @@ def test_mmbench_is_sent_as_the_server_takes_it(folder: Path) -> None:
 def test_mmbench_wants_openpyxl_before_a_model_is_asked(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("integrations.llava.evaluation.tasks.paper.mmbench.find_spec", lambda name: None)
     with pytest.raises(
-        ImportError, match=r"openpyxl writes, which is not installed; `pip install 'layerfuse\[eval\]'`"
+        ImportError, match=r"openpyxl writes, which is not installed; `pip install 'layerfuse\[excel\]'`"
     ):
         MMBenchTask().load(folder)
 
