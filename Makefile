@@ -6,13 +6,16 @@
 #   make demo SEEDS="0 1 2"                            more than one seed
 #   make demo IMAGE=photo.jpg PROMPT="How many ..."    also answer a question about a photograph
 #   make test | test-slow | check | assets | build
+#   make eval-fixtures                                 made-up data of all benchmarks and two tiny checkpoints to try tables with
 #   make test-latest                                   the tests with the newest versions that pyproject.toml allows
 #   make test-oldest PYTHON=python3.10                 the tests with the lowest ones
+#   make test-lmms                                     the tests of and against lmms-eval, in an environment of its own
 #   make versions                                      write requirements/*.txt anew: the newest versions, the lowest ones
 
 PYTHON ?= python3
 VENV ?= .venv
 JOBS ?= 2
+EVAL_FIXTURES ?= runs/eval-fixtures
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 RESOLVE := $(BIN)/uv pip compile --quiet --universal --python-version 3.10 --extra all --extra dev --no-annotate --no-header pyproject.toml
@@ -25,7 +28,7 @@ override PROMPT := $(value PROMPT)
 export FUSERS SEEDS IMAGE PROMPT
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow test-latest test-oldest versions check assets build clean
+.PHONY: help demo test test-slow eval-fixtures test-latest test-oldest test-lmms versions check assets build clean
 
 help:
 	@sed -n 's/^#   //p' Makefile
@@ -64,8 +67,26 @@ test: $(INSTALLED)
 test-slow: $(INSTALLED)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist worksteal -m slow tests
 
+# Some benchmarks are published as parquet, one is sent as an Excel table.
+eval-fixtures: $(INSTALLED)
+	$(BIN)/python -m pip install --disable-pip-version-check --quiet -c requirements/tested.txt -e ".[eval]"
+	$(BIN)/python -m tests.integrations.llava.evaluation.make_fixtures $(EVAL_FIXTURES)
+
 test-latest test-oldest: test-%: .venv-%/.installed
 	OMP_NUM_THREADS=1 .venv-$*/bin/python -m pytest -n $(JOBS) --dist worksteal -m "not slow" tests
+
+# lmms-eval pins what the ordinary environment has in other versions. latex2sympy2, which it brings, installs its own
+# tests as a package `tests`, which would stand in front of ours.
+.venv-lmms/.installed: pyproject.toml
+	test -x .venv-lmms/bin/python || $(PYTHON) -m venv .venv-lmms
+	@echo "installing into .venv-lmms, once; this takes some minutes"
+	.venv-lmms/bin/python -m pip install --disable-pip-version-check --quiet -e ".[eval]" hypothesis pytest pytest-xdist
+	rm -rf "$$(.venv-lmms/bin/python -c 'import sysconfig; print(sysconfig.get_paths()["purelib"])')/tests"
+	touch .venv-lmms/.installed
+
+test-lmms: .venv-lmms/.installed
+	OMP_NUM_THREADS=1 .venv-lmms/bin/python -m pytest -n $(JOBS) --dist worksteal \
+	    tests/integrations/llava/harness tests/integrations/llava/evaluation/test_against_lmms_eval.py
 
 # uv reads the versions of every Python and system at once, and the lowest ones too; pip can do neither.
 versions: $(INSTALLED)
@@ -86,4 +107,4 @@ build: $(INSTALLED)
 	$(BIN)/python -m build
 
 clean:
-	rm -rf $(VENV) .venv-latest .venv-oldest dist build .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf $(VENV) .venv-latest .venv-oldest .venv-lmms dist build .mypy_cache .ruff_cache .pytest_cache .hypothesis

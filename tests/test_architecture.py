@@ -145,6 +145,7 @@ RANKS = {
     "dry_run": 4,
     "inference": 4,
     "evaluation": 5,
+    "harness": 5,
     "study": 6,
     "cli": 7,
 }
@@ -236,7 +237,7 @@ def test_declared_dependencies_are_those_that_are_imported() -> None:
     text = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
     core, extra = (_requirements(text, key) for key in ("dependencies", "llava"))
     extra |= {"transformers"}.union(
-        *(_requirements(text, key) for key in ("lora", "quantize", "deepspeed", "parquet", "eval"))
+        *(_requirements(text, key) for key in ("lora", "quantize", "deepspeed", "parquet", "excel", "eval"))
     )
     used = {package: _distributions(sources(package)) for package in ("layerfuse", "integrations")}
     optional = {"open_clip_torch", "transformers", "matplotlib"}  # imported where they are used, each an extra
@@ -248,6 +249,7 @@ def test_declared_dependencies_are_those_that_are_imported() -> None:
 
 def _distributions(files: list[Source]) -> set[str]:
     names = {"PIL": "pillow", "yaml": "pyyaml", "skimage": "scikit-image", "open_clip": "open_clip_torch"}
+    names["lmms_eval"] = "lmms-eval"
     return {names.get(entry.package, entry.package) for source in files for entry in third_party(source)}
 
 

@@ -1,4 +1,4 @@
-"""The command line of the data doctor: check a data file against its images, clean it, convert it."""
+"""The command line of data: check a data file against its images, clean it, convert it; look at benchmarks' data."""
 
 from __future__ import annotations
 
@@ -24,6 +24,8 @@ from integrations.llava.data.doctor import (
     write_clean,
     write_lines,
 )
+from integrations.llava.evaluation import TASKS, survey_data, survey_text
+from integrations.llava.evaluation.tables import chosen_tasks
 from integrations.llava.image_layout import AnyResLayout, FixedLayout, ImageLayout, default_pinpoints
 from integrations.llava.prompts import TEMPLATES, TextEncoder, get_template
 from layerfuse.errors import ExistingFileError, FileAccessError, InputError, MissingFileError, UserError
@@ -35,7 +37,8 @@ __all__ = ["main"]
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a subcommand; return 0 if the data are sound, 1 if they have problems. Wrong usage exits with 2."""
     parser = argparse.ArgumentParser(
-        prog="python -m integrations.llava data", description="Check, clean and convert data in LLaVA's format."
+        prog="python -m integrations.llava data",
+        description="Check, clean and convert data in LLaVA's format; look at the data of benchmarks.",
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="command")
     check = commands.add_parser("check", help="look for faults in a data file and its images")
@@ -43,10 +46,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     convert = commands.add_parser("convert", help="write a json file as jsonl, one sample a line")
     convert.add_argument("--data", type=Path, required=True, help="json file in LLaVA's format")
     convert.add_argument("--output", type=Path, help="the new file (default: beside the old one, ending in .jsonl)")
+    survey = commands.add_parser("eval", help="say which benchmarks have their data, and what the others lack")
+    survey.add_argument("--data", type=Path, required=True, help="folder of all benchmarks' data")
+    survey.add_argument(
+        "--tasks", nargs="+", default=["paper"], metavar="NAME", help="tasks (default: paper, all of its)"
+    )
+    survey.add_argument("--protocol", help="llava, lmms or official (default: the first that each task has)")
     arguments = parser.parse_args(argv)
-    command = check if arguments.command == "check" else convert
+    command, run = {
+        "check": (check, _check),
+        "convert": (convert, _convert),
+        "eval": (survey, _survey),
+    }[arguments.command]
     try:
-        return _check(arguments) if arguments.command == "check" else _convert(arguments)
+        return run(arguments)
     except FileAccessError as error:
         command.error(str(error))
     except UserError as error:
@@ -152,6 +165,15 @@ def _layout(num_tokens: int, tile: int | None) -> ImageLayout:
             f"--image-tokens {num_tokens} make no square tile; give a square number, such as 576 (24 x 24)."
         )
     return AnyResLayout(-1, (tile, tile), (edge, edge), default_pinpoints((tile, tile)))
+
+
+def _survey(arguments: argparse.Namespace) -> int:
+    kinds = {name: TASKS.get(name) for name in chosen_tasks(arguments.tasks)}
+    own = arguments.protocol
+    tasks = {name: kind(own) for name, kind in kinds.items() if own is None or own in kind.protocols}
+    states = [survey_data(name, task, arguments.data) for name, task in tasks.items()]
+    print(survey_text(states))
+    return 0 if all(state.state == "complete" for state in states) else 1
 
 
 def _convert(arguments: argparse.Namespace) -> int:

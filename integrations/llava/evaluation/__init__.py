@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from .data_survey import DataState, survey_data, survey_text
 from .judge import Judge
 from .judged import JudgedTask
 from .report import evaluation_table, read_predictions, write_evaluation
@@ -16,6 +17,7 @@ __all__ = [
     "BoxTask",
     "ColorTask",
     "CountingTask",
+    "DataState",
     "Evaluation",
     "Judge",
     "JudgedTask",
@@ -37,5 +39,7 @@ __all__ = [
     "score_answers",
     "score_predictions",
     "summarise",
+    "survey_data",
+    "survey_text",
     "write_evaluation",
 ]

@@ -12,6 +12,7 @@ from layerfuse.errors import ExistingFileError, FileAccessError, InputError, Mis
 from layerfuse.files import atomic_file, write_text
 
 from .scores import Evaluation
+from .task import Task
 
 __all__ = ["evaluation_table", "read_predictions", "refuse_others", "write_evaluation"]
 
@@ -31,11 +32,14 @@ def evaluation_table(evaluation: Evaluation) -> str:
     return "\n".join(lines)
 
 
-def write_evaluation(evaluation: Evaluation, folder: str | Path, *, overwrite: bool = False) -> None:
+def write_evaluation(
+    evaluation: Evaluation, folder: str | Path, *, overwrite: bool = False, task: Task | None = None
+) -> None:
     """Write ``predictions.jsonl`` (a row a question), ``metrics.json`` and submissions, each whole or not at all.
 
     What a server takes stands in ``submission/<kind>/``. The same predictions are always replaced, with their new
-    scores; others only with `overwrite`.
+    scores; others only with `overwrite`. Of a `task`, its protocol and what it notes, such as the judge, stand beside
+    its numbers.
 
     Raises:
         FileExistsError: if the folder holds other predictions.
@@ -44,11 +48,12 @@ def write_evaluation(evaluation: Evaluation, folder: str | Path, *, overwrite: b
     folder = Path(folder)
     if not overwrite:
         refuse_others(folder, {answer.question.question_id: answer.prediction for answer in evaluation.answers})
+    about = {} if task is None else {"protocol": task.protocol, **({"note": task.note} if task.note else {})}
     rows = (json.dumps(answer.row(), ensure_ascii=False) + "\n" for answer in evaluation.answers)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         write_text(folder / _PREDICTIONS, "".join(rows))
-        write_text(folder / "metrics.json", json.dumps(evaluation.metrics(), indent=1) + "\n")
+        write_text(folder / "metrics.json", json.dumps({**evaluation.metrics(), **about}, indent=1) + "\n")
         for kind, files in evaluation.submissions.items():
             for name, content in files.items():
                 path = folder / "submission" / kind / name

@@ -11,14 +11,14 @@ from typing import Any
 
 from integrations.llava._text import listed
 from integrations.llava.data import is_outside, read_image
-from integrations.llava.inference import Request, SamplingParams, Shard, answer_all, answer_requests
+from integrations.llava.inference import ReadModel, Request, SamplingParams, Shard, answer_all, answer_requests
 from layerfuse.errors import InputError, MissingFileError
 
 from .report import refuse_others, write_evaluation
 from .scores import Evaluation, score_predictions
 from .task import Question, Task, check_ids, read_questions, tasks_of
 
-__all__ = ["Answer", "check_images", "evaluate", "predict", "read_image"]
+__all__ = ["Answer", "check_images", "evaluate", "evaluate_loaded", "predict", "read_image"]
 
 _LONGEST = 32
 
@@ -66,12 +66,43 @@ def evaluate(
     """
     if output is None and shard is not None and shard.count > 1:
         raise InputError(f"{shard.count} processes have no place to put their answers together; give an output.")
-    task = questions if isinstance(questions, Task) else None
-    told = max_new_tokens if max_new_tokens is not None or task is None else task.max_new_tokens
-    longest = _LONGEST if told is None else told
     asked = questions.load(image_folder) if isinstance(questions, Task) else read_questions(questions)
     check_ids(asked, f"task {type(questions).__name__}")
     check_images(asked, image_folder)
+    return evaluate_loaded(
+        model_folder,
+        asked,
+        image_folder,
+        task=questions if isinstance(questions, Task) else None,
+        output=output,
+        batch_size=batch_size,
+        max_new_tokens=max_new_tokens,
+        device=device,
+        overwrite=overwrite,
+        shard=shard,
+    )
+
+
+def evaluate_loaded(
+    model_folder: str | Path,
+    asked: Sequence[Question],
+    image_folder: str | Path,
+    *,
+    task: Task | None,
+    output: str | Path | None,
+    batch_size: int = 32,
+    max_new_tokens: int | None = None,
+    device: str | None = None,
+    overwrite: bool = False,
+    shard: Shard | None = None,
+    read: ReadModel | None = None,
+) -> Evaluation | None:
+    """Ask and score as `evaluate` does, questions that were loaded and checked already.
+
+    `task` is the object that loaded them, None if they are a file's; `read` keeps the model for further ones.
+    """
+    told = max_new_tokens if max_new_tokens is not None or task is None else task.max_new_tokens
+    longest = _LONGEST if told is None else told
     tasks = tasks_of(asked, task)
     requests = [Request(own.question_id, own.images, tasks[own.kind].prompt(own)) for own in asked]
     with ExitStack() as stack:
@@ -87,13 +118,14 @@ def evaluate(
             shard=shard,
             overwrite=overwrite,
             check=None if overwrite else partial(refuse_others, folder),
+            read=read,
         )
         if answers.merge():
             return None
         given = [{"question_id": own_id, "prediction": text} for own_id, text in answers.answers.items()]
         evaluation = score_predictions(asked, given, task=task)
         if output is not None:
-            write_evaluation(evaluation, folder, overwrite=True)
+            write_evaluation(evaluation, folder, overwrite=True, task=task)
     return evaluation
 
 

@@ -116,7 +116,8 @@ class Task(ABC):
             did, ``lmms`` as lmms-eval does, ``official`` by the benchmark's own rule.
         answer_lengths: protocol -> longest answer in tokens, where it says one.
         metric: the number of `aggregate` that tables show.
-        shown_as: ``percent`` if tables show 100 times the metric, ``points`` if they show it as it is.
+        parts: more numbers of `aggregate` that tables show below the metric, name -> title.
+        shown_as: ``percent`` if tables show 100 times these numbers, ``points`` if they show them as they are.
     """
 
     title: ClassVar[str] = ""
@@ -126,6 +127,7 @@ class Task(ABC):
     protocols: ClassVar[tuple[Protocol, ...]] = ("llava",)
     answer_lengths: ClassVar[Mapping[str, int]] = {}
     metric: ClassVar[str] = "accuracy"
+    parts: ClassVar[Mapping[str, str]] = {}
     shown_as: ClassVar[Literal["percent", "points"]] = "percent"
     _protocol: str | None = None
 

@@ -4,19 +4,22 @@ from __future__ import annotations
 
 from .batching import Shard, answer_all, find_shard
 from .conversation import Conversation
+from .likelihood import answer_likelihoods
 from .predictor import Predictor, load_predictor
 from .prompt_builder import load_preparer
 from .requests import Request, read_requests
-from .results import answer_requests
+from .results import ReadModel, answer_requests
 from .sampling import SamplingParams
 
 __all__ = [
     "Conversation",
     "Predictor",
+    "ReadModel",
     "Request",
     "SamplingParams",
     "Shard",
     "answer_all",
+    "answer_likelihoods",
     "answer_requests",
     "find_shard",
     "load_predictor",

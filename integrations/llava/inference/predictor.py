@@ -62,6 +62,7 @@ class Predictor:
         batch_size: int = 8,
         sampling: SamplingParams | None = None,
         decoding: SamplingParams | None = None,
+        keys: Sequence[str] | None = None,
     ) -> list[str]:
         """Answer prompts.
 
@@ -73,6 +74,7 @@ class Predictor:
             batch_size: prompts at a time; it changes the speed, not the answers.
             sampling: how answers are decoded; greedily if None.
             decoding: deprecated name of `sampling`.
+            keys: a text per prompt, on which, and on the seed, its sampled answer depends; its place if None.
 
         Returns:
             The answers, without control tokens and surrounding blanks.
@@ -92,7 +94,10 @@ class Predictor:
             )
         sampling = _sampling(sampling, decoding, max_new_tokens)
         prepared = PreparedPrompts(self.prepare, prompts, images, max_new_tokens=sampling.max_new_tokens)
-        ask = self.asker(prepared, [str(index) for index in range(len(prompts))], sampling)
+        keys = [str(index) for index in range(len(prompts))] if keys is None else keys
+        if len(keys) != len(prompts):
+            raise InputError(f"got {len(keys)} keys for {len(prompts)} prompts; give one key per prompt, or None.")
+        ask = self.asker(prepared, keys, sampling)
         return answer_all(ask, prepared.lengths(), batch_size, show_bar=False)
 
     def asker(

@@ -161,6 +161,19 @@ class Preparer:
             )
         return ids
 
+    def answer_ids(self, answer: str) -> list[int]:
+        """Write an answer out as ids that stand behind a prompt of `encode`, as in training, but without its end."""
+        asked = [{"from": "human", "value": ""}, {"from": "gpt", "value": answer}]
+        rendered = render(
+            asked,
+            template=self.template,
+            encoder=self.encoder,
+            image_token_id=self.image_token_id,
+            num_images=int(self.template.caption_only),
+        )
+        written = rendered.input_ids[len(rendered.input_ids) - rendered.num_supervised :]
+        return written[:-1] if self.template.end_token else written
+
     def _written(self, prompt: Prompt, image_sizes: Sequence[ImageSize | None]) -> torch.Tensor:
         messages = _placed(as_turns(prompt), len(image_sizes))
         for message in messages:

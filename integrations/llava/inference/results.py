@@ -17,6 +17,7 @@ import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -28,12 +29,12 @@ from layerfuse.errors import FileAccessError, InputError
 from layerfuse.files import atomic_file, file_digest
 
 from .batching import Shard, answer_batches, form_batches
-from .predictor import default_dtype, load_predictor, usable_device
+from .predictor import Predictor, default_dtype, load_predictor, usable_device
 from .prompt_builder import PreparedPrompts, Preparer, load_preparer
 from .requests import Request, prompt_lengths, question_fingerprints, refuse_broken_images
 from .sampling import SamplingParams
 
-__all__ = ["AnswerFile", "answer_requests", "answer_settings", "weights_fingerprint"]
+__all__ = ["AnswerFile", "ReadModel", "answer_requests", "answer_settings", "weights_fingerprint"]
 
 
 class AnswerFile:
@@ -227,6 +228,15 @@ def _told(path: Path, advice: str) -> Iterator[None]:
         raise FileAccessError(f"{path} cannot be written ({error.strerror or error}). {advice}") from error
 
 
+@dataclass
+class ReadModel:
+    """What `answer_requests` has read of a model, for the next file of questions to the same one, options included."""
+
+    preparer: Preparer | None = None
+    weights: str | None = None
+    predictor: Predictor | None = None
+
+
 def answer_requests(
     requests: Sequence[Request],
     model_folder: str | Path,
@@ -244,12 +254,14 @@ def answer_requests(
     num_workers: int | None = None,
     show_bar: bool | None = None,
     check: Callable[[Mapping[int | str, str]], None] | None = None,
+    read: ReadModel | None = None,
 ) -> tuple[AnswerFile, int]:
     """Answer the questions that have no answer in a file yet, and write each batch as it comes.
 
     Whatever can be known before the model is loaded is checked before; it is not loaded if nothing waits. Options are
     as for `AnswerFile`, `load_predictor` and `Predictor.asker`; `show_bar`, if None, shows progress on a terminal;
-    `check` is told the earlier answers, id -> text, and may refuse to go on.
+    `check` is told the earlier answers, id -> text, and may refuse to go on; what is read of the model is taken from
+    `read`, and left there.
 
     Returns:
         The file, to be merged, and the number of questions that were answered now.
@@ -262,16 +274,21 @@ def answer_requests(
     """
     device, shard = usable_device(device), shard or Shard()
     dtype = dtype or default_dtype(model_folder, device, quantize)
-    preparer = load_preparer(model_folder)
+    read = read or ReadModel()
+    preparer = read.preparer = read.preparer or load_preparer(model_folder)
     longest = sampling.max_new_tokens
     lengths = prompt_lengths(requests, preparer, image_folder=image_folder, max_new_tokens=longest)
     batches = form_batches(lengths, batch_size, shard)
+    read.weights = read.weights or weights_fingerprint(model_folder)
+    settings = answer_settings(
+        model_folder, preparer, dtype=dtype, quantize=quantize, sampling=sampling, weights=read.weights
+    )
     output = AnswerFile(
         path,
         requests,
         fingerprints=question_fingerprints(requests, image_folder),
         model_id=Path(model_folder).resolve().name,
-        metadata=answer_settings(model_folder, preparer, dtype=dtype, quantize=quantize, sampling=sampling),
+        metadata=settings,
         shard=shard,
         overwrite=overwrite,
     )
@@ -282,7 +299,9 @@ def answer_requests(
 
     def ask(waiting: Sequence[Sequence[int]]) -> Iterator[Sequence[str]]:
         refuse_broken_images((requests[index] for batch in waiting for index in batch), image_folder)
-        predictor = load_predictor(model_folder, device=device, dtype=dtype, quantize=quantize, compile=compile)
+        predictor = read.predictor = read.predictor or load_predictor(
+            model_folder, device=device, dtype=dtype, quantize=quantize, compile=compile
+        )
         images = [[Path(image_folder) / name for name in own.images] for own in requests]
         prompts = PreparedPrompts(predictor.prepare, [own.prompt for own in requests], images, max_new_tokens=longest)
         asker = predictor.asker(prompts, [str(own.id) for own in requests], sampling, num_workers=num_workers)
@@ -299,11 +318,17 @@ def answer_requests(
 
 
 def answer_settings(
-    folder: str | Path, preparer: Preparer, *, dtype: torch.dtype, quantize: str, sampling: SamplingParams
+    folder: str | Path,
+    preparer: Preparer,
+    *,
+    dtype: torch.dtype,
+    quantize: str,
+    sampling: SamplingParams,
+    weights: str | None = None,
 ) -> dict[str, Any]:
     """JSON-able values of all that the answers of the model in a folder depend on beside their questions."""
     return {
-        "weights": weights_fingerprint(folder),
+        "weights": weights or weights_fingerprint(folder),
         "processor": preparer.fingerprint,
         "dtype": str(dtype).removeprefix("torch."),
         "quantize": quantize,

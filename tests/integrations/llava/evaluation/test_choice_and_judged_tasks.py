@@ -105,7 +105,7 @@ def test_mmbench_is_sent_as_the_server_takes_it(folder: Path) -> None:
     assert head == ["index", "question", "A", "B", "C", "D", "prediction", "answer", "split"]
     assert rows[0] == [1, "Which is\nit?", "a cat", "a dog", None, None, "=B", "B", "dev"]
     assert [row[6] for row in rows[1:]] == ["A", "None", "D", "C", "B", "B"]
-    assert rows[-1][2:6] == ["the man", "the boy", None, "a girl"]
+    assert rows[-1][2:6] == ["the man", "the boy", None, "the girl"]
     with zipfile.ZipFile(io.BytesIO(sent[0])) as archive:
         text = archive.read("xl/worksheets/sheet1.xml").decode()
     assert "<f>" not in text
@@ -116,7 +116,7 @@ def test_mmbench_is_sent_as_the_server_takes_it(folder: Path) -> None:
 def test_mmbench_wants_openpyxl_before_a_model_is_asked(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("integrations.llava.evaluation.tasks.paper.mmbench.find_spec", lambda name: None)
     with pytest.raises(
-        ImportError, match=r"openpyxl writes, which is not installed; `pip install 'layerfuse\[eval\]'`"
+        ImportError, match=r"openpyxl writes, which is not installed; `pip install 'layerfuse\[excel\]'`"
     ):
         MMBenchTask().load(folder)
 

@@ -261,6 +261,7 @@ def test_questions_without_answers_without_images_and_with_several(
     assert json.loads((tmp_path / "out" / "metrics.json").read_text()) == {
         "kinds": {"secret": {"num_questions": 2}},
         "num_questions": 2,
+        "protocol": "llava",
     }
 
 

@@ -42,12 +42,13 @@ def save_run(
     positions: int = 512,
     fuser: str = "mmfuser",
     fuser_options: Mapping[str, Any] | None = None,
+    seed: int = 0,
 ) -> Path:
     """Save a random model with a fuser that fuses, and a projector strong enough for images to matter.
 
     Tokens that are single bytes lose against words, so that answers are text. The end comes after some words, or never.
     """
-    torch.manual_seed(0)
+    torch.manual_seed(seed)
     tokenizer = make_tokenizer("llama")
     image_token_id = add_image_token(tokenizer)
     backbone = create_backbone(f"transformers:{backbone_folder}", layers=(1, 2, 3, 4))

@@ -83,7 +83,7 @@ class MMBenchTask(BenchmarkTask):
         if self.protocol == "llava" and find_spec("openpyxl") is None:
             raise MissingPackageError(
                 "MMBench's submission is an Excel table, which openpyxl writes, which is not installed; "
-                "`pip install 'layerfuse[eval]'`, or take --protocol official."
+                "`pip install 'layerfuse[excel]'`, or take --protocol official."
             )
         path = next((path for name in self.tables if (path := Path(folder) / name).is_file()), None)
         path = path or existing_file(self, folder, self.tables[0])

@@ -44,6 +44,7 @@ class MmeTask(BenchmarkTask):
     source = "MME, eval_tool/calculation.py: perception"
     question_file = _ASKED
     metric = "perception"
+    parts: ClassVar[Mapping[str, str]] = {"cognition": "cognition"}
     shown_as = "points"
     answer_lengths: ClassVar[Mapping[str, int]] = {"llava": 128, "lmms": 16}
 
@@ -90,8 +91,11 @@ class MmeTask(BenchmarkTask):
     def aggregate(self, scores: Sequence[ScoredAnswer]) -> dict[str, float]:
         """Sum up perception and cognition; the score of each sub-task stands beside."""
         parts: dict[str, list[tuple[Hashable, bool]]] = {}
+        times: Counter[int | str] = Counter()  # an image that a bootstrap draws twice is two
         for own in scores:
-            parts.setdefault(own.question.fields["category"], []).append((own.question.fields["image_id"], own.right))
+            times[own.question.question_id] += 1
+            image = (own.question.fields["image_id"], times[own.question.question_id])
+            parts.setdefault(own.question.fields["category"], []).append((image, own.right))
         each = {name: mme_score(parts[name])["score"] for name in (*_PERCEPTION, *_COGNITION) if name in parts}
         sums = {
             "perception": sum(each.get(name, 0.0) for name in _PERCEPTION),

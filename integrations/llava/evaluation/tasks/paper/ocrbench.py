@@ -39,6 +39,13 @@ class OcrBenchTask(BenchmarkTask):
     question_file = _ASKED
     group = "ocrbench"
     metric = "score"
+    parts: ClassVar[Mapping[str, str]] = {
+        "recognition": "text recognition",
+        "scene_vqa": "scene text VQA",
+        "document_vqa": "document VQA",
+        "key_information": "key information extraction",
+        "handwritten_mathematics": "handwritten formulas",
+    }
     shown_as = "points"
     answer_lengths: ClassVar[Mapping[str, int]] = {"llava": 128, "lmms": 128}
 

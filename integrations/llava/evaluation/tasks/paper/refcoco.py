@@ -50,6 +50,7 @@ class ReferringTask(BenchmarkTask):
 
     source = "lmms-eval's refcoco_bbox_rec: accuracy at IoU >= 0.5"
     group = "comprehension"
+    parts: ClassVar[Mapping[str, str]] = {"padded": "in the padded frame"}
     answer_lengths: ClassVar[Mapping[str, int]] = {"llava": 1024, "lmms": 1024}
     data_set: ClassVar[str]
     split: ClassVar[str]

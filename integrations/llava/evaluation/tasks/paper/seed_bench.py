@@ -46,6 +46,7 @@ class SeedBenchTask(BenchmarkTask):
     source = "SEED-Bench: the exact letter"
     answer_lengths: ClassVar[Mapping[str, int]] = {"llava": 128, "lmms": 1024}
     question_file = _ASKED
+    parts: ClassVar[Mapping[str, str]] = {"image": "images only"}
     kind: ClassVar[str] = "seedbench"
     data_types: ClassVar[tuple[str, ...]] = ("image", "video")
 
@@ -114,6 +115,7 @@ class SeedBenchImageTask(SeedBenchTask):
     """
 
     title = "SEED-Bench (image)"
+    parts: ClassVar[Mapping[str, str]] = {}
     kind = "seedbench_image"
     data_types = ("image",)
 
