@@ -17,7 +17,7 @@ from huggingface_hub import ModelHubMixin
 from torch import nn
 
 from layerfuse._encoder_files import CONFIG_FILE, WEIGHTS_FILE, fetch_encoder, read_encoder_config
-from layerfuse.backbones import Featurizer, backbone_from_config, create_backbone, create_backbone_group
+from layerfuse.backbones import AnyBackbone, backbone_from_config, create_backbone, create_backbone_group
 from layerfuse.backbones._creation import as_device, as_dtype, named_once
 from layerfuse.errors import InputError, InvalidTypeError
 from layerfuse.features import Grid
@@ -52,7 +52,7 @@ class FusedEncoder(
         ValueError: if the fuser was built for another number of layers or other widths than the backbone gives.
     """
 
-    def __init__(self, backbone: Featurizer, fuser: Fuser) -> None:
+    def __init__(self, backbone: AnyBackbone, fuser: Fuser) -> None:
         super().__init__()
         check_fuser_fits(backbone, fuser)
         self.backbone = backbone
@@ -179,7 +179,7 @@ class FusedEncoder(
         cls,
         pretrained_model_name_or_path: str | Path,
         *,
-        backbone: Featurizer | None = None,
+        backbone: AnyBackbone | None = None,
         fuser: Fuser | None = None,
         dtype: torch.dtype | str | None = None,
         device: torch.device | str | None = None,
@@ -220,7 +220,7 @@ class FusedEncoder(
         return encoder.to(device=place, dtype=precision).eval()
 
 
-def check_fuser_fits(backbone: Featurizer, fuser: Fuser) -> None:
+def check_fuser_fits(backbone: AnyBackbone, fuser: Fuser) -> None:
     """Refuse a fuser that does not take what the backbone gives: one map of its own width for each tapped layer.
 
     Raises:
@@ -244,7 +244,7 @@ def check_fuser_fits(backbone: Featurizer, fuser: Fuser) -> None:
 
 def _inside(module: nn.Module) -> Any:
     """Return the backbone or fuser inside the wrappers of torch.compile and data parallelism."""
-    while not isinstance(module, (Featurizer, Fuser)):
+    while not isinstance(module, (AnyBackbone, Fuser)):
         inner = next((module._modules[name] for name in ("_orig_mod", "module") if name in module._modules), None)
         assert inner is not None, type(module)
         module = inner
@@ -319,7 +319,7 @@ def create_encoder(
     kind = type(fuser) if isinstance(fuser, Fuser) else fuser_class_for(fuser, chosen)
     wanted: Any = partial(_published_layers, kind, chosen) if layers is None else layers
     how: dict[str, Any] = {"pretrained": pretrained, "image_size": image_size, "options": backbone_options}
-    backbone: Featurizer
+    backbone: AnyBackbone
     if isinstance(model, (list, tuple)):
         backbone = create_backbone_group(model, layers=wanted, copy=copy, resample=resample, grid=grid, **how)
     else:

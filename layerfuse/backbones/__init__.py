@@ -5,11 +5,12 @@ A new family is one file beside this one and one import line below.
 
 from __future__ import annotations
 
+from layerfuse.backbones._any_backbone import AnyBackbone
 from layerfuse.backbones._creation import backbone_from_config, create_backbone, list_backbones
 from layerfuse.backbones._group import BackboneGroup
 from layerfuse.backbones._group_creation import create_backbone_group
 from layerfuse.backbones._prismatic import load_prismatic_weights
-from layerfuse.backbones.base import BACKBONES, Backbone, BackboneFacts, Featurizer
+from layerfuse.backbones.base import BACKBONES, Backbone, BackboneFacts
 from layerfuse.backbones.module import MODULES, ModuleBackbone
 from layerfuse.backbones.open_clip import OpenClipBackbone
 from layerfuse.backbones.timm import TimmBackbone
@@ -18,10 +19,10 @@ from layerfuse.backbones.transformers import TransformersBackbone
 __all__ = [
     "BACKBONES",
     "MODULES",
+    "AnyBackbone",
     "Backbone",
     "BackboneFacts",
     "BackboneGroup",
-    "Featurizer",
     "ModuleBackbone",
     "OpenClipBackbone",
     "TimmBackbone",

@@ -12,8 +12,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from layerfuse.backbones._any_backbone import AnyBackbone
 from layerfuse.backbones._group import BackboneGroup
-from layerfuse.backbones.base import BACKBONES, Backbone, Featurizer
+from layerfuse.backbones.base import BACKBONES, Backbone
 from layerfuse.errors import InputError, InvalidTypeError, MissingPackageError
 from layerfuse.layers import LayerChoice
 from layerfuse.registry import unknown_name_message
@@ -125,7 +126,7 @@ def named_once(function: str, model: object, held: object) -> tuple[object, obje
     return f"{model}:{held}", None
 
 
-def backbone_from_config(config: Mapping[str, Any]) -> Featurizer:
+def backbone_from_config(config: Mapping[str, Any]) -> AnyBackbone:
     """Build the architecture that a backbone's ``config`` describes, with random weights; nothing is downloaded.
 
     The config may be that of a `BackboneGroup`.

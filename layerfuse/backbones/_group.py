@@ -13,8 +13,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from layerfuse.backbones._any_backbone import AnyBackbone
 from layerfuse.backbones._image_checks import check_images
-from layerfuse.backbones.base import BACKBONES, Backbone, Featurizer, as_pair
+from layerfuse.backbones.base import BACKBONES, Backbone, as_pair
 from layerfuse.errors import InputError, InvalidTypeError
 from layerfuse.features import RESAMPLING, FeatureMaps, Grid, as_grid
 from layerfuse.preprocessing import AnyPreprocessing, StackedPreprocessing
@@ -25,7 +26,7 @@ __all__ = ["BackboneGroup"]
 _KEYS = {"backbones", "resample", "grid", "order"}
 
 
-class BackboneGroup(Featurizer):
+class BackboneGroup(AnyBackbone):
     """Backbones side by side; their maps come one backbone after the other, `FeatureMaps.sources` says of which.
 
     Images are one tensor (B, channels of all backbones, height, width), height and width the largest of the backbones'

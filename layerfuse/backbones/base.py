@@ -11,113 +11,26 @@ from __future__ import annotations
 import abc
 import json
 from collections.abc import Mapping, Sequence
-from functools import reduce
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
 
 from layerfuse._block_lists import count_blocks, cut_blocks, cut_submodules, get_blocks
+from layerfuse.backbones._any_backbone import AnyBackbone
 from layerfuse.backbones._facts import BackboneFacts, as_pair, checked_multiple, grid_of
 from layerfuse.backbones._image_checks import check_images, check_tokens, find_patch_embedding
 from layerfuse.errors import InputError, InvalidTypeError
 from layerfuse.features import FeatureMaps, Grid
 from layerfuse.layers import LayerChoice, resolve_layers
-from layerfuse.preprocessing import AnyPreprocessing, Images, Preprocessing
+from layerfuse.preprocessing import Preprocessing
 from layerfuse.registry import Registry
 from layerfuse.taps import BlockTaps, as_features
 
-__all__ = ["BACKBONES", "Backbone", "BackboneFacts", "Featurizer", "as_pair", "checked_multiple"]
+__all__ = ["BACKBONES", "Backbone", "BackboneFacts", "as_pair", "checked_multiple"]
 
 
-_F = TypeVar("_F", bound="Featurizer")
-
-
-class Featurizer(nn.Module, abc.ABC):
-    """What encodes images as feature maps: base class of `Backbone`, and of `BackboneGroup` for several side by side.
-
-    Attributes:
-        layers: number (>= 0) of each map's layer, in the order of the maps.
-        image_size: (height, width) of the images, in pixels, as `prepare` makes them.
-        in_channels: of the images.
-        preprocessing: of pictures, which makes such images; may be replaced.
-    """
-
-    layers: tuple[int, ...]
-    image_size: tuple[int, int]
-    in_channels: int
-    preprocessing: AnyPreprocessing
-    _frozen: bool = False
-
-    @property
-    @abc.abstractmethod
-    def members(self) -> tuple[Backbone, ...]:
-        """The backbones; ``FeatureMaps.sources`` are positions among them."""
-
-    @property
-    @abc.abstractmethod
-    def config(self) -> dict[str, Any]:
-        """JSON-able description from which `layerfuse.backbones.backbone_from_config` builds the same architecture."""
-
-    @abc.abstractmethod
-    def grids(self, size: int | Sequence[int] | None = None) -> tuple[Grid, ...]:
-        """Return the grids (H, W) of all maps, in patches, of images of a size in pixels; of the native one if None."""
-
-    @abc.abstractmethod
-    def set_gradient_checkpointing(self, enable: bool = True) -> None:
-        """Recompute block activations in the backward pass instead of keeping them."""
-
-    @property
-    def map_channels(self) -> tuple[int, ...]:
-        """Width C_l of each map."""
-        return tuple(self.members[source].embed_dim for source, _ in self.taps)
-
-    @property
-    def fuser_channels(self) -> int | list[int]:
-        """The widths as a fuser's ``in_channels`` are written: one number if all maps share it, else one per map."""
-        widths = list(self.map_channels)
-        return widths[0] if len(set(widths)) == 1 else widths
-
-    @property
-    def taps(self) -> tuple[tuple[int, int], ...]:
-        """Of each map the position of its backbone among `members`, and its layer."""
-        return tuple((source, layer) for source, member in enumerate(self.members) for layer in member.layers)
-
-    def prepare(self, images: Images) -> torch.Tensor:
-        """Return a batch (B, in_channels, height, width) of one picture or several, on the device and in the dtype.
-
-        Raises:
-            TypeError: if one is no picture, see `Preprocessing.batch`.
-            ValueError: if there is none, or one has values or a shape that cannot be.
-        """
-        return self.preprocessing.batch(images).to(self.device, self.dtype)
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """The dtype that images are to have."""
-        return reduce(torch.promote_types, [member.dtype for member in self.members])
-
-    @property
-    def device(self) -> torch.device:
-        """The device of the first weight."""
-        return next((weight.device for weight in self.parameters()), torch.device("cpu"))
-
-    def freeze(self: _F) -> _F:
-        """Turn gradients off for every parameter and stay in evaluation mode, whatever ``train()`` is called later.
-
-        Returns the same object.
-        """
-        self._frozen = True
-        self.requires_grad_(False)
-        return self.eval()
-
-    def train(self: _F, mode: bool = True) -> _F:
-        """Set the training mode, unless it is frozen."""
-        super().train(mode and not self._frozen)
-        return self
-
-
-class Backbone(Featurizer):
+class Backbone(AnyBackbone):
     """A Vision Transformer of which some layers are tapped, and which ends after the deepest of them.
 
     The model that is handed over is changed: the blocks after the deepest tapped layer, the final norm and the pooling

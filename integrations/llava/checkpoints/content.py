@@ -24,7 +24,7 @@ from integrations.llava.config import InjectionConfig
 from integrations.llava.image_layout import ImageLayout
 from integrations.llava.modeling import FusedLlavaForConditionalGeneration, build_model, end_answers
 from integrations.llava.prompts import Template
-from layerfuse.backbones import Backbone, Featurizer
+from layerfuse.backbones import AnyBackbone, Backbone
 from layerfuse.errors import InputError, MissingFileError, UserError
 from layerfuse.fusers import Fuser
 from layerfuse.preprocessing import AnyPreprocessing, Mode, Preprocessing
@@ -176,7 +176,7 @@ class Content:
 
 
 def meta_model(
-    backbone: Featurizer,
+    backbone: AnyBackbone,
     fuser: Fuser,
     text_config: PreTrainedConfig,
     *,

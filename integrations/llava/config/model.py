@@ -150,8 +150,6 @@ class ModelConfig(Checked):
             raise InputError("backbone is an empty list; name one backbone, or list several.")
         count = len(self.backbone) if isinstance(self.backbone, tuple) else 0
         nested = [isinstance(layers, tuple) for layers in self.layers or ()]
-        if self.backbone == ():
-            raise InputError("backbone is an empty list; name one backbone, or a list of several.")
         if count and self.layers is not None and not (all(nested) and len(nested) == count):
             raise InputError(
                 f"layers={self.layers} are for {count} backbones; give a list of layers for each, such as "

@@ -18,7 +18,7 @@ from typing import NamedTuple
 from torch import nn
 
 from integrations.llava.modeling import FusedLlavaForConditionalGeneration, LayerInjection, Merger, learns
-from layerfuse.backbones import Backbone, Featurizer
+from layerfuse.backbones import AnyBackbone, Backbone
 
 from .facts import ModelFacts, linear_layers
 from .gpus import Gpu
@@ -91,7 +91,7 @@ def _backbone_forward(backbone: Backbone) -> float:
     return 2.0 * tokens * _weights(backbone) + 2.0 * patches * embedding + attention
 
 
-def _mergers(injection: LayerInjection | None, backbone: Featurizer, past_backbone: bool) -> tuple[float, float]:
+def _mergers(injection: LayerInjection | None, backbone: AnyBackbone, past_backbone: bool) -> tuple[float, float]:
     """Count an image's operations in the mergers of layer injection, forward and backward; they learn as one."""
     forward = backward = 0.0
     read = () if injection is None else zip(injection.mergers, injection.grids(backbone), strict=True)

@@ -22,7 +22,7 @@ from transformers import (
 
 from integrations.llava.config import InjectionConfig, ModelConfig, StageConfig
 from integrations.llava.image_layout import FixedLayout, ImageLayout
-from layerfuse.backbones import Featurizer
+from layerfuse.backbones import AnyBackbone
 from layerfuse.encoder import check_fuser_fits
 from layerfuse.errors import InputError, UserError
 from layerfuse.fusers import Fuser
@@ -191,7 +191,7 @@ def build_recipe_model(
 
 
 def build_model(
-    backbone: Featurizer,
+    backbone: AnyBackbone,
     fuser: Fuser,
     llm: PreTrainedModel,
     *,

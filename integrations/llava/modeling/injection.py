@@ -22,7 +22,7 @@ from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from integrations.llava.config import InjectionConfig, decode
-from layerfuse.backbones import Featurizer
+from layerfuse.backbones import AnyBackbone
 from layerfuse.errors import InputError
 from layerfuse.features import FeatureMaps, Grid
 from layerfuse.fusers import Fuser
@@ -65,7 +65,7 @@ class LayerInjection(nn.Module):
         out_channels: width D of the language model.
     """
 
-    def __init__(self, settings: InjectionConfig, backbone: Featurizer, out_channels: int) -> None:
+    def __init__(self, settings: InjectionConfig, backbone: AnyBackbone, out_channels: int) -> None:
         super().__init__()
         self.settings = settings
         build = functools.partial(create_merger, out_channels=out_channels, options=settings.merger_options)
@@ -81,7 +81,7 @@ class LayerInjection(nn.Module):
         places = _places(self.settings, taps)
         return [merger(features.take(own)) for merger, own in zip(self.mergers, places, strict=True)]
 
-    def grids(self, backbone: Featurizer) -> list[Grid]:
+    def grids(self, backbone: AnyBackbone) -> list[Grid]:
         """Return the grid of each merger's maps; a ValueError if one has several."""
         grids = backbone.grids()
         read = [{grids[place] for place in own} for own in _places(self.settings, backbone.taps)]
@@ -132,7 +132,7 @@ def _holds_numbers(pairs: Any) -> bool:
 
 
 def resolved_injection(
-    settings: InjectionConfig | None, backbone: Featurizer, fuser: Fuser, language_model: PreTrainedModel
+    settings: InjectionConfig | None, backbone: AnyBackbone, fuser: Fuser, language_model: PreTrainedModel
 ) -> InjectionConfig | None:
     """Check that injection fits a language model, and the rest as `fitting_injection`; None if nothing is injected."""
     if settings is None or not settings.pairs:
@@ -140,7 +140,7 @@ def resolved_injection(
     return fitting_injection(settings, backbone, fuser, len(decoder_layers(language_model)))
 
 
-def fitting_injection(settings: InjectionConfig, backbone: Featurizer, fuser: Fuser, depth: int) -> InjectionConfig:
+def fitting_injection(settings: InjectionConfig, backbone: AnyBackbone, fuser: Fuser, depth: int) -> InjectionConfig:
     """Give taps their numbers from 0 on, and check that everything fits.
 
     Args:
@@ -191,7 +191,7 @@ def fitting_injection(settings: InjectionConfig, backbone: Featurizer, fuser: Fu
     return resolved
 
 
-def _resolved(taps: Sequence[Any], backbone: Featurizer) -> list[Any]:
+def _resolved(taps: Sequence[Any], backbone: AnyBackbone) -> list[Any]:
     """Number taps from 0 on: layers of one backbone; (backbone, layer) of several, each named once."""
     members = backbone.members
     if len(members) == 1 and all(isinstance(tap, int) for tap in taps):

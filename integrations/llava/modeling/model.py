@@ -33,7 +33,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.utils.generic import can_return_tuple
 
 from integrations.llava.image_layout import AnyResLayout
-from layerfuse.backbones import Backbone, Featurizer, backbone_from_config
+from layerfuse.backbones import AnyBackbone, Backbone, backbone_from_config
 from layerfuse.errors import InputError
 from layerfuse.features import FeatureMaps, Grid
 from layerfuse.fusers import Fuser, fuser_from_config
@@ -123,7 +123,7 @@ class LayerfuseVisionModel(_LoadsWhole):
     # A backbone's library chooses its attention; a choice for the whole model is the language model's alone.
     _supports_sdpa = _supports_flash_attn = _supports_flex_attn = _supports_attention_backend = True
 
-    def __init__(self, config: LayerfuseVisionConfig, backbone: Featurizer | None = None) -> None:
+    def __init__(self, config: LayerfuseVisionConfig, backbone: AnyBackbone | None = None) -> None:
         super().__init__(config)
         if backbone is None:
             if config.backbone is None:
@@ -163,7 +163,7 @@ def _block_classes(backbone: Backbone) -> set[str]:
 class ReadyParts:
     """Ready modules, so that building a model from them allocates nothing twice."""
 
-    backbone: Featurizer
+    backbone: AnyBackbone
     fuser: Fuser
     language_model: PreTrainedModel
 

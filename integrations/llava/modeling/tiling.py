@@ -13,7 +13,7 @@ from einops import rearrange
 
 from integrations.llava.config import ModelConfig
 from integrations.llava.image_layout import AnyResLayout, FixedLayout, ImageLayout, ImageSize, default_pinpoints
-from layerfuse.backbones import Featurizer
+from layerfuse.backbones import AnyBackbone
 from layerfuse.errors import InputError
 from layerfuse.features import Grid
 from layerfuse.fusers import Fuser
@@ -122,7 +122,7 @@ def image_tiles(layout: ImageLayout, pixel_values: torch.Tensor, image_sizes: to
     return ImageTiles(layout, sizes, counts, pixel_values)
 
 
-def recipe_layout(config: ModelConfig, backbone: Featurizer, fuser: Fuser, image_token_id: int) -> ImageLayout:
+def recipe_layout(config: ModelConfig, backbone: AnyBackbone, fuser: Fuser, image_token_id: int) -> ImageLayout:
     """Build the layout that a recipe's model has; a ValueError if its fuser's tokens cannot be put together."""
     if config.image_layout == "fixed":
         return FixedLayout(image_token_id, fuser.num_tokens(backbone.grids()[: fuser.num_layers]))
@@ -132,7 +132,7 @@ def recipe_layout(config: ModelConfig, backbone: Featurizer, fuser: Fuser, image
     return AnyResLayout(image_token_id, (height, width), grid, tuple((own[0], own[1]) for own in pinpoints))
 
 
-def check_layout(layout: ImageLayout, backbone: Featurizer, fuser: Fuser) -> None:
+def check_layout(layout: ImageLayout, backbone: AnyBackbone, fuser: Fuser) -> None:
     """Raise a ValueError for a layout of tiles that are not what the backbone takes and the fuser gives."""
     if not isinstance(layout, AnyResLayout):
         return
@@ -145,7 +145,7 @@ def check_layout(layout: ImageLayout, backbone: Featurizer, fuser: Fuser) -> Non
         )
 
 
-def _tile_grid(backbone: Featurizer, fuser: Fuser) -> Grid:
+def _tile_grid(backbone: AnyBackbone, fuser: Fuser) -> Grid:
     grids = backbone.grids()[: fuser.num_layers]
     grid, extra = fuser.out_grid(grids), sum(fuser.extra_tokens(grids))
     if grid is None or extra:

@@ -9,7 +9,7 @@ from functools import partial
 import torch
 
 from integrations.llava.config import BackboneChoice, ModelConfig
-from layerfuse.backbones import Backbone, BackboneGroup, Featurizer, create_backbone
+from layerfuse.backbones import AnyBackbone, Backbone, BackboneGroup, create_backbone
 from layerfuse.errors import InputError
 from layerfuse.fusers import FUSERS, Fuser, create_fuser, source_layers
 from layerfuse.layers import resolve_layers
@@ -17,7 +17,7 @@ from layerfuse.layers import resolve_layers
 __all__ = ["build_vision", "numbered_layers"]
 
 
-def build_vision(config: ModelConfig, llm_width: int | None, *, pretrained: bool) -> tuple[Featurizer, Fuser]:
+def build_vision(config: ModelConfig, llm_width: int | None, *, pretrained: bool) -> tuple[AnyBackbone, Fuser]:
     """Build the backbone, or several, and the fuser.
 
     Args:
@@ -44,7 +44,7 @@ def build_vision(config: ModelConfig, llm_width: int | None, *, pretrained: bool
     with torch.random.fork_rng():
         fuser = create_fuser(
             config.fuser,
-            in_channels=widths[0] if len(set(widths)) == 1 else widths,
+            in_channels=widths,
             num_layers=count,
             options=options,
         )
@@ -66,7 +66,7 @@ def numbered_layers(config: ModelConfig) -> ModelConfig:
     return replace(config, layers=layers if config.several else layers[0])
 
 
-def _backbone(config: ModelConfig, *, pretrained: bool) -> Featurizer:
+def _backbone(config: ModelConfig, *, pretrained: bool) -> AnyBackbone:
     """The backbone, or several: first the maps of the fuser, then those that are only injected."""
     members = _members(config, pretrained=pretrained)
     if not config.several:

@@ -121,7 +121,7 @@ def test_a_recipe_says_backbones_as_a_list(recipe: Recipe, tmp_path: Path) -> No
     [
         ({"layers": [1, 2]}, r"layers=\(1, 2\) are for 2 backbones; give a list of layers for each"),
         ({"layers": [[1], [2], [3]]}, "are for 2 backbones"),
-        ({"backbone": [], "layers": []}, "backbone is an empty list; name one backbone, or a list of several"),
+        ({"backbone": [], "layers": []}, "backbone is an empty list; name one backbone, or list several"),
         ({"layers": [[1, 1], [2]]}, r"layers=\(1, 1\) names 1 twice"),
         ({"image_size": [32, 48, 64]}, "image_size has 3 entries for 2 backbones in `backbone`; give one value, or"),
         ({"image_size": [0, 48]}, r"image_size\[0\]=0 is too small"),
