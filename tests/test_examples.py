@@ -34,6 +34,10 @@ RUNS: dict[str, tuple[list[str], list[str]]] = {
         ["layers (3, 5) tokens 16 grid (4, 4)", "same after loading: True", "tapped (1, 2) of 4 blocks"],
     ),
     "write_a_fuser.py": ([], ["tokens (1, 196, 192)", "same after loading: True"]),
+    "write_a_task.py": (
+        ["--data", "clocks"],
+        ["faults: none", "a model that always says 3:33: {'accuracy': 0.0, 'close': 0.25}"],
+    ),
 }
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from .contract import task_faults
 from .data_survey import DataState, survey_data, survey_text
 from .judge import Judge
 from .judged import JudgedTask
@@ -41,5 +42,6 @@ __all__ = [
     "summarise",
     "survey_data",
     "survey_text",
+    "task_faults",
     "write_evaluation",
 ]

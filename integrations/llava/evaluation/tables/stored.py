@@ -102,17 +102,19 @@ def task_folder(output: str | Path, checkpoint: str, protocol: str, task: str) -
     return Path(output) / checkpoint / protocol / task
 
 
-def write_result(folder: Path, name: str, task: Task, evaluation: Evaluation, *, questions: str) -> None:
+def write_result(
+    folder: Path, name: str, task: Task, evaluation: Evaluation, *, questions: str, num_draws: int
+) -> None:
     """Write ``score.json``: the last file of a task, so that it is there only when everything is."""
-    shown = (task.metric, *task.parts)
-    numbers = dict(task.aggregate(evaluation.answers)) if evaluation.answers else {}
+    numbers = dict(task.aggregate(evaluation.answers))
+    shown = [number for number in (task.metric, *task.parts) if number in numbers]
     result = TaskResult(
         protocol=task.protocol,
         note=task.note,
         numbers=numbers,
         num_questions=len(evaluation.answers),
         questions=questions,
-        draws=draw_numbers(task, name, evaluation.answers, [number for number in shown if number in numbers]),
+        draws=draw_numbers(task, name, evaluation.answers, shown, num_draws=num_draws),
         submission=tuple(sorted({file for files in evaluation.submissions.values() for file in files})),
     )
     content = {key: value for key, value in asdict(result).items() if key != "added"}

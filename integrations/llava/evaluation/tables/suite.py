@@ -17,6 +17,7 @@ from ..judge import Judge
 from ..judged import JudgedTask
 from ..runner import evaluate_loaded
 from ..task import TASKS, Question, Task
+from .bootstrap import NUM_DRAWS
 from .stored import MissingTask, TablePlan, read_result, task_folder, write_plan, write_result
 
 __all__ = ["PAPER_TASKS", "checkpoint_names", "chosen_tasks", "evaluate_tasks"]
@@ -82,6 +83,7 @@ def evaluate_tasks(
     device: str | None = None,
     overwrite: bool = False,
     shard: Shard | None = None,
+    num_draws: int = NUM_DRAWS,
 ) -> TablePlan | None:
     """Ask each checkpoint the questions of each task whose data are there, and score the answers.
 
@@ -100,6 +102,7 @@ def evaluate_tasks(
         device: torch device.
         overwrite: ask anew whatever `output` holds of these.
         shard: which of several processes this is.
+        num_draws: of the bootstrap.
 
     Returns:
         What the tables are of; None where other processes have questions left.
@@ -143,7 +146,8 @@ def evaluate_tasks(
                 read=read,
             )
             if evaluation is not None:
-                write_result(place, own.name, own.task, evaluation, questions=_digest(own.questions))
+                digest = _digest(own.questions)
+                write_result(place, own.name, own.task, evaluation, questions=digest, num_draws=num_draws)
     finished = [
         read_result(task_folder(output, checkpoint, own.task.protocol, own.name))
         for checkpoint in folders
