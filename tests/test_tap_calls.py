@@ -200,9 +200,10 @@ def test_a_call_that_fails_keeps_nothing_and_the_next_one_is_right() -> None:
     model = Chain(nn.ModuleList([Block(), Block(), FailsOnce()]))
     taps = BlockTaps(model.blocks, (1, 3))
     inputs = tokens(batch_size=5)
+    before = tensors_alive((5, 7, 4))  # other tests' tensors
     with pytest.raises(RuntimeError, match="out of memory"):
         taps.run(model, inputs)
-    assert tensors_alive((5, 7, 4)) == 0
+    assert tensors_alive((5, 7, 4)) <= before
     copy.deepcopy(model)  # fails where a store holds tensors with a graph
     hidden = [model.embed(inputs)]
     for block in model.blocks:
@@ -222,9 +223,10 @@ def test_an_encoder_inside_a_checkpoint_gets_the_same_gradients_and_keeps_nothin
         run().square().sum().backward()
         return [parameter.grad for parameter in encoder.parameters() if parameter.grad is not None]
 
+    before = tensors_alive((5, 17, 32))  # other tests' tensors
     plain = gradients(lambda: encoder(images))
     torch.testing.assert_close(gradients(lambda: checkpoint(encoder, images, use_reentrant=use_reentrant)), plain)
-    assert tensors_alive((5, 17, 32)) == 0
+    assert tensors_alive((5, 17, 32)) <= before
     copy.deepcopy(encoder)
 
 
@@ -338,7 +340,8 @@ def test_a_copied_layer_lets_go_of_its_original_once_the_next_block_has_it(
 ) -> None:
     alive: list[int] = []
     model = Chain()
-    model.blocks[3].register_forward_hook(lambda *_: alive.append(tensors_alive((13, 7, 4))))
+    before = tensors_alive((13, 7, 4))  # other tests' tensors
+    model.blocks[3].register_forward_hook(lambda *_: alive.append(tensors_alive((13, 7, 4)) - before))
     with mode(), tap(model, layers=(1, 2, 3), copy_maps=copy_maps):
         model(tokens(batch_size=13))
     # Three maps, the input of block 4 where map 3 is a copy of it, block 4's output.
