@@ -86,7 +86,8 @@ test-latest test-oldest: test-%: .venv-%/.installed
 
 test-lmms: .venv-lmms/.installed
 	OMP_NUM_THREADS=1 .venv-lmms/bin/python -m pytest -n $(JOBS) --dist worksteal \
-	    tests/integrations/llava/harness tests/integrations/llava/evaluation/test_against_lmms_eval.py
+	    tests/integrations/llava/harness tests/integrations/llava/evaluation/test_against_lmms_eval.py \
+	    tests/integrations/llava/evaluation/metrics
 
 # uv reads the versions of every Python and system at once, and the lowest ones too; pip can do neither.
 versions: $(INSTALLED)
