@@ -67,9 +67,7 @@ test: $(INSTALLED)
 test-slow: $(INSTALLED)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist worksteal -m slow tests
 
-# Some benchmarks are published as parquet, one is sent as an Excel table.
 eval-fixtures: $(INSTALLED)
-	$(BIN)/python -m pip install --disable-pip-version-check --quiet -c requirements/tested.txt -e ".[parquet,excel]"
 	$(BIN)/python -m tests.integrations.llava.evaluation.make_fixtures $(EVAL_FIXTURES)
 
 test-latest test-oldest: test-%: .venv-%/.installed

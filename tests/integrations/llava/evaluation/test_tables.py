@@ -8,6 +8,7 @@ import json
 import re
 import shutil
 from collections.abc import Mapping
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -227,6 +228,28 @@ def test_killed_runs_and_three_processes_give_what_one_gives(
     assert process("shards") and answers.asked == 0 < count
 
 
+def test_draws_are_made_again_for_other_scores_only(
+    run: Path, benchmarks: Path, answers: Answers, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drawn = []
+    real = draw_numbers
+
+    def counted(*arguments: Any, **options: Any) -> dict[str, list[float]]:
+        drawn.append(arguments[1])
+        return real(*arguments, **options)
+
+    monkeypatch.setattr("integrations.llava.evaluation.tables.stored.draw_numbers", counted)
+    data = Path(shutil.copytree(benchmarks / "pope", tmp_path / "data/pope")).parent
+    for change, expected in (("", 1), ("", 1), ("flip", 2)):
+        if change:
+            labels = data / "pope/coco/coco_pope_random.json"
+            labels.write_text(labels.read_text().replace("yes", "no", 1))
+        evaluate_tasks([run], ["pope"], data, tmp_path / "out", num_draws=20, **SPEED)
+        assert len(drawn) == expected
+    evaluate_tasks([run], ["pope"], data, tmp_path / "out", num_draws=20, overwrite=True, **SPEED)
+    assert len(drawn) == 3
+
+
 def test_a_judges_name_stands_in_the_table(
     run: Path, benchmarks: Path, answers: Answers, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -356,8 +379,18 @@ def test_scores_of_nothing_are_refused(tmp_path: Path) -> None:
         add_score(tmp_path, "a", None, {"vqav2": 78.0})
 
 
+@pytest.fixture(scope="module")
+def parquet(tmp_path_factory: pytest.TempPathFactory) -> Path | None:
+    """Benchmarks that are parquet or sent as Excel tables, where pyarrow and openpyxl are installed."""
+    if find_spec("pyarrow") is None or find_spec("openpyxl") is None:
+        return None
+    folder = tmp_path_factory.mktemp("parquet")
+    write_data(folder)
+    return folder
+
+
 @pytest.mark.parametrize("name", TASKS.names())
-def test_every_task_keeps_the_contract(name: str, benchmarks: Path, tmp_path: Path) -> None:
+def test_every_task_keeps_the_contract(name: str, benchmarks: Path, parquet: Path | None, tmp_path: Path) -> None:
     needs = TASKS.get(name)().needs()
     if needs[-1].path == "images":  # a kind of question of one's own
         answer = {"box": [0.1, 0.1, 0.4, 0.4], "counting": 3, "multiple_choice": "B", "number": 2.5, "yes_no": "no"}
@@ -367,7 +400,7 @@ def test_every_task_keeps_the_contract(name: str, benchmarks: Path, tmp_path: Pa
         (tmp_path / "images/a.png").touch()
         folder: Path | None = tmp_path
     elif any(own.path.endswith((".parquet", ".tsv")) for own in needs):
-        folder = None  # tested beside their fixtures, where pyarrow or openpyxl is installed
+        folder = parquet
     else:
         folder = benchmarks
     assert task_faults(name, folder) == []
