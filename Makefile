@@ -67,9 +67,7 @@ test: $(INSTALLED)
 test-slow: $(INSTALLED)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist worksteal -m slow tests
 
-# Some benchmarks are published as parquet, one is sent as an Excel table.
 eval-fixtures: $(INSTALLED)
-	$(BIN)/python -m pip install --disable-pip-version-check --quiet -c requirements/tested.txt -e ".[parquet,excel]"
 	$(BIN)/python -m tests.integrations.llava.evaluation.make_fixtures $(EVAL_FIXTURES)
 
 test-latest test-oldest: test-%: .venv-%/.installed
@@ -86,7 +84,8 @@ test-latest test-oldest: test-%: .venv-%/.installed
 
 test-lmms: .venv-lmms/.installed
 	OMP_NUM_THREADS=1 .venv-lmms/bin/python -m pytest -n $(JOBS) --dist worksteal \
-	    tests/integrations/llava/harness tests/integrations/llava/evaluation/test_against_lmms_eval.py
+	    tests/integrations/llava/harness tests/integrations/llava/evaluation/test_against_lmms_eval.py \
+	    tests/integrations/llava/evaluation/metrics
 
 # uv reads the versions of every Python and system at once, and the lowest ones too; pip can do neither.
 versions: $(INSTALLED)

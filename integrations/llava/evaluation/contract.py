@@ -94,7 +94,7 @@ def _scored(task: Task, questions: Sequence[Question]) -> Iterator[str]:
         sums = [task.aggregate(answers), task.aggregate([*answers, *answers])]
         wrong = [f"{name}={value}" for own in sums for name, value in own.items() if not math.isfinite(value)]
         if wrong:
-            yield f"sums up the answer {said:.20!r} to {', '.join(wrong)}"
+            yield f"sums up the answer {said[:20]!r} to {', '.join(wrong)}"
         files = task.submission(answers)
         if any(task.metric not in own for own in sums) and not files:
             yield f"has neither {task.metric!r} nor a file for a server"

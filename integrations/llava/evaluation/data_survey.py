@@ -64,7 +64,7 @@ def survey_text(states: Sequence[DataState]) -> str:
     for own in states:
         if own.state == "complete" and not own.absent:
             continue
-        lines += ["", f"{own.name}: {own.reason or 'complete without'}"]
+        lines += ["", f"{own.name}: {own.reason or 'complete; what follows is not there:'}"]
         lines += [f"  {need.path}: {need.what}; {need.source}" for need in own.absent]
     return "\n".join(lines)
 

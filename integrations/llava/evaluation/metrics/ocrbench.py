@@ -25,16 +25,19 @@ CATEGORIES = {
 
 # The one data set of formulas: blanks mean nothing there, and the case does.
 _FORMULAS = "HME100k"
+# The wide forms of ASCII, and the wide blank.
+_NARROW = {wide: wide - 0xFEE0 for wide in range(0xFF01, 0xFF5F)} | {0x3000: " "}
 
 
-def stands_in_answer(answer: str, right: Sequence[str], dataset: str, *, lower: bool = False) -> bool:
+def stands_in_answer(answer: str, right: Sequence[str], dataset: str, *, narrow: bool = False) -> bool:
     """Whether one of the right texts stands anywhere in an answer.
 
     Both in lower case, without blanks around them, line breaks as blanks; of formulas (HME100k) all blanks go and the
-    case stays. With `lower`, as lmms-eval does, the answer to a formula is in lower case, and the right one is not.
+    case stays. With `narrow`, as lmms-eval does, wide characters of ASCII are like narrow ones, but for formulas.
     """
-    said = answer.lower() if lower else answer
-    return any(_comparable(own, dataset) in _comparable(said, dataset) for own in right)
+    if narrow and dataset != _FORMULAS:
+        answer, right = answer.translate(_NARROW), [own.translate(_NARROW) for own in right]
+    return any(_comparable(own, dataset) in _comparable(answer, dataset) for own in right)
 
 
 def ocrbench_sums(scored: Iterable[tuple[str, float]]) -> dict[str, float]:

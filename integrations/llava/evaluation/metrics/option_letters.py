@@ -7,7 +7,21 @@ import re
 import string
 from collections.abc import Mapping
 
-__all__ = ["ai2d_letter", "circular_letter", "mmmu_letter", "mmstar_letter"]
+__all__ = ["ai2d_letter", "circular_letter", "mmmu_letter", "mmstar_letter", "mmstar_letter_of_lmms"]
+
+_MARKS = ",.!?;:'\""
+# Behind which lmms-eval looks for MMStar's letter.
+_PHRASES = (
+    *(
+        f"{the}{kind}{what} is"
+        for the in ("the ", "")
+        for kind in ("correct ", "best ")
+        for what in ("answer", "option")
+    ),
+    *(f"{the}{kind}choice is" for the in ("the ", "") for kind in ("correct ", "")),
+    *("the answer is", "answer is", "i choose", "i select", "i pick", "my answer is", "my choice is"),
+    *("옵션", "정답은", "답은", "답:", "答案是", "答案为", "选", "答えは"),
+)
 
 _REFUSALS = (
     "Sorry, I can't help with images of people yet.",
@@ -77,6 +91,29 @@ def mmstar_letter(answer: str) -> str | None:
         if said.startswith(start):
             return said[len(start) : len(start) + 1].upper() or None
     return said[:1].upper() or None
+
+
+def mmstar_letter_of_lmms(answer: str, letters: str = "ABCD") -> str:
+    """Find the letter as lmms-eval 0.7.3 does: of all capitals that may be one, that in the surest place.
+
+    Surest is the front, then the end, then what follows a phrase such as "the answer is", then "(A)", "A.", "A:", "A)",
+    "A "; of equally sure ones the last. If there is none, the last capital at all.
+    """
+    said = answer.strip()
+    for mark in _MARKS:
+        said = said.strip(mark)
+    padded, bare = f" {said} ", said.strip()
+    found: list[tuple[int, int, str]] = []
+    for sureness, form in enumerate(("{} ", "{})", "{}:", "{}.", "({})"), start=2):
+        found += [(sureness, padded.rfind(form.format(letter)), letter) for letter in letters]
+    for phrase in _PHRASES:
+        _, cut, behind = padded.lower().partition(phrase)
+        start = len(padded) - len(behind) if cut else len(padded)
+        found += [(7, padded.find(letter, start), letter) for letter in letters]
+    found += [(10, 0, own) for own in letters if bare.startswith(own) and not bare[1:2].isalpha()]
+    found += [(9, len(bare), own) for own in letters if bare.endswith(own) and not bare[-2:-1].isalpha()]
+    found += [(0, padded.rfind(letter), letter) for letter in letters]
+    return max((own for own in found if own[1] >= 0), key=lambda own: own[:2], default=(0, 0, ""))[2]
 
 
 def ai2d_letter(answer: str) -> str:

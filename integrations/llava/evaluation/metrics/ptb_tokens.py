@@ -1,13 +1,13 @@
-r"""Words of captions as COCO's scorers count them: Penn Treebank (PTB) tokens in lower case, without punctuation.
+"""Words of captions as COCO's scorers count them: Penn Treebank (PTB) tokens in lower case, without punctuation.
 
-COCO's scorers start Stanford's `PTBTokenizer` 3.4.1, in Java. This is written from the rules of its lexer: at each
-place the rule that matches most characters wins, what it looks ahead at included, and of two the first. Where it is
-told, a rule is left out: phone numbers with brackets, HTML entities other than ``&amp;``, mark-up with attributes,
-abbreviations of the Wall Street Journal that no caption of a region holds.
+COCO's scorers start Stanford's `PTBTokenizer`, in Java. This is written from the rules of its lexer, and a test holds
+it against the one that pycocoevalcap brings: at each place the rule that matches most characters wins, what it looks
+ahead at included, and of two the first. Rules for phone numbers with brackets, HTML entities other than ``&amp;``,
+mark-up with attributes and abbreviations of the Wall Street Journal, which no caption of a region holds, are left out.
 
 Oddities that scores depend on, and that are kept: tokens are put into lower case behind the lexer, so that brackets,
-``-lrb-`` by then, are no longer recognised as the punctuation to drop; "!!" and "??" are words; a slash is ``\/``, an
-asterisk ``\*``; "white,blue-ish" is one word; British spellings become American ones, if written in lower case.
+``-lrb-`` by then, are no longer recognised as the punctuation to drop; "!!" and "??" are words, and so is a slash that
+stands alone; "white,blue-ish" is one word, and "wall.A" another; "gonna" is two. Spellings stay British.
 """
 
 from __future__ import annotations
@@ -16,15 +16,13 @@ import re
 from collections.abc import Callable
 from typing import NamedTuple
 
-from .american_spelling import american
-
 __all__ = ["caption_words", "ptb_tokens"]
 
 _DROPPED = frozenset(["''", "'", "``", "`", "-LRB-", "-RRB-", "-LCB-", "-RCB-", *".?!,:;-", "--", "..."])
 
 _APOSTROPHE = "(?:['\u0092\u2019]|&apos;)"
 _ANY_APOSTROPHE = "(?:['\u0091\u0092\u2018\u2019\u201b]|&apos;)"
-_LETTER = r"[^\W\d_]"
+_LETTER = "[^\\W\\d_\u00b2\u00b3\u00b9\u00bc-\u00be\u2150-\u215e]"
 _ALNUM = rf"(?:{_LETTER}|\d)"
 _HYPHEN = "[-_\u058a\u2010\u2011]"
 _CLITIC = rf"{_APOSTROPHE}(?i:re|ve|ll|[msd])"
@@ -45,14 +43,14 @@ _OWN_APOSTROPHE = "|".join(
         rf"{_APOSTROPHE}(?i:em|till?|[2-9]0s|cause)",
         rf"[A-HJ-XZn]{_ANY_APOSTROPHE}{_LETTER}{{2,}}",
         rf"{_LETTER}+[aeiouyAEIOUY]{_ANY_APOSTROPHE}[aeiouA-Z]{_LETTER}*",
-        "(?i:cont'd\\.?|'twas|nor'easter|c'mon|e'er|s'mores|ev'ry|li'l|nat'l)",
+        "(?i:cont'd\\.?|nor'easter|c'mon|e'er|s'mores|ev'ry|li'l|nat'l)",
     ]
 )
-_BRACKETS = {"(": "-LRB-", ")": "-RRB-", "[": "-LRB-", "]": "-RRB-", "<": "-LRB-", ">": "-RRB-"} | {
+_BRACKETS = {"(": "-LRB-", ")": "-RRB-", "[": "-LSB-", "]": "-RSB-", "<": "<", ">": ">"} | {
     "{": "-LCB-",
     "}": "-RCB-",
 }
-_FRACTIONS = {"\u00bc": r"1\/4", "\u00bd": r"1\/2", "\u00be": r"3\/4", "\u2153": r"1\/3"}
+_FRACTIONS = {"\u00bc": "1/4", "\u00bd": "1/2", "\u00be": "3/4", "\u2153": "1/3", "\u2154": "2/3"}
 _CURRENCIES = {"\u00a2": "cents", "\u00a3": "#", "\u0080": "$", "\u00a4": "$", "\u20a0": "$", "\u20ac": "$"}
 _SYMBOLS = (
     "[+%&~^|\\\\\u00a6\u00a7\u00a8\u00a9\u00ac\u00ae\u00af\u00b0-\u00ba\u00d7\u00f7\u2016\u2017\u2020-\u2023\u2030-\u2038"
@@ -62,10 +60,6 @@ _SYMBOLS = (
 
 def _same(text: str) -> str:
     return text
-
-
-def _escaped(text: str) -> str:
-    return re.sub(r"(?<!\\)([/*])", r"\\\1", text)
 
 
 def _quoted(text: str) -> str:
@@ -89,33 +83,35 @@ def _rule(token: str, ahead: str | None = None, written: Callable[[str], str] = 
 
 
 _RULES = (
+    _rule("(?i:gon(?=na)|wan(?=na)|got(?=ta)|lem(?=me)|gim(?=me))", r"(?i:na|ta|me)(?!\w)"),
+    _rule(rf"{_APOSTROPHE}(?i:t)", "(?i:is|was)(?![A-Za-z])"),
+    _rule(r"[cC](?:\+\+|#)"),
     _rule("(?i:can)", "(?i:not)"),
     _rule("</?[A-Za-z!?][^>\r\n]*>", None, lambda text: text.replace(" ", "\u00a0")),
     _rule("[\u0096\u0097\u2013\u2014\u2015]|&(?:MD|mdash|ndash);", None, lambda text: "--"),
     _rule("&amp;", None, lambda text: "&"),
-    _rule(rf"{_LETTER}+", _CLITIC, american),
+    _rule(rf"{_LETTER}+", _CLITIC),
     _rule(rf"[A-Za-z]*[A-MO-Za-mo-z](?={_NOT})", _NOT),
-    _rule(rf"{_LETTER}+", None, american),
+    _rule(rf"{_LETTER}+"),
+    _rule(rf"{_LETTER}+(?:\.{_LETTER}+)+"),
     _rule(_OWN_APOSTROPHE),
     _rule(rf"[yY]{_APOSTROPHE}", _LETTER),
-    _rule(r"(?i:https?)://[^ \t\n\f\r\"<>|()]+[^ \t\n\f\r\"<>|.!?(){},-]", None, _escaped),
+    _rule(r"(?i:https?)://[^ \t\n\f\r\"<>|()]+[^ \t\n\f\r\"<>|.!?(){},-]"),
     _rule(
         r"(?:(?i:www)\.(?:[^ \t\n\f\r\"<>|.!?(){},]+\.)+[a-zA-Z]{2,4}|"
         r"(?:[^ \t\n\f\r\"`'<>|.!?(){},\-_$]+\.)+(?i:com|net|org|edu))"
         r"(?:/[^ \t\n\f\r\"<>|()]+[^ \t\n\f\r\"<>|.!?(){},-])?",
-        None,
-        _escaped,
     ),
     _rule(r"[a-zA-Z0-9][^ \t\n\f\r\"<>|()\u00a0]*@(?:[^ \t\n\f\r\"<>|().\u00a0]+\.)*[^ \t\n\f\r\"<>|().\u00a0]+"),
     _rule(rf"@[a-zA-Z_][a-zA-Z_0-9]*|#{_LETTER}+"),
     _rule(_CLITIC, "[^A-Za-z]", _quoted),
     _rule(_NOT, None, _quoted),
-    _rule(r"\d{1,2}[-/]\d{1,2}[-/]\d{2,4}", None, _escaped),
+    _rule(r"\d{1,2}[-/]\d{1,2}[-/]\d{2,4}"),
     _rule(_NUMBER),
-    _rule("(?:\\d{1,4}[- \u00a0])?\\d{1,4}(?:\\\\?/|\u2044)\\d{1,4}", None, _escaped),
+    _rule("(?:\\d{1,4}[- \u00a0])?\\d{1,4}(?:\\\\?/|\u2044)\\d{1,4}"),
     _rule("[\u00bc\u00bd\u00be\u2153-\u215e]", None, lambda text: _FRACTIONS.get(text, text)),
     _rule("(?i:pro-|anti-|cap'n|c'est)"),
-    _rule(r"[A-Za-z0-9]+(?:-[A-Za-z]+){0,2}(?:\\?/[A-Za-z0-9]+(?:-[A-Za-z]+){0,2}){1,2}", None, _escaped),
+    _rule(r"[A-Za-z0-9]+(?:-[A-Za-z]+){0,2}(?:\\?/[A-Za-z0-9]+(?:-[A-Za-z]+){0,2}){1,2}"),
     _rule(r"[A-Z]*\$|#"),
     _rule("[\u0080\u00a2-\u00a5\u20a0\u20a4\u20ac]", None, lambda text: _CURRENCIES.get(text, text)),
     _rule(rf"(?:{_ACRONYM}|(?i:{_ABBREVIATIONS})|[A-Za-z])\."),
@@ -128,12 +124,12 @@ _RULES = (
     _rule("-+", None, _dashes),
     _rule("\\.{3,5}|(?:\\.[ \u00a0]){2,4}\\.|[\u0085\u2026]", None, lambda text: "..."),
     _rule("@+|#+|_+"),
-    _rule(r"\*+", None, _escaped),
+    _rule(r"\*+"),
     _rule("[,;:\u3001]"),
     _rule("[?!]+"),
     _rule("[.\u00a1\u00bf\u3002]"),
     _rule("="),
-    _rule("/", None, _escaped),
+    _rule("/"),
     _rule(rf"[A-Za-z0-9][A-Za-z0-9.,]*(?:-(?:[A-Za-z0-9]+|{_ACRONYM}\.))+"),
     _rule(rf"{_PART}(?:{_HYPHEN}{_PART})*\.", "[,;:\u3001]"),
     _rule(rf"{_PART}(?:{_HYPHEN}{_PART})*"),
@@ -146,7 +142,7 @@ _RULES = (
 )
 
 # Most words: no rule takes more of the text, and none that takes as much writes it in another way.
-_USUAL_WORD = re.compile(r"(?!(?i:cannot)[ \n])([A-Za-z]+)[ \n]+")
+_USUAL_WORD = re.compile(r"(?!(?i:cannot|gonna|wanna|gotta|lemme|gimme)[ \n])([A-Za-z]+)[ \n]+")
 
 
 def ptb_tokens(text: str) -> list[str]:
@@ -157,7 +153,7 @@ def ptb_tokens(text: str) -> list[str]:
     while place < len(text):
         usual = _USUAL_WORD.match(text, place)
         if usual is not None:
-            tokens.append(american(usual[1]).lower())
+            tokens.append(usual[1].lower())
             place = usual.end()
             continue
         best, end, chosen = 0, place + 1, None

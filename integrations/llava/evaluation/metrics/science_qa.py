@@ -28,7 +28,13 @@ def read_science_qa_answer(answer: str, num_choices: int) -> str | None:
 
 
 def read_science_qa_answer_of_lmms(answer: str) -> str | None:
-    """Read an answer as lmms-eval does: the whole of it, or a capital letter at its start that a full stop follows."""
+    """Read an answer as lmms-eval does: the whole of it, or a capital letter at its start that a full stop follows.
+
+    Blanks around it do not count, nor does the case of a letter alone.
+    """
+    answer = answer.strip()
+    if len(answer) == 1:
+        return answer.upper()
     if answer[:1].isupper() and answer[1:2] == ".":
         return answer[0]
     return answer

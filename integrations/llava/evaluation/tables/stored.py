@@ -27,6 +27,7 @@ __all__ = [
     "TablePlan",
     "TaskResult",
     "add_score",
+    "forget_result",
     "read_plan",
     "read_result",
     "task_folder",
@@ -84,6 +85,7 @@ class TaskResult:
         questions: tells whether two checkpoints were asked the same.
         draws: number -> its value in each draw of the bootstrap.
         submission: names of the files that were written for a server.
+        predictions: tells whether answers and their scores are those that stand there.
         added: the score that was entered by hand, in the unit that tables show; None if none was.
     """
 
@@ -94,6 +96,7 @@ class TaskResult:
     questions: str
     draws: Mapping[str, Sequence[float]]
     submission: tuple[str, ...]
+    predictions: str
     added: float | None = None
 
 
@@ -105,7 +108,10 @@ def task_folder(output: str | Path, checkpoint: str, protocol: str, task: str) -
 def write_result(
     folder: Path, name: str, task: Task, evaluation: Evaluation, *, questions: str, num_draws: int
 ) -> None:
-    """Write ``score.json``: the last file of a task, so that it is there only when everything is."""
+    """Write ``score.json``: the last file of a task, so that it is there only when everything is.
+
+    Draws of the same answers and scores are taken from the file that is there.
+    """
     numbers = dict(task.aggregate(evaluation.answers))
     shown = [number for number in (task.metric, *task.parts) if number in numbers]
     result = TaskResult(
@@ -114,11 +120,24 @@ def write_result(
         numbers=numbers,
         num_questions=len(evaluation.answers),
         questions=questions,
-        draws=draw_numbers(task, name, evaluation.answers, shown, num_draws=num_draws),
+        draws={},
         submission=tuple(sorted({file for files in evaluation.submissions.values() for file in files})),
+        predictions=_digest(folder),
     )
+    earlier = read_result(folder)
+    same = earlier is not None and replace(earlier, draws={}, added=None) == result
+    if earlier is not None and same and all(len(own) == num_draws for own in earlier.draws.values()):
+        draws = earlier.draws
+    else:
+        draws = draw_numbers(task, name, evaluation.answers, shown, num_draws=num_draws)
+    result = replace(result, draws=draws)
     content = {key: value for key, value in asdict(result).items() if key != "added"}
     _write(folder / _SCORE, {"task": name, **content})
+
+
+def forget_result(folder: Path) -> None:
+    """Remove ``score.json``, before the answers that it is of are."""
+    (folder / _SCORE).unlink(missing_ok=True)
 
 
 def read_result(folder: Path) -> TaskResult | None:

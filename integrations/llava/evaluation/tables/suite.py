@@ -18,7 +18,7 @@ from ..judged import JudgedTask
 from ..runner import evaluate_loaded
 from ..task import TASKS, Question, Task
 from .bootstrap import NUM_DRAWS
-from .stored import MissingTask, TablePlan, read_result, task_folder, write_plan, write_result
+from .stored import MissingTask, TablePlan, forget_result, read_result, task_folder, write_plan, write_result
 
 __all__ = ["PAPER_TASKS", "checkpoint_names", "chosen_tasks", "evaluate_tasks"]
 
@@ -132,6 +132,8 @@ def evaluate_tasks(
             _LOG.info("%s: %s, task %d of %d", checkpoint, own.name, number, len(complete))
             place = task_folder(output, checkpoint, own.task.protocol, own.name)
             _give_judge(own.task, judge, place)
+            if overwrite:
+                forget_result(place)
             evaluation = evaluate_loaded(
                 folder,
                 own.questions,

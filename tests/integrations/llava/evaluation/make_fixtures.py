@@ -29,8 +29,8 @@ def write_checkpoints(folder: Path) -> tuple[Path, Path]:
     """Two models that were never trained, yet answer, each in its own way."""
     with tempfile.TemporaryDirectory() as scratch:
         backbone = save_backbone(Path(scratch) / "backbone")
-        first = save_run(folder / "tiny-a", backbone, positions=4096)
-        return first, save_run(folder / "tiny-b", backbone, positions=4096, seed=1)
+        first = save_run(folder / "tiny-a", backbone, positions=4096, ends=4.0)
+        return first, save_run(folder / "tiny-b", backbone, positions=4096, ends=4.0, seed=1)
 
 
 def main(argv: list[str]) -> int:

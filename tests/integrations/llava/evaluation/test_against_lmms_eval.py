@@ -20,6 +20,7 @@ WORDS = [
     "y",
     "N",
     "A",
+    "b",
     "B.",
     "the answer is",
     "Dont",

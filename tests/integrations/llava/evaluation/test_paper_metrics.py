@@ -111,8 +111,8 @@ def test_shares_of_nothing_are_zero() -> None:
         ("I say: The answer is B!", "B", None),
         ("B.", None, "B"),
         ("(B)", None, None),
-        ("b", None, None),
-        (" B", None, None),
+        ("b", None, "B"),
+        (" B", None, "B"),
         ("The answer is B", None, None),
         ("The answer is A. The answer is B.", None, None),
         ("D", None, "D"),  # there are three choices
@@ -131,7 +131,9 @@ def test_ocrbench_looks_for_the_text_anywhere() -> None:
     assert stands_in_answer("a", [""], "svt")
     assert stands_in_answer(" X ^ { 2 }", ["X^{2}"], "HME100k")
     assert not stands_in_answer("x^{2}", ["X^{2}"], "HME100k")
-    assert not stands_in_answer("X^{2}", ["X^{2}"], "HME100k", lower=True)
+    assert stands_in_answer("X^{2}", ["X^{2}"], "HME100k", narrow=True)
+    assert not stands_in_answer("\uff2a\uff2f\uff25", ["joe"], "svt")
+    assert stands_in_answer("\uff2a\uff2f\uff25", ["joe"], "svt", narrow=True)
 
 
 def test_a_box_in_the_frame_of_the_padded_square() -> None:

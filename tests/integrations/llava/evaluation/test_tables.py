@@ -15,7 +15,7 @@ import pytest
 
 from integrations.llava.cli.data import main as data_command
 from integrations.llava.cli.evaluate import main
-from integrations.llava.evaluation import TASKS, ScoredAnswer, task_faults
+from integrations.llava.evaluation import TASKS, task_faults
 from integrations.llava.evaluation.tables import (
     PAPER_TASKS,
     add_score,
@@ -24,9 +24,8 @@ from integrations.llava.evaluation.tables import (
     evaluate_tasks,
     write_tables,
 )
-from integrations.llava.evaluation.tables.bootstrap import difference_interval, draw_numbers, percentile_interval
+from integrations.llava.evaluation.tables.bootstrap import draw_numbers
 from integrations.llava.evaluation.tables.published import published_models
-from integrations.llava.evaluation.tasks.paper import MmeTask
 from integrations.llava.inference.batching import Shard
 from integrations.llava.inference.predictor import Predictor
 from tests.integrations.llava.evaluation.judge_server import judge_server
@@ -227,6 +226,28 @@ def test_killed_runs_and_three_processes_give_what_one_gives(
     assert process("shards") and answers.asked == 0 < count
 
 
+def test_draws_are_made_again_for_other_scores_only(
+    run: Path, benchmarks: Path, answers: Answers, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drawn = []
+    real = draw_numbers
+
+    def counted(*arguments: Any, **options: Any) -> dict[str, list[float]]:
+        drawn.append(arguments[1])
+        return real(*arguments, **options)
+
+    monkeypatch.setattr("integrations.llava.evaluation.tables.stored.draw_numbers", counted)
+    data = Path(shutil.copytree(benchmarks / "pope", tmp_path / "data/pope")).parent
+    for change, expected in (("", 1), ("", 1), ("flip", 2)):
+        if change:
+            labels = data / "pope/coco/coco_pope_random.json"
+            labels.write_text(labels.read_text().replace("yes", "no", 1))
+        evaluate_tasks([run], ["pope"], data, tmp_path / "out", num_draws=20, **SPEED)
+        assert len(drawn) == expected
+    evaluate_tasks([run], ["pope"], data, tmp_path / "out", num_draws=20, overwrite=True, **SPEED)
+    assert len(drawn) == 3
+
+
 def test_a_judges_name_stands_in_the_table(
     run: Path, benchmarks: Path, answers: Answers, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -281,31 +302,6 @@ def test_data_at_fault_are_refused_before_anything_is_asked(
     assert answers.asked == 0 and not (tmp_path / "out").exists()
 
 
-def test_draws_keep_units_together_and_count_them_as_often_as_drawn(benchmarks: Path) -> None:
-    task = MmeTask()
-    questions = task.load(benchmarks)
-    answers = [ScoredAnswer(own, "yes", task.score("yes", own)) for own in questions]
-    # Of each image one question is right: whatever is drawn, a sub-task that is there has 50.
-    drawn = draw_numbers(task, "mme", answers, ["existence", "perception", "count"], num_draws=50)
-    assert set(drawn["perception"]) <= {50.0 * n for n in range(11)}
-    assert draw_numbers(task, "mme", answers, ["perception"], num_draws=50) == {"perception": drawn["perception"]}
-    assert "existence" not in drawn  # some draws have none of its image
-
-    right = [ScoredAnswer(own, own.answer, task.score(own.answer, own)) for own in questions]
-    one = [own for own in questions if own.fields["category"] == "count"][:2]
-    pair = [own for own in right if own.question in one]
-    wrong = [own for own in answers if own.question.fields["category"] == "count" and own.question not in one]
-    assert task.aggregate([*pair, *pair, *wrong])["count"] == pytest.approx(100 * 5 / 6 + 100 * 2 / 3)
-
-
-def test_intervals_are_percentiles_and_differences_pair_up() -> None:
-    draws = [float(n) for n in range(1001)]
-    assert percentile_interval(draws) == (25.0, 975.0)
-    assert percentile_interval([]) is None
-    assert difference_interval(draws, [own - 1 for own in draws]) == (1.0, 1.0)
-    assert difference_interval(draws, []) is None
-
-
 def test_published_numbers_are_those_of_tasks_and_have_sources() -> None:
     models = published_models()
     assert [own.name for own in models[:3]] == ["LLaVA-1.5 7B", "LLaVA-1.5 7B LoRA", "MMFuser 7B"]
@@ -354,23 +350,6 @@ def test_options_that_do_not_go_together_are_refused(command: list[str], message
 def test_scores_of_nothing_are_refused(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="holds no tables; evaluate checkpoints with --tasks first"):
         add_score(tmp_path, "a", None, {"vqav2": 78.0})
-
-
-@pytest.mark.parametrize("name", TASKS.names())
-def test_every_task_keeps_the_contract(name: str, benchmarks: Path, tmp_path: Path) -> None:
-    needs = TASKS.get(name)().needs()
-    if needs[-1].path == "images":  # a kind of question of one's own
-        answer = {"box": [0.1, 0.1, 0.4, 0.4], "counting": 3, "multiple_choice": "B", "number": 2.5, "yes_no": "no"}
-        row = {"question_id": 0, "image": "a.png", "text": "?", "kind": name, "answer": answer.get(name, "ring")}
-        (tmp_path / needs[0].path).write_text(json.dumps(row) + "\n")
-        (tmp_path / "images").mkdir()
-        (tmp_path / "images/a.png").touch()
-        folder: Path | None = tmp_path
-    elif any(own.path.endswith((".parquet", ".tsv")) for own in needs):
-        folder = None  # tested beside their fixtures, where pyarrow or openpyxl is installed
-    else:
-        folder = benchmarks
-    assert task_faults(name, folder) == []
 
 
 def test_a_task_of_an_installed_package_is_asked_and_shown(

@@ -9,7 +9,7 @@ from PIL import Image
 
 from integrations.llava.inference.predictor import load_predictor
 from tests.integrations.llava.inference.answering_parts import save_run
-from tests.run_support import run_ready_python
+from tests.run_support import run_python
 
 BASE = """
 class BaseModel:
@@ -52,7 +52,7 @@ def test_messages_get_the_answers_of_our_own_loop(
     path = f"import sys, runpy; sys.path.insert(0, {str(tmp_path)!r}); sys.argv = sys.argv[1:]; "
     started = path + f"runpy.run_path({str(example)!r}, run_name='__main__')"
     told = ["--data", "MMBench_DEV_EN", "--model", "layerfuse_llava"]
-    output = run_ready_python("-c", started, "example", str(run), *told, folder=tmp_path)
+    output = run_python("-c", started, "example", str(run), *told, folder=tmp_path)
     tagged = "<image>\nWhat number is it?\n<image>"
     prompts = ["What number is it?", "What number is it?", tagged]
     expected = load_predictor(run)([pictures[0], None, pictures[:2]], prompts, max_new_tokens=512)

@@ -38,7 +38,7 @@ def save_run(
     *,
     width: int = 32,
     template: str = "v1",
-    ends: bool = True,
+    ends: bool | float = True,
     positions: int = 512,
     fuser: str = "mmfuser",
     fuser_options: Mapping[str, Any] | None = None,
@@ -46,7 +46,8 @@ def save_run(
 ) -> Path:
     """Save a random model with a fuser that fuses, and a projector strong enough for images to matter.
 
-    Tokens that are single bytes lose against words, so that answers are text. The end comes after some words, or never.
+    Tokens that are single bytes lose against words, so that answers are text. The end comes after some words, or never;
+    `ends` as a number is how much it is favoured.
     """
     torch.manual_seed(seed)
     tokenizer = make_tokenizer("llama")
@@ -62,6 +63,6 @@ def save_run(
     with torch.no_grad():
         model.model.multi_modal_projector.linear_2.weight.mul_(10)
         model.lm_head.weight[3:259] = 0
-        model.lm_head.weight[2] *= 1.6 if ends else 0.0
+        model.lm_head.weight[2] *= 1.6 if ends is True else float(ends)
     save_model(model, build_processor(model, tokenizer, backbone.preprocessing, written), folder)
     return folder

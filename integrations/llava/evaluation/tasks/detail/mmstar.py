@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import ClassVar
 
-from ...metrics.option_letters import mmstar_letter
+from ...metrics.option_letters import mmstar_letter, mmstar_letter_of_lmms
 from ...published_files import parquet_rows
 from ...table_pictures import stored_picture, table_picture
 from ...task import TASKS, NeededFile, Question, ScoredAnswer
@@ -29,7 +29,7 @@ _YES_OR_NO = " Please answer yes or no."
 
 @TASKS.register("mmstar")
 class MmStarTask(BenchmarkTask):
-    r"""The letter that MMStar's rule finds; the mean over categories, eighteen under ``lmms``, six under ``official``.
+    r"""The letter that lmms-eval's rule finds, under ``official`` MMStar's; the mean over categories, eighteen or six.
 
     Example:
         ``Which is it?\nOptions: A: dog, B: cat\nAnswer with the option's letter from the given choices directly`` (no
@@ -63,7 +63,8 @@ class MmStarTask(BenchmarkTask):
 
     def score(self, answer: str, question: Question) -> Mapping[str, float]:
         """Score a letter."""
-        return {"accuracy": float(mmstar_letter(answer) == question.answer)}
+        read = mmstar_letter_of_lmms if self.protocol == "lmms" else mmstar_letter
+        return {"accuracy": float(read(answer) == question.answer)}
 
     def aggregate(self, scores: Sequence[ScoredAnswer]) -> dict[str, float]:
         """Average the accuracies of categories; those of the six stand beside."""

@@ -28,7 +28,7 @@ class OcrBenchTask(BenchmarkTask):
     """A right text stands in the answer (`stands_in_answer`); the score is how many of the 1000 do.
 
     The question is asked as it is: MMFuser's script writes the sentence that asks for a single word into its log only.
-    ``lmms`` compares formulas with the answer in lower case.
+    ``lmms`` takes wide characters for narrow ones.
 
     Example:
         ``what is written in the image?`` is answered ``The image says Centre.``, which is right for ``CENTRE``.
@@ -75,8 +75,8 @@ class OcrBenchTask(BenchmarkTask):
 
     def score(self, answer: str, question: Question) -> Mapping[str, float]:
         """Look for the right texts in the answer."""
-        dataset, lower = question.fields["dataset_name"], self.protocol == "lmms"
-        return {"accuracy": float(stands_in_answer(answer, question.answer, dataset, lower=lower))}
+        dataset, narrow = question.fields["dataset_name"], self.protocol == "lmms"
+        return {"accuracy": float(stands_in_answer(answer, question.answer, dataset, narrow=narrow))}
 
     def aggregate(self, scores: Sequence[ScoredAnswer]) -> dict[str, float]:
         """Add up the right answers: all, by category of the paper's table, and by type."""

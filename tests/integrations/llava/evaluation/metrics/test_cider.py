@@ -9,26 +9,27 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from integrations.llava.evaluation.metrics.american_spelling import american
 from integrations.llava.evaluation.metrics.cider import CiderCorpus
 from integrations.llava.evaluation.metrics.ptb_tokens import caption_words, ptb_tokens
 
 CAPTIONS = [
     ("A man's t-shirt, dark-blue.", "a man 's t-shirt dark-blue"),
     ("don't can't I'm they're CANNOT", "do n't ca n't i 'm they 're can not"),
-    ("the grey coloured theatre, Grey", "the gray colored theater grey"),
+    ("the grey coloured theatre, Grey", "the grey coloured theatre grey"),
     ('the "exit" sign (left)', "the exit sign -lrb- left -rrb-"),
     ("what?? yes!", "what ?? yes"),
     ("2nd guy... on right -- #23", "2nd guy on right # 23"),
     ("$5, 50% at 3:30", "$ 5 50 % at 3:30"),
-    ("end.the next\nline", "end the next line"),
-    ("a * b w/ c", r"a \* b w \/ c"),
+    ("end.the next\nline", "end.the next line"),
+    ("a * b w/ c", "a * b w / c"),
     ("caf\u00e9 na\u00efve", "caf\u00e9 na\u00efve"),
 ]
-# By the rules of the lexer as they were published before 3.4.1; not held against it.
 ODD = [
+    ("gonna wanna 'tis C++", "gon na wan na 't is c++"),
+    ("[x] <y {z}", "-lsb- x -rsb- < y -lcb- z -rcb-"),
+    ("\u00bd cup, 5 m\u00b2", "1/2 cup 5 m \u00b2"),
     ("the guys' bikes, it's 6'2", "the guys bikes it 's 6 2"),
-    ("1/2 black/white, 3 1/2 men", r"1\/2 black\/white 3 1\/2 men"),
+    ("1/2 black/white, 3 1/2 men", "1/2 black/white 3 1/2 men"),
     ("no. 5 by Mr. Smith.", "no. 5 by mr. smith"),
     ("white,t-shirt;blue", "white,t-shirt blue"),
     ("\U0001f44d fine \u2014 ok \u2026", "fine ok"),
@@ -46,33 +47,6 @@ def test_words_of_captions(caption: str, words: str) -> None:
 
 def test_punctuation_is_a_token_of_its_own() -> None:
     assert ptb_tokens('He said: "no"...') == ["he", "said", ":", "``", "no", "''", "..."]
-
-
-@pytest.mark.parametrize(
-    ("british", "american_word"),
-    [
-        ("organisations", "organizations"),
-        ("practised", "practiced"),
-        ("maximising", "maximizing"),
-        ("pressurises", "pressurizes"),
-        ("meagre", "meager"),
-        ("analogues", "analogs"),
-        ("manoeuvre", "maneuver"),
-        ("chimaeric", "chimeric"),
-        ("parlour", "parlor"),
-        ("colours", "colors"),
-        ("velour", "velour"),
-        ("contours", "contours"),
-        ("flour", "flour"),
-        ("leukaemia", "leukemia"),
-        ("programmes", "programs"),
-        ("Grey", "Grey"),
-        ("glamour", "glamour"),
-        ("kerb", "curb"),
-    ],
-)
-def test_british_spellings(british: str, american_word: str) -> None:
-    assert american(british) == american_word
 
 
 CORPUS = CiderCorpus([["red ball"], ["blue ball", "the ball that is blue"]])
@@ -118,7 +92,7 @@ def test_words_and_scores_are_those_of_coco() -> None:
     tokenizer = pytest.importorskip("pycocoevalcap.tokenizer.ptbtokenizer", reason="pycocoevalcap is not installed")
     if shutil.which("java") is None:
         pytest.skip("Java, which pycocoevalcap starts, is not installed")
-    texts = [caption for caption, _ in CAPTIONS]
+    texts = [caption for caption, _ in [*CAPTIONS, *ODD] if caption.strip()]
     told = tokenizer.PTBTokenizer().tokenize({n: [{"caption": text}] for n, text in enumerate(texts)})
     assert [" ".join(caption_words(text)) for text in texts] == [told[n][0].replace("\u00a0", " ") for n in told]
     references = {n: [told[n][0], told[(n + 1) % len(texts)][0]] for n in told}

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import random
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -13,6 +15,7 @@ from integrations.llava.evaluation.metrics.option_letters import (
     circular_letter,
     mmmu_letter,
     mmstar_letter,
+    mmstar_letter_of_lmms,
 )
 
 ANLS = [
@@ -157,6 +160,17 @@ def test_letters_as_mmstar_finds_them(answer: str, letter: str | None) -> None:
 
 
 @pytest.mark.parametrize(
+    ("answer", "letter"),
+    [
+        *[("B.", "B"), ("B dog", "B"), ("b) cat", ""), ("It is (C), not (D) dog", "D"), ("A cat or B", "A"), ("", "")],
+        *[("I choose C because B: no x", "B"), ("so the answer is A; the best answer is D.x y", "D"), ("xBy", "B")],
+    ],
+)
+def test_letters_as_lmms_eval_finds_those_of_mmstar(answer: str, letter: str) -> None:
+    assert mmstar_letter_of_lmms(answer) == letter
+
+
+@pytest.mark.parametrize(
     ("answer", "found"), [("B", "B"), ("b.", "B"), (" B. dog", "B"), ("(B)", "B"), ("B dog", "B DOG"), ("", "")]
 )
 def test_letters_as_lmms_eval_finds_those_of_ai2d(answer: str, found: str) -> None:
@@ -184,9 +198,11 @@ def test_rules_are_those_of_lmms_eval() -> None:
         assert anls(answer, references) == pytest.approx(metrics.anls(references, [answer])["anls"])
     for answer, reference, _ in CHARTS:
         assert chart_answer_is_right(answer, reference) == chartqa.relaxed_correctness(answer, reference)
-    for answer, _ in STARS:
+    words = ["A", "B", "(C)", "D.", "the answer is", "i pick", "Best", "A:", "b", "x", "B)", "选", "and"]
+    generator = random.Random(0)
+    for answer in [own for own, _ in STARS] + [" ".join(generator.choices(words, k=5)) for _ in range(2000)]:
         for letter in "ABCD":
-            assert (mmstar_letter(answer) == letter) == bool(mmstar.exact_match(answer, letter))
+            assert (mmstar_letter_of_lmms(answer) == letter) == bool(mmstar.exact_match(answer, letter))
     for answer, _ in MMMU:
         theirs = mmmu.parse_multi_choice_response(answer, list(OPTIONS), OPTIONS)
         assert mmmu_letter(answer, OPTIONS, seed="1", loosely=True) == theirs
