@@ -78,7 +78,7 @@ test-latest test-oldest: test-%: .venv-%/.installed
 .venv-lmms/.installed: pyproject.toml
 	test -x .venv-lmms/bin/python || $(PYTHON) -m venv .venv-lmms
 	@echo "installing into .venv-lmms, once; this takes some minutes"
-	.venv-lmms/bin/python -m pip install --disable-pip-version-check --quiet -e ".[parquet,excel]" hypothesis pytest pytest-xdist
+	.venv-lmms/bin/python -m pip install --disable-pip-version-check --quiet -e ".[eval]" hypothesis pytest pytest-xdist
 	rm -rf "$$(.venv-lmms/bin/python -c 'import sysconfig; print(sysconfig.get_paths()["purelib"])')/tests"
 	touch .venv-lmms/.installed
 
