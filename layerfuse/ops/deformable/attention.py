@@ -13,6 +13,7 @@ import torch
 
 from layerfuse.errors import InputError
 from layerfuse.ops.deformable.gather import gather
+from layerfuse.ops.deformable.operator import KERNELS, attend, can_run
 from layerfuse.ops.deformable.reference import reference
 from layerfuse.registry import unknown_name_message
 
@@ -20,12 +21,13 @@ __all__ = ["IMPLEMENTATIONS", "check_implementation", "deformable_attention"]
 
 _Path = Callable[[torch.Tensor, Sequence[tuple[int, int]], torch.Tensor, torch.Tensor], torch.Tensor]
 
+# Those that are made of torch's own operators, and differentiated by torch.
 _PATHS: dict[str, _Path] = {"gather": gather, "reference": reference}
 
-IMPLEMENTATIONS: tuple[str, ...] = ("auto", *sorted(_PATHS))
+IMPLEMENTATIONS: tuple[str, ...] = ("auto", *sorted({*_PATHS, *KERNELS}))
 
-# Elsewhere (xpu, …) grid_sample is the better supported of the two; on mps it has no gradient.
-_GATHER_DEVICES = frozenset({"cpu", "cuda", "meta", "mps"})
+# What auto takes on a device. On others (xpu, …) it is grid_sample, the better supported; on mps it has no gradient.
+_FASTEST = {"cpu": "gather", "cuda": "gather", "meta": "gather", "mps": "gather"}
 
 
 def deformable_attention(
@@ -59,11 +61,24 @@ def deformable_attention(
     """
     check_implementation(implementation)
     _check_shapes(value, grids, locations, weights)
-    if implementation == "auto":
-        implementation = "gather" if value.device.type in _GATHER_DEVICES else "reference"
+    path = _choose(implementation, value.device.type)
     precision = torch.float64 if value.dtype == torch.float64 else torch.float32
-    output = _PATHS[implementation](value.to(precision), grids, locations.to(precision), weights.to(precision))
-    return output.to(value.dtype)
+    locations, weights = locations.to(precision), weights.to(precision)
+    if path in KERNELS:
+        return attend(value, grids, locations, weights, path)
+    return _PATHS[path](value.to(precision), grids, locations, weights).to(value.dtype)
+
+
+def _choose(implementation: str, device_type: str) -> str:
+    """Return the name of the path or kernel to take, where that which was asked for may have to be replaced."""
+    if implementation == "auto":
+        implementation = _FASTEST.get(device_type, "reference")
+    if implementation in _PATHS:
+        return implementation
+    # What can run cannot be asked while a graph is taken; the operator asks it then, each time that it runs.
+    if torch.compiler.is_compiling():
+        return implementation if device_type in KERNELS[implementation].DEVICES else "gather"
+    return implementation if can_run(implementation, device_type) else "gather"
 
 
 def check_implementation(implementation: str) -> None:
