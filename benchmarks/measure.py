@@ -1,60 +1,129 @@
-"""Timing side by side, and rows that say how a number came about."""
+"""Times of several candidates taken in turn, and what is read from them: medians, ratios, exponents."""
 
 from __future__ import annotations
 
-import json
-import os
-import platform
+import math
 import statistics
-import subprocess
-import sys
 import time
-from collections.abc import Callable, Mapping
-from pathlib import Path
-from typing import Any, NamedTuple
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
-__all__ = ["Seconds", "Session", "describe_hardware", "median_seconds", "relative_error"]
+__all__ = ["Call", "Pace", "Ratio", "Timing", "captured", "exponent", "ratio", "relative_error", "time_in_turn"]
+
+Call = Callable[[], object]
+
+# On CUDA a sample lasts at least this long, seconds: calls are queued one behind the other, and their mean is taken.
+_SHORTEST_SAMPLE = 5e-3
+_MOST_CALLS = 100
 
 
-class Seconds(NamedTuple):
-    """Seconds per call.
+@dataclass(frozen=True)
+class Pace:
+    """How long a comparison may take.
 
-    Args:
-        wall: by the clock.
-        processor: spent by this process on all its threads; what others do on a shared machine enters it far less.
+    Attributes:
+        seconds: for all rounds of all candidates; what one round takes is known after the first, which does not count.
+        fewest: rounds that are made however long they take.
+        most: rounds that are made at most.
     """
 
-    wall: float
-    processor: float
+    seconds: float
+    fewest: int = 3
+    most: int = 25
 
 
-def median_seconds(candidates: Mapping[str, Callable[[], object]], *, runs: int, device: str) -> dict[str, Seconds]:
+@dataclass(frozen=True)
+class Timing:
+    """Seconds per call of a candidate, one entry a round.
+
+    Attributes:
+        wall: by the clock, on CUDA between two events of the stream.
+        processor: that this process spent on all its threads; what others do on a shared machine enters it far less.
+    """
+
+    wall: tuple[float, ...]
+    processor: tuple[float, ...]
+
+    @property
+    def median(self) -> float:
+        """Median of ``wall``."""
+        return statistics.median(self.wall)
+
+    @property
+    def median_processor(self) -> float:
+        """Median of ``processor``."""
+        return statistics.median(self.processor)
+
+
+class Ratio(NamedTuple):
+    """Seconds of one candidate over those of another: median over the rounds, and the middle half of the rounds."""
+
+    median: float
+    low: float
+    high: float
+
+
+def time_in_turn(calls: Mapping[str, Call], *, device: str, pace: Pace) -> dict[str, Timing]:
     """Time candidates in turn, so that a busy moment of the machine hits all of them.
 
-    Args:
-        candidates: what to time, by label.
-        runs: timed calls of each, after two that are not timed.
-        device: ``"cpu"`` or ``"cuda"``.
+    Every second round goes backwards, so that nobody always follows the same neighbour.
 
-    Returns:
-        Medians per call, by label.
+    Args:
+        calls: what to time, by label.
+        device: ``"cpu"`` or ``"cuda"``.
+        pace: how many rounds are made.
     """
-    seconds: dict[str, list[Seconds]] = {label: [] for label in candidates}
-    for run in range(runs + 2):
-        for label, call in candidates.items():
-            _wait(device)
-            start, start_processor = time.perf_counter(), time.process_time()
+    labels, repeats = list(calls), dict.fromkeys(calls, 1)
+    begin = time.perf_counter()
+    for label in labels:
+        calls[label]()
+        _wait(device)
+        if device == "cuda":
+            once = _sample(calls[label], 1, device)[0]
+            repeats[label] = max(1, min(_MOST_CALLS, math.ceil(_SHORTEST_SAMPLE / max(once, 1e-7))))
+    one_round = time.perf_counter() - begin
+    rounds = max(pace.fewest, min(pace.most, int(pace.seconds / max(one_round, 1e-9))))
+    samples: dict[str, list[tuple[float, float]]] = {label: [] for label in labels}
+    for number in range(rounds):
+        for label in labels if number % 2 == 0 else reversed(labels):
+            samples[label].append(_sample(calls[label], repeats[label], device))
+    return {label: Timing(*map(tuple, zip(*values, strict=True))) for label, values in samples.items()}
+
+
+def ratio(ours: Sequence[float], theirs: Sequence[float]) -> Ratio:
+    """Compare two candidates round by round, so that what slows a whole round down cancels out."""
+    quotients = sorted(a / b for a, b in zip(ours, theirs, strict=True))
+    count = len(quotients)
+    return Ratio(statistics.median(quotients), quotients[count // 4], quotients[count - 1 - count // 4])
+
+
+def exponent(sizes: Sequence[float], seconds: Sequence[float]) -> float:
+    """Fit seconds = a * size ** exponent by least squares on the logarithms."""
+    x, y = [math.log(size) for size in sizes], [math.log(value) for value in seconds]
+    mean_x, mean_y = statistics.fmean(x), statistics.fmean(y)
+    spread = sum((a - mean_x) ** 2 for a in x)
+    return sum((a - mean_x) * (b - mean_y) for a, b in zip(x, y, strict=True)) / spread
+
+
+def captured(call: Call) -> Call:
+    """Return a replay of a CUDA graph of a call: the device's time alone, without the time to launch from Python."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):
             call()
-            _wait(device)
-            if run >= 2:
-                passed = Seconds(time.perf_counter() - start, time.process_time() - start_processor)
-                seconds[label].append(passed)
-    return {
-        label: Seconds(*(statistics.median(column) for column in zip(*values, strict=True)))
-        for label, values in seconds.items()
-    }
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        result = call()
+
+    def replay(kept: object = result) -> None:
+        graph.replay()
+
+    return replay
 
 
 def relative_error(actual: torch.Tensor, expected: torch.Tensor) -> float:
@@ -63,102 +132,25 @@ def relative_error(actual: torch.Tensor, expected: torch.Tensor) -> float:
     return ((actual - expected).abs().max() / expected.abs().max()).item()
 
 
-def describe_hardware(device: str) -> str:
-    """Name the accelerator, or the processor with the number of its cores."""
-    if device == "cuda":
-        return torch.cuda.get_device_name()
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return f"{models[0] if models else platform.processor() or platform.machine()}, {os.cpu_count()} cores"
-
-
-class Session:
-    """Collects rows: prints each as it comes, and writes them as JSON lines.
-
-    Args:
-        device: ``"cpu"`` or ``"cuda"``.
-        seed: of all random numbers.
-        note: free text that goes into every row, such as what else the machine was doing.
-        path: file to append to, or None to write nothing.
-    """
-
-    def __init__(self, *, device: str, seed: int, note: str, path: Path | None) -> None:
-        self.device = device
-        self.path = path
-        self.common = {
-            "command": " ".join(["python", *sys.argv]),
-            "commit": _commit(),
-            "date": time.strftime("%Y-%m-%d"),
-            "hardware": describe_hardware(device),
-            "threads": torch.get_num_threads(),
-            "torch": torch.__version__,
-            "seed": seed,
-            "note": note,
-        }
-
-    def compare(
-        self,
-        benchmark: str,
-        candidates: Mapping[str, Callable[[], object]],
-        *,
-        baseline: str,
-        runs: int,
-        facts: Mapping[str, Any],
-        errors: Mapping[str, float] | None = None,
-    ) -> None:
-        """Time candidates against each other and record one row per candidate.
-
-        Args:
-            benchmark: what is measured.
-            candidates: calls by label.
-            baseline: the label that ratios are taken to; above 1 is faster than it.
-            runs: timed calls of each.
-            facts: shapes, dtype and other circumstances.
-            errors: relative error of each candidate against float64, where it was checked.
-        """
-        load = os.getloadavg()[0] if hasattr(os, "getloadavg") else None
-        medians = median_seconds(candidates, runs=runs, device=self.device)
-        for label, seconds in medians.items():
-            row = {
-                "benchmark": benchmark,
-                "candidate": label,
-                **facts,
-                "median_seconds": round(seconds.wall, 6),
-                "median_processor_seconds": round(seconds.processor, 6),
-                "runs": runs,
-                "baseline": baseline,
-                "times_faster_than_baseline": round(medians[baseline].wall / seconds.wall, 3),
-                "times_less_processor_than_baseline": round(medians[baseline].processor / seconds.processor, 3),
-                "load_average_before": None if load is None else round(load, 2),
-                **({"relative_error": errors[label]} if errors and label in errors else {}),
-            }
-            self.record(row)
-
-    def record(self, row: Mapping[str, Any]) -> None:
-        """Print a row and append it to the file."""
-        shown = {key: value for key, value in row.items() if key not in ("baseline", "load_average_before")}
-        print("  ".join(f"{key}={value}" for key, value in shown.items()), flush=True)
-        if self.path is not None:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            with self.path.open("a") as file:
-                file.write(json.dumps({**row, **self.common}) + "\n")
+def _sample(call: Call, repeats: int, device: str) -> tuple[float, float]:
+    """Return wall and processor seconds per call."""
+    _wait(device)
+    if device != "cuda":
+        start, start_processor = time.perf_counter(), time.process_time()
+        for _ in range(repeats):
+            call()
+        passed, spent = time.perf_counter() - start, time.process_time() - start_processor
+        return passed / repeats, spent / repeats
+    first, last = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    start_processor = time.process_time()
+    first.record()
+    for _ in range(repeats):
+        call()
+    last.record()
+    torch.cuda.synchronize()
+    return first.elapsed_time(last) / 1e3 / repeats, (time.process_time() - start_processor) / repeats
 
 
 def _wait(device: str) -> None:
     if device == "cuda":
         torch.cuda.synchronize()
-
-
-def _commit() -> str:
-    try:
-        described = subprocess.run(
-            ["git", "describe", "--always", "--dirty", "--exclude", "*"],
-            capture_output=True,
-            text=True,
-            check=False,
-            cwd=Path(__file__).parent,
-        )
-    except FileNotFoundError:
-        return "unknown"
-    return described.stdout.strip() or "not committed yet"

@@ -1,0 +1,1 @@
+"""Speed and memory, each beside its peers in one run: `python -m benchmarks.cpu`, `python -m benchmarks.gpu`."""
