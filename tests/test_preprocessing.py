@@ -13,7 +13,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from layerfuse.preprocessing import CLIP_MEAN, CLIP_STD, HALF, Preprocessing, interpolation_name
+from layerfuse.preprocessing import (
+    CLIP_MEAN,
+    CLIP_STD,
+    HALF,
+    Preprocessing,
+    StackedPreprocessing,
+    interpolation_name,
+)
 
 CLIP = Preprocessing(size=(28, 28), mean=CLIP_MEAN, std=CLIP_STD)
 MODES = ("crop", "squash", "pad")
@@ -166,3 +173,45 @@ def test_normalised_pixels_are_those_of_the_whole_preprocessing() -> None:
     assert expected[0, 1, 2, 3] == (pixels[0, 2, 3, 1].float() / 255 - CLIP_MEAN[1]) / CLIP_STD[1]
     with pytest.raises(ValueError, match=r"pixels are torch.float32; Preprocessing.normalize takes uint8"):
         preprocessing.normalize(expected)
+    with pytest.raises(ValueError, match=r"shape \(6, 8, 3\); Preprocessing.normalize takes \(..., 3, height, width\)"):
+        preprocessing.normalize(pixels[0])
+    with pytest.raises(ValueError, match=r"shape \(6, 8\); Preprocessing"):
+        preprocessing.normalize(pixels[0, ..., 0])
+
+
+numbers = st.floats(0.01, 1, allow_nan=False)
+triples = st.tuples(numbers, numbers, numbers)
+preprocessings = st.builds(
+    Preprocessing, size=st.tuples(edges, edges), mean=triples, std=triples, mode=st.sampled_from(MODES)
+)
+
+
+@given(parts=st.lists(preprocessings, min_size=1, max_size=3), count=st.integers(1, 3), seed=st.integers(0, 99))
+def test_pixels_that_are_normalised_later_give_the_same_bits(parts: list[Any], count: int, seed: int) -> None:
+    """Against `(pixels / 255 - mean) / std` of one picture in numpy, with zeros where a backbone sees less."""
+    generator = np.random.default_rng(seed)
+    pictures = [Image.fromarray(generator.integers(0, 256, (9, 13, 3), dtype=np.uint8)) for _ in range(count)]
+    whole = parts[0] if len(parts) == 1 else StackedPreprocessing(tuple(parts))
+    pixels = torch.stack([whole.pixels(picture) for picture in pictures])
+    assert pixels.dtype == torch.uint8 and pixels.is_contiguous()
+    expected = np.zeros((count, 3 * len(parts), *whole.size), dtype=np.float32)
+    for row, picture in enumerate(pictures):
+        for place, part in enumerate(parts):
+            fitted = np.asarray(part.fit(picture)).astype(np.float32) / np.float32(255)
+            values = (fitted - np.float32(part.mean)) / np.float32(part.std)
+            height, width = part.size
+            expected[row, 3 * place : 3 * place + 3, :height, :width] = values.transpose(2, 0, 1)
+
+    normalised = whole.normalize(pixels)
+    assert normalised.dtype == torch.float32
+    assert torch.equal(normalised, torch.from_numpy(expected))
+    assert torch.equal(normalised, whole.batch(pictures))
+
+
+def test_pixels_of_several_backbones_have_the_size_of_the_largest() -> None:
+    part = Preprocessing(size=(8, 8), mean=CLIP_MEAN, std=CLIP_STD)
+    stacked = StackedPreprocessing((part, part.changed(mode="squash")))
+    with pytest.raises(ValueError, match=r"shape \(6, 8, 9\), and those of several backbones are 8 x 8"):
+        stacked.normalize(torch.zeros(6, 8, 9, dtype=torch.uint8))
+    with pytest.raises(ValueError, match=r"takes \(..., 6, height, width\)"):
+        stacked.normalize(torch.zeros(3, 8, 8, dtype=torch.uint8))

@@ -16,7 +16,7 @@ from layerfuse.preprocessing.preprocessing import (
     interpolation_name,
 )
 from layerfuse.preprocessing.stacked import AnyPreprocessing, StackedPreprocessing, preprocessing_from_dict
-from layerfuse.preprocessing.tiles import prepare_tiles
+from layerfuse.preprocessing.tiles import prepare_tiles, tile_pixels
 
 __all__ = [
     "CLIP_MEAN",
@@ -34,4 +34,5 @@ __all__ = [
     "interpolation_name",
     "prepare_tiles",
     "preprocessing_from_dict",
+    "tile_pixels",
 ]

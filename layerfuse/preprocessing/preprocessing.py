@@ -31,6 +31,7 @@ __all__ = [
     "Interpolation",
     "Mode",
     "Preprocessing",
+    "check_pixels",
     "interpolation_name",
     "stack_pictures",
 ]
@@ -117,20 +118,32 @@ class Preprocessing:
             TypeError: if this is no PIL image.
             ValueError: if its values have no known range (floats), or an edge has no pixel or more than 131,072.
         """
-        pixels = torch.from_numpy(np.array(self.fit(image), dtype=np.uint8))
-        return self.normalize(pixels.permute(2, 0, 1)).contiguous()
+        return self.normalize(self.pixels(image))
+
+    def pixels(self, image: Image.Image) -> torch.Tensor:
+        """Return an image's pixels, (3, height, width) uint8: a quarter of the bytes of what `normalize` makes of them.
+
+        Raises as `__call__`.
+        """
+        fitted = torch.from_numpy(np.array(self.fit(image), dtype=np.uint8))
+        return fitted.permute(2, 0, 1).contiguous()
 
     def normalize(self, pixels: torch.Tensor) -> torch.Tensor:
-        """Bring uint8 pixels (..., 3, height, width) to the backbone's range, in float32; the step after `fit`.
+        """Bring uint8 `pixels` (..., 3, height, width) to the backbone's range, in float32, on their device.
+
+        Every device gives the same values to the last bit, and the host does not wait for it.
 
         Raises:
             ValueError: if they have another dtype, of which nobody can tell what is white.
         """
-        if pixels.dtype != torch.uint8:
-            raise InputError(f"pixels are {pixels.dtype}; Preprocessing.normalize takes uint8, 0 to 255, as of `fit`.")
-        options: dict[str, Any] = {"dtype": torch.float32, "device": pixels.device}
-        mean, std = (torch.tensor(each, **options).view(3, 1, 1) for each in (self.mean, self.std))
-        return (pixels.to(torch.float32) / 255 - mean) / std
+        check_pixels(pixels, self.channels)
+        # Filled on the device: a tensor made of Python's numbers would be copied there, and the host wait for it. A GPU
+        # multiplies with the reciprocal of a number that it is given; of a tensor it takes the quotient, as a CPU.
+        white, mean, std = (
+            torch.stack([torch.full((1, 1), value, dtype=torch.float32, device=pixels.device) for value in values])
+            for values in ((255.0,), self.mean, self.std)
+        )
+        return pixels.to(torch.float32).div_(white).sub_(mean).div_(std)
 
     def batch(self, images: Images) -> torch.Tensor:
         """Return a batch (B, 3, height, width), float32, made of one image or several.
@@ -285,6 +298,16 @@ class Preprocessing:
     @property
     def _filter(self) -> Image.Resampling:
         return Image.Resampling[self.interpolation.upper()]
+
+
+def check_pixels(pixels: torch.Tensor, channels: int) -> None:
+    """Refuse what is no uint8 tensor (..., channels, height, width), with a ValueError."""
+    if pixels.dtype != torch.uint8:
+        raise InputError(f"pixels are {pixels.dtype}; Preprocessing.normalize takes uint8, 0 to 255, as of `pixels`.")
+    if pixels.ndim < 3 or pixels.shape[-3] != channels:
+        raise InputError(
+            f"pixels have shape {tuple(pixels.shape)}; Preprocessing.normalize takes (..., {channels}, height, width)."
+        )
 
 
 def stack_pictures(prepare: Callable[[Image.Image], torch.Tensor], images: Images) -> torch.Tensor:

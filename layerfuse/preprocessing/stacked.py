@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from layerfuse.errors import InputError
 from layerfuse.preprocessing.pixels import Images
-from layerfuse.preprocessing.preprocessing import Mode, Preprocessing, stack_pictures
+from layerfuse.preprocessing.preprocessing import Mode, Preprocessing, check_pixels, stack_pictures
 
 __all__ = ["AnyPreprocessing", "StackedPreprocessing", "preprocessing_from_dict"]
 
@@ -64,8 +64,36 @@ class StackedPreprocessing:
 
         Raises as `Preprocessing.__call__`.
         """
-        (height, width), prepared = self.size, [part(image) for part in self.parts]
-        return torch.cat([F.pad(own, (0, width - own.shape[2], 0, height - own.shape[1])) for own in prepared])
+        return self.normalize(self.pixels(image))
+
+    def pixels(self, image: Image.Image) -> torch.Tensor:
+        """Return a picture's pixels for the backbones, (channels, height, width) uint8; raises as `__call__`."""
+        return self._stacked([part.pixels(image) for part in self.parts])
+
+    def normalize(self, pixels: torch.Tensor) -> torch.Tensor:
+        """Bring uint8 `pixels` (..., channels, height, width) to the backbones' ranges, as `Preprocessing.normalize`.
+
+        Raises:
+            ValueError: if they have another dtype, number of channels or size.
+        """
+        check_pixels(pixels, self.channels)
+        if tuple(pixels.shape[-2:]) != self.size:
+            raise InputError(
+                f"pixels have shape {tuple(pixels.shape)}, and those of several backbones are {self.size[0]} x "
+                f"{self.size[1]} (height x width), as StackedPreprocessing.pixels makes them."
+            )
+        channels = pixels.split([part.channels for part in self.parts], dim=-3)
+        return self._stacked(
+            [
+                part.normalize(own[..., : part.size[0], : part.size[1]])
+                for part, own in zip(self.parts, channels, strict=True)
+            ]
+        )
+
+    def _stacked(self, parts: Sequence[torch.Tensor]) -> torch.Tensor:
+        height, width = self.size
+        padded = [F.pad(own, (0, width - own.shape[-1], 0, height - own.shape[-2])) for own in parts]
+        return torch.cat(padded, dim=-3)
 
     def batch(self, images: Images) -> torch.Tensor:
         """Return a batch (B, channels, height, width), float32; images and errors are `Preprocessing.batch`'s."""

@@ -12,13 +12,20 @@ from layerfuse.errors import InputError
 from layerfuse.preprocessing.pixels import image_size
 from layerfuse.preprocessing.stacked import AnyPreprocessing, StackedPreprocessing
 
-__all__ = ["prepare_tiles"]
+__all__ = ["prepare_tiles", "tile_pixels"]
 
 
 def prepare_tiles(
     image: Image.Image, preprocessing: AnyPreprocessing, canvas: tuple[int, int] | None = None
 ) -> torch.Tensor:
-    """Prepare a picture, and with a canvas the tiles of the picture scaled into it, row by row.
+    """Prepare a picture and its tiles as `tile_pixels` does, and normalise them: (tiles, C, height, width) float32."""
+    return preprocessing.normalize(tile_pixels(image, preprocessing, canvas))
+
+
+def tile_pixels(
+    image: Image.Image, preprocessing: AnyPreprocessing, canvas: tuple[int, int] | None = None
+) -> torch.Tensor:
+    """Fit a picture, and with a canvas cut the tiles of the picture scaled into it, row by row.
 
     Args:
         image: of any size.
@@ -29,14 +36,15 @@ def prepare_tiles(
             its shape kept, and lies in the middle, on black.
 
     Returns:
-        (tiles, C, height, width) float32, in front the whole picture; that alone without a canvas.
+        (tiles, C, height, width) uint8, in front the whole picture; that alone without a canvas. The preprocessing
+        normalises them.
 
     Raises:
         ValueError: if the canvas is no whole number of tiles; and as `Preprocessing.__call__`, like TypeError.
     """
-    overview = preprocessing(image)[None]
+    overview = preprocessing.pixels(image)
     if canvas is None:
-        return overview
+        return overview[None]
     height, width = preprocessing.size
     if min(canvas) < 1 or canvas[0] % height or canvas[1] % width:
         raise InputError(
@@ -50,7 +58,8 @@ def prepare_tiles(
     whole.paste(replace(first, size=scaled).fit(image), ((canvas[1] - scaled[1]) // 2, (canvas[0] - scaled[0]) // 2))
     corners = [(left, top) for top in range(0, canvas[0], height) for left in range(0, canvas[1], width)]
     tiles = [whole.crop((left, top, left + width, top + height)) for left, top in corners]
-    return torch.cat([overview, exact.changed(upright=False).batch(tiles)])
+    as_cut = exact.changed(upright=False)
+    return torch.stack([overview, *map(as_cut.pixels, tiles)])
 
 
 def _fitted(size: tuple[int, int], canvas: tuple[int, int]) -> tuple[int, int]:

@@ -121,6 +121,7 @@ class StageConfig(Checked):
         max_grad_norm: gradients are scaled down to this norm; 0 leaves them alone.
         precision: of the computation. Trained parameters stay float32; frozen ones take the precision's type.
         gradient_checkpointing: recompute the language model's activations, to save memory.
+        compile: let torch compile backbone and fuser; needs a compiler.
         group_by_modality: batch samples of one modality and like lengths together.
         engine: how several processes share the run; one process needs none.
         save_every: optimizer steps between two checkpoints; None writes one only when the run is told to stop.
@@ -148,6 +149,7 @@ class StageConfig(Checked):
     max_grad_norm: Rate = 1.0
     precision: Literal["fp32", "bf16"] = "fp32"
     gradient_checkpointing: bool = False
+    compile: bool = False
     group_by_modality: bool = False
     engine: Engine = "ddp"
     save_every: Count | None = None

@@ -24,9 +24,9 @@ class Collator:
 
         Returns:
             `input_ids`, `attention_mask`, `labels` (B, T); `pixel_values` (tiles of all images, C, height, width) and
-            `image_sizes` (images, 2) if there are any, with them `condition` (images, Q), ids filled up with
-            `IGNORE_INDEX`, where samples have it; `sample_ids`, B texts, where samples have an `id`; `skipped`, why
-            samples are void, if any is.
+            `image_sizes`, a list of (height, width), if there are any, with them `condition` (images, Q), ids filled up
+            with `IGNORE_INDEX`, where samples have it; `sample_ids`, B texts, where samples have an `id`; `skipped`,
+            why samples are void, if any is.
         """
         ids = [sample["input_ids"] for sample in samples]
         batch: dict[str, Any] = {
@@ -39,7 +39,8 @@ class Collator:
         if len(pixels):
             batch["pixel_values"] = pixels
             if "image_sizes" in samples[0]:
-                batch["image_sizes"] = torch.cat([sample["image_sizes"] for sample in samples])
+                # Numbers, not a tensor: the model reads them, and would make the host wait for a GPU.
+                batch["image_sizes"] = [size for sample in samples for size in sample["image_sizes"]]
             if "condition" in samples[0]:
                 batch["condition"] = self._pad([ids for sample in samples for ids in sample["condition"]], IGNORE_INDEX)
         if "id" in samples[0]:

@@ -13,7 +13,7 @@ from torch.utils.data import Dataset
 from integrations.llava.image_layout import ImageLayout, ImageSize
 from integrations.llava.prompts import IGNORE_INDEX, Rendered, Template, TextEncoder, asked_ids, render
 from layerfuse.errors import InputError, MissingFileError
-from layerfuse.preprocessing import AnyPreprocessing, prepare_tiles
+from layerfuse.preprocessing import AnyPreprocessing, tile_pixels
 from layerfuse.preprocessing.pixels import image_size
 
 from .doctor.policy import BadSamples
@@ -78,10 +78,10 @@ class ConversationDataset(Dataset[dict[str, Any]]):
         """Prepare a sample.
 
         Returns:
-            `id`; `input_ids` and `labels` (T,); `pixel_values` (tiles of all images, C, height, width), one tile an
-            image unless the layout cuts it; `image_sizes` (images, 2), height and width before that; if asked for,
-            `condition`, per image the ids of the human's turns. A void sample, see `bad_samples`, also has `skipped`,
-            the reason.
+            `id`; `input_ids` and `labels` (T,); `pixel_values` (tiles of all images, C, height, width) uint8, which the
+            model normalises, one tile an image unless the layout cuts it; `image_sizes`, (height, width) of each image
+            before that; if asked for, `condition`, per image the ids of the human's turns. A void sample, see
+            `bad_samples`, also has `skipped`, the reason.
 
         Raises:
             BadSampleError: if its images do not fit into `max_length`, cannot be read, or are not those that its text
@@ -105,8 +105,8 @@ class ConversationDataset(Dataset[dict[str, Any]]):
         prepared["input_ids"], prepared["labels"] = (torch.from_numpy(v.astype(np.int64)) for v in (ids, labels))
         pixels = [pixels for pixels, _ in images]
         shape = (self.preprocessing.channels, *self.preprocessing.size)
-        prepared["pixel_values"] = torch.cat(pixels) if pixels else torch.empty(0, *shape)
-        prepared["image_sizes"] = torch.tensor([size for _, size in images], dtype=torch.int64).view(-1, 2)
+        prepared["pixel_values"] = torch.cat(pixels) if pixels else torch.empty(0, *shape, dtype=torch.uint8)
+        prepared["image_sizes"] = [size for _, size in images]
         if self.with_condition:
             prepared["condition"] = [torch.from_numpy(ids.astype(np.int64)) for ids in asked]
         return prepared
@@ -170,4 +170,4 @@ class ConversationDataset(Dataset[dict[str, Any]]):
         except MissingFileError as error:
             raise InputError(f"image {path} cannot be read: it is missing.") from error
         size = image_size(image, upright=self.preprocessing.upright)
-        return prepare_tiles(image, self.preprocessing, self.layout.canvas(size)), size
+        return tile_pixels(image, self.preprocessing, self.layout.canvas(size)), size

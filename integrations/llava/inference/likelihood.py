@@ -78,7 +78,7 @@ def _measure(
         for sample, ids in zip(samples, answers, strict=True)
     ]
     model = predictor.model
-    batch = {name: tensor.to(model.device) for name, tensor in predictor.collate(whole).items()}
+    batch = predictor.on_device(predictor.collate(whole))
     longest = max(1, *map(len, answers))
     # As `generate` counts: the first position that is no padding is 0.
     positions = (batch["attention_mask"].cumsum(1) - 1).clamp(min=0)

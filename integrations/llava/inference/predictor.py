@@ -161,10 +161,17 @@ class Predictor:
 
         return stream_text(generate, WholeTextStreamer(self.processor.tokenizer, self._text))
 
+    def on_device(self, batch: Mapping[str, Any]) -> dict[str, Any]:
+        """Move the tensors of a batch that `collate` made to the model."""
+        return {
+            name: given.to(self.model.device, non_blocking=True) if isinstance(given, torch.Tensor) else given
+            for name, given in batch.items()
+        }
+
     @torch.inference_mode()
     def answer_batch(
         self,
-        batch: Mapping[str, torch.Tensor],
+        batch: Mapping[str, Any],
         keys: Sequence[str],
         sampling: SamplingParams,
         *,
@@ -172,8 +179,7 @@ class Predictor:
         stop: StopWhenSet | None = None,
     ) -> list[str]:
         """Answer a batch that `collate` made; `keys` are as for `asker`, and `streamer` is told tokens as they come."""
-        device = self.model.device
-        batch = {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}
+        device, batch = self.model.device, self.on_device(batch)
         tokenizer, template = self.processor.tokenizer, self.prepare.template
         draw = [SeededSampling(sampling, keys, device)] if sampling.temperature else []
         ends_with_text = template.answer_end and not template.end_token

@@ -97,8 +97,8 @@ class Preparer:
 
         Returns:
             `input_ids` (T,) with images expanded, `pixel_values` (tiles of all images, C, height, width), one tile an
-            image unless the layout cuts it, `image_sizes` (images, 2); for a fuser that reads it, `condition`, per
-            image the ids of the human's turns up to the one that shows it.
+            image unless the layout cuts it, `image_sizes`, (height, width) of each; for a fuser that reads it,
+            `condition`, per image the ids of the human's turns up to the one that shows it.
 
         Raises:
             ValueError: as `encode`, or if an image file cannot be read.
@@ -115,8 +115,7 @@ class Preparer:
         ]
         shape = (self.preprocessing.channels, *self.preprocessing.size)
         pixels = torch.cat(tiles) if tiles else torch.empty(0, *shape)
-        image_sizes = torch.tensor(sizes, dtype=torch.int64).view(-1, 2)
-        prepared = {"input_ids": ids, "pixel_values": pixels, "image_sizes": image_sizes}
+        prepared = {"input_ids": ids, "pixel_values": pixels, "image_sizes": sizes}
         if not self.with_condition:
             return prepared
         asked = asked_ids(as_turns(prompt), len(pictures), encoder=self.encoder, until_shown=True)

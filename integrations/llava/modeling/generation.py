@@ -9,6 +9,8 @@ from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from integrations.llava.prompts import Template, TextEncoder
 
+from .tiling import as_sizes
+
 __all__ = ["GeneratesFromImages", "end_answers", "forbid_token"]
 
 
@@ -81,7 +83,8 @@ class GeneratesFromImages:
         if not images:
             return ids, rest
         layout, sizes = self.config.layout, images["image_sizes"]
-        known = [None] * len(images["pixel_values"]) if sizes is None else [tuple(size) for size in sizes.tolist()]
+        known = [None] * len(images["pixel_values"]) if sizes is None else as_sizes(sizes)
+        images["image_sizes"] = None if sizes is None else torch.as_tensor(sizes)
         counts = layout.images_per_text((input_ids == layout.image_token_id).sum(1).tolist(), known)
         # Of pixels that are not filled up to equal numbers of tiles, each tile is a row.
         waiting = iter(map(layout.num_tiles, known))

@@ -12,6 +12,7 @@ from __future__ import annotations
 import functools
 import inspect
 import math
+from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -32,7 +33,7 @@ from transformers import (
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.utils.generic import can_return_tuple
 
-from integrations.llava.image_layout import AnyResLayout
+from integrations.llava.image_layout import AnyResLayout, ImageSize
 from layerfuse.backbones import AnyBackbone, Backbone, backbone_from_config
 from layerfuse.errors import InputError
 from layerfuse.features import FeatureMaps, Grid
@@ -241,7 +242,7 @@ class FusedLlavaModel(_LoadsWhole, LlavaModel):
         pixel_values: torch.Tensor,
         vision_feature_layer: int | list[int] | None = None,
         vision_feature_select_strategy: str | None = None,
-        image_sizes: torch.Tensor | None = None,
+        image_sizes: torch.Tensor | Sequence[ImageSize] | None = None,
         condition: torch.Tensor | None = None,
         **_: Any,  # transformers passes what its own towers take
     ) -> BaseModelOutputWithPooling:
@@ -249,7 +250,8 @@ class FusedLlavaModel(_LoadsWhole, LlavaModel):
 
         Args:
             pixel_values: (B, channels, height, width), 3 channels, or as many for each of several backbones; where
-                images are cut into tiles, as `image_tiles` takes them.
+                images are cut into tiles, as `image_tiles` takes them. Prepared; or uint8, which the backbone's
+                preprocessing normalises here, on their device.
             vision_feature_layer: unused; the backbone taps what its config says.
             vision_feature_select_strategy: unused, likewise.
             image_sizes: (B, 2), height and width before preparing, where images are cut into tiles; else unused.
@@ -265,8 +267,11 @@ class FusedLlavaModel(_LoadsWhole, LlavaModel):
             ValueError: if the fuser needs a condition and there is none, or tiles and sizes do not go together.
         """
         tower, tiles = self.vision_tower, image_tiles(self.config.layout, pixel_values, image_sizes)
+        pixels = tiles.pixels
+        if pixels.dtype == torch.uint8:
+            pixels = tower.backbone.preprocessing.normalize(pixels)
         with torch.set_grad_enabled(torch.is_grad_enabled() and learns(tower)):
-            features = tower(tiles.pixels.to(next(tower.parameters()).dtype))
+            features = tower(pixels.to(next(tower.parameters()).dtype))
         maps = leading_maps(features, self.fuser.num_layers)
         asked = read_condition(self.fuser, condition, self.get_input_embeddings())
         fused = self.fuser(maps) if asked is None else self.fuser(maps, tiles.repeat(asked.to(maps[0].device)))
@@ -304,7 +309,7 @@ class FusedLlavaModel(_LoadsWhole, LlavaModel):
             size, channels = backbone.image_size, backbone.in_channels
             black = inputs_embeds.new_zeros(self.config.layout.num_tiles(size), channels, *size)
             blank = blank_condition(self.fuser, 1, inputs_embeds)
-            features: Any = self.get_image_features(black, image_sizes=torch.tensor([size]), condition=blank)
+            features: Any = self.get_image_features(black, image_sizes=[size], condition=blank)
             unused = [features.pooler_output, *(getattr(features, "deepstack_features", None) or ())]
             kwargs["inputs_embeds"] = inputs_embeds + 0 * sum(tokens[0].sum() for tokens in unused)
         with nullcontext() if self.injection is None else injecting(self.injection.settings, kwargs):

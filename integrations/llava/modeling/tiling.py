@@ -18,7 +18,7 @@ from layerfuse.errors import InputError
 from layerfuse.features import Grid
 from layerfuse.fusers import Fuser
 
-__all__ = ["ImageTiles", "check_layout", "image_tiles", "pack_tiles", "recipe_layout"]
+__all__ = ["ImageTiles", "as_sizes", "check_layout", "image_tiles", "pack_tiles", "recipe_layout"]
 
 
 @dataclass(frozen=True)
@@ -80,7 +80,24 @@ def pack_tiles(
     return torch.cat([overview, lines.flatten(0, 1)])
 
 
-def image_tiles(layout: ImageLayout, pixel_values: torch.Tensor, image_sizes: torch.Tensor | None) -> ImageTiles:
+def as_sizes(image_sizes: torch.Tensor | Sequence[ImageSize]) -> list[ImageSize]:
+    """Read (height, width) of images, (images, 2); for a tensor on a GPU the host waits, for numbers it does not.
+
+    Raises:
+        ValueError: if they have another shape.
+    """
+    given = torch.as_tensor(image_sizes)
+    if given.ndim != 2 or given.shape[1] != 2:
+        raise InputError(
+            f"image_sizes has shape {tuple(given.shape)}; give (images, 2), height and width before preparing, as the "
+            "processor returns them."
+        )
+    return [(int(height), int(width)) for height, width in given.tolist()]
+
+
+def image_tiles(
+    layout: ImageLayout, pixel_values: torch.Tensor, image_sizes: torch.Tensor | Sequence[ImageSize] | None
+) -> ImageTiles:
     """Find the tiles of each image, and drop those that only fill a batch up.
 
     Args:
@@ -100,13 +117,7 @@ def image_tiles(layout: ImageLayout, pixel_values: torch.Tensor, image_sizes: to
             "this model cuts images into tiles by their size, and image_sizes is missing; give (images, 2), height and "
             "width before preparing. The processor returns it beside pixel_values."
         )
-    given_sizes = torch.as_tensor(image_sizes)
-    if given_sizes.ndim != 2 or given_sizes.shape[1] != 2:
-        raise InputError(
-            f"image_sizes has shape {tuple(given_sizes.shape)}; give (images, 2), height and width before preparing, "
-            "as the processor returns them."
-        )
-    sizes = [(int(height), int(width)) for height, width in given_sizes.tolist()]
+    sizes = as_sizes(image_sizes)
     counts = [layout.num_tiles(size) for size in sizes]
     given = tuple(pixel_values.shape)
     fits_flat = len(given) == 4 and given[0] == sum(counts)

@@ -18,6 +18,7 @@ from layerfuse.errors import InputError, MissingFileError, MissingPackageError, 
 from layerfuse.files import file_digest
 from layerfuse.registry import unknown_name_message
 
+from .compilation import check_compiler
 from .engines import check_engine, forget_engine
 from .metrics_log import check_reporters
 from .run_folder import RunFolder
@@ -154,9 +155,13 @@ def check_plan(plan: Plan) -> None:
             config = recipe.stage(name)
             config.batches(num_processes)
             cpu, quantized = plan.process.device.type == "cpu", config.lora.quantize != "none"
-            check_engine(config.engine, num_processes=num_processes, cpu=cpu, quantized=quantized)
+            check_engine(
+                config.engine, num_processes=num_processes, cpu=cpu, quantized=quantized, compiled=config.compile
+            )
             get_template(config.template)
             _check_scheduler(config)
+            if config.compile:
+                check_compiler(plan.process.device)
             if quantization_config(config.lora.quantize, torch.float32) and not recipe.model.llm_pretrained:
                 raise InputError("quantised weights need a pretrained language model; set model.llm_pretrained.")
             if not config.data.path:

@@ -45,6 +45,7 @@ _STAGE = ("adapter.safetensors", "lora", "non_finite_loss.json", ".saving")
 _FREE = {
     "image_folder",
     "gradient_checkpointing",
+    "compile",
     "engine",
     "save_every",
     "keep_checkpoints",

@@ -44,6 +44,7 @@ from layerfuse.errors import FileAccessError, InputError
 from layerfuse.files import check_disk_space
 from layerfuse.preprocessing import AnyPreprocessing
 
+from .compilation import compile_vision
 from .distributed import any_process, on_main
 from .engines import forget_engine, set_precision, shards
 from .metrics_log import RunLog
@@ -319,6 +320,8 @@ def stage_trainer(
     )
     if config.gradient_checkpointing:
         checkpoint_activations(model)
+    if config.compile:
+        compile_vision(model)
     trainer = LlavaTrainer(
         model=model,
         args=training_arguments(config, folder, model, num_processes),

@@ -280,6 +280,9 @@ def training_arguments(
     """TrainingArguments of a stage, or transformers' ValueError or ImportError; the model may be on the meta device."""
     cuda = torch.cuda.is_available()
     micro_batch_size, accumulation = config.batches(num_processes)
+    engine = engine_arguments(config.engine, model, num_processes=num_processes)
+    # From pinned memory, without a wait of the host.
+    engine["accelerator_config"] = {"non_blocking": cuda, **engine.get("accelerator_config", {})}
     return TrainingArguments(
         output_dir=str(folder),
         per_device_train_batch_size=micro_batch_size,
@@ -288,6 +291,7 @@ def training_arguments(
         max_steps=config.max_steps if config.max_steps is not None else -1,
         learning_rate=config.learning_rate,
         weight_decay=config.weight_decay,
+        optim="adamw_torch_fused",
         lr_scheduler_type=config.scheduler,
         warmup_steps=config.warmup_ratio,
         max_grad_norm=config.max_grad_norm,
@@ -304,7 +308,7 @@ def training_arguments(
         report_to=[],
         disable_tqdm=True,
         seed=config.seed,
-        **engine_arguments(config.engine, model, num_processes=num_processes),
+        **engine,
     )
 
 

@@ -24,12 +24,22 @@ __all__ = ["check_engine", "engine_arguments", "forget_engine", "set_precision",
 _FOLDER = Path(__file__).parent
 
 
-def check_engine(engine: str, *, num_processes: int, cpu: bool, quantized: bool = False) -> None:
-    """Refuse an engine that cannot run on so many processes, on the CPU or with quantised weights; name another."""
+def check_engine(
+    engine: str, *, num_processes: int, cpu: bool, quantized: bool = False, compiled: bool = False
+) -> None:
+    """Refuse an engine that cannot run on so many processes, on the CPU, or with quantised weights or compiled parts.
+
+    The error names another.
+    """
     if num_processes == 1 or engine == "ddp":
         return
     if quantized and engine in ("fsdp2", "zero3"):
         raise InputError(f"engine {engine!r} cannot take quantised weights apart; use 'ddp' (--finetune.engine ddp).")
+    if compiled and engine == "zero3":
+        raise InputError(
+            "engine 'zero3' takes parameters apart inside backbone and fuser, so that these cannot be compiled; leave "
+            "compile out, or use 'fsdp2' (--finetune.engine fsdp2)."
+        )
     if engine == "fsdp2" and cpu:
         # accelerate would use DDP without a word.
         raise InputError("engine 'fsdp2' needs GPUs; on CPUs use 'ddp' (--finetune.engine ddp).")

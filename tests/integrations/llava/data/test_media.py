@@ -178,7 +178,7 @@ def verdicts(folder: Path, name: str) -> tuple[bool, bool, bool]:
     except UnreadableImageError as error:
         assert str(error).startswith(f"image {folder / name} cannot be read (")
         return doctor, "skipped" not in sample, False
-    np.testing.assert_array_equal(sample["pixel_values"][0], PREPARE(read))
+    np.testing.assert_array_equal(sample["pixel_values"][0], PREPARE.pixels(read))
     return doctor, "skipped" not in sample, True
 
 

@@ -35,6 +35,7 @@ from integrations.llava.inference.sampling import SamplingParams
 from integrations.llava.modeling.build import Assembled
 from integrations.llava.modeling.model import FusedLlavaForConditionalGeneration
 from integrations.llava.modeling.processing import FusedLlavaProcessor, build_processor
+from integrations.llava.modeling.tiling import as_sizes
 from integrations.llava.prompts import IGNORE_INDEX, TEMPLATES
 from integrations.llava.training.stage import stage_trainer
 from layerfuse.preprocessing import Preprocessing
@@ -68,12 +69,10 @@ def see_by_cells(model: FusedLlavaForConditionalGeneration) -> None:
     """Let the model see as many tokens of an image as its layout says, each a mean of those that it would see."""
     whole, layout = model.model.get_image_features, model.config.layout
 
-    def get_image_features(
-        pixel_values: torch.Tensor, image_sizes: torch.Tensor | None = None, **_: Any
-    ) -> BaseModelOutputWithPooling:
+    def get_image_features(pixel_values: torch.Tensor, image_sizes: Any = None, **_: Any) -> BaseModelOutputWithPooling:
         assert image_sizes is not None
         tokens = whole(pixel_values).pooler_output
-        numbers = [layout.num_tokens(tuple(size)) for size in image_sizes.tolist()]
+        numbers = [layout.num_tokens(size) for size in as_sizes(image_sizes)]
         resized = [
             torch.nn.functional.adaptive_avg_pool1d(own.T, number).T
             for own, number in zip(tokens, numbers, strict=True)
@@ -127,7 +126,7 @@ def test_samples_have_the_tokens_of_their_own_images_and_no_label_on_them(cells:
         assert int(is_image.sum()) == number
         assert (item["labels"][is_image] == IGNORE_INDEX).all() and (item["labels"] != IGNORE_INDEX).any()
 
-    assert items[-1]["image_sizes"].tolist() == [[24, 30], [34, 30]]
+    assert items[-1]["image_sizes"] == [(24, 30), (34, 30)]
     start = items[-1]["input_ids"].tolist().index(cells.prepare.image_token_id)
     assert (items[-1]["input_ids"][start : start + 12] == cells.prepare.image_token_id).all()
     assert items[-1]["input_ids"][start + 12] != cells.prepare.image_token_id
@@ -269,7 +268,7 @@ def test_prompts_take_the_tokens_of_their_images(cells: Predictor, data_folder: 
     Image.new("RGB", (90, 8)).save(file, format="png", exif=exif)
     turned = Image.open(io.BytesIO(file.getvalue()))
     assert cells.prepare.sizes([turned]) == [(90, 8)]
-    assert cells.prepare(turned, "What?")["image_sizes"].tolist() == [[90, 8]]
+    assert cells.prepare(turned, "What?")["image_sizes"] == [(90, 8)]
 
 
 @pytest.mark.parametrize(
