@@ -43,15 +43,16 @@ _WEIGHTS = re.compile(r"(model|pytorch_model)(-\d{5}-of-\d{5})?\.(safetensors|bi
 
 
 @contextmanager
-def atomic_file(path: Path) -> Iterator[BinaryIO]:
+def atomic_file(path: Path, *, tidy: bool = False) -> Iterator[BinaryIO]:
     """Open a file for writing under a scratch name that no other process uses; rename it to ``path`` at the end.
 
-    A file of that name is replaced.
+    A file of that name is replaced. ``tidy`` removes what processes of this machine left of it that were killed while
+    they wrote; the folder is listed for that, which takes its time where it holds thousands of files.
 
     Raises:
         OSError: if the folder cannot be written to or the disk is full; nothing is left behind then.
     """
-    scratch = path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}.part")
+    scratch = path.with_name(f".{path.name}.{_own_mark()}{uuid.uuid4().hex[:12]}.part")
     try:
         with scratch.open("xb") as file:
             yield file
@@ -60,11 +61,14 @@ def atomic_file(path: Path) -> Iterator[BinaryIO]:
         os.replace(scratch, path)
     finally:
         scratch.unlink(missing_ok=True)
+    if tidy:
+        for left in _left_behind(path.parent, f".{path.name}."):
+            left.unlink(missing_ok=True)
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a text file in UTF-8, whole or not at all, as `atomic_file` does."""
-    with atomic_file(path) as file:
+    """Write a text file in UTF-8, whole or not at all and tidily, as `atomic_file` does."""
+    with atomic_file(path, tidy=True) as file:
         file.write(text.encode("utf-8"))
 
 
@@ -185,16 +189,26 @@ def _rank(path: Path) -> int:
 
 def _own_folder(folder: Path, prefix: str) -> Path:
     """Make a folder whose name says which process works in it."""
-    return Path(tempfile.mkdtemp(prefix=f"{prefix}{socket.gethostname()}-{os.getpid()}-", dir=folder))
+    return Path(tempfile.mkdtemp(prefix=prefix + _own_mark(), dir=folder))
+
+
+def _own_mark() -> str:
+    """What says in the name of a scratch file or folder which process works in it."""
+    return f"{socket.gethostname()}-{os.getpid()}-"
+
+
+def _left_behind(folder: Path, prefix: str) -> Iterator[Path]:
+    """Scratch files or folders of processes of this machine that are gone."""
+    for path in folder.glob(f"{glob.escape(prefix + socket.gethostname())}-*-*"):
+        process = path.name.rsplit("-", 2)[1]
+        if process.isdigit() and not process_is_alive(int(process)):
+            yield path
 
 
 def _remove_leftovers(folder: Path, moved: set[Path]) -> None:
     """Remove what processes of this machine that are gone left behind, but nothing that was not written anew."""
     for prefix in (_SAVING, _REPLACED):
-        for path in folder.glob(f"{prefix}{glob.escape(socket.gethostname())}-*-*"):
-            process = path.name.rsplit("-", 2)[1]
-            if not process.isdigit() or process_is_alive(int(process)):
-                continue
+        for path in _left_behind(folder, prefix):
             kept = {file.relative_to(path) for file in path.rglob("*") if not file.is_dir()}
             # Of an earlier model, this may be the only copy, as when a new save wrote no model.
             whole = Path(_CONFIGS[0]) in moved

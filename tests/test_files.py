@@ -281,6 +281,23 @@ def test_a_killed_save_is_told_with_where_the_earlier_model_lies(tmp_path: Path)
     assert f"or move the earlier model's files back from .replaced-{DEAD}." in explain_missing_config(tmp_path)
 
 
+def test_what_killed_writers_left_of_a_file_goes_with_its_next_writing_and_that_of_others_stays(tmp_path: Path) -> None:
+    work = "import os, signal, sys; from pathlib import Path; from layerfuse.files import atomic_file"
+    work += "\nwith atomic_file(Path('a.json')) as file: file.write(b'half'); file.flush(); os.kill(os.getpid(), 9)"
+    for _ in range(2):
+        assert subprocess.run([sys.executable, "-c", work], cwd=tmp_path, stdout=subprocess.PIPE).returncode
+    assert len(list(tmp_path.glob(".a.json.*.part"))) == 2
+    host = socket.gethostname()
+    kept = {f".a.json.{host}-{os.getppid()}-0.part", ".a.json.elsewhere-1-0.part", f".b.a.json.{DEAD}.part"}
+    for name in kept:
+        (tmp_path / name).touch()
+    with atomic_file(tmp_path / "a.json") as file:
+        file.write(b"whole")
+    assert len(list(tmp_path.glob(".a.json.*.part"))) == 4
+    write_text(tmp_path / "a.json", "whole")
+    assert {path.name for path in tmp_path.iterdir()} == {"a.json", *kept}
+
+
 def test_a_process_is_alive_until_it_is_gone() -> None:
     with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as process:
         assert process_is_alive(process.pid)

@@ -58,7 +58,7 @@ def write_evaluation(
             for name, content in files.items():
                 path = folder / "submission" / kind / name
                 path.parent.mkdir(parents=True, exist_ok=True)
-                with atomic_file(path) as file:
+                with atomic_file(path, tidy=True) as file:
                     file.write(content)
     except OSError as error:
         raise FileAccessError(

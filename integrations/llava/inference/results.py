@@ -123,7 +123,7 @@ class AnswerFile:
         missing = len(self._questions.keys() - self._rows.keys())
         if not missing:
             advice = "Every answer is in the parts beside it; make room, then start the same command again."
-            with _told(self.path, advice), atomic_file(self.path) as file:
+            with _told(self.path, advice), atomic_file(self.path, tidy=True) as file:
                 for request in self.requests:
                     file.write((json.dumps(self._rows[request.id], ensure_ascii=False) + "\n").encode())
             for part in parts:
