@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 from pathlib import Path
+from shutil import get_terminal_size
 
 from integrations.llava.evaluation import (
     TASKS,
@@ -20,6 +21,7 @@ from integrations.llava.evaluation import (
     write_evaluation,
 )
 from integrations.llava.evaluation.tables import (
+    TEXT_WIDTH,
     add_score,
     checkpoint_names,
     chosen_tasks,
@@ -178,7 +180,13 @@ def _tables(arguments: argparse.Namespace) -> str:
         overwrite=arguments.overwrite,
         shard=find_shard(arguments.shard),
     )
-    return _BUSY if plan is None else f"{write_tables(output)}\n{output / 'tables.html'}"
+    return _BUSY if plan is None else _written_tables(output)
+
+
+def _written_tables(output: Path) -> str:
+    """The tables as wide as the terminal, and the page's place."""
+    text = write_tables(output, width=get_terminal_size((TEXT_WIDTH, 0)).columns)
+    return f"{text}\n{output / 'tables.html'}"
 
 
 def _add_scores(arguments: argparse.Namespace) -> str:
@@ -196,7 +204,7 @@ def _add_scores(arguments: argparse.Namespace) -> str:
     known = {name for name, _ in read_plan(output).columns}
     own = checkpoint if checkpoint in known else next(iter(checkpoint_names([checkpoint])))
     add_score(output, own, arguments.protocol, given)
-    return f"{write_tables(output)}\n{output / 'tables.html'}"
+    return _written_tables(output)
 
 
 def _output(arguments: argparse.Namespace) -> Path:

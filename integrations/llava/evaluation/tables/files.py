@@ -10,16 +10,16 @@ from layerfuse.files import write_text
 from .content import build_tables
 from .page import tables_page
 from .stored import read_plan
-from .text import as_csv, as_markdown, as_text
+from .text import TEXT_WIDTH, as_csv, as_markdown, as_text
 
 __all__ = ["write_tables"]
 
 
-def write_tables(output: str | Path) -> str:
+def write_tables(output: str | Path, *, width: int = TEXT_WIDTH) -> str:
     """Draw the tables of what stands in a folder, and write them there: ``tables.txt``, ``.md``, ``.csv``, ``.html``.
 
     Returns:
-        The text.
+        The text, for a terminal of `width` characters; the file's is the same everywhere.
 
     Raises:
         FileNotFoundError: if nothing was evaluated there.
@@ -27,9 +27,8 @@ def write_tables(output: str | Path) -> str:
     """
     plan = read_plan(output)
     tables = build_tables(plan, output)
-    text = as_text(tables, plan)
     contents = {
-        "tables.txt": text,
+        "tables.txt": as_text(tables, plan),
         "tables.md": as_markdown(tables, plan),
         "tables.csv": as_csv(tables),
         "tables.html": tables_page(tables, plan),
@@ -41,4 +40,4 @@ def write_tables(output: str | Path) -> str:
         raise FileAccessError(
             f"{output} cannot be written ({error.strerror or error}); give another output."
         ) from error
-    return text
+    return as_text(tables, plan, width=width)

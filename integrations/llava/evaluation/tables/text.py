@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import csv
 import io
+import textwrap
 from collections.abc import Sequence
 
-from integrations.llava._text import aligned
+from integrations.llava._text import aligned, column_widths
 
 from .content import Cell, ComparisonTable, TableColumn, TableRow
 from .stored import TablePlan
 
-__all__ = ["EXPLANATION", "NoteList", "as_csv", "as_markdown", "as_text", "sources_of"]
+__all__ = ["EXPLANATION", "TEXT_WIDTH", "NoteList", "as_csv", "as_markdown", "as_text", "sources_of"]
+
+TEXT_WIDTH = 100
+"""Characters in a line of a text that is not shown on a terminal."""
+_MINUS = " − "
 
 EXPLANATION = (
     "Numbers in brackets are 95 % intervals: questions drawn anew 1000 times, the number worked out in each draw; "
@@ -34,20 +39,60 @@ class NoteList:
         return ", ".join(str(self.texts.index(note) + 1) for note in cell.notes)
 
 
-def as_text(tables: Sequence[ComparisonTable], plan: TablePlan) -> str:
-    """All tables in columns, for a terminal."""
+def as_text(tables: Sequence[ComparisonTable], plan: TablePlan, *, width: int = TEXT_WIDTH) -> str:
+    """All tables in columns, for a terminal of so many characters; columns that find no room stand below the others."""
     notes = NoteList()
     lines: list[str] = []
     for table in tables:
         lines += [table.title, "=" * len(table.title), ""]
-        lines += aligned(_grid(table.columns, table.rows, notes))
+        lines += _in_columns(_grid(table.columns, table.rows, notes), width)
         if table.differences:
+            first, *rest = _grid(table.difference_columns, table.differences, notes)
+            # A difference's name would be the widest of its column: it takes two lines.
+            names = [name.rpartition(_MINUS) for name in first]
+            heads = [[one for one, _, _ in names], [(sign + other).strip() for _, sign, other in names]]
             lines += ["", "differences", "-" * len("differences"), ""]
-            lines += aligned(_grid(table.difference_columns, table.differences, notes))
+            lines += _in_columns([*heads, *rest], width, heads=3)
         lines += [""]
-    lines += [f"({number}) {note}" for number, note in enumerate(notes.texts, start=1)]
-    lines += [*([""] if notes.texts else []), EXPLANATION, *_missing(plan, "\nMissing data", "  ")]
+    for number, note in enumerate(notes.texts, start=1):
+        lines += _wrapped(f"({number}) {note}", width)
+    lines += [*([""] if notes.texts else []), *textwrap.wrap(EXPLANATION, width)]
+    for line in _missing(plan, "\nMissing data", "  "):
+        lines += _wrapped(line, width)
     return "\n".join(lines) + "\n"
+
+
+def _in_columns(grid: Sequence[Sequence[str]], width: int, *, heads: int = 2) -> list[str]:
+    """The grid's columns side by side while there is room, then the next ones, each time behind the rows' titles."""
+    title, *widths = column_widths(grid)
+    blocks: list[list[int]] = []
+    room = 0
+    for column, own in enumerate(widths, start=1):
+        if not blocks or room < own + 2:
+            blocks.append([])
+            room = width - title
+        blocks[-1].append(column)
+        room -= own + 2
+    lines: list[str] = []
+    for block in blocks:
+        rows = [[row[0], *(row[column] for column in block)] for row in grid]
+        lines += [""] if lines else []
+        lines += aligned(rows[:heads] + [row for row in rows[heads:] if any(row[1:])])
+    return lines
+
+
+def _wrapped(line: str, width: int) -> list[str]:
+    """A line in lines of so many characters, further ones indented more; longer words, such as paths, stay whole."""
+    bare = line.lstrip(" ")
+    indent = " " * (len(line) - len(bare))
+    wrapper = textwrap.TextWrapper(
+        width,
+        initial_indent=indent,
+        subsequent_indent=f"{indent}  ",
+        break_long_words=False,
+        break_on_hyphens=False,
+    )
+    return [wrapped for part in bare.split("\n") for wrapped in wrapper.wrap(part) or [""]]
 
 
 def as_markdown(tables: Sequence[ComparisonTable], plan: TablePlan) -> str:
