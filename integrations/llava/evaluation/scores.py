@@ -72,10 +72,10 @@ def score_answers(
         "given more than once": [key for key, count in counts.items() if count > 1],
         "of no question": [key for key in counts if key not in known],
     }
-    found = [f"{what}: {listed([*map(repr, keys)], most=10)}" for what, keys in faults.items() if keys]
+    found = [f"{len(keys):,} {what}: {listed([*map(repr, keys)], most=10)}" for what, keys in faults.items() if keys]
     if found:
         raise InputError(
-            f"predictions do not fit the {len(questions)} questions; question ids {'; '.join(found)}. "
+            f"predictions do not fit the {len(questions):,} questions; question ids, {'; '.join(found)}. "
             "Give exactly one prediction per question."
         )
     answers = {row["question_id"]: str(row["prediction"]) for row in rows}

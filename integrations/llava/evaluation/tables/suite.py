@@ -17,22 +17,18 @@ from ..judge import Judge
 from ..judged import JudgedTask
 from ..runner import evaluate_loaded
 from ..task import TASKS, Question, Task
+from ..tasks.paper.region_splits import REGION_SPLITS
 from .bootstrap import NUM_DRAWS
 from .stored import MissingTask, TablePlan, forget_result, read_result, task_folder, write_plan, write_result
 
 __all__ = ["PAPER_TASKS", "checkpoint_names", "chosen_tasks", "evaluate_tasks"]
 
 _LOG = logging.getLogger(__name__)
-_REGIONS = (
-    *("refcoco_val", "refcoco_testA", "refcoco_testB"),
-    *("refcoco+_val", "refcoco+_testA", "refcoco+_testB"),
-    *("refcocog_val", "refcocog_test"),
-)
 PAPER_TASKS = (
     *("vqav2", "gqa", "vizwiz", "scienceqa", "textvqa", "pope", "mme", "mmbench", "mmbench_cn", "seedbench"),
     *("llava_bench", "mm_vet", "mmmu", "ocrbench"),
-    *(f"{name}_caption" for name in _REGIONS),
-    *_REGIONS,
+    *(f"{own.task}_caption" for own in REGION_SPLITS),
+    *(own.task for own in REGION_SPLITS),
 )
 """Tasks of the paper's tables, in their order, and MMMU."""
 

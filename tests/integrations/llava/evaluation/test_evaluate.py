@@ -77,7 +77,7 @@ def test_command_words_a_missing_prediction_without_traceback(
     predictions = write(tmp_path / "predictions.jsonl", PREDICTIONS[:1])
     with pytest.raises(SystemExit):
         main(["--questions", str(questions), "--predictions", str(predictions)])
-    assert "missing: 0" in capsys.readouterr().err
+    assert "1 missing: 0" in capsys.readouterr().err
 
 
 def test_missing_images_are_found_before_the_model_is_looked_for(questions: Path, tmp_path: Path) -> None:

@@ -306,5 +306,5 @@ def test_short_and_doubled_predictions_are_counted_and_listed(name: str, folder:
     task = TASKS.get(name)()
     ids = [own.question_id for own in task.load(folder)]
     rows = [{"question_id": own_id, "prediction": "yes"} for own_id in ids]
-    with pytest.raises(ValueError, match="question ids missing: .*; given more than once: "):
+    with pytest.raises(ValueError, match=r"question ids, \d+ missing: .*; \d+ given more than once: "):
         score_predictions(task.load(folder), [*rows[1:], rows[1]], task=task)

@@ -40,12 +40,12 @@ def test_row_holds_question_answer_and_scores() -> None:
 
 
 def test_missing_prediction_is_an_error_that_names_it() -> None:
-    with pytest.raises(ValueError, match=r"3 questions; question ids missing: 2\. Give exactly one"):
+    with pytest.raises(ValueError, match=r"3 questions; question ids, 1 missing: 2\. Give exactly one"):
         score_answers(questions(), rows("2", "red"))
 
 
 def test_repeated_prediction_is_an_error_that_names_it() -> None:
-    with pytest.raises(ValueError, match=r"given more than once: 0\."):
+    with pytest.raises(ValueError, match=r"question ids, 1 given more than once: 0\."):
         score_answers(questions(), [*rows("2", "red", "3"), *rows("2")])
 
 
@@ -56,7 +56,7 @@ def test_prediction_without_question_is_an_error_that_names_it() -> None:
 
 def test_long_lists_of_ids_are_cut() -> None:
     many = [Question(number, "a.png", "?", "color", "red") for number in range(12)]
-    with pytest.raises(ValueError, match=r"missing: 0, 1, 2, 3, 4, 5, 6, 7, 8, 9, … and 2 more"):
+    with pytest.raises(ValueError, match=r"12 missing: 0, 1, 2, 3, 4, 5, 6, 7, 8, 9, … and 2 more"):
         score_answers(many, [])
 
 
@@ -72,5 +72,5 @@ def test_blind_answer_to_a_new_question_is_the_commonest_of_its_kind() -> None:
 
 
 def test_ids_of_another_type_are_told_apart() -> None:
-    with pytest.raises(ValueError, match=r"missing: 0, 1, 2; of no question: '0', '1', '2'"):
+    with pytest.raises(ValueError, match=r"3 missing: 0, 1, 2; 3 of no question: '0', '1', '2'"):
         score_answers(questions(), [{**row, "question_id": str(row["question_id"])} for row in rows("2", "red", "3")])

@@ -134,7 +134,7 @@ def test_short_and_doubled_predictions_are_counted_and_listed(name: str, folder:
     task = TASKS.get(name)()
     asked = [own.question_id for own in task.load(folder)]
     rows = [{"question_id": own_id, "prediction": "A"} for own_id in [*asked[1:], asked[1]]]
-    message = rf"question ids missing: {asked[0]!r}; given more than once: {asked[1]!r}"
+    message = rf"question ids, 1 missing: {asked[0]!r}; 1 given more than once: {asked[1]!r}"
     with pytest.raises(ValueError, match=message):
         score_predictions(task.load(folder), rows, task=task)
 

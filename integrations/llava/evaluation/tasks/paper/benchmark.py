@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import ClassVar
 
 from layerfuse.errors import InputError
 
 from ...task import Group, Protocol, Question, Task
 
-__all__ = ["BenchmarkTask"]
+__all__ = ["BenchmarkTask", "ServedTask"]
 
 
 class BenchmarkTask(Task):
@@ -27,3 +28,11 @@ class BenchmarkTask(Task):
             f"kind {question.kind!r} is a benchmark, whose questions are read from its own files (--task "
             f"{question.kind}); for questions of your own take a kind such as exact_match, yes_no or multiple_choice."
         )
+
+
+class ServedTask(BenchmarkTask):
+    """A benchmark whose right answers only a server knows: answers are written as it takes them."""
+
+    def score(self, answer: str, question: Question) -> Mapping[str, float]:
+        """Score nothing."""
+        return {}

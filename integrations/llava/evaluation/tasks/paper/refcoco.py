@@ -23,8 +23,8 @@ from ...made_images import image_digest, store_image
 from ...metrics.boxes import intersection_over_union
 from ...metrics.grounding import Box, pad_box, parse_float_box
 from ...published_files import parquet_rows
-from ...task import TASKS, NeededFile, Question
-from .benchmark import BenchmarkTask
+from ...task import Question
+from .region_splits import RegionTask, register_splits
 
 __all__ = ["ReferringTask"]
 
@@ -36,7 +36,7 @@ _PROMPT = (
 _THRESHOLD = 0.5
 
 
-class ReferringTask(BenchmarkTask):
+class ReferringTask(RegionTask):
     """A box that overlaps the right one by half of their union, or more; one question per expression.
 
     Args:
@@ -51,9 +51,6 @@ class ReferringTask(BenchmarkTask):
     source = "lmms-eval's refcoco_bbox_rec: accuracy at IoU >= 0.5"
     group = "comprehension"
     parts: ClassVar[Mapping[str, str]] = {"padded": "in the padded frame"}
-    answer_lengths: ClassVar[Mapping[str, int]] = {"llava": 1024, "lmms": 1024}
-    data_set: ClassVar[str]
-    split: ClassVar[str]
 
     def __init__(self, protocol: str | None = None, *, frame: Literal["original", "padded"] = "original") -> None:
         super().__init__(protocol)
@@ -61,16 +58,12 @@ class ReferringTask(BenchmarkTask):
             raise InputError(f"frame {frame!r} is unknown; give original or padded.")
         self.frame = frame
 
-    def needs(self) -> tuple[NeededFile, ...]:
-        """Return the parquet files of the split, which hold the images, too."""
-        return (NeededFile(self._files, "expressions, boxes and images", f"Hugging Face, lmms-lab/{self.data_set}"),)
-
     def load(self, folder: str | Path) -> list[Question]:
         """Read the split; images are stored as files, and questions numbered by row and expression."""
         questions = []
         columns = ["image", "answer", "bbox"]
         sizes: dict[str, tuple[int, int] | None] = {}  # many rows are about one image
-        for number, row in enumerate(parquet_rows(self, folder, self._files, columns)):
+        for number, row in enumerate(parquet_rows(self, folder, self.region_split.files, columns)):
             content = row["image"]["bytes"]
             name = store_image(folder, f"refcoco/{image_digest(content)}.jpg", partial(bytes, content))
             if name not in sizes:
@@ -78,8 +71,8 @@ class ReferringTask(BenchmarkTask):
             size, box = sizes[name], row["bbox"]
             if size is None or len(box) != 4:
                 raise InputError(
-                    f"{Path(folder) / self._files}, row {number}: the image cannot be read, or its box is no box "
-                    f"({box!r:.80}); get the file anew."
+                    f"{Path(folder) / self.region_split.files}, row {number}: the image cannot be read, or its box is "
+                    f"no box ({box!r:.80}); get the file anew."
                 )
             height, width = size
             right = _fractions(box, width, height)
@@ -102,15 +95,6 @@ class ReferringTask(BenchmarkTask):
         hits = {frame: float(value >= _THRESHOLD) for frame, value in overlap.items()}
         return {"accuracy": hits[self.frame], "iou": overlap[self.frame], **hits}
 
-    @property
-    def name(self) -> str:
-        """Its name among the tasks."""
-        return f"{self.data_set.lower().replace('plus', '+')}_{self.split}"
-
-    @property
-    def _files(self) -> str:
-        return f"{self.data_set}/data/{self.split}-*.parquet"
-
 
 def _fractions(box: Sequence[float], width: int, height: int) -> Box:
     """Convert a box of left, top, width and height in pixels to edges in fractions of the image's sides."""
@@ -118,57 +102,4 @@ def _fractions(box: Sequence[float], width: int, height: int) -> Box:
     return x / width, y / height, (x + across) / width, (y + down) / height
 
 
-@TASKS.register("refcoco_val")
-class RefCocoVal(ReferringTask):
-    """RefCOCO, val."""
-
-    title, data_set, split = "RefCOCO val", "RefCOCO", "val"
-
-
-@TASKS.register("refcoco_testA")
-class RefCocoTestA(ReferringTask):
-    """RefCOCO, testA: people."""
-
-    title, data_set, split = "RefCOCO testA", "RefCOCO", "testA"
-
-
-@TASKS.register("refcoco_testB")
-class RefCocoTestB(ReferringTask):
-    """RefCOCO, testB: all but people."""
-
-    title, data_set, split = "RefCOCO testB", "RefCOCO", "testB"
-
-
-@TASKS.register("refcoco+_val")
-class RefCocoPlusVal(ReferringTask):
-    """RefCOCO+, val: no words of place."""
-
-    title, data_set, split = "RefCOCO+ val", "RefCOCOplus", "val"
-
-
-@TASKS.register("refcoco+_testA")
-class RefCocoPlusTestA(ReferringTask):
-    """RefCOCO+, testA."""
-
-    title, data_set, split = "RefCOCO+ testA", "RefCOCOplus", "testA"
-
-
-@TASKS.register("refcoco+_testB")
-class RefCocoPlusTestB(ReferringTask):
-    """RefCOCO+, testB."""
-
-    title, data_set, split = "RefCOCO+ testB", "RefCOCOplus", "testB"
-
-
-@TASKS.register("refcocog_val")
-class RefCocoGVal(ReferringTask):
-    """RefCOCOg, val: whole sentences."""
-
-    title, data_set, split = "RefCOCOg val", "RefCOCOg", "val"
-
-
-@TASKS.register("refcocog_test")
-class RefCocoGTest(ReferringTask):
-    """RefCOCOg, test."""
-
-    title, data_set, split = "RefCOCOg test", "RefCOCOg", "test"
+register_splits(ReferringTask)

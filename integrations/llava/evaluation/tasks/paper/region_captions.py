@@ -23,20 +23,15 @@ from ...made_images import image_digest, png_bytes, store_image
 from ...metrics.cider import CiderCorpus
 from ...published_files import parquet_rows
 from ...table_pictures import stored_picture, table_picture
-from ...task import TASKS, NeededFile, Question, ScoredAnswer
-from .benchmark import BenchmarkTask
+from ...task import Question, ScoredAnswer
+from .region_splits import RegionTask, register_splits
 
 __all__ = ["RegionCaptionTask"]
 
 _PROMPT = "Provide a short description for this region."
-_SPLITS = {
-    "RefCOCO": ("val", "testA", "testB"),
-    "RefCOCOplus": ("val", "testA", "testB"),
-    "RefCOCOg": ("val", "test"),
-}
 
 
-class RegionCaptionTask(BenchmarkTask):
+class RegionCaptionTask(RegionTask):
     """CIDEr of descriptions of marked regions; one question per region, what people call it as references.
 
     Which words are rare is told by the whole split, once it is loaded.
@@ -49,25 +44,18 @@ class RegionCaptionTask(BenchmarkTask):
     source = "lmms-eval's refcoco_bbox and refcoco_seg: CIDEr"
     group = "caption"
     metric = "cider"
-    answer_lengths: ClassVar[Mapping[str, int]] = {"llava": 1024, "lmms": 1024}
-    data_set: ClassVar[str]
-    split: ClassVar[str]
     marked: ClassVar[Literal["box", "outline"]]
 
     def __init__(self, protocol: str | None = None) -> None:
         super().__init__(protocol)
         self._corpus: CiderCorpus | None = None
 
-    def needs(self) -> tuple[NeededFile, ...]:
-        """Return the parquet files of the split, which hold the images, too."""
-        return (NeededFile(self._files, "regions, captions and images", f"Hugging Face, lmms-lab/{self.data_set}"),)
-
     def load(self, folder: str | Path) -> list[Question]:
         """Read the split; images with their mark in them are stored as files."""
         column = "bbox" if self.marked == "box" else "segmentation"
         questions = []
-        for number, row in enumerate(parquet_rows(self, folder, self._files, ["image", "answer", column])):
-            place = f"{Path(folder) / self._files}, row {number}"
+        for number, row in enumerate(parquet_rows(self, folder, self.region_split.files, ["image", "answer", column])):
+            place = f"{Path(folder) / self.region_split.files}, row {number}"
             captions = [str(one) for one in row["answer"] or ()]
             points = _points(row[column], self.marked)
             if not captions or points is None:
@@ -93,19 +81,6 @@ class RegionCaptionTask(BenchmarkTask):
             each = [corpus.score(own.prediction, own.question.answer) for own in scores]
         return {"cider": sum(each) / len(each)}
 
-    @property
-    def name(self) -> str:
-        """Its name among the tasks."""
-        return _task_name(self.data_set, self.split, self.marked)
-
-    @property
-    def _files(self) -> str:
-        return f"{self.data_set}/data/{self.split}-*.parquet"
-
-
-def _task_name(data_set: str, split: str, marked: str) -> str:
-    return f"{data_set.lower().replace('plus', '+')}_{split}_caption" + ("" if marked == "box" else "_outline")
-
 
 def _points(value: Any, marked: str) -> tuple[float, ...] | None:
     """Corners of a box, or of a polygon, as Pillow draws them; None if they are none."""
@@ -129,16 +104,5 @@ def _marked(original: Path, marked: str, points: tuple[float, ...]) -> bytes:
     return png_bytes(image)
 
 
-def _register() -> None:
-    """One task per split and mark; a class each, since a task is named by its class."""
-    for data_set, splits in _SPLITS.items():
-        for split in splits:
-            for marked in ("box", "outline"):
-                title = f"{data_set.replace('plus', '+')} {split} captions" + (" (outline)" if marked != "box" else "")
-                name = f"{data_set}{split.title()}{marked.title()}Captions"
-                facts = {"title": title, "data_set": data_set, "split": split, "marked": marked, "__module__": __name__}
-                own = type(name, (RegionCaptionTask,), {**facts, "__doc__": f"{title}; see `RegionCaptionTask`."})
-                TASKS.register(_task_name(data_set, split, marked))(own)
-
-
-_register()
+register_splits(RegionCaptionTask, name="_caption", title=" captions", marked="box")
+register_splits(RegionCaptionTask, name="_caption_outline", title=" captions (outline)", marked="outline")

@@ -10,7 +10,7 @@ from typing import ClassVar
 from ...metrics.vqa import normalise_vqa_answer
 from ...published_files import read_llava_questions
 from ...task import TASKS, NeededFile, Question, ScoredAnswer
-from .benchmark import BenchmarkTask
+from .benchmark import ServedTask
 from .prompts import EVAL_ZIP, SHORT_ANSWER
 
 __all__ = ["VizWizTask"]
@@ -21,7 +21,7 @@ _UNANSWERABLE = "\nWhen the provided information is insufficient, respond with '
 
 
 @TASKS.register("vizwiz")
-class VizWizTask(BenchmarkTask):
+class VizWizTask(ServedTask):
     """EvalAI challenge 2185 scores, as VQAv2's does; every image has to be answered.
 
     ``lmms`` writes the question with one capital, and lets answers be 1024 tokens long.
@@ -53,10 +53,6 @@ class VizWizTask(BenchmarkTask):
         if self.protocol == "llava":
             return question.text
         return question.text.partition("\n")[0].capitalize() + _UNANSWERABLE + SHORT_ANSWER
-
-    def score(self, answer: str, question: Question) -> Mapping[str, float]:
-        """Score nothing: only the server knows the answers."""
-        return {}
 
     def submission(self, predictions: Sequence[ScoredAnswer]) -> Mapping[str, bytes]:
         """Return the JSON list that EvalAI takes: names of images and normalised answers."""

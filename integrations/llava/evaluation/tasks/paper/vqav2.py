@@ -12,7 +12,7 @@ from layerfuse.errors import InputError
 from ...metrics.vqa import normalise_vqa_answer
 from ...published_files import read_llava_questions, refuse_unknown_ids
 from ...task import TASKS, NeededFile, Question, ScoredAnswer
-from .benchmark import BenchmarkTask
+from .benchmark import ServedTask
 from .prompts import EVAL_ZIP
 
 __all__ = ["VqaV2Task"]
@@ -23,7 +23,7 @@ _IMAGES = "vqav2/test2015"
 
 
 @TASKS.register("vqav2")
-class VqaV2Task(BenchmarkTask):
+class VqaV2Task(ServedTask):
     """EvalAI challenge 830 scores: per person min(others who said so / 3, 1), the mean over ten people.
 
     The server wants every question of test2015; those that are not of test-dev are answered with nothing. Answers are
@@ -54,10 +54,6 @@ class VqaV2Task(BenchmarkTask):
         self._all_ids = [own.question_id for own in read_llava_questions(self, "vqav2", folder, _ALL, _IMAGES)]
         refuse_unknown_ids([own.question_id for own in asked], self._all_ids, Path(folder) / _ALL)
         return asked
-
-    def score(self, answer: str, question: Question) -> Mapping[str, float]:
-        """Score nothing: only the server knows the answers."""
-        return {}
 
     def submission(self, predictions: Sequence[ScoredAnswer]) -> Mapping[str, bytes]:
         """Return the JSON list that EvalAI takes, with all ids of test2015."""
