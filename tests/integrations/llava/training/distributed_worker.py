@@ -20,8 +20,8 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from integrations.llava.__main__ import main
 from integrations.llava.config.yaml_io import load_recipe
+from integrations.llava.training import compilation, train
 from integrations.llava.training import plan as starting
-from integrations.llava.training import train
 from integrations.llava.training.signals import RunInterrupted
 
 
@@ -94,6 +94,7 @@ def engines_on_cpu() -> Iterator[None]:
         mock.patch.object(accelerate.state.AcceleratorState, "__init__", patched),
         mock.patch.object(accelerate.state.AcceleratorState, "is_fsdp2", property(_is_fsdp2)),
         mock.patch.object(starting, "check_engine", lambda *_, **__: None),
+        mock.patch.object(compilation, "_BACKEND", "aot_eager"),
     ):
         yield
 

@@ -84,6 +84,7 @@ class Runs:
         "mixed": {"group_by_modality": False},
         "accumulated": {"micro_batch_size": 1},
         "bf16": {"precision": "bf16"},
+        "compiled": {"compile": True},
     }
 
     def __init__(self, recipe: Recipe, folder: Path, nursery: Nursery) -> None:
@@ -147,6 +148,11 @@ def test_a_process_without_images_waits_for_none(engine: str, runs: Runs, data_f
 @pytest.mark.parametrize("engine", ENGINES)
 def test_gradients_of_several_micro_batches_are_summed_in_every_process(engine: str, runs: Runs) -> None:
     torch.testing.assert_close(losses(runs / f"{engine}_accumulated"), losses(runs / "accumulated"), atol=2e-6, rtol=0)
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_compiled_parts_give_the_losses_of_plain_ones(engine: str, runs: Runs) -> None:
+    torch.testing.assert_close(losses(runs / f"{engine}_compiled"), losses(runs / "single"), atol=1e-5, rtol=0)
 
 
 def test_fsdp2_in_bf16_sums_gradients_in_float32(runs: Runs) -> None:
