@@ -47,8 +47,10 @@ class Checked:
     def __post_init__(self) -> None:
         for name, kind in typing.get_type_hints(type(self), include_extras=True).items():
             value = getattr(self, name)
-            if get_origin(kind) is Literal and value not in get_args(kind):
-                raise InputError(f"{name} is {value!r}; give one of: {', '.join(map(str, get_args(kind)))}.")
+            words = [word for part in (kind, *get_args(kind)) if get_origin(part) is Literal for word in get_args(part)]
+            # What is no text is held against the other types of a choice where a recipe is read.
+            if words and value not in words and (get_origin(kind) is Literal or isinstance(value, str)):
+                raise InputError(f"{name} is {value!r}; give one of: {', '.join(map(str, words))}.")
             # Limits may stand on an entry, as in `int | None` or `dict[str, float]`.
             limits = [m for part in (kind, *get_args(kind)) for m in getattr(part, "__metadata__", ())]
             named = {name: value}

@@ -120,7 +120,8 @@ class StageConfig(Checked):
         scheduler: transformers' name of the learning rate schedule.
         max_grad_norm: gradients are scaled down to this norm; 0 leaves them alone.
         precision: of the computation. Trained parameters stay float32; frozen ones take the precision's type.
-        gradient_checkpointing: recompute the language model's activations, to save memory.
+        gradient_checkpointing: recompute the language model's activations, to save memory; "selective" keeps the
+            results of matrix products and attention, and recomputes what lies between them.
         compile: let torch compile backbone and fuser; needs a compiler.
         group_by_modality: batch samples of one modality and like lengths together.
         engine: how several processes share the run; one process needs none.
@@ -148,7 +149,7 @@ class StageConfig(Checked):
     scheduler: str = "cosine"
     max_grad_norm: Rate = 1.0
     precision: Literal["fp32", "bf16"] = "fp32"
-    gradient_checkpointing: bool = False
+    gradient_checkpointing: bool | Literal["selective"] = False
     compile: bool = False
     group_by_modality: bool = False
     engine: Engine = "ddp"

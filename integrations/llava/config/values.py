@@ -57,7 +57,12 @@ def decode(kind: Any, value: Any, key: str = "") -> Any:
     if value is None and _is_optional(kind):
         return None
     if choices := alternatives(kind):
-        return decode(choices[_is_list_for(choices, value)], value, key)
+        words = [word for each in choices[1:] if get_origin(each) is Literal for word in get_args(each)]
+        return (
+            _word_or(choices[0], words, value, key)
+            if words
+            else decode(choices[_is_list_for(choices, value)], value, key)
+        )
     if get_origin(kind) is Literal:
         if value not in get_args(kind) or isinstance(value, bool):
             raise InputError(f"{key} is {_shown(value)}; give one of: {', '.join(map(str, get_args(kind)))}.")
@@ -74,6 +79,16 @@ def alternatives(kind: Any) -> tuple[Any, ...]:
     """Types of a field that may also be empty, or a list of one value for each of several; none for other fields."""
     is_union = get_origin(kind) in (typing.Union, types.UnionType)
     return tuple(each for each in get_args(kind) if each is not type(None)) if is_union else ()
+
+
+def _word_or(kind: Any, words: Sequence[str], value: Any, key: str) -> Any:
+    """One of some words, or a value of another type."""
+    if value in words:
+        return str(value)
+    try:
+        return decode(kind, value, key)
+    except InputError as error:
+        raise InputError(f"{str(error).rstrip('.')}, or {' or '.join(words)}.") from error
 
 
 def _is_list_for(choices: Sequence[Any], value: Any) -> bool:

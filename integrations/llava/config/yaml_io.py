@@ -199,7 +199,7 @@ def parse_overrides(arguments: Sequence[str]) -> dict[str, Any]:
 
 def _read_words(key: str, words: Sequence[str], kind: Any) -> Any:
     if not words:
-        if kind not in (bool, Any):
+        if kind not in (bool, Any) and bool not in alternatives(kind):
             raise InputError(f"--{key} has no value; write it behind: --{key} VALUE.")
         return True
     choices, in_brackets = alternatives(kind), words[0].startswith("[")

@@ -38,7 +38,7 @@ class Block:
         heads: number of heads.
         trained: parameters that learn, LoRA adapters included.
         frozen: parameters that do not.
-        adapters: (width read, rank) of each LoRA adapter in the block.
+        adapters: (width read, width written, rank) of each LoRA adapter in the block.
     """
 
     hidden: int
@@ -48,7 +48,7 @@ class Block:
     heads: int
     trained: int
     frozen: int
-    adapters: tuple[tuple[int, int], ...]
+    adapters: tuple[tuple[int, int, int], ...]
 
 
 @dataclass(frozen=True)
@@ -154,6 +154,7 @@ def _blocks(model: FusedLlavaForConditionalGeneration) -> nn.ModuleList:
 def _block(block: nn.Module, text: Any) -> Block:
     head_width = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
     keys = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
+    linear = dict(linear_layers(block))
     return Block(
         hidden=text.hidden_size,
         intermediate=text.intermediate_size,
@@ -162,7 +163,11 @@ def _block(block: nn.Module, text: Any) -> Block:
         heads=text.num_attention_heads,
         trained=sum(p.numel() for p in block.parameters() if p.requires_grad),
         frozen=sum(p.numel() for p in block.parameters() if not p.requires_grad),
-        adapters=tuple((a.in_features, a.out_features) for name, a in linear_layers(block) if "lora_A" in name),
+        adapters=tuple(
+            (first.in_features, linear[name.replace("lora_A", "lora_B")].out_features, first.out_features)
+            for name, first in linear.items()
+            if "lora_A" in name
+        ),
     )
 
 

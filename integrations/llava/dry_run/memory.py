@@ -27,7 +27,12 @@ so many bytes per token, which a test holds against those that it really saves:
     float32 throughout                24 D + 8 Q + 8 K + 16 F + 4 h
     a LoRA adapter, besides            2 W + W (dropout) + 2 r        W what it reads, r its rank; it computes in bf16
 
-With checkpointing only each block's input stays, and one block at a time is computed again.
+With checkpointing only each block's input stays, and one block at a time is computed again. With selective
+checkpointing the results of linear layers and attention stay, too (s bytes a number: 2, in fp32 4):
+
+    besides the block's input         s (2 D + 2 Q + 2 K + 2 F) + 4 h     and s (W' + r) of an adapter that writes W'
+
+of which the block that is computed again shares s (Q + K + 2 F) + 4 h.
 """
 
 from __future__ import annotations
@@ -49,6 +54,7 @@ __all__ = [
     "engines_for",
     "estimate_memory",
     "residual_bytes",
+    "selected_bytes",
 ]
 
 GIB = 2**30
@@ -133,13 +139,16 @@ def estimate_memory(facts: ModelFacts, config: StageConfig, *, engine: str, num_
     one_block = tokens * block_bytes(facts.block, weights, dropout=config.lora.dropout > 0)
     if config.gradient_checkpointing:
         kept, again = connector + facts.num_blocks * residual, one_block
+        if config.gradient_checkpointing == "selective":
+            selected, shared = selected_bytes(facts.block, weights)
+            kept, again = kept + facts.num_blocks * tokens * selected, again - tokens * shared
     else:
         kept, again = connector + facts.num_blocks * one_block, 0
     earlier = gradients if accumulation > 1 else first_gradients
     always = stored + optimizer
     at_loss = (size + 8) * logits
     # An engine's copies stay. With checkpointing, only two of autocast's do: the output layer's, the block's at work.
-    fleeting = engine == "ddp" and config.gradient_checkpointing
+    fleeting = engine == "ddp" and config.gradient_checkpointing is not False
     tail = min(copies, size * facts.tail) if fleeting else copies
     at_work = min(copies, size * facts.block.trained) if fleeting else copies
     moments = (
@@ -204,10 +213,19 @@ def block_bytes(block: Block, weights: Weights, *, dropout: bool = False) -> int
     else:
         saved = (26 if weights == "autocast" else 16) * width + 4 * attention + 8 * mlp
     size = 4 if weights == "fp32" else 2
-    for read, rank in block.adapters:
+    for read, _, rank in block.adapters:
         saved += (size + dropout) * read + size * rank
     statistics = 4 * block.heads + 2 * 4
     return saved + statistics
+
+
+def selected_bytes(block: Block, weights: Weights) -> tuple[int, int]:
+    """Bytes that a block's linear layers and attention put out, per token; and those that its backward reads."""
+    size, attention = 4 if weights == "fp32" else 2, block.queries + block.keys
+    statistics = 4 * block.heads
+    kept = size * 2 * (block.hidden + attention + block.intermediate) + statistics
+    kept += sum(size * (written + rank) for _, written, rank in block.adapters)
+    return kept, size * (attention + 2 * block.intermediate) + statistics
 
 
 def _learns(block: Block) -> bool:

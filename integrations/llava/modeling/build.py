@@ -7,10 +7,12 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext, suppress
 from copy import deepcopy
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
+from torch.utils.checkpoint import create_selective_checkpoint_contexts
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -48,6 +50,17 @@ __all__ = [
     "checkpoint_activations",
     "read_language_files",
 ]
+
+_ATEN = torch.ops.aten
+# Operations of a block whose results are kept by selective checkpointing.
+_COSTLY = (
+    _ATEN.mm.default,
+    _ATEN.addmm.default,
+    _ATEN._scaled_dot_product_flash_attention.default,
+    _ATEN._scaled_dot_product_efficient_attention.default,
+    _ATEN._scaled_dot_product_cudnn_attention.default,
+    _ATEN._scaled_dot_product_flash_attention_for_cpu.default,
+)
 
 
 @dataclass(frozen=True)
@@ -327,8 +340,15 @@ def _loading(what: str, keys: str) -> Iterator[None]:
         ) from error
 
 
-def checkpoint_activations(model: FusedLlavaForConditionalGeneration) -> None:
-    """Let the language model's blocks compute their activations again in the backward pass, to save memory."""
+def checkpoint_activations(model: FusedLlavaForConditionalGeneration, *, selective: bool = False) -> None:
+    """Let the language model's blocks compute their activations again in the backward pass, to save memory.
+
+    With `selective`, results of linear layers and of attention (but for eager attention, whose scores would be kept,
+    too) stay, and what lies between them is computed again: norms, rotations, activation functions.
+    """
+    options: dict[str, Any] = {"use_reentrant": False}
+    if selective:
+        options["context_fn"] = partial(create_selective_checkpoint_contexts, list(_COSTLY))
     # transformers 5.23 renamed it; 5.17 knows only the old name.
     switch = "activation" if hasattr(model, "activation_checkpointing_enable") else "gradient"
-    getattr(model, f"{switch}_checkpointing_enable")({"use_reentrant": False})
+    getattr(model, f"{switch}_checkpointing_enable")(options)

@@ -319,7 +319,7 @@ def stage_trainer(
         with_condition=model.model.fuser.condition_channels is not None,
     )
     if config.gradient_checkpointing:
-        checkpoint_activations(model)
+        checkpoint_activations(model, selective=config.gradient_checkpointing == "selective")
     if config.compile:
         compile_vision(model)
     trainer = LlavaTrainer(

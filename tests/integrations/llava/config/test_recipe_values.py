@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from integrations.llava.config.schema import StageConfig
-from integrations.llava.config.yaml_io import load_recipe
+from integrations.llava.config.yaml_io import load_recipe, parse_overrides
 from layerfuse.errors import UserError
 
 
@@ -25,7 +25,8 @@ from layerfuse.errors import UserError
         ("finetune.learning_rates", [1e-4], r"finetune.learning_rates is \[0.0001\]; give keys with values"),
         ("finetune.learning_rates", {"fuser": "x"}, "finetune.learning_rates.fuser is 'x'; give a finite number"),
         ("finetune.gradient_checkpointing", 1, "finetune.gradient_checkpointing is 1; give true or false"),
-        ("finetune.gradient_checkpointing", "maybe", "is 'maybe'; give true or false"),
+        ("finetune.gradient_checkpointing", "maybe", "is 'maybe'; give true or false, or selective"),
+        ("finetune.gradient_checkpointing", ["selective"], "; give true or false, or selective"),
         ("finetune.precision", True, "finetune.precision is true; give one of: fp32, bf16"),
         ("finetune.precision", [], r"finetune.precision is \[\]; give one of"),
         ("model.llm", 7, "model.llm is 7; put it in quotes to make it text"),
@@ -67,6 +68,14 @@ def test_numbers_written_as_text_are_numbers_where_one_is_expected() -> None:
     stage = load_recipe("mmfuser_7b", overrides).finetune
 
     assert (stage.learning_rate, stage.batch_size, stage.max_steps) == (2e-5, 1024, 10_000)
+
+
+def test_a_switch_with_a_third_setting_takes_its_word() -> None:
+    key = "finetune.gradient_checkpointing"
+    for given in ({key: "selective"}, parse_overrides([f"--{key}", "selective"])):
+        assert load_recipe("mmfuser_7b", given).finetune.gradient_checkpointing == "selective"
+    with pytest.raises(UserError, match="gradient_checkpointing is 'selectiv'; give one of: selective"):
+        StageConfig(trainable=(), template="v1", gradient_checkpointing="selectiv")  # type: ignore[arg-type]
 
 
 def test_limits_hold_for_recipes_made_in_python_too() -> None:

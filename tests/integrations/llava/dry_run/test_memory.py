@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -15,7 +16,7 @@ from transformers import LlamaForCausalLM
 from integrations.llava.config.schema import Recipe, StageConfig
 from integrations.llava.dry_run.facts import Block, build_on_meta, model_facts
 from integrations.llava.dry_run.memory import Memory, Weights, block_bytes, estimate_memory, residual_bytes
-from integrations.llava.modeling.build import Assembled, assemble
+from integrations.llava.modeling.build import Assembled, assemble, checkpoint_activations
 from tests.integrations.llava.dry_run.estimate_support import LiveBytes, make_batch, small_recipe
 from tests.integrations.llava.tiny_parts import tiny_llm
 
@@ -100,13 +101,16 @@ def test_what_stays_after_a_step_has_the_estimated_size(
     assert memory.optimizer == sum(state.nbytes for state in states)
 
 
-@pytest.mark.parametrize("accumulation", [1, 2])
-@pytest.mark.parametrize("checkpointing", [True, False], ids=["recomputed", "kept"])
+@pytest.mark.parametrize(
+    ("checkpointing", "accumulation"),
+    [(True, 1), (True, 2), (False, 1), (False, 2), ("selective", 1)],
+    ids=["recomputed-1", "recomputed-2", "kept-1", "kept-2", "selective-1"],
+)
 @pytest.mark.parametrize(
     ("name", "stage"), [("mmfuser_7b", "pretrain"), ("mmfuser_7b", "finetune"), ("mmfuser_7b_lora", "finetune")]
 )
 def test_the_peak_is_what_live_tensors_take(
-    name: str, stage: str, checkpointing: bool, accumulation: int, llm_folder: Path
+    name: str, stage: str, checkpointing: Any, accumulation: int, llm_folder: Path
 ) -> None:
     # Dropout is another operation on CPUs, which saves four times as much as on GPUs.
     recipe = small_recipe(name, llm_folder, {"finetune.lora.dropout": 0.0})
@@ -135,8 +139,7 @@ def stepped(
     """Take two optimizer steps as Trainer takes them; the gradients of the second are left."""
     model = assembled.model.train()
     if config.gradient_checkpointing:
-        switch = "activation" if hasattr(model, "activation_checkpointing_enable") else "gradient"
-        getattr(model, f"{switch}_checkpointing_enable")({"use_reentrant": False})
+        checkpoint_activations(assembled.model, selective=config.gradient_checkpointing == "selective")
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], fused=True)
     batch = make_batch(assembled, samples=BATCH, text=TEXT)
     with live or nullcontext():
