@@ -7,6 +7,7 @@ from layerfuse.ops.deformable import (
     IMPLEMENTATIONS,
     MultiScaleDeformableAttention,
     deformable_attention,
+    least_traffic,
     set_implementation,
 )
 from layerfuse.ops.heads import check_heads
@@ -17,5 +18,6 @@ __all__ = [
     "MultiScaleDeformableAttention",
     "check_heads",
     "deformable_attention",
+    "least_traffic",
     "set_implementation",
 ]

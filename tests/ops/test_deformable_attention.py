@@ -211,7 +211,7 @@ def test_paths_agree_on_cuda_without_synchronising(implementation: str, dtype: t
 
 
 def test_unknown_implementation_lists_the_known_ones() -> None:
-    with pytest.raises(ValueError, match="'cuda'.*is unknown. Known: auto, gather, reference"):
+    with pytest.raises(ValueError, match="'cuda'.*is unknown. Known: auto, gather, reference, triton"):
         deformable_attention(*_inputs([(2, 2)]), implementation="cuda")
 
 

@@ -27,7 +27,8 @@ _PATHS: dict[str, _Path] = {"gather": gather, "reference": reference}
 IMPLEMENTATIONS: tuple[str, ...] = ("auto", *sorted({*_PATHS, *KERNELS}))
 
 # What auto takes on a device. On others (xpu, …) it is grid_sample, the better supported; on mps it has no gradient.
-_FASTEST = {"cpu": "gather", "cuda": "gather", "meta": "gather", "mps": "gather"}
+# Triton's place is a choice, not a measurement: no path has been timed on a GPU yet.
+_FASTEST = {"cpu": "gather", "cuda": "triton", "meta": "gather", "mps": "gather"}
 
 
 def deformable_attention(
@@ -50,8 +51,9 @@ def deformable_attention(
             beyond that read zeros.
         weights: (B, Q, M, L, K) weight of each point; used as they are, so normalise them first.
         implementation: ``"reference"`` (``grid_sample`` per level, the oracle), ``"gather"`` (one weighted
-            ``embedding_bag`` over all corners of all points, the fast one; on devices without it plain indexing) or
-            ``"auto"``: gather on CPU, CUDA and mps, reference on other devices.
+            ``embedding_bag`` over all corners of all points; on devices without it plain indexing), ``"triton"``
+            (kernels for CUDA; gather takes over where Triton is missing, the GPU is too old for it or torch is set
+            to deterministic algorithms) or ``"auto"``: triton on CUDA, gather on CPU and mps, reference on others.
 
     Returns:
         (B, Q, C) attended values in the dtype of ``value``.
@@ -75,6 +77,9 @@ def _choose(implementation: str, device_type: str) -> str:
         implementation = _FASTEST.get(device_type, "reference")
     if implementation in _PATHS:
         return implementation
+    # Kernels there add up in any order. Asked here, torch's compiler notes the answer beside the graph.
+    if device_type == "cuda" and torch.are_deterministic_algorithms_enabled():
+        return "gather"
     # What can run cannot be asked while a graph is taken; the operator asks it then, each time that it runs.
     if torch.compiler.is_compiling():
         return implementation if device_type in KERNELS[implementation].DEVICES else "gather"

@@ -14,6 +14,7 @@ from typing import Any, Protocol
 import torch
 
 from layerfuse.errors import InputError
+from layerfuse.ops.deformable import triton
 from layerfuse.ops.deformable.gather import gather
 from layerfuse.ops.deformable.reference import reference_gradients
 
@@ -29,16 +30,16 @@ class Kernel(Protocol):
     DEVICES: frozenset[str]
     """Types of the devices that it is written for."""
 
-    @staticmethod
-    def can_run(device_type: str) -> bool:
+    def can_run(self, device_type: str) -> bool:
         """Whether tensors on a device of one of these types can be computed here; asked often, so quick to tell."""
 
-    @staticmethod
-    def forward(value: torch.Tensor, grids: Grids, locations: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+    def forward(
+        self, value: torch.Tensor, grids: Grids, locations: torch.Tensor, weights: torch.Tensor
+    ) -> torch.Tensor:
         """Return the attended values, (B, Q, C), contiguous, in the dtype of ``value``."""
 
-    @staticmethod
     def backward(
+        self,
         grad_output: torch.Tensor,
         value: torch.Tensor,
         grids: Grids,
@@ -53,7 +54,7 @@ class Kernel(Protocol):
         """
 
 
-KERNELS: dict[str, Kernel] = {}
+KERNELS: dict[str, Kernel] = {"triton": triton}
 
 
 def can_run(implementation: str, device_type: str) -> bool:
