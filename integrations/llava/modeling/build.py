@@ -35,7 +35,7 @@ from .injection import resolved_injection
 from .language_head import HeadSettings, decoder_of, head_settings
 from .lora import add_lora
 from .model import FusedLlavaForConditionalGeneration, ReadyParts
-from .parts import count_parameters, forbid_uncapped_attention, loses_cap, set_trainable
+from .parts import count_parameters, forbid_uncapped_attention, learns, loses_cap, set_trainable
 from .processing import add_image_token
 from .quantization import Quantization, keep_unpackable, quantization_config
 from .tiling import check_layout, recipe_layout
@@ -196,6 +196,11 @@ def build_recipe_model(
         if lora is not None:
             add_lora(model, lora)
     set_trainable(model, stage.trainable, adapters_only=lora is not None)
+    if stage.trainable and not learns(model):
+        raise InputError(
+            f"nothing learns: trainable is {list(stage.trainable)}, and none of it has weights in this model (fuser "
+            f"{fuser.name!r}); add another part, such as projector."
+        )
     for parameter in model.parameters():
         # Quantised weights are integers.
         if parameter.is_floating_point():

@@ -18,9 +18,10 @@ import re
 import shutil
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import numpy as np
@@ -158,7 +159,7 @@ def _read(
     path: Path, names: Mapping[str, nn.Parameter], *, all_of_them: bool = True
 ) -> Iterator[tuple[str, torch.Tensor]]:
     """Yield name and tensor; of a sharded parameter, this process's part alone."""
-    with safe_open(path, framework="pt") as file:
+    with _refusing_damage(path), safe_open(path, framework="pt") as file:
         stored = set(file.keys())
         _check_names(f"checkpoint {path}", names if all_of_them else names.keys() & stored, stored)
         for name in sorted(stored):
@@ -168,6 +169,20 @@ def _read(
                 yield name, part[own_part(parameter)]
             else:
                 yield name, file.get_tensor(name)
+
+
+@contextmanager
+def _refusing_damage(path: Path) -> Iterator[None]:
+    """Say in words that a file of a checkpoint cannot be read."""
+    try:
+        yield
+    except (SafetensorError, RuntimeError, EOFError, UnpicklingError) as error:
+        # torch's words advise to run whatever code the file holds.
+        reason = "it holds no numbers" if isinstance(error, UnpicklingError) else error
+        raise InputError(
+            f"{path} is damaged ({reason}). Remove the folder {path.parent}: the same command goes on from the "
+            "checkpoint before it, or begins the stage anew."
+        ) from error
 
 
 def own_part(value: DTensor) -> tuple[slice, ...]:
@@ -284,7 +299,8 @@ class CheckpointingTrainer(Trainer):
         optimizer, scheduler = _plain(self.optimizer), self.lr_scheduler
         assert scheduler is not None
         load_state(self.model_wrapped, optimizer, Path(checkpoint))
-        state = torch.load(Path(checkpoint) / _SCHEDULER, weights_only=True)
+        with _refusing_damage(Path(checkpoint) / _SCHEDULER):
+            state = torch.load(Path(checkpoint) / _SCHEDULER, weights_only=True)
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="Please also save or load the state of the optimizer")
             scheduler.load_state_dict(state)
@@ -295,7 +311,7 @@ class CheckpointingTrainer(Trainer):
         # numpy 2 renamed what numpy's state is rebuilt with; a checkpoint is read by either version.
         rebuild: Any = np.empty(0).__reduce__()[0]
         names: list[Any] = [(rebuild, f"numpy.{core}.multiarray._reconstruct") for core in ("core", "_core")]
-        with torch.serialization.safe_globals(names):
+        with _refusing_damage(Path(checkpoint or "") / "rng_state"), torch.serialization.safe_globals(names):
             super()._load_rng_state(checkpoint)
 
 

@@ -34,6 +34,7 @@ from integrations.llava.training.run_folder import RunFolder
 from integrations.llava.training.signals import EXIT_REQUEUE, RunInterrupted
 from integrations.llava.training.stage import Stage
 from integrations.llava.training.train import train
+from layerfuse.errors import InputError
 from layerfuse.files import check_disk_space
 
 Usage = namedtuple("Usage", "total used free")
@@ -207,6 +208,24 @@ def test_a_checkpoint_of_another_model_is_refused(tmp_path: Path) -> None:
 
     with pytest.raises(ValueError, match=r"trained.safetensors came from another model .*unexpected: bias"):
         load_state(second, torch.optim.AdamW(second.parameters()), tmp_path)
+
+
+def test_a_damaged_checkpoint_is_named_with_the_way_out(tiny_recipe: Recipe, tmp_path: Path) -> None:
+    recipe = both_stages(tiny_recipe, max_steps=2, save_every=1)
+    with pytest.raises(RuntimeError):
+        train(recipe, tmp_path, callbacks=[_Fail("pretrain", 2)])
+    (checkpoint,) = (tmp_path / "pretrain").glob("checkpoint-*")
+    half = (checkpoint / "rng_state.pth").read_bytes()[:1000]
+    # In reverse of the order in which they are read.
+    for name, content in (
+        ("rng_state.pth", half),
+        ("scheduler.pt", b""),
+        ("scheduler.pt", b"no tensors"),
+        ("trained.safetensors", half),
+    ):
+        (checkpoint / name).write_bytes(content)
+        with pytest.raises(InputError, match=rf"{Path(name).stem}.* is damaged .*Remove the folder .*checkpoint-1"):
+            train(recipe, tmp_path)
 
 
 @pytest.mark.parametrize("fused", [False, True])

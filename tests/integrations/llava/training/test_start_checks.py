@@ -33,6 +33,14 @@ UNBUILDABLE: dict[str, tuple[Callable[[Recipe], Recipe], str]] = {
     ),
     "plateau": (lambda r: changed(r, "finetune", scheduler="reduce_lr_on_plateau"), "scheduler 'reduce_lr_on_plat"),
     "LoRA targets": (lambda r: _with_lora(r, target_modules=("q_prj",)), "no linear layers called q_prj"),
+    "nothing learns": (
+        lambda r: changed(
+            dataclasses.replace(r, model=dataclasses.replace(r.model, fuser="select", fuser_options={}, layers=(-2,))),
+            "finetune",
+            trainable=("fuser",),
+        ),
+        "nothing learns: trainable is \\['fuser'\\], and none of it has weights in this model .fuser 'select'",
+    ),
     "template": (lambda r: changed(r, "finetune", template="v2"), "template 'v2' is unknown"),
     "attention": (
         lambda r: dataclasses.replace(r, model=dataclasses.replace(r.model, attention="sdqa")),
