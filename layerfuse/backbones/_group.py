@@ -227,11 +227,7 @@ def _no_prefix(features: FeatureMaps) -> list[torch.Tensor]:
 def _as_grid(grid: Sequence[int] | None, resample: str | None) -> Grid | None:
     if grid is None:
         return None
-    given = tuple(grid) if isinstance(grid, Iterable) else grid
-    try:
-        target = as_grid(given)
-    except InputError as error:
-        raise InputError(f"grid is {given!r}; give (H, W) in patches, both at least 1.") from error
+    target = as_grid(grid)
     if resample is None:
         raise InputError(f"grid={target} needs a way to get there; give resample, too: {', '.join(RESAMPLING)}.")
     return target

@@ -37,8 +37,8 @@ def load_prismatic_weights(group: BackboneGroup, weights: Mapping[str, torch.Ten
         weights: name -> tensor; or a safetensors file, or a folder of some.
 
     Raises:
-        ValueError: if a weight is missing, unexpected or misshapen, given under two names, or there are other models
-            than backbones; nothing is loaded then.
+        ValueError: if a weight is missing, unexpected, misshapen, without values (on the meta device) or given under
+            two names, or there are other models than backbones; nothing is loaded then.
         FileNotFoundError: if there is no such file.
         TypeError: if something is no tensor, or ``weights`` are neither tensors nor files.
     """
@@ -75,6 +75,8 @@ def _by_model(weights: Iterable[tuple[str, torch.Tensor]]) -> dict[int, dict[str
             continue
         if not isinstance(tensor, torch.Tensor):
             raise InvalidTypeError(f"{name} of the checkpoint is a {type(tensor).__name__}; give tensors.")
+        if tensor.is_meta:
+            raise InputError(f"{name} of the checkpoint is on the meta device, without values; load the checkpoint.")
         number, own = int(match[1] is not None), _SCALE.sub(r".\1.gamma", match[2])
         if names.setdefault((number, own), name) != name:
             raise InputError(

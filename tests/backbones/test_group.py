@@ -197,7 +197,7 @@ def test_what_does_not_fit_is_refused(twins: BackboneGroup, pictures: list[Image
         create_backbone_group(**names, layers=1, resample="bilinaer")
     with pytest.raises(ValueError, match=r"grid=\(4, 4\) needs a way to get there; give resample"):
         create_backbone_group(**names, layers=1, resample=None, grid=(4, 4))
-    with pytest.raises(ValueError, match=r"grid is \(4,\); give \(H, W\)"):
+    with pytest.raises(ValueError, match=r"grid is \[4\]; give \(H, W\) in patches, two whole"):
         create_backbone_group(**names, layers=1, grid=(4,))
     with pytest.raises(ValueError, match=r"order is \(0, 0, 1, 2\); give each position from 0 to 3 once"):
         BackboneGroup(twins.members, order=(0, 0, 1, 2))
@@ -238,9 +238,9 @@ def test_what_does_not_fit_is_refused(twins: BackboneGroup, pictures: list[Image
         ({"order": ["a", 1, 2]}, r"order is \('a', 1, 2\); give each position"),
         ({"order": [[0], 1, 2]}, r"order is \(\[0\], 1, 2\); give each position"),
         ({"grid": 3}, r"grid is 3; give \(H, W\)"),
-        ({"grid": ["a", 2]}, r"grid is \('a', 2\); give \(H, W\)"),
-        ({"grid": [float("nan"), 2]}, r"grid is \(nan, 2\); give \(H, W\)"),
-        ({"grid": [True, 2]}, r"grid is \(True, 2\); give \(H, W\)"),
+        ({"grid": ["a", 2]}, r"grid is \['a', 2\]; give \(H, W\)"),
+        ({"grid": [float("nan"), 2]}, r"grid is \[nan, 2\]; give \(H, W\)"),
+        ({"grid": [True, 2]}, r"grid is \[True, 2\]; give \(H, W\)"),
         ({"resample": ["bilinear"]}, r"resample \['bilinear'\] is unknown"),
     ],
 )
@@ -379,6 +379,8 @@ def test_what_are_no_weights_of_openvla_is_refused(openvla: dict[str, torch.Tens
         load_prismatic_weights(group, twice)
     with pytest.raises(TypeError, match="cls_token of the checkpoint is a str; give tensors"):
         load_prismatic_weights(group, openvla | {name: "x"})  # type: ignore[dict-item]
+    with pytest.raises(ValueError, match="cls_token of the checkpoint is on the meta device, without values; load"):
+        load_prismatic_weights(group, openvla | {name: openvla[name].to("meta")})
     with pytest.raises(TypeError, match="weights are a NoneType; give names with tensors"):
         load_prismatic_weights(group, None)  # type: ignore[arg-type]
     assert all(torch.equal(tensor, kept[key]) for key, tensor in group.state_dict().items())

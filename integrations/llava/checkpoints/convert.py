@@ -17,7 +17,7 @@ from layerfuse.files import atomic_folder, check_disk_space, explain_missing_con
 from layerfuse.registry import unknown_name_message
 
 from .content import KEPT_FILES, Content, Options
-from .key_maps import connector_to_published, has_published_fuser, our_connector
+from .key_maps import CONCAT_NORM, connector_to_published, has_published_fuser, our_connector
 from .layouts.layerfuse import OWN, read_own, write_own
 from .layouts.llava import PUBLISHED, read_published, write_published
 from .layouts.llava_config import check_fuser
@@ -168,6 +168,11 @@ def convert_connector(source: str | Path, target: str | Path, layout: str = OWN)
     if not connector:
         raise InputError(f"{source} holds neither a fuser nor a projector under a name of any layout.")
     if layout in PUBLISHED:
+        if any(name.startswith(CONCAT_NORM) for name in connector):
+            raise InputError(
+                f"{source} has the fuser 'concat' of ViP-LLaVA; connectors of the layouts {' and '.join(PUBLISHED)} "
+                f"have no place for it. Give {OWN!r}, or convert the whole checkpoint to {VIP_LLAVA!r}."
+            )
         fused = any(name.startswith("model.fuser.") for name in connector)
         fitting = PUBLISHED[0] if fused else PUBLISHED[1]
         if layout != fitting:

@@ -22,6 +22,7 @@ from .tensors import StoredTensor
 
 __all__ = [
     "BACKBONE",
+    "CONCAT_NORM",
     "connector_to_published",
     "from_llava_hf",
     "from_published",
@@ -34,8 +35,8 @@ __all__ = [
 BACKBONE = "model.vision_tower.backbone.model."
 """Prefix of a vision model's weights in ours; the layouts' names behind it are those of transformers."""
 _FUSER, _PROJECTOR, _INJECTION = "model.fuser.", "model.multi_modal_projector.", "model.injection."
-# Of `concat`, which ViP-LLaVA's projector begins with.
-_CONCAT_NORM = f"{_FUSER}norm."
+CONCAT_NORM = f"{_FUSER}norm."
+"""Prefix of the norm of `concat`, which ViP-LLaVA's projector begins with."""
 _NEWLINE = "model.image_newline"
 _PUBLISHED_TOWER = "model.vision_tower.vision_tower.vision_model."
 # Positions of the two linear layers in the published projector, a list of modules.
@@ -51,7 +52,7 @@ _LLAVA_HF_RULES = (
     (re.compile(r"^(?:model\.)?language_model\.lm_head\."), "lm_head."),
     (re.compile(r"^(?:language_model\.model|model\.language_model)\."), "model.language_model."),
     (re.compile(r"^(?:model\.)?vision_tower\.(?:vision_model\.)?"), BACKBONE),
-    (re.compile(r"^(?:model\.)?multi_modal_projector\.projector_layernorm\."), _CONCAT_NORM),
+    (re.compile(r"^(?:model\.)?multi_modal_projector\.projector_layernorm\."), CONCAT_NORM),
     (re.compile(r"^multi_modal_projector\."), _PROJECTOR),
 )
 _SCALES = (f"{_FUSER}output_scale.scale", f"{_FUSER}self_scale.scale")
@@ -198,7 +199,7 @@ def to_llava_hf(tensors: Mapping[str, StoredTensor]) -> dict[str, StoredTensor]:
     """Our tensors as checkpoints of llava-hf on the hub name them, which every version of transformers reads."""
     prefixes = {
         BACKBONE: "vision_tower.vision_model.",
-        _CONCAT_NORM: "multi_modal_projector.projector_layernorm.",
+        CONCAT_NORM: "multi_modal_projector.projector_layernorm.",
         _PROJECTOR: "multi_modal_projector.",
         "model.language_model.": "language_model.model.",
         "lm_head.": "language_model.lm_head.",

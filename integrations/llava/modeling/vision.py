@@ -86,7 +86,7 @@ def _members(config: ModelConfig, *, pretrained: bool) -> list[Backbone]:
     return [
         create_backbone(
             own.name,
-            layers=partial(_tapped, config, own, place) if config.injection.pairs or own.layers is None else own.layers,
+            layers=partial(_tapped, config, own, place),
             pretrained=pretrained,
             image_size=own.image_size,
             options=own.options,

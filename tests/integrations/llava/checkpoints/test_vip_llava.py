@@ -136,6 +136,12 @@ def test_fuser_and_projector_alone_are_read(ours: Path, folder: Path, tmp_path: 
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
     with pytest.raises(ValueError, match="the layout vip-llava has no files of connectors"):
         convert_connector(ours, tmp_path / "out", "vip-llava")
+    for layout in ("mmfuser", "llava"):
+        for source in (ours, folder):
+            with pytest.raises(
+                ValueError, match="has the fuser 'concat' of ViP-LLaVA; .* no place for it. Give 'layerf"
+            ):
+                convert_connector(source, tmp_path / "out", layout)
 
 
 @pytest.mark.parametrize(
