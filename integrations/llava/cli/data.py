@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import re
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -85,6 +86,7 @@ def _add_check_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="EDGE",
         help="images are cut into tiles of so many pixels an edge, as LLaVA-NeXT does; --image-tokens are a tile's",
     )
+    add("--pinpoints", nargs="+", metavar="HxW", help="sizes that --anyres scales images into (default: LLaVA-NeXT's)")
     add("--workers", type=int, help="processes (default: one per CPU)")
     add("--report", type=Path, help="write everything that was found to this JSON file")
     add("--strict", action="store_true", help="exit with 1 also if there are warnings only")
@@ -152,19 +154,27 @@ def _token_limit(arguments: argparse.Namespace) -> TokenLimit | None:
             f"tokenizer {arguments.tokenizer} cannot be loaded ({error}); give its folder or hub name."
         ) from error
     # The tokenizer need not know images; no token of its own has this id.
-    layout = _layout(arguments.image_tokens, arguments.anyres)
+    layout = _layout(arguments.image_tokens, arguments.anyres, arguments.pinpoints)
     return TokenLimit(TextEncoder(tokenizer), layout=layout, max_length=arguments.max_length)
 
 
-def _layout(num_tokens: int, tile: int | None) -> ImageLayout:
+def _layout(num_tokens: int, tile: int | None, pinpoints: Sequence[str] | None) -> ImageLayout:
     if tile is None:
+        if pinpoints:
+            raise InputError("--pinpoints are of images that are cut into tiles; give --anyres EDGE, too.")
         return FixedLayout(-1, num_tokens)
     edge = math.isqrt(num_tokens)
     if edge**2 != num_tokens:
         raise InputError(
             f"--image-tokens {num_tokens} make no square tile; give a square number, such as 576 (24 x 24)."
         )
-    return AnyResLayout(-1, (tile, tile), (edge, edge), default_pinpoints((tile, tile)))
+    given = [re.fullmatch(r"(\d+)x(\d+)", text) for text in pinpoints or ()]
+    if None in given:
+        raise InputError(
+            f"--pinpoints {' '.join(pinpoints or ())}: give height x width in pixels each, such as 336x672."
+        )
+    canvases = tuple((int(own[1]), int(own[2])) for own in given if own is not None)
+    return AnyResLayout(-1, (tile, tile), (edge, edge), canvases or default_pinpoints((tile, tile)))
 
 
 def _survey(arguments: argparse.Namespace) -> int:

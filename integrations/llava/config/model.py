@@ -137,7 +137,7 @@ class ModelConfig(Checked):
             )
         if wrong := [own for own in self.pinpoints if len(own) != 2 or min(own) < 1]:
             raise InputError(
-                f"pinpoints has {list(wrong[0])}; give [height, width] in pixels each, such as [336, 672]."
+                f"pinpoints has {list(wrong[0])}; give a list of [height, width] in pixels, such as [[336, 672]]."
             )
         if self.pinpoints and self.image_layout != "anyres":
             raise InputError(

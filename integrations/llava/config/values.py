@@ -68,8 +68,10 @@ def decode(kind: Any, value: Any, key: str = "") -> Any:
             raise InputError(f"{key} is {_shown(value)}; give one of: {', '.join(map(str, get_args(kind)))}.")
         return str(value)
     if get_origin(kind) is tuple:
-        entries = value if isinstance(value, list | tuple) else [value]
-        return tuple(decode(get_args(kind)[0], entry, key) for entry in entries)
+        item, entries = get_args(kind)[0], value if isinstance(value, list | tuple) else [value]
+        if get_origin(item) is tuple and (text := [entry for entry in entries if isinstance(entry, str)]):
+            raise InputError(f"{key} is {_shown(text[0])}; give lists of numbers in a list, such as [[1, 2], [3, 4]].")
+        return tuple(decode(item, entry, key) for entry in entries)
     if get_origin(kind) is dict:
         return _mapping(get_args(kind)[1], value, key)
     return _anything(value, key) if kind is Any else _READERS[kind](value, key)

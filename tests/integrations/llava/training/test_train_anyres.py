@@ -90,7 +90,9 @@ def test_a_recipe_holds_its_layout(recipe: Recipe, tmp_path: Path) -> None:
     for given, message in (
         ({"model.image_layout": "tiles"}, r"model\.image_layout is 'tiles'; give one of: fixed, anyres"),
         ({"model.pinpoints": [[336, 672]]}, "pinpoints is given, and image_layout is 'fixed'"),
-        ({"model.image_layout": "anyres", "model.pinpoints": [336, 672]}, r"pinpoints has \[336\]; give \[height"),
+        ({"model.pinpoints": [336, 672]}, r"pinpoints has \[336\]; give a list of \[height"),
+        ({"model.pinpoints": "336x672"}, r"model\.pinpoints is '336x672'; give lists of numbers in a list"),
+        ({"model.pinpoints": ["336x672"]}, r"model\.pinpoints is '336x672'; give lists of numbers in a list"),
     ):
         with pytest.raises(ValueError, match=message):
             load_recipe("mmfuser_7b", given)
@@ -171,5 +173,16 @@ def test_the_data_command_counts_tiles(
     capsys.readouterr()
     assert problems("--max-length", "150", "--anyres", "32") == 1
     assert "images exceed max_length" in capsys.readouterr().out
+    # One tile beside the overview takes no more than 2 * 16 and 4 newlines.
+    assert problems("--max-length", "150", "--anyres", "32", "--pinpoints", "32x32") == 0
+    assert problems("--max-length", "150", "--anyres", "32", "--pinpoints", "32x32", "64x64") == 1
+    for options, message in (
+        (["--anyres", "32", "--pinpoints", "32,64"], "--pinpoints 32,64: give height x width in pixels each, such"),
+        (["--anyres", "32", "--pinpoints", "40x32"], "pinpoint 40 x 32 (height x width) is no whole number of tiles"),
+        (["--pinpoints", "32x32"], "give --anyres EDGE, too"),
+    ):
+        capsys.readouterr()
+        assert problems(*options) == 1
+        assert message in capsys.readouterr().err
     assert problems("--image-tokens", "15", "--anyres", "32") == 1
     assert "--image-tokens 15 make no square tile" in capsys.readouterr().err
