@@ -39,7 +39,7 @@ class MMFuser(Fuser):
         num_points: K, sampling points per head and level.
         query_index: position of the query map among the L; negative counts from the end.
         norm_eps: epsilon of the three layer norms.
-        implementation: path of the deformable attention: ``"auto"``, ``"gather"`` or ``"reference"``; not saved. See
+        implementation: path of the deformable attention, one of `layerfuse.ops.IMPLEMENTATIONS`; not saved. See
             `layerfuse.ops.set_implementation`.
 
     Raises:

@@ -190,9 +190,9 @@ def test_paths_never_ask_for_a_value_on_the_host(implementation: str) -> None:
         assert output.shape == (2, 5, 12)
 
 
-def test_auto_takes_gather_on_the_cpu() -> None:
+def test_auto_takes_the_native_kernel_on_the_cpu() -> None:
     inputs = _inputs([(3, 3)], dtype=torch.float32)
-    assert torch.equal(deformable_attention(*inputs), deformable_attention(*inputs, implementation="gather"))
+    assert torch.equal(deformable_attention(*inputs), deformable_attention(*inputs, implementation="native"))
 
 
 @pytest.mark.gpu
@@ -211,7 +211,7 @@ def test_paths_agree_on_cuda_without_synchronising(implementation: str, dtype: t
 
 
 def test_unknown_implementation_lists_the_known_ones() -> None:
-    with pytest.raises(ValueError, match="'cuda'.*is unknown. Known: auto, gather, reference, triton"):
+    with pytest.raises(ValueError, match="'cuda'.*is unknown. Known: auto, gather, native, reference, triton"):
         deformable_attention(*_inputs([(2, 2)]), implementation="cuda")
 
 

@@ -28,7 +28,7 @@ IMPLEMENTATIONS: tuple[str, ...] = ("auto", *sorted({*_PATHS, *KERNELS}))
 
 # What auto takes on a device. On others (xpu, …) it is grid_sample, the better supported; on mps it has no gradient.
 # Triton's place is a choice, not a measurement: no path has been timed on a GPU yet.
-_FASTEST = {"cpu": "gather", "cuda": "triton", "meta": "gather", "mps": "gather"}
+_FASTEST = {"cpu": "native", "cuda": "triton", "meta": "gather", "mps": "gather"}
 
 
 def deformable_attention(
@@ -51,9 +51,10 @@ def deformable_attention(
             beyond that read zeros.
         weights: (B, Q, M, L, K) weight of each point; used as they are, so normalise them first.
         implementation: ``"reference"`` (``grid_sample`` per level, the oracle), ``"gather"`` (one weighted
-            ``embedding_bag`` over all corners of all points; on devices without it plain indexing), ``"triton"``
-            (kernels for CUDA; gather takes over where Triton is missing, the GPU is too old for it or torch is set
-            to deterministic algorithms) or ``"auto"``: triton on CUDA, gather on CPU and mps, reference on others.
+            ``embedding_bag`` over all corners of all points; on devices without it plain indexing), ``"native"``
+            (C for the CPU, compiled at first use), ``"triton"`` (kernels for CUDA) or ``"auto"``: native on CPU, triton
+            on CUDA, gather on mps, reference on others. Gather takes over where there is no C compiler or no Triton,
+            the device is another or a GPU too old, or CUDA is to be deterministic.
 
     Returns:
         (B, Q, C) attended values in the dtype of ``value``.

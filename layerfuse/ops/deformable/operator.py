@@ -14,7 +14,7 @@ from typing import Any, Protocol
 import torch
 
 from layerfuse.errors import InputError
-from layerfuse.ops.deformable import triton
+from layerfuse.ops.deformable import native, triton
 from layerfuse.ops.deformable.gather import gather
 from layerfuse.ops.deformable.reference import reference_gradients
 
@@ -54,7 +54,7 @@ class Kernel(Protocol):
         """
 
 
-KERNELS: dict[str, Kernel] = {"triton": triton}
+KERNELS: dict[str, Kernel] = {"native": native, "triton": triton}
 
 
 def can_run(implementation: str, device_type: str) -> bool:
