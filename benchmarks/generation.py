@@ -71,7 +71,8 @@ def _compare(
 ) -> None:
     length = session.pick(65, 17, 3)
     calls: dict[str, Call] = {}
-    for label, answer in ((OURS, _ours(predictor, batch)), (PLAIN, _plain(session, plain, batch))):
+    pixels = _normalised(predictor.model, batch)
+    for label, answer in ((OURS, _ours(predictor, batch)), (PLAIN, _plain(session, plain, batch, pixels))):
         for count in (1, length):
             calls[f"{label}, {count}"] = lambda answer=answer, count=count: answer(count)
     for call in calls.values():  # what is compiled or recorded at first calls is not timed
@@ -105,13 +106,18 @@ def _ours(predictor: Predictor, batch: Mapping[str, Any]) -> Any:
     return answer
 
 
-def _plain(session: Session, model: nn.Module, batch: Mapping[str, Any]) -> Any:
-    names = ("input_ids", "attention_mask", "pixel_values")
+def _normalised(model: Any, batch: Mapping[str, Any]) -> torch.Tensor:
+    """Return the pictures as transformers' image processors hand them over."""
+    return model.model.vision_tower.backbone.preprocessing.normalize(batch["pixel_values"])
+
+
+def _plain(session: Session, model: nn.Module, batch: Mapping[str, Any], pixels: torch.Tensor) -> Any:
+    names = ("input_ids", "attention_mask")
 
     @torch.inference_mode()
     def answer(count: int) -> object:
         tensors = {name: batch[name].to(session.device) for name in names}
-        tensors["pixel_values"] = tensors["pixel_values"].to(model.dtype)
+        tensors["pixel_values"] = pixels.to(session.device, model.dtype)
         return model.generate(**tensors, do_sample=False, max_new_tokens=count, min_new_tokens=count, pad_token_id=0)
 
     return answer
@@ -121,7 +127,7 @@ def _fuser_share(session: Session, model: Any, batch: Mapping[str, Any], batch_s
     """Time the fuser alone on the maps of the batch, over the whole of the first token."""
     inner = model.model
     with torch.no_grad():
-        features = inner.vision_tower(batch["pixel_values"].to(session.device, model.dtype))
+        features = inner.vision_tower(_normalised(model, batch).to(session.device, model.dtype))
 
         def fuse() -> object:
             with torch.no_grad():

@@ -4,7 +4,8 @@ python -m benchmarks.train
 
 On the CPU the tiny recipe's finetune, the two in turn; on a GPU both stages of LLaVA-1.5-7B with random weights, one
 after the other, since one alone fills the memory. Both read the same samples. Seconds are counted per position that is
-no padding, steps after the first.
+no padding, steps after the first. "No fuser" is the recipe with `select` of the penultimate layer, which is transformers'
+model exactly; the others have MMFuser on top.
 
 MFU = floating point operations of a step, forward and backward, without those that checkpointing repeats and without
 padding (`integrations.llava.dry_run.flops`: 2 per multiply-add of matrix products, attention with T² scores), over the
@@ -42,7 +43,7 @@ from integrations.llava.training.stage import stage_trainer
 __all__ = ["FAST", "StepClock", "run"]
 
 BENCHMARK = "training, seconds per token"
-OURS, AS_WRITTEN, PLAIN = "layerfuse", "layerfuse, recipe as written", "transformers"
+OURS, AS_WRITTEN, UNFUSED, PLAIN = "layerfuse", "layerfuse, recipe as written", "layerfuse, no fuser", "transformers"
 FAST: Mapping[str, Any] = {"padding_free": True}
 """Settings of a stage that make it faster and leave the loss as it is; those that a version lacks are left out."""
 
@@ -164,24 +165,26 @@ def _dry(session: Session, stage: Stage) -> Any:
 def _alternate(session: Session, stage: Stage) -> None:
     """Train the candidates in turn, each several times, all of them in memory."""
     fast = replaced(stage.config, **FAST)
-    ours, written = (assemble_ours(session, stage.recipe, stage.config) for _ in range(2))
-    plain = plain_model(session, ours, stage.config)
-    rows = _rows(stage, ours)
-    seconds: dict[str, list[tuple[float, float]]] = {OURS: [], AS_WRITTEN: [], PLAIN: []}
-    facts: dict[str, Any] = {}
+    bare = dataclasses.replace(stage.recipe.model, fuser="select", layers=(-2,), fuser_options={})
+    unfused = dataclasses.replace(stage.recipe, model=bare)
+    ours = assemble_ours(session, stage.recipe, stage.config)
+    candidates = {
+        OURS: (ours, fast),
+        UNFUSED: (assemble_ours(session, unfused, stage.config), fast),
+        AS_WRITTEN: (assemble_ours(session, stage.recipe, stage.config), stage.config),
+    }
+    plain, rows = plain_model(session, ours, stage.config), _rows(stage, ours)
+    seconds: dict[str, list[tuple[float, float]]] = {label: [] for label in (*candidates, PLAIN)}
     for number in range(session.pick(3, 1, 1)):
-        order = (OURS, AS_WRITTEN, PLAIN)
-        for label in order if number % 2 == 0 else reversed(order):
+        for label in seconds if number % 2 == 0 else reversed(seconds):
             if label == PLAIN:
                 clock = _train_plain(session, stage, plain, rows, ours)
             else:
-                model, config = (ours, fast) if label == OURS else (written, stage.config)
-                clock = _train_ours(session, stage, model, config)
+                clock = _train_ours(session, stage, *candidates[label])
             seconds[label] += clock.per_token()
-            facts = {"tokens_per_step": round(clock.tokens)}
     timings = {label: Timing(*map(tuple, zip(*values, strict=True))) for label, values in seconds.items()}
-    case = f"{stage.recipe.name} {stage.name}"
-    session.record_timings(*(BENCHMARK, timings), ours=(OURS, AS_WRITTEN), case=case, facts={**_facts(stage), **facts})
+    case, facts = f"{stage.recipe.name} {stage.name}", {**_facts(stage), "tokens_per_step": round(clock.tokens)}
+    session.record_timings(BENCHMARK, timings, ours=tuple(candidates), case=case, facts=facts)
 
 
 def _one_after_the_other(session: Session, stage: Stage) -> None:
