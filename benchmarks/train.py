@@ -4,8 +4,9 @@ python -m benchmarks.train
 
 On the CPU the tiny recipe's finetune, the two in turn; on a GPU both stages of LLaVA-1.5-7B with random weights, one
 after the other, since one alone fills the memory. Both read the same samples. Seconds are counted per position that is
-no padding, steps after the first. "No fuser" is the recipe with `select` of the penultimate layer, which is transformers'
-model exactly; the others have MMFuser on top.
+no padding, steps after the first. "No fuser" is the recipe with `select` of the penultimate layer, which is the model
+that transformers has; the others have MMFuser on top. On a GPU ours keeps as many activations as the dry run says fit,
+and conversations differ in length.
 
 MFU = floating point operations of a step, forward and backward, without those that checkpointing repeats and without
 padding (`integrations.llava.dry_run.flops`: 2 per multiply-add of matrix products, attention with T² scores), over the
@@ -16,6 +17,9 @@ from __future__ import annotations
 
 import dataclasses
 import gc
+import json
+import math
+import random
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -44,6 +48,7 @@ __all__ = ["FAST", "StepClock", "run"]
 
 BENCHMARK = "training, seconds per token"
 OURS, AS_WRITTEN, UNFUSED, PLAIN = "layerfuse", "layerfuse, recipe as written", "layerfuse, no fuser", "transformers"
+AS_FAST = "layerfuse, as fast as the dry run allows"
 FAST: Mapping[str, Any] = {"padding_free": True}
 """Settings of a stage that make it faster and leave the loss as it is; those that a version lacks are left out."""
 
@@ -115,6 +120,8 @@ def run(session: Session) -> None:
         folder = Path(scratch)
         count = session.pick(512 if session.device == "cpu" else 192, 96, 8)
         data = make_dataset(folder / "data", seed=session.seed, num_train=count, num_val=1, num_test=1)
+        if session.goals_of == "cuda":
+            _vary_lengths(session, data / "train.json")
         for name in ("finetune",) if session.goals_of == "cpu" else ("pretrain", "finetune"):
             if session.device == "cuda" and not session.has_time(80, BENCHMARK, OURS, stage=name):
                 continue
@@ -123,6 +130,24 @@ def run(session: Session) -> None:
                     _alternate(session, _stage(session, name, data, folder))
                 else:
                     _one_after_the_other(session, _fitting_stage(session, name, data, folder))
+
+
+def _vary_lengths(session: Session, path: Path) -> None:
+    """Give conversations 1 to 80 turns, most of them few (log-uniform), as real ones have; the demo's are all alike.
+
+    Turns come from all conversations, so that they need not be about the picture; nobody learns anything here.
+    """
+    draw, samples = random.Random(session.seed), json.loads(path.read_text(encoding="utf-8"))
+    turns = [
+        sample["conversations"][k : k + 2] for sample in samples for k in range(2, len(sample["conversations"]), 2)
+    ]
+    most = session.pick(80, 8, 4)
+    for sample in samples:
+        count = round(math.exp(draw.uniform(0, math.log(most))))
+        sample["conversations"] = sample["conversations"][:2] + [
+            turn for pair in draw.choices(turns, k=count - 1) for turn in pair
+        ]
+    path.write_text(json.dumps(samples), encoding="utf-8")
 
 
 def _stage(session: Session, name: str, data: Path, folder: Path, *, blocks: int | None = None) -> Stage:
@@ -150,11 +175,24 @@ def _fitting_stage(session: Session, name: str, data: Path, folder: Path) -> Sta
         stage = _stage(session, name, data, folder, blocks=blocks)
         largest = _dry(session, stage).largest_micro_batch[1]
         if largest:
-            config = dataclasses.replace(stage.config, micro_batch_size=largest, batch_size=largest)
-            recipe = dataclasses.replace(stage.recipe, **{name: config})
-            return dataclasses.replace(stage, config=config, recipe=recipe)
+            return _changed(stage, micro_batch_size=largest, batch_size=largest)
         say(f"  {name}: does not fit with {blocks or 'all'} blocks")
     raise AssertionError(f"{name} does not fit on this device")
+
+
+def _fastest(session: Session, stage: Stage) -> Stage:
+    """Return the stage with the fast settings, and the least that is computed twice if memory is to suffice."""
+    for checkpointing in (False, "selective"):
+        changed = _changed(stage, **FAST, gradient_checkpointing=checkpointing)
+        (memory, *_) = _dry(session, changed).memory
+        if memory.fits(gpu_of(session).memory) == "yes":
+            return changed
+    return _changed(stage, **FAST)
+
+
+def _changed(stage: Stage, **settings: Any) -> Stage:
+    config = replaced(stage.config, **settings)
+    return dataclasses.replace(stage, config=config, recipe=dataclasses.replace(stage.recipe, **{stage.name: config}))
 
 
 def _dry(session: Session, stage: Stage) -> Any:
@@ -164,13 +202,13 @@ def _dry(session: Session, stage: Stage) -> Any:
 
 def _alternate(session: Session, stage: Stage) -> None:
     """Train the candidates in turn, each several times, all of them in memory."""
-    fast = replaced(stage.config, **FAST)
+    fast = _changed(stage, **FAST)
     bare = dataclasses.replace(stage.recipe.model, fuser="select", layers=(-2,), fuser_options={})
     unfused = dataclasses.replace(stage.recipe, model=bare)
     ours = assemble_ours(session, stage.recipe, stage.config)
     candidates = {
-        OURS: (ours, fast),
-        UNFUSED: (assemble_ours(session, unfused, stage.config), fast),
+        OURS: (ours, fast.config),
+        UNFUSED: (assemble_ours(session, unfused, stage.config), fast.config),
         AS_WRITTEN: (assemble_ours(session, stage.recipe, stage.config), stage.config),
     }
     plain, rows = plain_model(session, ours, stage.config), _rows(stage, ours)
@@ -183,39 +221,42 @@ def _alternate(session: Session, stage: Stage) -> None:
                 clock = _train_ours(session, stage, *candidates[label])
             seconds[label] += clock.per_token()
     timings = {label: Timing(*map(tuple, zip(*values, strict=True))) for label, values in seconds.items()}
-    case, facts = f"{stage.recipe.name} {stage.name}", {**_facts(stage), "tokens_per_step": round(clock.tokens)}
+    case, facts = f"{stage.recipe.name} {stage.name}", {**_facts(fast), "tokens_per_step": round(clock.tokens)}
     session.record_timings(BENCHMARK, timings, ours=tuple(candidates), case=case, facts=facts)
 
 
 def _one_after_the_other(session: Session, stage: Stage) -> None:
     """Train ours, free it, train the plain one: two models of 7B with their optimizers do not fit side by side."""
-    fast = replaced(stage.config, **FAST)
-    seconds: dict[str, Timing] = {}
-    peaks: dict[str, float] = {}
+    fast, seconds, peaks = _fastest(session, stage), {}, {}
     ours = assemble_ours(session, stage.recipe, stage.config)
-    rows = _rows(stage, ours)
-    tokens = _measure(session, OURS, seconds, peaks, lambda: _train_ours(session, stage, ours, fast))
+    # With the settings of ours: a model that once checkpoints goes on doing so.
+    rows, blocks = _rows(fast, ours), ours.model.config.get_text_config().num_hidden_layers
+    case = f"{stage.recipe.name} {stage.name}, {blocks} blocks"
+    try:
+        tokens = _measure(OURS, seconds, peaks, lambda: _train_ours(session, fast, ours, fast.config))
+    except torch.OutOfMemoryError as error:
+        session.record(BENCHMARK, AS_FAST, case=case, status="failed", error=str(error)[:200], **_facts(fast))
+        _free()
+        fast = stage
+        tokens = _measure(OURS, seconds, peaks, lambda: _train_ours(session, stage, ours, stage.config))
     ours.model.to("meta")
     _free()
     with session.attempt(BENCHMARK, PLAIN, stage=stage.name):
         plain = plain_model(session, ours, stage.config)
-        _measure(session, PLAIN, seconds, peaks, lambda: _train_plain(session, stage, plain, rows, ours))
+        _measure(PLAIN, seconds, peaks, lambda: _train_plain(session, stage, plain, rows, ours))
         plain.to("meta")
     _free()
-    case = f"{stage.recipe.name} {stage.name}, {ours.model.config.get_text_config().num_hidden_layers} blocks"
-    session.record_timings(
-        BENCHMARK, seconds, ours=(OURS,), case=case, facts={**_facts(stage), "tokens_per_step": round(tokens)}
-    )
-    _record_use(session, stage, ours, seconds, tokens)
-    (expected, *_) = _dry(session, stage).memory
+    facts = {**_facts(fast), "tokens_per_step": round(tokens)}
+    session.record_timings(BENCHMARK, seconds, ours=(OURS,), case=case, facts=facts)
+    _record_use(session, fast, ours, seconds, tokens)
+    (expected, *_) = _dry(session, fast).memory
     for label, peak in peaks.items():
-        estimate = round(expected.peak / GIB, 2) if label == OURS else None
-        facts = {"unit": "GiB", "dry_run_says": estimate, **_facts(stage)}
+        says = round(expected.peak / GIB, 2) if label == OURS else None
+        facts = {"unit": "GiB", "dry_run_says": says, **_facts(fast)}
         session.record("training, peak memory", label, case=case, value=round(peak / GIB, 2), **facts)
 
 
 def _measure(
-    session: Session,
     label: str,
     seconds: dict[str, Timing],
     peaks: dict[str, float],
@@ -238,8 +279,13 @@ def _free() -> None:
 
 def _facts(stage: Stage) -> dict[str, Any]:
     config = stage.config
-    used = {key: value for key, value in FAST.items() if hasattr(config, key)}
-    return {"stage": stage.name, "batch_size": config.batch_size, "precision": config.precision, "settings": used}
+    settings = {key: getattr(config, key) for key in (*FAST, "gradient_checkpointing") if hasattr(config, key)}
+    return {
+        "stage": stage.name,
+        "batch_size": config.batch_size,
+        "precision": config.precision,
+        "our_settings": settings,
+    }
 
 
 def _rows(stage: Stage, ours: Assembled) -> list[dict[str, Any]]:
