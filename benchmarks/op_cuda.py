@@ -72,7 +72,8 @@ def _peers(session: Session, inputs: Inputs) -> dict[str, Attend]:
     found["transformers, compiled"] = session.compile(found["transformers"])
     found["dense SDPA over all keys"] = functools.partial(_dense, inputs.locations.shape[1])
     if is_installed("deformops"):
-        found["deformops"] = deformops_attention(inputs.grids, session.device)
+        with session.attempt("op forward", "deformops"):
+            found["deformops"] = deformops_attention(inputs.grids, session.device)
     else:
         session.not_measured("op forward", "deformops", "deformops is not installed")
     return found

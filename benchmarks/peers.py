@@ -44,7 +44,7 @@ def deformops_attention(grids: Sequence[Grid], device: str) -> Attend:
     shapes, starts = _shapes(grids, device)
 
     def attend(value: torch.Tensor, locations: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-        return msda(value, shapes, starts, locations.to(value.dtype), weights.to(value.dtype).flatten(3)).flatten(2)
+        return msda(value, shapes, starts, locations, weights.to(value.dtype))
 
     return attend
 
