@@ -129,14 +129,13 @@ def _locations(
     ``offsets``, of the same shape, are in cells of their level.
     """
     height, width = query_grid
-    centre_x = _centres(width, offsets).expand(height, width).reshape(-1, 1, 1)
-    centre_y = _centres(height, offsets)[:, None].expand(height, width).reshape(-1, 1, 1)
-    levels = []
-    for level, (level_height, level_width) in enumerate(value_grids):
-        x = centre_x + offsets[:, :, :, level, :, 0] / level_width
-        y = centre_y + offsets[:, :, :, level, :, 1] / level_height
-        levels.append(torch.stack((x, y), dim=-1))
-    return torch.stack(levels, dim=3)
+    centres = torch.stack(
+        (_centres(width, offsets).expand(height, width), _centres(height, offsets)[:, None].expand(height, width)),
+        dim=-1,
+    )
+    # Filled where they lie: a list would have to be copied to the device. (L, 1, 2), to divide (…, L, K, 2).
+    sizes = torch.stack([offsets.new_full((), size) for level in value_grids for size in reversed(level)])
+    return torch.addcdiv(centres.view(-1, 1, 1, 1, 2), offsets, sizes.view(-1, 1, 2))
 
 
 def _centres(size: int, like: torch.Tensor) -> torch.Tensor:
