@@ -7,9 +7,10 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from torch.autograd import forward_ad
 from torch.utils.checkpoint import checkpoint
 
-from layerfuse.ops import MultiScaleDeformableAttention, set_implementation
+from layerfuse.ops import MultiScaleDeformableAttention, deformable_attention, set_implementation
 from layerfuse.ops.deformable.operator import KERNELS, attend
 from layerfuse.testing import randomise_parameters
 
@@ -89,6 +90,28 @@ def test_the_gradient_of_the_gradient_is_refused(name: str) -> None:
     gradients = torch.autograd.grad(attend(inputs[0], GRIDS, *inputs[1:], name).sum(), inputs, create_graph=True)
     with pytest.raises(ValueError, match="the gradient of its gradient.*differentiable once"):
         torch.autograd.grad(gradients[2].sum(), inputs)
+
+
+@pytest.mark.parametrize("implementation", ["auto", *KERNELS])
+def test_torch_func_transforms_it(implementation: str) -> None:
+    value, locations, weights = (tensor.detach() for tensor in _inputs())
+
+    def total(value: torch.Tensor, locations: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+        inputs = (value[None], GRIDS, locations[None], weights[None])
+        return deformable_attention(*inputs, implementation=implementation).sin().sum()
+
+    of_each = torch.func.vmap(torch.func.grad(total))(value, locations, weights)
+    for image in range(2):
+        expected = torch.func.grad(total)(value[image], locations[image], weights[image])
+        torch.testing.assert_close(of_each[image], expected)
+
+
+@pytest.mark.parametrize("implementation", ["auto", *KERNELS])
+def test_forward_differentiation_is_refused_not_lost(implementation: str) -> None:
+    value, locations, weights = (tensor.detach() for tensor in _inputs())
+    with forward_ad.dual_level(), pytest.raises(NotImplementedError, match="forward AD"):
+        dual = forward_ad.make_dual(value, value)
+        deformable_attention(dual, GRIDS, locations, weights, implementation=implementation)
 
 
 # The layer around it

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 import torch
+from torch.autograd.forward_ad import unpack_dual
 
 from layerfuse.errors import InputError
 from layerfuse.ops.deformable.gather import gather
@@ -68,7 +69,9 @@ def deformable_attention(
     precision = torch.float64 if value.dtype == torch.float64 else torch.float32
     locations, weights = locations.to(precision), weights.to(precision)
     if path in KERNELS:
-        return attend(value, grids, locations, weights, path)
+        if not _is_transformed(value, locations, weights):
+            return attend(value, grids, locations, weights, path)
+        path = "gather"
     return _PATHS[path](value.to(precision), grids, locations, weights).to(value.dtype)
 
 
@@ -85,6 +88,17 @@ def _choose(implementation: str, device_type: str) -> str:
     if torch.compiler.is_compiling():
         return implementation if device_type in KERNELS[implementation].DEVICES else "gather"
     return implementation if can_run(implementation, device_type) else "gather"
+
+
+def _is_transformed(*tensors: torch.Tensor) -> bool:
+    """Whether torch.func or forward differentiation is at work, which an operator of one's own has no part in.
+
+    The former refuses its gradient, the latter would be lost without a word.
+    """
+    if torch.compiler.is_compiling():
+        return False
+    is_func_active: bool = torch._C._are_functorch_transforms_active()
+    return is_func_active or any(unpack_dual(tensor).tangent is not None for tensor in tensors)
 
 
 def check_implementation(implementation: str) -> None:
