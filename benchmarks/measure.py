@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -28,11 +28,13 @@ class Pace:
         seconds: for all rounds of all candidates; what one round takes is known after the first, which does not count.
         fewest: rounds that are made however long they take.
         most: rounds that are made at most.
+        warm: all candidates have run before, and take long: the fewest rounds are made, and all count.
     """
 
     seconds: float
     fewest: int = 3
     most: int = 25
+    warm: bool = False
 
 
 @dataclass(frozen=True)
@@ -66,7 +68,7 @@ class Ratio(NamedTuple):
     high: float
 
 
-def time_in_turn(calls: Mapping[str, Call], *, device: str, pace: Pace) -> dict[str, Timing]:
+def time_in_turn(calls: dict[str, Call], *, device: str, pace: Pace) -> dict[str, Timing]:
     """Time candidates in turn, so that a busy moment of the machine hits all of them.
 
     Every second round goes backwards, so that nobody always follows the same neighbour.
@@ -76,19 +78,20 @@ def time_in_turn(calls: Mapping[str, Call], *, device: str, pace: Pace) -> dict[
         device: ``"cpu"`` or ``"cuda"``.
         pace: how many rounds are made.
     """
-    labels, repeats = list(calls), dict.fromkeys(calls, 1)
-    begin = time.perf_counter()
-    for label in labels:
-        calls[label]()
-        _wait(device)
-        if device == "cuda":
-            once = _sample(calls[label], 1, device)[0]
-            repeats[label] = max(1, min(_MOST_CALLS, math.ceil(_SHORTEST_SAMPLE / max(once, 1e-7))))
-    one_round = time.perf_counter() - begin
-    rounds = max(pace.fewest, min(pace.most, int(pace.seconds / max(one_round, 1e-9))))
-    samples: dict[str, list[tuple[float, float]]] = {label: [] for label in labels}
+    samples: dict[str, list[tuple[float, float]]] = {label: [] for label in calls}
+    repeats, rounds = dict.fromkeys(calls, 1), pace.fewest
+    if not pace.warm:
+        begin = time.perf_counter()
+        for label, call in calls.items():
+            call()
+            _wait(device)
+            if device == "cuda":
+                once = _sample(call, 1, device)[0]
+                repeats[label] = max(1, min(_MOST_CALLS, math.ceil(_SHORTEST_SAMPLE / max(once, 1e-7))))
+        one_round = time.perf_counter() - begin
+        rounds = max(pace.fewest, min(pace.most, int(pace.seconds / max(one_round, 1e-9))))
     for number in range(rounds):
-        for label in labels if number % 2 == 0 else reversed(labels):
+        for label in calls if number % 2 == 0 else reversed(calls):
             samples[label].append(_sample(calls[label], repeats[label], device))
     return {label: Timing(*map(tuple, zip(*values, strict=True))) for label, values in samples.items()}
 

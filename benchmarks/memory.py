@@ -21,9 +21,9 @@ def extra_bytes(call: Call, *, device: str) -> int:
     """Return the peak of what a call allocates, its result included, above what was there when it began.
 
     On the CPU all allocations and frees of torch's allocator are added up, those inside operators too, as torch's
-    profiler reports them; on CUDA it is the caching allocator's own peak.
+    profiler reports them; on CUDA it is the caching allocator's own peak. The call has run before, so that what is made
+    once and kept does not count.
     """
-    call()
     gc.collect()
     if device == "cuda":
         torch.cuda.synchronize()

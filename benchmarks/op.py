@@ -62,6 +62,8 @@ def _case(batch_size: int, edge: int) -> str:
 def _compare(session: Session, batch_size: int, edge: int) -> None:
     inputs = _inputs(session, batch_size, edge)
     ours = implementations(session.device, inputs.grids)
+    if batch_size > 4:  # a large batch takes long, and the slower ones are known by now
+        ours = {"auto": ours["auto"]}
     attends = {**ours, "transformers": transformers_attention(inputs.grids, session.device)}
     errors = check(attends, inputs)
     wrong = {label: error for label, error in errors.items() if not error < TOLERANCE}
@@ -71,7 +73,7 @@ def _compare(session: Session, batch_size: int, edge: int) -> None:
     facts = {"batch_size": batch_size, "grid": [edge, edge], "levels": 4, "dtype": "float32"}
     for name, wrap in (("op forward", forward), ("op forward+backward", backward)):
         calls = {label: wrap(attend, inputs) for label, attend in attends.items()}
-        pace = session.pace(6.0, fewest=3)
+        pace = session.pace(4.0, fewest=3 if batch_size <= 4 else 2)
         session.compare(name, calls, ours=tuple(ours), pace=pace, case=case, facts=facts, errors=errors)
         needed = {label: extra_bytes(call, device=session.device) for label, call in calls.items()}
         session.compare_values(f"{name}, extra memory", needed, ours=tuple(ours), unit="bytes", case=case, **facts)

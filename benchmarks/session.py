@@ -78,7 +78,8 @@ class Session:
 
     def pace(self, seconds: float, *, fewest: int = 3) -> Pace:
         """Return the pace of a comparison that may take so many seconds in a full run."""
-        return self.pick(Pace(seconds, fewest), Pace(min(seconds, 1.5), fewest=2, most=7), Pace(0.0, fewest=1, most=1))
+        quick = Pace(min(seconds / 8, 1.0), fewest=min(fewest, 2), most=7)
+        return self.pick(Pace(seconds, fewest), quick, Pace(0.0, fewest=1, most=1))
 
     def compile(self, function: Callable[..., Any]) -> Callable[..., Any]:
         """Compile for one shape; a dry run traces only, which needs no compiler."""

@@ -29,6 +29,13 @@ def test_candidates_are_timed_in_turn_and_every_second_round_goes_backwards() ->
     assert {len(timing.wall) for timing in timings.values()} == {3}
 
 
+def test_what_is_warm_is_called_no_more_often_than_told() -> None:
+    order: list[str] = []
+    calls = {label: (lambda label=label: order.append(label)) for label in "ab"}
+    time_in_turn(calls, device="cpu", pace=Pace(60.0, fewest=2, warm=True))
+    assert order == ["a", "b", "b", "a"]
+
+
 def test_a_round_that_is_slow_for_all_leaves_ratios_alone() -> None:
     assert ratio([1.0, 10.0, 1.0], [2.0, 20.0, 2.0]) == (0.5, 0.5, 0.5)
 
