@@ -19,7 +19,7 @@ from benchmarks.session import RESULTS, Session, say
 __all__ = ["TOPICS", "execute", "main"]
 
 TOPICS = {
-    "cpu": ("op", "train", "scaling", "encoder"),
+    "cpu": ("op", "train", "encoder", "scaling"),
     "cuda": ("op", "train", "generation", "encoder"),
 }
 """The topics of each command, in the order in which they run; each is a module with `run(session)`."""

@@ -169,7 +169,7 @@ def _counts(goal: Goal, row: Mapping[str, Any]) -> bool:
 
 def _number(goal: Goal, row: Mapping[str, Any], clock: str) -> float | None:
     if goal.quantity == "value":
-        return row.get("value")
+        return row.get(f"{clock}_value", row.get("value"))
     versus = row.get("versus", {})
     key = (
         "processor_ratio" if clock == "processor" and "processor_ratio" in next(iter(versus.values()), {}) else "ratio"

@@ -128,6 +128,8 @@ def test_of_several_peers_the_best_counts() -> None:
 
 def test_values_are_judged_and_failed_rows_fail_a_goal() -> None:
     assert outcome("scaling-tokens", [row("exponent in tokens", "linear", value=1.2)]) == ("FAIL", 1.2)
+    both = row("exponent in tokens", "linear", value=1.2, processor_value=1.0)
+    assert outcome("scaling-tokens", [both], clock="processor") == ("PASS", 1.0)
     assert outcome("scaling-tokens", [row("exponent in tokens", "dense", value=2.0)])[0] == "not measured"
     broken = row("exponent in tokens", "linear", status="failed", error="RuntimeError: no")
     assert outcome("scaling-tokens", [broken, row("exponent in tokens", "linear", value=1.0)])[0] == "FAIL"
