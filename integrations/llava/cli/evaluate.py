@@ -137,6 +137,8 @@ def _parser() -> argparse.ArgumentParser:
     add("--batch-size", type=int, default=32)
     add("--max-new-tokens", type=int, help="longest answer (default: the task's, or 32)")
     add("--device", help="torch device (default: CUDA if there is one, else the CPU)")
+    add("--num-workers", type=int, help="processes that prepare images (default: 4 with CUDA, else 0: threads)")
+    add("--compile", action="store_true", help="compile decoding (CUDA): a slow start, then faster tokens")
     return parser
 
 
@@ -157,6 +159,8 @@ def _evaluate(arguments: argparse.Namespace, task: Task | None) -> Evaluation | 
         device=arguments.device,
         overwrite=arguments.overwrite,
         shard=find_shard(arguments.shard),
+        num_workers=arguments.num_workers,
+        compile=arguments.compile,
     )
 
 
@@ -179,6 +183,8 @@ def _tables(arguments: argparse.Namespace) -> str:
         device=arguments.device,
         overwrite=arguments.overwrite,
         shard=find_shard(arguments.shard),
+        num_workers=arguments.num_workers,
+        compile=arguments.compile,
     )
     return _BUSY if plan is None else _written_tables(output)
 

@@ -68,7 +68,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--output", help="jsonl of id, prompt, answer, model_id, metadata; continued if it is there")
     add("--shard", metavar="INDEX/COUNT", help="answer a share (default: torchrun's RANK/WORLD_SIZE)")
     add("--overwrite", action="store_true", help="answer anew; earlier answers go once a new one is there")
-    add("--num-workers", type=int, help="processes that prepare images (default: 4 with CUDA, else 0)")
+    add("--num-workers", type=int, help="processes that prepare images (default: 4 with CUDA, else 0: threads)")
     parser.add_argument("--batch-size", type=int, default=8, help="prompts at a time")
     add_model_options(parser)
     add_sampling_options(parser)

@@ -37,6 +37,8 @@ def evaluate(
     device: str | None = None,
     overwrite: bool = False,
     shard: Shard | None = None,
+    num_workers: int | None = None,
+    compile: bool = False,
 ) -> Evaluation | None:
     """Ask a trained model every question, greedily, and score its answers.
 
@@ -52,6 +54,8 @@ def evaluate(
         device: torch device; CUDA if there is one, else the CPU.
         overwrite: ask anew whatever `output` holds.
         shard: which of several processes this is, that answer a share each; None is the only one.
+        num_workers: processes that prepare images, see `Predictor.asker`.
+        compile: whether decoding is compiled, see `Predictor`.
 
     Returns:
         Scores and answers; None where other processes have questions left, the last of which scores.
@@ -80,6 +84,8 @@ def evaluate(
         device=device,
         overwrite=overwrite,
         shard=shard,
+        num_workers=num_workers,
+        compile=compile,
     )
 
 
@@ -95,6 +101,8 @@ def evaluate_loaded(
     device: str | None = None,
     overwrite: bool = False,
     shard: Shard | None = None,
+    num_workers: int | None = None,
+    compile: bool = False,
     read: ReadModel | None = None,
 ) -> Evaluation | None:
     """Ask and score as `evaluate` does, questions that were loaded and checked already.
@@ -115,6 +123,8 @@ def evaluate_loaded(
             sampling=SamplingParams(longest),
             batch_size=batch_size,
             device=device,
+            compile=compile,
+            num_workers=num_workers,
             shard=shard,
             overwrite=overwrite,
             check=None if overwrite else partial(refuse_others, folder),

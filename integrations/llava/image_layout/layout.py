@@ -83,32 +83,6 @@ class ImageLayout(abc.ABC):
         repeats = self.repeats(ids, image_sizes)
         return [token for token, times in zip(ids, repeats, strict=True) for _ in range(times)]
 
-    def images_per_text(self, num_tokens: Sequence[int], image_sizes: Sequence[ImageSize | None]) -> list[int]:
-        """Number of images of each of several texts, by the image tokens in each.
-
-        Args:
-            num_tokens: image tokens of each text, expanded.
-            image_sizes: of all images, text after text.
-
-        Raises:
-            ValueError: if the tokens are not those of the images.
-        """
-        waiting = [self.num_tokens(size) for size in reversed(image_sizes)]
-        counts = []
-        for left in num_tokens:
-            before = len(waiting)
-            while left > 0 and waiting:
-                left -= waiting.pop()
-            if left:
-                break
-            counts.append(before - len(waiting))
-        if waiting or len(counts) < len(num_tokens):
-            raise InputError(
-                f"the texts have {list(num_tokens)} image tokens, which are not those of their {len(image_sizes)} "
-                "images in this order; expand each text with the sizes of its own images."
-            )
-        return counts
-
     @property
     def config(self) -> dict[str, Any]:
         """JSON-able description from which `layout_from_config` builds the same layout, but for the id of the token."""

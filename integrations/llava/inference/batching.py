@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Container, Iterable, Mapping, Sequence
+from collections.abc import Callable, Container, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from tqdm.auto import tqdm
@@ -14,6 +14,10 @@ __all__ = ["Ask", "Shard", "answer_all", "answer_batches", "find_shard", "form_b
 
 Ask = Callable[[Sequence[Sequence[int]]], Iterable[Sequence[str]]]
 """A model that is asked: batches of indices of prompts give, batch by batch, an answer to each."""
+
+# A prompt that is shorter than this share of the first of its group follows no more: padding would cost more than an
+# image that is encoded again.
+_ALIKE = 0.9
 
 
 @dataclass(frozen=True)
@@ -42,11 +46,14 @@ def find_shard(text: str | None, environment: Mapping[str, str] = os.environ) ->
     return Shard(int(index), int(count))
 
 
-def form_batches(lengths: Sequence[int], batch_size: int, shard: Shard | None = None) -> list[list[int]]:
+def form_batches(
+    lengths: Sequence[int], batch_size: int, shard: Shard | None = None, *, groups: Sequence[Hashable] | None = None
+) -> list[list[int]]:
     """Divide prompts, given the positions they take up, into batches of like length; return those of one process.
 
-    The longest come first: they show at once whether memory suffices. The same arguments give the same batches of
-    indices, so that a run which goes on forms those of before.
+    The longest come first: they show at once whether memory suffices. Prompts of one group, such as an image, follow
+    each other as far as their lengths are alike; those of an empty group belong together with none. The same arguments
+    give the same batches of indices, so that a run which goes on forms those of before.
 
     Raises:
         ValueError: if the batch size is below 1.
@@ -54,7 +61,16 @@ def form_batches(lengths: Sequence[int], batch_size: int, shard: Shard | None = 
     if batch_size < 1:
         raise InputError(f"batch_size={batch_size} is too small; answer at least 1 prompt at a time.")
     shard = shard or Shard()
-    order = sorted(range(len(lengths)), key=lambda index: -lengths[index])[shard.index :: shard.count]
+    runs: list[list[int]] = []
+    latest: dict[Hashable, list[int]] = {}
+    for index in sorted(range(len(lengths)), key=lambda index: -lengths[index]):
+        group = groups[index] if groups is not None else None
+        run = latest.get(group) if group else None
+        if run is None or len(run) == batch_size or lengths[index] < _ALIKE * lengths[run[0]]:
+            runs.append(run := [])
+            latest[group] = run
+        run.append(index)
+    order = [index for run in runs[shard.index :: shard.count] for index in run]
     return [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
 
 
@@ -89,8 +105,15 @@ def answer_batches(
     return count
 
 
-def answer_all(ask: Ask, lengths: Sequence[int], batch_size: int, *, show_bar: bool | None = None) -> list[str]:
+def answer_all(
+    ask: Ask,
+    lengths: Sequence[int],
+    batch_size: int,
+    *,
+    groups: Sequence[Hashable] | None = None,
+    show_bar: bool | None = None,
+) -> list[str]:
     """Answer all prompts, in their order; arguments and errors are those of `form_batches` and `answer_batches`."""
     answers: dict[int, str] = {}
-    answer_batches(ask, form_batches(lengths, batch_size), answers.update, show_bar=show_bar)
+    answer_batches(ask, form_batches(lengths, batch_size, groups=groups), answers.update, show_bar=show_bar)
     return [answers[index] for index in range(len(lengths))]

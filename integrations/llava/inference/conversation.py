@@ -12,6 +12,7 @@ from PIL import Image
 from integrations.llava.data import read_image
 from integrations.llava.prompts import IMAGE_TAG, Message
 
+from .memory import ConversationMemory
 from .predictor import Predictor
 from .sampling import SamplingParams
 
@@ -20,6 +21,8 @@ __all__ = ["Conversation"]
 
 class Conversation:
     """Turns and images, and a model that answers; a turn that is sampled draws anew.
+
+    What the model read in earlier turns it reads again only where it has to; its images are encoded once.
 
     Attributes:
         messages: turns in LLaVA's format.
@@ -37,6 +40,7 @@ class Conversation:
         self.messages: list[Message] = []
         self.images: list[Image.Image] = []
         self.shown: list[Image.Image] = []
+        self._memory: ConversationMemory | None = None
 
     def show(self, path: str | Path) -> None:
         """Read an image file for the next message; errors are those of `read_image`."""
@@ -65,7 +69,8 @@ class Conversation:
         if room is not None and 0 < room < sampling.max_new_tokens:
             sampling = dataclasses.replace(sampling, max_new_tokens=room)
         answer = ""
-        with closing(self.predictor.stream(images, messages, sampling=sampling)) as pieces:
+        self._memory = self._memory or self.predictor.new_memory()
+        with closing(self.predictor.stream(images, messages, sampling=sampling, memory=self._memory)) as pieces:
             try:
                 for piece in pieces:
                     answer += piece

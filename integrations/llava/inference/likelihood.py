@@ -11,8 +11,9 @@ import torch
 from layerfuse.errors import InputError
 
 from .batching import form_batches
+from .encoded_images import EncodedImages
 from .predictor import Predictor
-from .prompt_builder import Images, Prompt, as_list
+from .prompt_builder import Images, PreparedPrompts, Prompt, as_list
 
 __all__ = ["Likelihood", "answer_likelihoods"]
 
@@ -62,28 +63,35 @@ def answer_likelihoods(
         for prompt, own, ids in zip(prompts, images, written, strict=True)
     ]
     found: dict[int, Likelihood] = {}
-    for batch in form_batches(lengths, batch_size):
-        samples = [prepare(images[index], prompts[index]) for index in batch]
-        found |= zip(batch, _measure(predictor, samples, [written[index] for index in batch]), strict=True)
+    prepared = PreparedPrompts(prepare, prompts, images, max_new_tokens=1)
+    encoded = EncodedImages(predictor.model, prepare.preprocessing)
+    for batch in form_batches(lengths, batch_size, groups=prepared.groups()):
+        samples = [prepared[index] for index in batch]
+        found |= zip(batch, _measure(predictor, samples, [written[index] for index in batch], encoded), strict=True)
     return [found[index] for index in range(len(prompts))]
 
 
 @torch.inference_mode()
 def _measure(
-    predictor: Predictor, samples: Sequence[Mapping[str, Any]], answers: Sequence[Sequence[int]]
+    predictor: Predictor,
+    samples: Sequence[Mapping[str, Any]],
+    answers: Sequence[Sequence[int]],
+    encoded: EncodedImages,
 ) -> list[Likelihood]:
     """Measure K tokens at most of B answers in one pass: padding stands on the left, so all end at the same place."""
     whole = [
         {**sample, "input_ids": torch.cat([sample["input_ids"], sample["input_ids"].new_tensor(ids)])}
         for sample, ids in zip(samples, answers, strict=True)
     ]
-    model = predictor.model
-    batch = predictor.on_device(predictor.collate(whole))
+    model, joined = predictor.model, predictor.join(whole)
+    batch = {name: joined[name].to(model.device, non_blocking=True) for name in ("input_ids", "attention_mask")}
     longest = max(1, *map(len, answers))
     # As `generate` counts: the first position that is no padding is 0.
     positions = (batch["attention_mask"].cumsum(1) - 1).clamp(min=0)
-    output = model(**batch, position_ids=positions, use_cache=False, logits_to_keep=longest + 1)
-    logits = output.logits[:, -longest - 1 : -1].float()  # (B, K, vocabulary)
+    # In front of each token of the answers: nowhere else are logits computed.
+    fronts = torch.arange(-longest - 1, -1, device=model.device) + batch["input_ids"].shape[1]
+    output = model(**batch, **encoded(joined), position_ids=positions, use_cache=False, logits_to_keep=fronts)
+    logits = output.logits.float()  # (B, K, vocabulary)
     logits[..., predictor.prepare.image_token_id] = -torch.inf
     targets = batch["input_ids"][:, -longest:]
     counts = torch.tensor([len(ids) for ids in answers], device=model.device)

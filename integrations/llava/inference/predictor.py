@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import shutil
 import threading
 import warnings
 from collections.abc import Generator, Iterator, Mapping, Sequence
+from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch.utils.data import DataLoader, Dataset
-from transformers import LlavaProcessor, LogitsProcessorList, StoppingCriteriaList
+from torch.utils.data import Dataset
+from transformers import CompileConfig, LlavaProcessor, LogitsProcessorList, StaticCache, StoppingCriteriaList
 
 from integrations.llava.checkpoints import load_config, load_model, load_processor
 from integrations.llava.data import Collator
@@ -20,11 +23,17 @@ from integrations.llava.modeling import FusedLlavaForConditionalGeneration, Quan
 from layerfuse.errors import InputError, InvalidTypeError
 
 from .batching import Ask, answer_all
+from .encoded_images import EncodedImages, join_prompts
+from .loading import load_batches
+from .memory import CACHE_ARGUMENT, ConversationMemory, new_static_cache
 from .prompt_builder import Images, PreparedPrompts, Preparer, Prompt
 from .sampling import SamplingParams, SeededSampling, generate_settings
 from .streaming import StopWhenSet, WholeTextStreamer, stream_text
 
-__all__ = ["Predictor", "default_dtype", "load_predictor", "usable_device"]
+__all__ = ["Predictor", "check_decoding", "default_dtype", "load_predictor", "usable_device"]
+
+# A cache of fixed size has room for a multiple of so many positions: one size serves prompts of many lengths.
+_STEP = 256
 
 
 class Predictor:
@@ -35,23 +44,33 @@ class Predictor:
     Args:
         model: with its prompt template in its config.
         processor: the one saved beside it.
-        compile: keep keys and values in a cache of fixed size, with which transformers compiles decoding on CUDA. The
-            first batches are slow; it pays off for many.
+        compile: keep keys and values in a cache of fixed size, with which transformers compiles decoding on CUDA, or
+            where and how the config says. The first batches are slow; it pays off for many.
 
     Raises:
-        ValueError: if the checkpoint holds no prompt template, or a processor of another kind.
+        ValueError: if the checkpoint holds no prompt template, a processor of another kind, or as `check_decoding`.
     """
 
     def __init__(
-        self, model: FusedLlavaForConditionalGeneration, processor: LlavaProcessor, *, compile: bool = False
+        self,
+        model: FusedLlavaForConditionalGeneration,
+        processor: LlavaProcessor,
+        *,
+        compile: bool | CompileConfig = False,
     ) -> None:
         self.prepare = Preparer(model.config, processor)
+        if compile is True:
+            check_decoding(model.device)
         self.model = model.eval()
         self.processor = processor
-        self.compile = compile
+        self.compile = bool(compile)
+        self._compile_config = compile if isinstance(compile, CompileConfig) else None
+        # For the rows of a batch: a cache of fixed size, and the positions for which it has room.
+        self._fixed: tuple[int, StaticCache, int] | None = None
         # Threads take turns: what transformers keeps for a compiled model, and for stop strings, is one for all.
         self._turn = threading.Lock()
         self.collate = Collator(processor.tokenizer.pad_token_id, side="left")
+        self.join = partial(join_prompts, collate=self.collate, layout=self.prepare.layout)
 
     def __call__(
         self,
@@ -98,7 +117,7 @@ class Predictor:
         if len(keys) != len(prompts):
             raise InputError(f"got {len(keys)} keys for {len(prompts)} prompts; give one key per prompt, or None.")
         ask = self.asker(prepared, keys, sampling)
-        return answer_all(ask, prepared.lengths(), batch_size, show_bar=False)
+        return answer_all(ask, prepared.lengths(), batch_size, groups=prepared.groups(), show_bar=False)
 
     def asker(
         self,
@@ -110,29 +129,29 @@ class Predictor:
     ) -> Ask:
         """Make the function that the generation loop asks: it pads each batch on the left and answers it.
 
-        Sampled answers depend on the seed and their prompts' keys. `num_workers` processes prepare prompts and images;
-        None is 4 where a GPU computes, else 0: this one.
+        Sampled answers depend on the seed and their prompts' keys. While the model answers, `num_workers` processes
+        prepare prompts and images; 0 are threads of this one, None is 4 where a GPU computes, else 0. An image that is
+        shown again soon is not encoded again.
         """
         on_gpu = self.model.device.type == "cuda"
         if num_workers is None:
             num_workers = 4 if on_gpu else 0
 
         def ask(batches: Sequence[Sequence[int]]) -> Iterator[list[str]]:
+            encoded = EncodedImages(self.model, self.prepare.preprocessing)
             size = max(map(len, batches), default=0)
             # Compiled code is for one batch size: a smaller batch is filled up with copies, whose answers are dropped.
             filled = [[*batch, *[batch[-1]] * (size - len(batch))] if self.compile else [*batch] for batch in batches]
-            loader = DataLoader(
-                prepared,
-                batch_sampler=filled,
-                collate_fn=self.collate,
-                num_workers=num_workers,
-                pin_memory=on_gpu and num_workers > 0,
-                generator=torch.Generator(),
-            )
+            loader = load_batches(prepared, filled, self.join, num_workers=num_workers, for_gpu=on_gpu)
             for batch, full, tensors in zip(batches, filled, loader, strict=True):
-                yield self.answer_batch(tensors, [keys[index] for index in full], sampling)[: len(batch)]
+                given = {**tensors, "encoded": encoded}
+                yield self.answer_batch(given, [keys[index] for index in full], sampling)[: len(batch)]
 
         return ask
+
+    def new_memory(self) -> ConversationMemory:
+        """Make the memory of a conversation, which `stream` fills and reads: its turns cost their own words only."""
+        return ConversationMemory(self.model, self.prepare.preprocessing, static=self.compile)
 
     def stream(
         self,
@@ -142,8 +161,9 @@ class Predictor:
         max_new_tokens: int | None = None,
         sampling: SamplingParams | None = None,
         decoding: SamplingParams | None = None,
+        memory: ConversationMemory | None = None,
     ) -> Generator[str, None, None]:
-        """Answer one prompt, piece by piece; arguments are as in a call.
+        """Answer one prompt, piece by piece; arguments are as in a call, and `memory` is that of the conversation.
 
         Returns:
             Pieces of text; joined they are the answer of a call. Closing the iterator stops the generation.
@@ -154,19 +174,17 @@ class Predictor:
         sampling = _sampling(sampling, decoding, max_new_tokens)
         if sampling.num_beams > 1:
             raise InputError(f"num_beams={sampling.num_beams}: beams cannot be streamed; set num_beams to 1.")
-        batch = self.collate([self.prepare(images, prompt, max_new_tokens=sampling.max_new_tokens)])
+        longest = sampling.max_new_tokens
+        sample = self.prepare(images, prompt, max_new_tokens=longest, recent=memory.pictures if memory else None)
+        length = len(sample["input_ids"])
+        batch = self.join([memory.resume(sample, longest) if memory else sample])
+        if memory:
+            batch |= {"attention_mask": torch.ones(1, length, dtype=torch.int64), "encoded": memory.encoded}
 
         def generate(streamer: WholeTextStreamer, stop: StopWhenSet) -> None:
-            self.answer_batch(batch, ["0"], sampling, streamer=streamer, stop=stop)
+            self.answer_batch(batch, ["0"], sampling, streamer=streamer, stop=stop, memory=memory)
 
         return stream_text(generate, WholeTextStreamer(self.processor.tokenizer, self._text))
-
-    def on_device(self, batch: Mapping[str, Any]) -> dict[str, Any]:
-        """Move the tensors of a batch that `collate` made to the model."""
-        return {
-            name: given.to(self.model.device, non_blocking=True) if isinstance(given, torch.Tensor) else given
-            for name, given in batch.items()
-        }
 
     @torch.inference_mode()
     def answer_batch(
@@ -177,32 +195,66 @@ class Predictor:
         *,
         streamer: WholeTextStreamer | None = None,
         stop: StopWhenSet | None = None,
+        memory: ConversationMemory | None = None,
     ) -> list[str]:
-        """Answer a batch that `collate` made; `keys` are as for `asker`, and `streamer` is told tokens as they come."""
-        device, batch = self.model.device, self.on_device(batch)
-        tokenizer, template = self.processor.tokenizer, self.prepare.template
+        """Answer a batch that `collate` or `join` made.
+
+        Args:
+            batch: with what was encoded before as `encoded`, if anything was.
+            keys: as for `asker`.
+            sampling: how answers are decoded.
+            streamer: is told tokens as they come.
+            stop: ends the answers.
+            memory: that the batch, of one prompt, was resumed from.
+        """
+        device, template = self.model.device, self.prepare.template
+        prompts = {name: batch[name].to(device, non_blocking=True) for name in ("input_ids", "attention_mask")}
+        length = prompts["input_ids"].shape[1]
         draw = [SeededSampling(sampling, keys, device)] if sampling.temperature else []
         ends_with_text = template.answer_end and not template.end_token
-        length = batch["input_ids"].shape[1]
         settings = generate_settings(
             sampling,
             prompt_length=length,
             end=self.prepare.encoder.end,
-            padding=tokenizer.pad_token_id,
+            padding=self.processor.tokenizer.pad_token_id,
             forbidden=[self.prepare.image_token_id],
         )
         settings["stop_strings"] = [template.answer_end] if ends_with_text else None
-        settings["cache_implementation"] = "static" if self.compile else None
+        encode = batch.get("encoded") or EncodedImages(self.model, self.prepare.preprocessing, most_bytes=0)
         with self._turn:
+            settings |= self._cache_settings(len(prompts["input_ids"]), length, sampling, memory)
             ids = self.model.generate(
-                **batch,
+                **prompts,
+                **encode(batch),
                 **settings,
-                tokenizer=tokenizer if ends_with_text else None,
+                tokenizer=self.processor.tokenizer if ends_with_text else None,
                 logits_processor=LogitsProcessorList(draw),
                 stopping_criteria=StoppingCriteriaList([stop] if stop else []),
                 streamer=streamer,
             )
+        if memory:
+            memory.hold(ids[0].tolist())
         return [self._text(row) for row in ids[:, length:].tolist()]
+
+    def _cache_settings(
+        self, rows: int, length: int, sampling: SamplingParams, memory: ConversationMemory | None
+    ) -> dict[str, Any]:
+        """Settings of `generate` that say where keys and values go, and how decoding is compiled."""
+        settings: dict[str, Any] = {"compile_config": self._compile_config}
+        if memory is not None:
+            return settings | {CACHE_ARGUMENT: memory.cache}
+        if not self.compile:
+            return settings
+        if sampling.num_beams > 1:  # beams are put in another order in new tensors
+            return settings | {"cache_implementation": "static"}
+        # The same tensors for all batches: CUDA graphs are recorded for their addresses.
+        room = length + sampling.max_new_tokens
+        if self._fixed is None or self._fixed[0] != rows or self._fixed[2] < room:
+            self._fixed = None  # its memory is free before there is another
+            self._fixed = (rows, *new_static_cache(self.model, room, step=_STEP))
+        cache = self._fixed[1]
+        cache.reset()
+        return settings | {CACHE_ARGUMENT: cache}
 
     def _text(self, ids: Sequence[int]) -> str:
         text: str = self.processor.tokenizer.decode(ids, skip_special_tokens=True)
@@ -220,7 +272,7 @@ def load_predictor(
     device: str | torch.device | None = None,
     dtype: torch.dtype | None = None,
     quantize: Quantization = "none",
-    compile: bool = False,
+    compile: bool | CompileConfig = False,
 ) -> Predictor:
     """Load a run's folder, as `train` wrote it, for answering.
 
@@ -236,10 +288,12 @@ def load_predictor(
 
     Raises:
         FileNotFoundError: if the folder holds no model.
-        ValueError: if its weights do not cover the model, or it has no prompt template.
+        ValueError: if its weights do not cover the model, it has no prompt template, or as `check_decoding`.
         ImportError: if bitsandbytes is needed and not installed.
     """
     device = usable_device(device)
+    if compile is True:
+        check_decoding(device)
     config, processor = load_config(folder), load_processor(folder)
     Preparer(config, processor)  # says what is missing before the weights are read
     dtype = dtype or default_dtype(folder, device, quantize)
@@ -262,6 +316,19 @@ def usable_device(device: str | torch.device | None) -> torch.device:
             f"device {str(device)!r} cannot be used ({reason}); give cpu, or cuda where there is one."
         ) from error
     return found
+
+
+def check_decoding(device: torch.device) -> None:
+    """Raise a ValueError if decoding on a GPU cannot be compiled; elsewhere transformers compiles nothing."""
+    if device.type != "cuda":
+        return
+    lacking = []
+    if find_spec("triton") is None:
+        lacking.append("triton, which comes with torch for Linux")
+    if shutil.which(os.environ.get("CC", "gcc")) is None and shutil.which("clang") is None:
+        lacking.append("a C compiler (gcc or clang, or CC=... names one)")
+    if lacking:
+        raise InputError(f"compile needs {' and '.join(lacking)}; install it, or leave compile (--compile) out.")
 
 
 def default_dtype(folder: str | Path, device: torch.device, quantize: Quantization = "none") -> torch.dtype:

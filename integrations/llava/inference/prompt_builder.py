@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,13 +21,13 @@ from integrations.llava.image_layout import ImageSize
 from integrations.llava.modeling import FusedLlavaConfig, LayerfuseImageProcessor
 from integrations.llava.prompts import IMAGE_TAG, Message, Template, TextEncoder, asked_ids, render, turns
 from layerfuse.errors import InputError, InvalidTypeError, MissingFileError
-from layerfuse.preprocessing import prepare_tiles, preprocessing_from_dict
+from layerfuse.preprocessing import preprocessing_from_dict, tile_pixels
 from layerfuse.preprocessing.pixels import image_size
 
-__all__ = ["Images", "Picture", "PreparedPrompts", "Preparer", "Prompt", "as_list", "as_turns", "load_preparer"]
+from .pictures import Picture, PreparedPicture, RecentPictures, picture_name
 
-Picture = Image.Image | str | Path
-"""An image, or the path of its file."""
+__all__ = ["Images", "PreparedPrompts", "Preparer", "Prompt", "as_list", "as_turns", "load_preparer"]
+
 Images = Picture | Sequence[Picture] | None
 """Images of a prompt: one, several, or none."""
 Prompt = str | Sequence[Message]
@@ -92,13 +92,16 @@ class Preparer:
         read += [self.layout.config] if self.layout.depends_on_size else []
         return hashlib.sha256(json.dumps([read, spelling], sort_keys=True).encode()).hexdigest()[:12]
 
-    def __call__(self, images: Images, prompt: Prompt, *, max_new_tokens: int = 1) -> dict[str, Any]:
-        """Write a prompt out and prepare its images.
+    def __call__(
+        self, images: Images, prompt: Prompt, *, max_new_tokens: int = 1, recent: RecentPictures | None = None
+    ) -> dict[str, Any]:
+        """Write a prompt out and prepare its images; those that were prepared before are taken from `recent`.
 
         Returns:
-            `input_ids` (T,) with images expanded, `pixel_values` (tiles of all images, C, height, width), one tile an
-            image unless the layout cuts it, `image_sizes`, (height, width) of each; for a fuser that reads it,
-            `condition`, per image the ids of the human's turns up to the one that shows it.
+            `input_ids` (T,) with images expanded; `pixel_values` (tiles of all images, C, height, width) uint8, which
+            the preprocessing normalises, one tile an image unless the layout cuts it; `image_sizes`, (height, width)
+            of each; `image_keys`, per image a text that is the same where the model makes the same of it; for a fuser
+            that reads it, `condition`, per image the ids of the human's turns up to the one that shows it.
 
         Raises:
             ValueError: as `encode`, or if an image file cannot be read.
@@ -108,18 +111,29 @@ class Preparer:
         pictures = as_list(images)
         sizes = self.sizes(pictures)
         ids = self.encode(prompt, sizes, max_new_tokens=max_new_tokens)
-        opened = [own if isinstance(own, Image.Image) else read_image(own) for own in pictures]
-        tiles = [
-            prepare_tiles(own, self.preprocessing, None if size is None else self.layout.canvas(size))
-            for own, size in zip(opened, sizes, strict=True)
-        ]
+        recent = recent or RecentPictures(0)
+        prepared = [self._picture(own, size, recent) for own, size in zip(pictures, sizes, strict=True)]
         shape = (self.preprocessing.channels, *self.preprocessing.size)
-        pixels = torch.cat(tiles) if tiles else torch.empty(0, *shape)
-        prepared = {"input_ids": ids, "pixel_values": pixels, "image_sizes": sizes}
+        sample = {
+            "input_ids": ids,
+            "pixel_values": torch.cat([torch.empty(0, *shape, dtype=torch.uint8), *(own.tiles for own in prepared)]),
+            "image_sizes": sizes,
+            "image_keys": [own.key for own in prepared],
+        }
         if not self.with_condition:
-            return prepared
+            return sample
         asked = asked_ids(as_turns(prompt), len(pictures), encoder=self.encoder, until_shown=True)
-        return prepared | {"condition": [torch.tensor(own, dtype=torch.int64) for own in asked]}
+        keys = [f"{own.key} {ids}" for own, ids in zip(prepared, asked, strict=True)]
+        return sample | {"image_keys": keys, "condition": [torch.tensor(own, dtype=torch.int64) for own in asked]}
+
+    def _picture(self, picture: Picture, size: ImageSize | None, recent: RecentPictures) -> PreparedPicture:
+        if (known := recent.find(picture)) is not None:
+            return known
+        opened = picture if isinstance(picture, Image.Image) else read_image(picture)
+        tiles = tile_pixels(opened, self.preprocessing, None if size is None else self.layout.canvas(size))
+        prepared = PreparedPicture(tiles.contiguous(), size)
+        recent.keep(picture, prepared)
+        return prepared
 
     def sizes(self, images: Sequence[Picture]) -> list[ImageSize | None]:
         """Read (height, width) of images in pixels, of files from their head; None for those that cannot be read."""
@@ -205,6 +219,7 @@ class PreparedPrompts(Dataset[dict[str, Any]]):
         self, prepare: Preparer, prompts: Sequence[Prompt], images: Sequence[Images], *, max_new_tokens: int
     ) -> None:
         self.prepare, self.prompts, self.images, self.max_new_tokens = prepare, prompts, images, max_new_tokens
+        self._recent = RecentPictures()
 
     def lengths(self) -> list[int]:
         """Count the positions that each prompt takes up, images included; errors are those of `Preparer.encode`."""
@@ -212,11 +227,16 @@ class PreparedPrompts(Dataset[dict[str, Any]]):
         encode = partial(self.prepare.encode, max_new_tokens=self.max_new_tokens)
         return [len(ids) for ids in map(encode, self.prompts, sizes)]
 
+    def groups(self) -> list[Hashable]:
+        """Name the images of each prompt, so that those of the same may follow each other."""
+        return [tuple(map(picture_name, as_list(entry))) for entry in self.images]
+
     def __len__(self) -> int:
         return len(self.prompts)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        return self.prepare(self.images[index], self.prompts[index], max_new_tokens=self.max_new_tokens)
+        images, prompt = self.images[index], self.prompts[index]
+        return self.prepare(images, prompt, max_new_tokens=self.max_new_tokens, recent=self._recent)
 
 
 def as_list(images: Images) -> list[Picture]:

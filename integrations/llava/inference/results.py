@@ -278,7 +278,7 @@ def answer_requests(
     preparer = read.preparer = read.preparer or load_preparer(model_folder)
     longest = sampling.max_new_tokens
     lengths = prompt_lengths(requests, preparer, image_folder=image_folder, max_new_tokens=longest)
-    batches = form_batches(lengths, batch_size, shard)
+    batches = form_batches(lengths, batch_size, shard, groups=[own.images for own in requests])
     read.weights = read.weights or weights_fingerprint(model_folder)
     settings = answer_settings(
         model_folder, preparer, dtype=dtype, quantize=quantize, sampling=sampling, weights=read.weights

@@ -12,7 +12,7 @@ from .build import (
 )
 from .condition import blank_condition
 from .generation import end_answers
-from .injection import LayerInjection, injection_settings
+from .injection import InjectedFeatures, LayerInjection, injection_settings
 from .language_head import describe_head
 from .lora import FILE_PREFIX, inject_lora, lora_config, lora_weights, merge_lora
 from .mergers import Merger
@@ -34,6 +34,7 @@ __all__ = [
     "FusedLlavaConfig",
     "FusedLlavaForConditionalGeneration",
     "FusedLlavaModel",
+    "InjectedFeatures",
     "LayerInjection",
     "LayerfuseImageProcessor",
     "LayerfuseVisionConfig",

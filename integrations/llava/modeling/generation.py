@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from itertools import accumulate, islice, pairwise
 from typing import Any
 
 import torch
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from integrations.llava.prompts import Template, TextEncoder
-
-from .tiling import as_sizes
+from layerfuse.errors import InputError
 
 __all__ = ["GeneratesFromImages", "end_answers", "forbid_token"]
 
@@ -44,24 +45,49 @@ class GeneratesFromImages:
 
     config: Any
     generation_config: Any
+    get_image_features: Any
 
-    def generate(self, *args: Any, pixel_values: torch.Tensor | None = None, **kwargs: Any) -> Any:
-        """As in transformers, but `pixel_values=None` means no images; transformers 5.23 would encode None.
+    @torch.no_grad()
+    def generate(
+        self,
+        *args: Any,
+        pixel_values: torch.Tensor | None = None,
+        image_sizes: torch.Tensor | None = None,
+        condition: torch.Tensor | None = None,
+        mm_encoder_outputs: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """As in transformers, but `pixel_values=None` means no images, and images that were encoded may be given.
 
-        For a fuser that reads what is asked, `condition` goes with the images, see `get_image_features`.
+        `pixel_values`, `image_sizes` and `condition` are those of `get_image_features`; what it returns is taken
+        instead as `mm_encoder_outputs={"image": ...}`.
+
+        Raises:
+            ValueError: if images are given in both forms, or as `get_image_features`.
         """
-        images = {} if pixel_values is None else {"pixel_values": pixel_values}
-        if pixel_values is None:
-            kwargs.pop("condition", None)
-        # transformers reads the number of texts from the first tensor that is given; of images there may be others.
-        texts = {"inputs_embeds": kwargs.pop("inputs_embeds")} if "inputs_embeds" in kwargs else {}
+        if pixel_values is not None:
+            if (mm_encoder_outputs or {}).get("image") is not None:
+                raise InputError("pixel_values and mm_encoder_outputs are given, which are the images twice; give one.")
+            encoded = self.get_image_features(pixel_values, image_sizes=image_sizes, condition=condition)
+            mm_encoder_outputs = {"image": encoded}
+        images = {"mm_encoder_outputs": mm_encoder_outputs} if mm_encoder_outputs else {}
         parent: Any = super()
-        return parent.generate(*args, **texts, **images, **kwargs)
+        return parent.generate(*args, **images, **kwargs)
 
     def _validate_model_kwargs(self, model_kwargs: dict[str, Any]) -> None:
-        """As in transformers, which finds no condition among the arguments of its own `forward`."""
+        """As in transformers, whose 5.17 knows no encoded images."""
         parent: Any = super()
-        parent._validate_model_kwargs({name: given for name, given in model_kwargs.items() if name != "condition"})
+        known = {name: given for name, given in model_kwargs.items() if name != "mm_encoder_outputs"}
+        parent._validate_model_kwargs(known)
+
+    def _update_model_kwargs_for_generation(
+        self, outputs: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
+    ) -> Any:
+        """As in transformers, and images that the cache holds go, which 5.17 would hand over again with every token."""
+        if model_kwargs.get("use_cache", True):
+            model_kwargs.pop("mm_encoder_outputs", None)
+        parent: Any = super()
+        return parent._update_model_kwargs_for_generation(outputs, model_kwargs, *args, **kwargs)
 
     def _expand_inputs_for_generation(
         self,
@@ -70,27 +96,53 @@ class GeneratesFromImages:
         input_ids: Any = None,
         **model_kwargs: Any,
     ) -> Any:
-        """Repeat prompts and images for beam search, each prompt's images together.
-
-        transformers 5.17 repeats image by image, which is right only if every prompt of the batch has one image. Later
-        ones repeat encoded images and leave no pixels to us.
-        """
+        """Repeat prompts and encoded images for beam search, each prompt's images together."""
         parent: Any = super()
-        repeated = expand_size > 1 and model_kwargs.get("pixel_values") is not None
-        names = ("pixel_values", "image_sizes", "condition") if repeated else ()
-        images = {name: model_kwargs.pop(name, None) for name in names}
+        encoded = (model_kwargs.get("mm_encoder_outputs") or {}).get("image")
+        if expand_size == 1 or encoded is None:
+            return parent._expand_inputs_for_generation(expand_size, is_encoder_decoder, input_ids, **model_kwargs)
+        del model_kwargs["mm_encoder_outputs"]
+        places = self._image_places(input_ids, model_kwargs.get("inputs_embeds"))
+        counts = _images_per_text(places.sum(1).tolist(), [len(tokens) for tokens in encoded.pooler_output])
         ids, rest = parent._expand_inputs_for_generation(expand_size, is_encoder_decoder, input_ids, **model_kwargs)
-        if not images:
-            return ids, rest
-        layout, sizes = self.config.layout, images["image_sizes"]
-        known = [None] * len(images["pixel_values"]) if sizes is None else as_sizes(sizes)
-        images["image_sizes"] = None if sizes is None else torch.as_tensor(sizes)
-        counts = layout.images_per_text((input_ids == layout.image_token_id).sum(1).tolist(), known)
-        # Of pixels that are not filled up to equal numbers of tiles, each tile is a row.
-        waiting = iter(map(layout.num_tiles, known))
-        tiles = [sum(next(waiting) for _ in range(count)) for count in counts]
-        for name, of_all in images.items():
-            if of_all is not None:
-                rows = tiles if name == "pixel_values" and of_all.ndim == 4 else counts
-                rest[name] = torch.cat([own for of_text in of_all.split(rows) for own in [of_text] * expand_size])
+
+        def repeat(images: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+            waiting = iter(images)
+            of_texts = [list(islice(waiting, count)) for count in counts]
+            return [own for of_text in of_texts for own in of_text * expand_size]
+
+        repeated: dict[str, Any] = {"pooler_output": repeat(encoded.pooler_output)}
+        if (injected := getattr(encoded, "deepstack_features", None)) is not None:
+            repeated["deepstack_features"] = [repeat(images) for images in injected]
+        rest["mm_encoder_outputs"] = {"image": type(encoded)(**repeated)}
         return ids, rest
+
+    def _image_places(self, input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor | None) -> torch.Tensor:
+        """Find (B, T) where images are, of embedded prompts by the image token's embedding."""
+        token: int = self.config.image_token_index
+        if inputs_embeds is None or (input_ids is not None and input_ids.shape[1]):
+            assert input_ids is not None
+            return input_ids == token
+        own: Any = self
+        image: torch.Tensor = own.get_input_embeddings()(torch.tensor(token, device=inputs_embeds.device))
+        return (inputs_embeds == image).all(-1)
+
+
+def _images_per_text(num_tokens: Sequence[int], image_tokens: Sequence[int]) -> list[int]:
+    """Number of images of each of several texts.
+
+    Args:
+        num_tokens: image tokens of each text.
+        image_tokens: tokens of each image, text after text.
+
+    Raises:
+        ValueError: if the tokens of the texts are not those of the images.
+    """
+    ends = [0, *accumulate(image_tokens)]
+    bounds = [0, *accumulate(num_tokens)]
+    if bounds[-1] != ends[-1] or set(bounds) - set(ends):
+        raise InputError(
+            f"the texts have {list(num_tokens)} image tokens, which are not those of their {len(image_tokens)} images, "
+            f"{list(image_tokens)}, in this order; expand each text with the sizes of its own images."
+        )
+    return [ends.index(after) - ends.index(before) for before, after in pairwise(bounds)]

@@ -313,21 +313,29 @@ class FusedLlavaModel(_LoadsWhole, LlavaModel):
             unused = [features.pooler_output, *(getattr(features, "deepstack_features", None) or ())]
             kwargs["inputs_embeds"] = inputs_embeds + 0 * sum(tokens[0].sum() for tokens in unused)
         with nullcontext() if self.injection is None else injecting(self.injection.settings, kwargs):
-            if condition is not None and kwargs.get("pixel_values") is not None:
-                kwargs["inputs_embeds"] = self._spliced(kwargs, condition)
+            encoded = (kwargs.pop("mm_encoder_outputs", None) or {}).get("image")
+            if kwargs.get("pixel_values") is not None and (condition is not None or encoded is not None):
+                encoded = self._encoded(kwargs, condition, encoded)
+            if encoded is not None:
+                kwargs["inputs_embeds"] = self._spliced(kwargs, encoded)
             return super().forward(**kwargs)
 
-    def _spliced(self, arguments: dict[str, Any], condition: torch.Tensor) -> torch.Tensor:
-        """Take ids and pixels out of the arguments of `forward`, and put the images among the embedded ids.
+    def _encoded(self, arguments: dict[str, Any], condition: torch.Tensor | None, encoded: Any) -> Any:
+        """Take pixels out of the arguments of `forward`, and encode them.
 
         LlavaModel hands what it does not know on to the language model, which knows no condition either.
         """
+        if encoded is not None:
+            raise InputError("pixel_values and mm_encoder_outputs are given, which are the images twice; give one.")
+        pixels, sizes = arguments.pop("pixel_values"), arguments.pop("image_sizes", None)
+        return self.get_image_features(pixels, image_sizes=sizes, condition=condition)
+
+    def _spliced(self, arguments: dict[str, Any], encoded: Any) -> torch.Tensor:
+        """Take ids out of the arguments of `forward`, and put encoded images among the embedded ids."""
         ids, embeds = arguments.pop("input_ids", None), arguments.pop("inputs_embeds", None)
         if embeds is None:
             embeds = self.get_input_embeddings()(ids)
-        pixels, sizes = arguments.pop("pixel_values"), arguments.pop("image_sizes", None)
-        output: Any = self.get_image_features(pixels, image_sizes=sizes, condition=condition)
-        features = torch.cat(output.pooler_output).to(embeds.device, embeds.dtype)
+        features = torch.cat(list(encoded.pooler_output)).to(embeds.device, embeds.dtype)
         places = self.get_placeholder_mask(ids, inputs_embeds=embeds, image_features=features)
         spliced: torch.Tensor = embeds.masked_scatter(places, features)
         return spliced

@@ -79,6 +79,8 @@ def evaluate_tasks(
     device: str | None = None,
     overwrite: bool = False,
     shard: Shard | None = None,
+    num_workers: int | None = None,
+    compile: bool = False,
     num_draws: int = NUM_DRAWS,
 ) -> TablePlan | None:
     """Ask each checkpoint the questions of each task whose data are there, and score the answers.
@@ -98,6 +100,8 @@ def evaluate_tasks(
         device: torch device.
         overwrite: ask anew whatever `output` holds of these.
         shard: which of several processes this is.
+        num_workers: processes that prepare images.
+        compile: whether decoding is compiled.
         num_draws: of the bootstrap.
 
     Returns:
@@ -141,6 +145,8 @@ def evaluate_tasks(
                 device=device,
                 overwrite=overwrite,
                 shard=shard,
+                num_workers=num_workers,
+                compile=compile,
                 read=read,
             )
             if evaluation is not None:

@@ -67,3 +67,21 @@ def test_the_package_offers_its_public_names() -> None:
     assert all(hasattr(package, name) for name in package.__all__)
     with pytest.raises(AttributeError, match="no attribute 'nothing'"):
         _ = package.nothing
+
+
+def test_evaluate_hands_on_how_images_are_prepared_and_decoding_is_compiled(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from integrations.llava.cli import evaluate
+
+    def note(*_: object, **given: object) -> None:
+        seen.append((given["num_workers"], given["compile"]))
+
+    seen: list[tuple[object, object]] = []
+    monkeypatch.setattr(evaluate, "evaluate", note)
+    monkeypatch.setattr(evaluate, "evaluate_tasks", note)
+    for asked in (["--model", "RUN", "--questions", "q"], ["RUN", "--tasks", "pope", "--data", str(tmp_path)]):
+        assert evaluate.main([*asked, "--num-workers", "2", "--compile"]) == 0
+        assert evaluate.main(asked) == 0
+
+    assert seen == [(2, True), (None, False)] * 2

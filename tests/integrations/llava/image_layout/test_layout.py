@@ -50,16 +50,6 @@ def test_image_tokens_and_sizes_have_to_be_as_many(sizes: list[ImageSize | None]
         LAYOUT.expand([1, IMAGE], sizes)
 
 
-def test_images_are_divided_among_texts_by_their_tokens() -> None:
-    sizes = [(8, 8), (24, 8), (32, 8), None]
-
-    assert LAYOUT.images_per_text([4, 0, 4, 4], sizes) == [2, 0, 1, 1]
-    assert LAYOUT.images_per_text([0], []) == [0]
-    for wrong in ([4, 4], [3, 5, 4], [4, 4, 4, 4], [13]):
-        with pytest.raises(ValueError, match=r"image tokens, which are not those of their 4 images in this order"):
-            LAYOUT.images_per_text(wrong, sizes)
-
-
 def test_a_config_gives_the_same_layout_for_any_image_token() -> None:
     layout = RowLayout(IMAGE, row=4)
 

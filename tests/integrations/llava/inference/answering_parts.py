@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from integrations.llava.checkpoints.model_io import save_model
+from integrations.llava.config import InjectionConfig
+from integrations.llava.image_layout import AnyResLayout, ImageSize
 from integrations.llava.inference.sampling import SamplingParams
 from integrations.llava.modeling.build import build_model
 from integrations.llava.modeling.processing import add_image_token, build_processor
 from integrations.llava.prompts import get_template
 from layerfuse.backbones import create_backbone
 from layerfuse.fusers import create_fuser
+from layerfuse.testing import randomise_parameters
 from tests.integrations.llava.tiny_parts import make_tokenizer, tiny_llm
 
 __all__ = ["PROMPTS", "SAMPLED", "save_run"]
@@ -42,12 +45,14 @@ def save_run(
     positions: int = 512,
     fuser: str = "mmfuser",
     fuser_options: Mapping[str, Any] | None = None,
+    injection: InjectionConfig | None = None,
+    pinpoints: Sequence[ImageSize] = (),
     seed: int = 0,
 ) -> Path:
     """Save a random model with a fuser that fuses, and a projector strong enough for images to matter.
 
     Tokens that are single bytes lose against words, so that answers are text. The end comes after some words, or never;
-    `ends` as a number is how much it is favoured.
+    `ends` as a number is how much it is favoured. With pinpoints, images are cut into tiles.
     """
     torch.manual_seed(seed)
     tokenizer = make_tokenizer("llama")
@@ -59,7 +64,18 @@ def save_run(
         torch.nn.init.normal_(parameter, std=0.2)
     llm = tiny_llm(len(tokenizer), hidden_size=width, intermediate_size=2 * width, max_position_embeddings=positions)
     written = get_template(template)
-    model = build_model(backbone, fused, llm, image_token_id=image_token_id, prompt_template=written.to_dict())
+    layout = AnyResLayout(image_token_id, (32, 32), (4, 4), tuple(pinpoints)) if pinpoints else None
+    model = build_model(
+        backbone,
+        fused,
+        llm,
+        image_token_id=image_token_id,
+        prompt_template=written.to_dict(),
+        layout=layout,
+        injection=injection,
+    )
+    if model.model.injection is not None:
+        randomise_parameters(model.model.injection)
     with torch.no_grad():
         model.model.multi_modal_projector.linear_2.weight.mul_(10)
         model.lm_head.weight[3:259] = 0

@@ -33,7 +33,8 @@ def chat(run: Path, lines: list[str], monkeypatch: pytest.MonkeyPatch, *argument
 def stub(stream: Any) -> Any:
     """A predictor whose stream is given, and whose model reads any length."""
     prepare = type("Preparer", (), {"room": staticmethod(lambda *_: None), "sizes": staticmethod(list)})
-    return type("Stub", (), {"stream": staticmethod(stream), "prepare": prepare})
+    memory = staticmethod(lambda: None)
+    return type("Stub", (), {"stream": staticmethod(stream), "prepare": prepare, "new_memory": memory})
 
 
 def test_piped_questions_are_answered_with_what_was_said_before(
@@ -155,7 +156,7 @@ def test_a_sampled_turn_draws_anew(predictor: Predictor) -> None:
     conversation = Conversation(predictor, SamplingParams(max_new_tokens=8, temperature=2.0, seed=1))
     seeds = []
 
-    def stream(*_: Any, sampling: SamplingParams) -> Any:
+    def stream(*_: Any, sampling: SamplingParams, **__: Any) -> Any:
         seeds.append(sampling.seed)
         yield "x"
 

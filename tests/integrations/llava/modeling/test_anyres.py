@@ -134,19 +134,19 @@ def test_embedded_texts_with_more_images_or_tiles_than_texts_are_answered_as_the
         assert torch.equal(ours.generate(**form, **options), expected)
 
 
-def test_beams_repeat_the_tiles_of_each_text_together(ours: Any) -> None:
-    """As versions of transformers ask for that do not encode images first."""
+@torch.no_grad()
+def test_beams_repeat_the_images_of_each_text_together(ours: Any) -> None:
+    """However transformers does it."""
     given = inputs(SIZES[:3])
-    tiles, sizes = flat(given)["pixel_values"], given["image_sizes"]
-    first = sum(map(LAYOUT.num_tiles, SIZES[:2]))
-    for form in (given, flat(given)):
-        pixels = form["pixel_values"]
-        _, rest = ours._expand_inputs_for_generation(
-            2, False, given["input_ids"], pixel_values=pixels, image_sizes=sizes
-        )
-        own, other = (tiles[:first], tiles[first:]) if pixels.ndim == 4 else (pixels[:2], pixels[2:])
-        assert torch.equal(rest["pixel_values"], torch.cat([own, own, other, other]))
-        assert torch.equal(rest["image_sizes"], torch.cat([sizes[:2], sizes[:2], sizes[2:], sizes[2:]]))
+    encoded = ours.get_image_features(given["pixel_values"], image_sizes=given["image_sizes"])
+    ids, rest = ours._expand_inputs_for_generation(
+        2, False, given["input_ids"], mm_encoder_outputs={"image": encoded}, attention_mask=given["attention_mask"]
+    )
+    repeated = rest["mm_encoder_outputs"]["image"].pooler_output
+
+    assert torch.equal(ids, given["input_ids"][[0, 0, 1, 1]]) and len(rest["attention_mask"]) == 4
+    for own, image in zip(repeated, (0, 1, 0, 1, 2, 2), strict=True):
+        assert torch.equal(own, encoded.pooler_output[image])
 
 
 @torch.no_grad()
