@@ -108,7 +108,8 @@ def _ours(predictor: Predictor, batch: Mapping[str, Any]) -> Any:
 
 def _normalised(model: Any, batch: Mapping[str, Any]) -> torch.Tensor:
     """Return the pictures as transformers' image processors hand them over."""
-    return model.model.vision_tower.backbone.preprocessing.normalize(batch["pixel_values"])
+    pixels = batch["pixel_values"]
+    return model.model.vision_tower.backbone.preprocessing.normalize(pixels) if pixels.dtype == torch.uint8 else pixels
 
 
 def _plain(session: Session, model: nn.Module, batch: Mapping[str, Any], pixels: torch.Tensor) -> Any:
