@@ -241,9 +241,33 @@ class FeatureMaps:
             device, dtype = None, device
         return self.map(lambda tokens: tokens.to(device, dtype, non_blocking=non_blocking))
 
+    def pin_memory(self) -> FeatureMaps:
+        """Return feature maps in page-locked memory, as `torch.Tensor.pin_memory`; DataLoaders call this."""
+        return self.map(torch.Tensor.pin_memory)
+
     def detach(self) -> FeatureMaps:
         """Return feature maps that share memory with these and take no part in gradients."""
         return self.map(torch.Tensor.detach)
+
+    @classmethod
+    def cat(cls, parts: Sequence[FeatureMaps]) -> FeatureMaps:
+        """Return the feature maps of several batches as those of one, in their order.
+
+        Raises:
+            ValueError: if there are none, or they have other layers, grids or sources than the first.
+        """
+        if not parts:
+            raise InputError("FeatureMaps.cat got no feature maps; give at least one.")
+        first = _geometry(parts[0])
+        if others := [_geometry(part) for part in parts if _geometry(part) != first]:
+            raise InputError(
+                f"FeatureMaps.cat got maps of (layers, grids, sources) {first} and {others[0]}; join maps of the same."
+            )
+        maps, prefix = (
+            tuple([torch.cat(own) for own in zip(*each, strict=True)])
+            for each in ([part.maps for part in parts], [part.prefix for part in parts])
+        )
+        return replace(parts[0], maps=maps, prefix=prefix)
 
     def save(self, path: str | Path) -> None:
         """Write tensors and geometry to one safetensors file, whole or not at all; a file of that name is replaced.

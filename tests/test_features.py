@@ -108,6 +108,24 @@ def test_map_to_and_detach_reach_maps_and_prefix_tokens() -> None:
         features.map(lambda tokens: tokens[:, 1:])
 
 
+def test_batches_are_joined_with_all_that_belongs_to_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    features = replace(random_features(8, num_layers=2, num_prefix_tokens=1, batch_size=3), sources=(0, 1))
+    parts = [features.map(lambda tokens, at=at: tokens[at]) for at in (slice(1), slice(1, 3))]
+    joined = FeatureMaps.cat(parts)
+    assert (joined.layers, joined.grids, joined.sources) == (features.layers, features.grids, (0, 1))
+    assert all(map(torch.equal, (*joined, *joined.prefix), (*features, *features.prefix)))
+    assert FeatureMaps.cat([random_features(8)]).prefix == ()
+    with pytest.raises(InputError, match="got no feature maps; give at least one"):
+        FeatureMaps.cat([])
+    with pytest.raises(InputError, match=r"layers, grids, sources.*join maps of the same"):
+        FeatureMaps.cat([features, replace(features, sources=())])
+
+    pinned: list[torch.Tensor] = []
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: pinned.append(tensor) or tensor)
+    features.pin_memory()
+    assert [id(tensor) for tensor in pinned] == [id(tensor) for tensor in (*features, *features.prefix)]
+
+
 def test_torch_sees_the_tensors_and_leaves_the_geometry_alone() -> None:
     features = replace(random_features(8, grids=[(2, 3), (1, 4)], num_prefix_tokens=1), sources=(0, 1))
     leaves, spec = pytree.tree_flatten(features)

@@ -196,6 +196,17 @@ def test_a_file_is_on_the_disk_before_it_has_its_name(tmp_path: Path, monkeypatc
     assert (tmp_path / "a.txt").read_bytes() == "ä".encode()
 
 
+@linux
+def test_a_file_that_need_not_be_on_the_disk_has_its_name_at_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    events = _record(monkeypatch)
+    with atomic_file(tmp_path / "a.txt", flush=False) as file:
+        file.write(b"a")
+    assert [event.split()[0] for event in events] != ["flush"] and len(events) == 1
+    assert (tmp_path / "a.txt").read_bytes() == b"a"
+
+
 def test_a_file_that_breaks_off_leaves_the_old_one(tmp_path: Path) -> None:
     write_text(tmp_path / "a.txt", "old")
     with pytest.raises(RuntimeError), atomic_file(tmp_path / "a.txt") as file:

@@ -9,6 +9,7 @@ checkpointing, FSDP2 and offloading, save the unused blocks' compute, and leave 
 from __future__ import annotations
 
 import abc
+import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
@@ -85,6 +86,7 @@ class Backbone(AnyBackbone):
         self.any_size = facts.any_size
         self.preprocessing: Preprocessing = facts.preprocessing
         self._recipe = None if recipe is None else dict(recipe)
+        self._blocks = facts.blocks
         self.copy_maps = False
         cut_submodules(model, facts.tail)
         cut_blocks(blocks, max(self.layers))
@@ -275,6 +277,28 @@ class Backbone(AnyBackbone):
             return weight.dtype
         floating = (p.dtype for p in self.model.parameters() if p.is_floating_point())
         return next(floating, torch.get_default_dtype())
+
+    def layer_digests(self) -> dict[int, str]:
+        """Return, for each tapped layer, a digest (SHA-256) of the architecture and of the weights that make its map.
+
+        Weights count with their values and dtype as they are now. A backbone that is cut at another depth has the same
+        digest for the same layer; preprocessing has no part in it.
+
+        Raises:
+            ValueError: as `config`.
+        """
+        described = {key: self.config[key] for key in ("family", "recipe")}
+        digest = hashlib.sha256(json.dumps(described, sort_keys=True).encode())
+        outside = {
+            name: weight for name, weight in self.model.state_dict().items() if not name.startswith(f"{self._blocks}.")
+        }
+        found = []
+        for weights in (outside, *(block.state_dict() for block in get_blocks(self.model, self._blocks))):
+            for name, weight in sorted(weights.items()):
+                digest.update(f"{name} {weight.dtype} {tuple(weight.shape)}".encode())
+                digest.update(weight.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+            found.append(digest.hexdigest())
+        return {layer: found[layer] for layer in self.layers}
 
     def set_gradient_checkpointing(self, enable: bool = True) -> None:
         """Recompute block activations in the backward pass instead of keeping them.

@@ -299,3 +299,23 @@ def test_an_outside_family_is_registered_like_our_own() -> None:
 
 def test_modules_are_registered_by_name() -> None:
     assert "tiny-vit" in MODULES
+
+
+@every_family
+def test_a_layers_digest_is_that_of_all_its_map_is_made_of_and_of_nothing_else(family: str) -> None:
+    shallow = tiny_backbone(family, layers=(2, 0), num_blocks=4)
+    deep = tiny_backbone(family, layers=(0, 2, 3), num_blocks=4)
+    deep.load_state_dict({**deep.state_dict(), **shallow.state_dict()})
+    digests = deep.layer_digests()
+    assert list(digests) == [0, 2, 3] and len(set(digests.values())) == 3
+    assert shallow.layer_digests() == {2: digests[2], 0: digests[0]}, "how deep it is cut does not matter"
+
+    deep.preprocessing = deep.preprocessing.changed(mode="pad")
+    assert deep.layer_digests() == digests
+    blocks = deep.model.get_submodule(deep._blocks)
+    with torch.no_grad():
+        next(blocks[1].parameters()).view(-1)[-1] += 1e-3
+    changed = deep.layer_digests()
+    assert [changed[layer] == digests[layer] for layer in (0, 2, 3)] == [True, False, False]
+    rounded = deep.to(torch.bfloat16).layer_digests()
+    assert not set(rounded.values()) & set(changed.values())

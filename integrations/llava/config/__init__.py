@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from .model import BackboneChoice, InjectionConfig, ModelConfig
-from .schema import PARTS, STAGES, LoraConfig, Recipe, StageConfig
+from .schema import PARTS, STAGES, CacheType, LoraConfig, Recipe, StageConfig
 from .values import decode
 from .yaml_io import dump_recipe, load_recipe, parse_overrides, recipe_names
 
@@ -11,6 +11,7 @@ __all__ = [
     "PARTS",
     "STAGES",
     "BackboneChoice",
+    "CacheType",
     "InjectionConfig",
     "LoraConfig",
     "ModelConfig",

@@ -18,6 +18,7 @@ __all__ = [
     "ENGINES",
     "PARTS",
     "STAGES",
+    "CacheType",
     "DataConfig",
     "InjectionConfig",
     "LoraConfig",
@@ -41,6 +42,9 @@ STAGES = ("pretrain", "finetune")
 Engine = Literal["ddp", "fsdp2", "zero2", "zero3"]
 ENGINES: tuple[str, ...] = get_args(Engine)
 """Ways for several processes to share a run: torch's DDP and FSDP2, DeepSpeed's ZeRO-2 and ZeRO-3."""
+
+CacheType = Literal["fp32", "bf16", "int8"]
+"""Types of maps in a feature cache: as computed (float32 at most), bfloat16, or 8 bits with one scale per token."""
 
 _log = logging.getLogger(__name__)
 
@@ -124,6 +128,10 @@ class StageConfig(Checked):
             results of matrix products and attention, and recomputes what lies between them.
         compile: let torch compile backbone and fuser; needs a compiler.
         group_by_modality: batch samples of one modality and like lengths together.
+        feature_cache: folder of the frozen backbone's feature maps, which runs share: an image that is there is neither
+            decoded nor encoded. Empty: none.
+        feature_cache_dtype: of the maps in it: "fp32" as they are computed, with equal losses; "bf16" and "int8" (one
+            scale per token) are smaller and approximate.
         engine: how several processes share the run; one process needs none.
         save_every: optimizer steps between two checkpoints; None writes one only when the run is told to stop.
         keep_checkpoints: the newest checkpoints that stay while a stage runs.
@@ -152,6 +160,8 @@ class StageConfig(Checked):
     gradient_checkpointing: bool | Literal["selective"] = False
     compile: bool = False
     group_by_modality: bool = False
+    feature_cache: str = ""
+    feature_cache_dtype: CacheType = "fp32"
     engine: Engine = "ddp"
     save_every: Count | None = None
     keep_checkpoints: Count = 1
@@ -172,6 +182,16 @@ class StageConfig(Checked):
             raise InputError(f"lora.rank={self.lora.rank}, but 'llm' is not among the trainable parts; add it.")
         if self.lora.quantize != "none" and not self.lora.rank:
             raise InputError(f"lora.quantize={self.lora.quantize!r} needs adapters to train; set lora.rank.")
+        if self.feature_cache and "backbone" in self.trainable:
+            raise InputError(
+                "feature_cache keeps the maps of a frozen backbone, and 'backbone' is among the trainable parts, whose "
+                "maps change with every step; leave feature_cache out, or train other parts."
+            )
+        if self.feature_cache_dtype != "fp32" and not self.feature_cache:
+            raise InputError(
+                f"feature_cache_dtype is {self.feature_cache_dtype!r}, and there is no feature_cache whose maps could "
+                "have it; name its folder (feature_cache), or leave feature_cache_dtype out."
+            )
 
     def batches(self, num_processes: int = 1) -> tuple[int, int]:
         """Samples per process at a time, and how many times a process takes them in one optimizer step.

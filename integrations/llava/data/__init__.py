@@ -7,16 +7,19 @@ from .dataset import BadSampleError, ConversationDataset
 from .doctor import Survey, survey_samples, usable_indices
 from .doctor.findings import Finding
 from .doctor.policy import check_samples, usable_samples
+from .feature_cache import FeatureCache, open_feature_cache, tile_bytes
 from .files import SampleFile, Selection, read_samples, sample_lengths, select_samples
 from .image_sizes import grouping_lengths, sample_image_sizes
 from .images import read_image, read_image_size
 from .samplers import ModalityLengthSampler, ShuffleSampler
 from .samples import Sample, image_names, is_outside, linked_media, unread_media
+from .uncached_images import UncachedImage, prepare_uncached, uncached_images
 
 __all__ = [
     "BadSampleError",
     "Collator",
     "ConversationDataset",
+    "FeatureCache",
     "Finding",
     "ModalityLengthSampler",
     "Sample",
@@ -24,11 +27,14 @@ __all__ = [
     "Selection",
     "ShuffleSampler",
     "Survey",
+    "UncachedImage",
     "check_samples",
     "grouping_lengths",
     "image_names",
     "is_outside",
     "linked_media",
+    "open_feature_cache",
+    "prepare_uncached",
     "read_image",
     "read_image_size",
     "read_samples",
@@ -36,6 +42,8 @@ __all__ = [
     "sample_lengths",
     "select_samples",
     "survey_samples",
+    "tile_bytes",
+    "uncached_images",
     "unread_media",
     "usable_indices",
     "usable_samples",

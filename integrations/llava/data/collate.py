@@ -8,6 +8,7 @@ from typing import Any, Literal
 import torch
 
 from integrations.llava.prompts import IGNORE_INDEX
+from layerfuse.features import FeatureMaps
 
 __all__ = ["Collator"]
 
@@ -25,8 +26,9 @@ class Collator:
         Returns:
             `input_ids`, `attention_mask`, `labels` (B, T); `pixel_values` (tiles of all images, C, height, width) and
             `image_sizes`, a list of (height, width), if there are any, with them `condition` (images, Q), ids filled up
-            with `IGNORE_INDEX`, where samples have it; `sample_ids`, B texts, where samples have an `id`; `skipped`,
-            why samples are void, if any is.
+            with `IGNORE_INDEX`, where samples have it; for tiles that came from a cache `feature_maps` in place of
+            `pixel_values`, and if there are both `uncached` (tiles of all images,), True for pixels; `sample_ids`, B
+            texts, where samples have an `id`; `skipped`, why samples are void, if any is.
         """
         ids = [sample["input_ids"] for sample in samples]
         batch: dict[str, Any] = {
@@ -36,8 +38,14 @@ class Collator:
         if "labels" in samples[0]:
             batch["labels"] = self._pad([sample["labels"] for sample in samples], IGNORE_INDEX)
         pixels = torch.cat([sample["pixel_values"] for sample in samples])
+        maps = [maps for sample in samples for maps in sample.get("feature_maps", ())]
         if len(pixels):
             batch["pixel_values"] = pixels
+        if maps:
+            batch["feature_maps"] = FeatureMaps.cat(maps)
+        if maps and len(pixels):
+            batch["uncached"] = torch.tensor([tile for sample in samples for tile in sample["uncached"]])
+        if maps or len(pixels):
             if "image_sizes" in samples[0]:
                 # Numbers, not a tensor: the model reads them, and would make the host wait for a GPU.
                 batch["image_sizes"] = [size for sample in samples for size in sample["image_sizes"]]

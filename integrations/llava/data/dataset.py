@@ -13,10 +13,12 @@ from torch.utils.data import Dataset
 from integrations.llava.image_layout import ImageLayout, ImageSize
 from integrations.llava.prompts import IGNORE_INDEX, Rendered, Template, TextEncoder, asked_ids, render
 from layerfuse.errors import InputError, MissingFileError
+from layerfuse.features import FeatureMaps
 from layerfuse.preprocessing import AnyPreprocessing, tile_pixels
 from layerfuse.preprocessing.pixels import image_size
 
 from .doctor.policy import BadSamples
+from .feature_cache import FeatureCache, picture_digest
 from .files import file_index
 from .image_sizes import grouping_lengths
 from .images import read_image
@@ -43,6 +45,7 @@ class ConversationDataset(Dataset[dict[str, Any]]):
         max_length: longer samples are cut, T positions with images expanded.
         bad_samples: "skip" gives a void sample, without pixels and labels, where one cannot be read.
         with_condition: whether samples say what is asked about their images, for a fuser that reads it.
+        cache: has feature maps of images, which are given in place of their pixels.
     """
 
     def __init__(
@@ -57,6 +60,7 @@ class ConversationDataset(Dataset[dict[str, Any]]):
         max_length: int = 2048,
         bad_samples: BadSamples = "fail",
         with_condition: bool = False,
+        cache: FeatureCache | None = None,
     ) -> None:
         self.samples = samples
         self.image_folder = Path(image_folder)
@@ -67,6 +71,7 @@ class ConversationDataset(Dataset[dict[str, Any]]):
         self.max_length = max_length
         self.bad_samples = bad_samples
         self.with_condition = with_condition
+        self.cache = cache
         self._texts: dict[int, tuple[np.ndarray, np.ndarray]] = {}
         self._text_bytes = 0
 
@@ -81,7 +86,8 @@ class ConversationDataset(Dataset[dict[str, Any]]):
             `id`; `input_ids` and `labels` (T,); `pixel_values` (tiles of all images, C, height, width) uint8, which the
             model normalises, one tile an image unless the layout cuts it; `image_sizes`, (height, width) of each image
             before that; if asked for, `condition`, per image the ids of the human's turns. A void sample, see
-            `bad_samples`, also has `skipped`, the reason.
+            `bad_samples`, also has `skipped`, the reason. With a cache, `pixel_values` are of images that it lacks,
+            `feature_maps` of the others, and `uncached` says of each tile of all images if it is one of the former.
 
         Raises:
             BadSampleError: if its images do not fit into `max_length`, cannot be read, or are not those that its text
@@ -89,10 +95,10 @@ class ConversationDataset(Dataset[dict[str, Any]]):
         """
         sample = self.samples[index]
         prepared: dict[str, Any] = {"id": sample_id(sample, file_index(self.samples, index))}
-        images: list[tuple[torch.Tensor, ImageSize]] = []
+        images: list[tuple[torch.Tensor | FeatureMaps, ImageSize]] = []
         try:
             rendered, asked = self._rendered(index)
-            images = [self._image(name) for name in image_names(sample)]
+            images = [self._cached(name) or self.pixels(name) for name in image_names(sample)]
             ids, labels = self._expanded(rendered, [size for _, size in images])
         except InputError as error:
             reason = f"sample {prepared['id']}: {error}"
@@ -103,7 +109,10 @@ class ConversationDataset(Dataset[dict[str, Any]]):
             labels = np.full_like(ids, IGNORE_INDEX)
             prepared["skipped"] = reason
         prepared["input_ids"], prepared["labels"] = (torch.from_numpy(v.astype(np.int64)) for v in (ids, labels))
-        pixels = [pixels for pixels, _ in images]
+        pixels = [image for image, _ in images if isinstance(image, torch.Tensor)]
+        if self.cache is not None:
+            prepared["feature_maps"] = [image for image, _ in images if isinstance(image, FeatureMaps)]
+            prepared["uncached"] = [isinstance(image, torch.Tensor) for image, _ in images for _ in _tiles(image)]
         shape = (self.preprocessing.channels, *self.preprocessing.size)
         prepared["pixel_values"] = torch.cat(pixels) if pixels else torch.empty(0, *shape, dtype=torch.uint8)
         prepared["image_sizes"] = [size for _, size in images]
@@ -163,7 +172,18 @@ class ConversationDataset(Dataset[dict[str, Any]]):
         turns, count = sample["conversations"], len(image_names(sample))
         return asked_ids(turns, count, encoder=self.encoder, until_shown=False, at_most=self.max_length)
 
-    def _image(self, name: str) -> tuple[torch.Tensor, ImageSize]:
+    def _cached(self, name: str) -> tuple[FeatureMaps, ImageSize] | None:
+        """Maps of an image that the cache has, and its size; a file that cannot be read has none."""
+        if self.cache is None:
+            return None
+        try:
+            digest = picture_digest(self.image_folder / name)
+        except (OSError, ValueError):
+            return None
+        return self.cache.read(digest)
+
+    def pixels(self, name: str) -> tuple[torch.Tensor, ImageSize]:
+        """Prepare an image: (tiles, C, height, width), and its height and width before that; a ValueError if not."""
         path = self.image_folder / name
         try:
             image = read_image(path)
@@ -171,3 +191,7 @@ class ConversationDataset(Dataset[dict[str, Any]]):
             raise InputError(f"image {path} cannot be read: it is missing.") from error
         size = image_size(image, upright=self.preprocessing.upright)
         return tile_pixels(image, self.preprocessing, self.layout.canvas(size)), size
+
+
+def _tiles(image: torch.Tensor | FeatureMaps) -> torch.Tensor:
+    return image[0] if isinstance(image, FeatureMaps) else image

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 
 from integrations.llava._text import aligned, column_widths
 from integrations.llava.config import PARTS, ModelConfig
+from integrations.llava.data import tile_bytes
 from integrations.llava.data.doctor import findings_table, verdict
 from integrations.llava.image_layout import ImageLayout
 
@@ -234,6 +235,7 @@ def _gpus(numbers: Sequence[str]) -> str:
 
 def _data(report: Report) -> Iterator[str]:
     yield _title("Data")
+    yield from _feature_caches(report)
     for stage in report.stages:
         if stage.survey is None:
             yield f"  {stage.name}: not given; --data FILE --image-folder FOLDER checks them"
@@ -241,6 +243,18 @@ def _data(report: Report) -> Iterator[str]:
         yield f"  {stage.name}: {stage.config.data.path}: {verdict(stage.survey)}"
         if stage.survey.findings:
             yield textwrap.indent(findings_table(stage.survey), "  ")
+
+
+def _feature_caches(report: Report) -> Iterator[str]:
+    """Say what each stage's feature cache takes on disk, if no two samples share an image."""
+    for stage in report.stages:
+        if stage.config.feature_cache:
+            each = tile_bytes(report.model.model.vision_tower.backbone, stage.config.feature_cache_dtype)
+            count = stage.workload.samples * stage.workload.tiles
+            yield from _wrapped(
+                f"{stage.name}: feature cache ({stage.config.feature_cache_dtype}) of up to {count:,.0f} pictures x "
+                f"{each / 2**20:.2f} MiB: {count * each / GIB:,.2f} GiB on disk."
+            )
 
 
 def _assumptions(report: Report) -> Iterator[str]:

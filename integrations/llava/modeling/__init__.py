@@ -12,6 +12,7 @@ from .build import (
 )
 from .condition import blank_condition
 from .generation import end_answers
+from .image_maps import image_maps
 from .injection import InjectedFeatures, LayerInjection, injection_settings
 from .language_head import describe_head
 from .lora import FILE_PREFIX, inject_lora, lora_config, lora_weights, merge_lora
@@ -50,6 +51,7 @@ __all__ = [
     "count_parameters",
     "describe_head",
     "end_answers",
+    "image_maps",
     "inject_lora",
     "injection_settings",
     "learns",

@@ -42,6 +42,7 @@ from layerfuse.fusers import Fuser, fuser_from_config
 from .condition import blank_condition, read_condition
 from .configuration import FusedLlavaConfig, LayerfuseVisionConfig
 from .generation import GeneratesFromImages, forbid_token
+from .image_maps import image_maps
 from .injection import (
     InjectedFeatures,
     LayerInjection,
@@ -239,11 +240,13 @@ class FusedLlavaModel(_LoadsWhole, LlavaModel):
     @can_return_tuple
     def get_image_features(
         self,
-        pixel_values: torch.Tensor,
+        pixel_values: torch.Tensor | None = None,
         vision_feature_layer: int | list[int] | None = None,
         vision_feature_select_strategy: str | None = None,
         image_sizes: torch.Tensor | Sequence[ImageSize] | None = None,
         condition: torch.Tensor | None = None,
+        feature_maps: FeatureMaps | None = None,
+        uncached: torch.Tensor | None = None,
         **_: Any,  # transformers passes what its own towers take
     ) -> BaseModelOutputWithPooling:
         """Encode, fuse and project images.
@@ -257,6 +260,8 @@ class FusedLlavaModel(_LoadsWhole, LlavaModel):
             image_sizes: (B, 2), height and width before preparing, where images are cut into tiles; else unused.
             condition: what a fuser with a condition reads of each image's question: (B, D_c); or (B, Q) token ids,
                 filled up with -100, whose mean embedding it is.
+            feature_maps: of tiles that are encoded already, (tiles, N, C) each, in place of their pixels.
+            uncached: (tiles of all images,), True where a tile's pixels are given, if there are pixels and maps.
 
         Returns:
             `last_hidden_state`: (B, N, C_out) fused tokens, or those of all tiles; `pooler_output`: B tensors (N, D),
@@ -266,12 +271,12 @@ class FusedLlavaModel(_LoadsWhole, LlavaModel):
         Raises:
             ValueError: if the fuser needs a condition and there is none, or tiles and sizes do not go together.
         """
-        tower, tiles = self.vision_tower, image_tiles(self.config.layout, pixel_values, image_sizes)
-        pixels = tiles.pixels
-        if pixels.dtype == torch.uint8:
-            pixels = tower.backbone.preprocessing.normalize(pixels)
-        with torch.set_grad_enabled(torch.is_grad_enabled() and learns(tower)):
-            features = tower(pixels.to(next(tower.parameters()).dtype))
+        if feature_maps is None:
+            tiles = image_tiles(self.config.layout, pixel_values, image_sizes)
+            features = image_maps(self.vision_tower, tiles.pixels)
+        else:
+            features = image_maps(self.vision_tower, pixel_values, feature_maps, uncached)
+            tiles = image_tiles(self.config.layout, features[0], image_sizes)
         maps = leading_maps(features, self.fuser.num_layers)
         asked = read_condition(self.fuser, condition, self.get_input_embeddings())
         fused = self.fuser(maps) if asked is None else self.fuser(maps, tiles.repeat(asked.to(maps[0].device)))
@@ -301,8 +306,8 @@ class FusedLlavaModel(_LoadsWhole, LlavaModel):
         """
         # Arguments have other names in other versions of transformers, so its own signature is read.
         kwargs.update(zip(_ARGUMENTS, args, strict=False))
-        condition = kwargs.pop("condition", None)
-        text_only = kwargs.get("input_ids") is not None and kwargs.get("pixel_values") is None
+        condition, feature_maps = kwargs.pop("condition", None), kwargs.get("feature_maps")
+        text_only = kwargs.get("input_ids") is not None and kwargs.get("pixel_values") is None and feature_maps is None
         if text_only and self.training and torch.is_grad_enabled():
             inputs_embeds = self.get_input_embeddings()(kwargs.pop("input_ids"))
             backbone = self.vision_tower.backbone
@@ -314,21 +319,22 @@ class FusedLlavaModel(_LoadsWhole, LlavaModel):
             kwargs["inputs_embeds"] = inputs_embeds + 0 * sum(tokens[0].sum() for tokens in unused)
         with nullcontext() if self.injection is None else injecting(self.injection.settings, kwargs):
             encoded = (kwargs.pop("mm_encoder_outputs", None) or {}).get("image")
-            if kwargs.get("pixel_values") is not None and (condition is not None or encoded is not None):
+            pixels = kwargs.get("pixel_values") is not None and (condition is not None or encoded is not None)
+            if pixels or feature_maps is not None:
                 encoded = self._encoded(kwargs, condition, encoded)
             if encoded is not None:
                 kwargs["inputs_embeds"] = self._spliced(kwargs, encoded)
             return super().forward(**kwargs)
 
     def _encoded(self, arguments: dict[str, Any], condition: torch.Tensor | None, encoded: Any) -> Any:
-        """Take pixels out of the arguments of `forward`, and encode them.
+        """Take images out of the arguments of `forward`, and encode them.
 
-        LlavaModel hands what it does not know on to the language model, which knows no condition either.
+        LlavaModel hands what it does not know on to the language model, which knows no condition and no maps either.
         """
         if encoded is not None:
             raise InputError("pixel_values and mm_encoder_outputs are given, which are the images twice; give one.")
-        pixels, sizes = arguments.pop("pixel_values"), arguments.pop("image_sizes", None)
-        return self.get_image_features(pixels, image_sizes=sizes, condition=condition)
+        images = {name: arguments.pop(name, None) for name in _IMAGES}
+        return self.get_image_features(**images, condition=condition)
 
     def _spliced(self, arguments: dict[str, Any], encoded: Any) -> torch.Tensor:
         """Take ids out of the arguments of `forward`, and put encoded images among the embedded ids."""
@@ -342,6 +348,7 @@ class FusedLlavaModel(_LoadsWhole, LlavaModel):
 
 
 _ARGUMENTS = tuple(inspect.signature(LlavaModel.forward).parameters)[1:]
+_IMAGES = ("pixel_values", "image_sizes", "feature_maps", "uncached")
 
 
 class FusedLlavaForConditionalGeneration(_LoadsWhole, GeneratesFromImages, LlavaForConditionalGeneration):
@@ -372,10 +379,10 @@ class FusedLlavaForConditionalGeneration(_LoadsWhole, GeneratesFromImages, Llava
         logits: torch.Tensor,
         labels: torch.Tensor,
         vocab_size: int,
-        condition: torch.Tensor | None = None,  # transformers hands all that `forward` was given on
         **options: Any,
     ) -> torch.Tensor:  # type: ignore[override]
-        """Compute `text_loss`; transformers' models call it so."""
+        """Compute `text_loss`; transformers' models call it so, with all that `forward` was given."""
+        options = {name: value for name, value in options.items() if name not in ("condition", *_IMAGES)}
         return text_loss(logits, labels, vocab_size, image_token_id=self.config.image_token_index, **options)
 
 

@@ -96,19 +96,23 @@ def as_sizes(image_sizes: torch.Tensor | Sequence[ImageSize]) -> list[ImageSize]
 
 
 def image_tiles(
-    layout: ImageLayout, pixel_values: torch.Tensor, image_sizes: torch.Tensor | Sequence[ImageSize] | None
+    layout: ImageLayout,
+    pixel_values: torch.Tensor | None,
+    image_sizes: torch.Tensor | Sequence[ImageSize] | None,
 ) -> ImageTiles:
     """Find the tiles of each image, and drop those that only fill a batch up.
 
     Args:
         layout: of the model.
         pixel_values: (B, C, height, width); of images that are cut into tiles (B, most tiles, C, height, width), filled
-            up behind, or (tiles, C, height, width), image after image.
+            up behind, or (tiles, C, height, width), image after image; or maps of the tiles, (tiles, N, C).
         image_sizes: (B, 2), height and width before preparing; read only if images are cut into tiles.
 
     Raises:
-        ValueError: if sizes are missing, or there are other numbers of images or tiles than they say.
+        ValueError: if pixels or sizes are missing, or there are other numbers of images or tiles than they say.
     """
+    if pixel_values is None:
+        raise InputError("there are neither pixel_values nor feature_maps; give one of them for every image.")
     if not isinstance(layout, AnyResLayout):
         count = len(pixel_values)
         return ImageTiles(layout, [None] * count, [1] * count, pixel_values)
@@ -120,7 +124,7 @@ def image_tiles(
     sizes = as_sizes(image_sizes)
     counts = [layout.num_tiles(size) for size in sizes]
     given = tuple(pixel_values.shape)
-    fits_flat = len(given) == 4 and given[0] == sum(counts)
+    fits_flat = len(given) in (3, 4) and given[0] == sum(counts)
     fits_padded = len(given) == 5 and given[0] == len(sizes) and given[1] >= max(counts, default=0)
     if not fits_flat and not fits_padded:
         raise InputError(

@@ -156,7 +156,12 @@ def check_plan(plan: Plan) -> None:
             config.batches(num_processes)
             cpu, quantized = plan.process.device.type == "cpu", config.lora.quantize != "none"
             check_engine(
-                config.engine, num_processes=num_processes, cpu=cpu, quantized=quantized, compiled=config.compile
+                config.engine,
+                num_processes=num_processes,
+                cpu=cpu,
+                quantized=quantized,
+                compiled=config.compile,
+                cached=bool(config.feature_cache),
             )
             get_template(config.template)
             _check_scheduler(config)

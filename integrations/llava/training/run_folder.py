@@ -46,6 +46,7 @@ _FREE = {
     "image_folder",
     "gradient_checkpointing",
     "compile",
+    "feature_cache",
     "engine",
     "save_every",
     "keep_checkpoints",

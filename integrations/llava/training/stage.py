@@ -47,6 +47,7 @@ from layerfuse.preprocessing import AnyPreprocessing
 from .compilation import compile_vision
 from .distributed import any_process, on_main
 from .engines import forget_engine, set_precision, shards
+from .feature_pass import fill_feature_cache
 from .metrics_log import RunLog
 from .plan import ConnectorOrigin, Plan, find_origin
 from .resume import checkpoints, load_trained, state_bytes, trained_state
@@ -318,6 +319,8 @@ def stage_trainer(
         bad_samples=config.data.bad_samples,
         with_condition=model.model.fuser.condition_channels is not None,
     )
+    if config.feature_cache:
+        fill_feature_cache(model, dataset, config)
     if config.gradient_checkpointing:
         checkpoint_activations(model, selective=config.gradient_checkpointing == "selective")
     if config.compile:

@@ -25,11 +25,17 @@ _FOLDER = Path(__file__).parent
 
 
 def check_engine(
-    engine: str, *, num_processes: int, cpu: bool, quantized: bool = False, compiled: bool = False
+    engine: str,
+    *,
+    num_processes: int,
+    cpu: bool,
+    quantized: bool = False,
+    compiled: bool = False,
+    cached: bool = False,
 ) -> None:
-    """Refuse an engine that cannot run on so many processes, on the CPU, or with quantised weights or compiled parts.
+    """Refuse an engine that cannot run on so many processes or on the CPU, and name another.
 
-    The error names another.
+    Some cannot take quantised weights, compiled parts, or images some of which come from a feature cache.
     """
     if num_processes == 1 or engine == "ddp":
         return
@@ -39,6 +45,12 @@ def check_engine(
         raise InputError(
             "engine 'zero3' takes parameters apart inside backbone and fuser, so that these cannot be compiled; leave "
             "compile out, or use 'fsdp2' (--finetune.engine fsdp2)."
+        )
+    if cached and engine == "zero3":
+        raise InputError(
+            "engine 'zero3' puts a backbone's weights together in all processes at once, and would wait for ever where "
+            "one encodes an image that the others read from feature_cache; leave feature_cache out, or use 'zero2' or "
+            "'fsdp2' (--finetune.engine fsdp2)."
         )
     if engine == "fsdp2" and cpu:
         # accelerate would use DDP without a word.

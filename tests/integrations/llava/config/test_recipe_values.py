@@ -53,6 +53,8 @@ from layerfuse.errors import UserError
         ("finetune.lora.rank", -1, "finetune.lora: rank=-1 is too small"),
         ("finetune.lora.alpha", 0, "finetune.lora: alpha=0.0 is too small; give more than 0"),
         ("finetune.lora.dropout", 1.5, "finetune.lora: dropout=1.5 is too large"),
+        ("finetune.feature_cache_dtype", "fp16", "feature_cache_dtype is 'fp16'; give one of: fp32, bf16, int8"),
+        ("finetune.feature_cache_dtype", "int8", "there is no feature_cache whose maps could have it; name its folder"),
         ("finetune.micro_batch_size", 5, "finetune: batch_size=128 is no multiple of micro_batch_size=5; change one"),
     ],
 )
