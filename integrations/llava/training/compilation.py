@@ -38,8 +38,8 @@ def compile_vision(model: FusedLlavaForConditionalGeneration) -> None:
     # granted. Dropout in it must not change what is drawn later.
     with torch.no_grad(), torch.random.fork_rng(devices=[]):
         backbone(torch.zeros(1, backbone.in_channels, *backbone.image_size, device=backbone.device))
-    # torch counts what it compiled of one function, an earlier stage's or run's included, and at its limit of eight goes
-    # on without compiling.
+    # torch counts what it compiled of one function, an earlier stage's or run's included, and at its limit of eight
+    # goes on without compiling.
     torch.compiler.reset()
     for part in (backbone, model.model.fuser):
         part.compile(backend=_BACKEND)
