@@ -29,7 +29,7 @@ IMPLEMENTATIONS: tuple[str, ...] = ("auto", *sorted({*_PATHS, *KERNELS}))
 
 # What auto takes on a device. On others (xpu, …) it is grid_sample, the better supported; on mps it has no gradient.
 # Triton's place is a choice, not a measurement: no path has been timed on a GPU yet.
-_FASTEST = {"cpu": "native", "cuda": "triton", "meta": "gather", "mps": "gather"}
+_FASTEST = {"cpu": "native", "cuda": "triton", "meta": "native", "mps": "gather"}
 
 
 def deformable_attention(
@@ -79,7 +79,8 @@ def _choose(implementation: str, device_type: str) -> str:
     """Return the name of the path or kernel to take, where that which was asked for may have to be replaced."""
     if implementation == "auto":
         implementation = _FASTEST.get(device_type, "reference")
-    if implementation in _PATHS:
+    # Nothing is computed on meta: what counts is which tensors are kept for the gradient, the same with every kernel.
+    if implementation in _PATHS or device_type == "meta":
         return implementation
     # Kernels there add up in any order. Asked here, torch's compiler notes the answer beside the graph.
     if device_type == "cuda" and torch.are_deterministic_algorithms_enabled():

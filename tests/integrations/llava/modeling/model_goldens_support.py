@@ -110,14 +110,14 @@ class _RecordedTexts(ConversationDataset):
     """Our data set over recorded ids: what they become is its own work."""
 
     texts: list[Rendered]
-    pixels: list[torch.Tensor]
+    images: list[torch.Tensor]
 
     def render(self, index: int) -> Rendered:
         return self.texts[index]
 
-    def _image(self, name: str) -> tuple[torch.Tensor, tuple[int, int]]:
+    def pixels(self, name: str) -> tuple[torch.Tensor, tuple[int, int]]:
         row, index = map(int, name.split())
-        pixels = self.pixels[row][index]
+        pixels = self.images[row][index]
         return pixels[None], (pixels.shape[1], pixels.shape[2])
 
 
@@ -155,7 +155,7 @@ class Run:
         dataset.texts = [
             Rendered("", torch.where(ids == _IMAGE, image, ids).tolist(), labels.tolist()) for ids, labels in case.rows
         ]
-        dataset.pixels = case.own_pixels
+        dataset.images = case.own_pixels
         batch = Collator(self.processor.tokenizer.pad_token_id)([dataset[row] for row in range(len(samples))])
         batch.pop("sample_ids", None)
         return batch

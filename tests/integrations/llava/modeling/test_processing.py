@@ -96,7 +96,7 @@ def test_the_processor_of_a_run_prepares_what_training_saw(run_folder: Path, dat
     assert predictor.prepare.preprocessing.upright
 
     assert torch.equal(inputs["input_ids"][0], prepared["input_ids"])
-    assert torch.equal(inputs["pixel_values"], prepared["pixel_values"])
+    assert torch.equal(inputs["pixel_values"], predictor.prepare.preprocessing.normalize(prepared["pixel_values"]))
 
 
 def chw(image: Image.Image) -> np.ndarray:
