@@ -117,6 +117,8 @@ class StageConfig(Checked):
             reached. None: as many as one process has to take in a step.
         loss_average: "micro_batch" averages the means of the micro batches, as the published code does; "token"
             weighs every supervised token alike.
+        cross_entropy: "chunked" computes logits where labels are, some at a time, "plain" those of all positions at
+            once; the loss is the same to rounding.
         epochs: passes over the data; ignored if `max_steps` is given.
         max_steps: optimizer steps.
         warmup_ratio: part of the steps over which the learning rate rises.
@@ -150,6 +152,7 @@ class StageConfig(Checked):
     batch_size: Count = 16
     micro_batch_size: Count | None = None
     loss_average: Literal["micro_batch", "token"] = "micro_batch"
+    cross_entropy: Literal["chunked", "plain"] = "chunked"
     epochs: Positive = 1.0
     max_steps: Count | None = None
     warmup_ratio: Share = 0.03

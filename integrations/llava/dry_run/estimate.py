@@ -122,7 +122,14 @@ def _stage_report(
     else:
         survey, workload = None, assumed_workload(name, config, model.config.layout)
     tiles, tokens, longest = workload.tiles, workload.tokens, workload.longest
-    flops = sample_flops(model, facts, images=tiles, tokens=tokens, checkpointing=config.gradient_checkpointing is True)
+    flops = sample_flops(
+        model,
+        facts,
+        images=tiles,
+        tokens=tokens,
+        checkpointing=config.gradient_checkpointing is True,
+        labelled=workload.text_tokens if config.cross_entropy == "chunked" else None,
+    )
     numbers = [number for number in num_gpus if config.batch_size % (number * (config.micro_batch_size or 1)) == 0]
     return StageReport(
         name=name,

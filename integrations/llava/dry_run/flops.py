@@ -8,7 +8,8 @@ masking saves nothing here) and twice that backward. Norms, softmax and element-
 - fuser and projector, with it the mergers of layer injection, run forward and, if they learn, backward at twice the
   cost;
 - a language model that learns costs 1 + 2; a frozen one behind a projector that learns 1 + 1: gradients pass through
-  it; with checkpointing its blocks run forward once more, but for the last linear layer of each.
+  it; with checkpointing its blocks run forward once more, but for the last linear layer of each;
+- its head runs on all positions, or, where cross-entropy goes by chunks, on those with a label, forward twice.
 """
 
 from __future__ import annotations
@@ -40,7 +41,13 @@ class PartFlops(NamedTuple):
 
 
 def sample_flops(
-    model: FusedLlavaForConditionalGeneration, facts: ModelFacts, *, images: float, tokens: float, checkpointing: bool
+    model: FusedLlavaForConditionalGeneration,
+    facts: ModelFacts,
+    *,
+    images: float,
+    tokens: float,
+    checkpointing: bool,
+    labelled: float | None = None,
 ) -> dict[str, PartFlops]:
     """Count the operations of one sample in training.
 
@@ -50,6 +57,7 @@ def sample_flops(
         images: per sample; of images that are cut, their tiles.
         tokens: T of the sample, images included.
         checkpointing: whether the language model's blocks are computed again in the backward pass.
+        labelled: positions whose logits are computed, by chunks; None if those of all are, once.
 
     Returns:
         Part -> operations.
@@ -73,7 +81,7 @@ def sample_flops(
         "projector": PartFlops(
             images * (first + second + merged), backward=images * (projector_backward + merged_backward)
         ),
-        "llm": _language_model(model, facts, tokens, past_projector, checkpointing),
+        "llm": _language_model(model, facts, tokens, past_projector, checkpointing, labelled),
     }
 
 
@@ -110,20 +118,27 @@ def _mergers(injection: LayerInjection | None, backbone: AnyBackbone, past_backb
 
 
 def _language_model(
-    model: FusedLlavaForConditionalGeneration, facts: ModelFacts, tokens: float, gradient: bool, checkpointing: bool
+    model: FusedLlavaForConditionalGeneration,
+    facts: ModelFacts,
+    tokens: float,
+    gradient: bool,
+    checkpointing: bool,
+    labelled: float | None,
 ) -> PartFlops:
     inner, head = model.model.language_model, model.lm_head
     attention = 4.0 * tokens**2 * facts.block.queries * facts.num_blocks
-    forward = 2.0 * tokens * (_weights(inner) + _weights(head)) + attention
+    rows = tokens if labelled is None else labelled
+    logits = 2.0 * rows * _weights(head)
+    forward = 2.0 * tokens * _weights(inner) + logits + attention
     if not gradient and not _weights(inner, trained=True):
         return PartFlops(forward)
-    again = 0.0
+    again = 0.0 if labelled is None else logits
     if checkpointing:
         # Torch stops repeating a block when it has what backward needs: before the last linear layer.
         last = sum(list(linear_layers(block))[-1][1].weight.numel() for block in inner.layers)
-        again = 2.0 * tokens * (_weights(inner) - last) + attention
-    trained = _weights(inner, trained=True) + _weights(head, trained=True)
-    return PartFlops(forward, again, forward + attention + 2.0 * tokens * trained)
+        again += 2.0 * tokens * (_weights(inner) - last) + attention
+    learned = 2.0 * tokens * _weights(inner, trained=True) + 2.0 * rows * _weights(head, trained=True)
+    return PartFlops(forward, again, forward + attention + learned)
 
 
 def _weights(module: nn.Module, *, trained: bool = False) -> int:

@@ -15,7 +15,8 @@ and 1/64 of it for their scales (float32 per 64 weights, themselves quantised), 
 
 On top come, in turn, (1) the end of the forward pass: what the backward pass will need, all copies, three versions of
 the logits; (2) the backward pass of the loss: four bytes of logits three times; (3) the backward pass of a block. The
-largest counts. Activations are those of a micro batch of the longest samples.
+largest counts. Activations are those of a micro batch of the longest samples, all of whose text is supervised; logits
+are those of a chunk, or of all positions where `cross_entropy` is "plain".
 
 Of a block like Llama's (D width, F of the MLP, Q of all query heads, K of all key-value heads, h heads) autograd keeps
 so many bytes per token, which a test holds against those that it really saves:
@@ -41,6 +42,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from integrations.llava.config import StageConfig
+from integrations.llava.modeling import LOSS_CHUNK
 
 from .facts import Block, ModelFacts
 
@@ -131,11 +133,13 @@ def estimate_memory(facts: ModelFacts, config: StageConfig, *, engine: str, num_
     weights: Weights = "fp32" if config.precision == "fp32" else "autocast" if engine == "ddp" else "bf16"
     stored, gradients, optimizer, copies, first_gradients = _held(facts, config, engine, num_gpus)
     tokens = micro_batch * longest
-    logits = tokens * facts.vocabulary
+    chunked = config.cross_entropy == "chunked"
+    logits = (min(tokens, LOSS_CHUNK) if chunked else tokens) * facts.vocabulary
     size = 4 if weights == "fp32" else 2
     residual = tokens * residual_bytes(facts.block, weights)
-    # Behind the blocks: what the final norm read and made, and the output layer's copy of it.
-    connector = micro_batch * facts.connector_bytes + 2 * residual + tokens * size * facts.block.hidden
+    # Behind the blocks: what the final norm read and made, and the output layer's copy of it, or of its labelled rows.
+    read = residual if chunked else tokens * size * facts.block.hidden
+    connector = micro_batch * facts.connector_bytes + 2 * residual + read
     one_block = tokens * block_bytes(facts.block, weights, dropout=config.lora.dropout > 0)
     if config.gradient_checkpointing:
         kept, again = connector + facts.num_blocks * residual, one_block

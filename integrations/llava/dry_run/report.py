@@ -32,7 +32,8 @@ _PUBLISHED_TOKENS = 576
 _ASSUMPTIONS = (
     "Operations: 2 per weight and token forward; backward 2 for gradients passed on and 2 for weights that learn; "
     "attention 4 T² per channel, twice that backward; checkpointing repeats the language model's blocks. A frozen "
-    "language model still passes gradients on to projector and fuser. Padding is not counted.",
+    "language model still passes gradients on to projector and fuser. Padding is not counted. All text has labels, and "
+    "with cross_entropy chunked only text has logits, which are computed twice.",
     "Memory: a micro batch of the longest samples; trained parameters, gradients and AdamW's two states in float32, "
     "frozen parameters in the computing precision. Copies are bf16 weights that autocast or an engine makes. The peak "
     "is the largest moment of a step, not the sum of the columns.",

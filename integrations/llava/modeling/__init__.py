@@ -14,7 +14,7 @@ from .condition import blank_condition
 from .generation import end_answers
 from .image_maps import image_maps
 from .injection import InjectedFeatures, LayerInjection, injection_settings
-from .language_head import describe_head
+from .language_head import LOSS_CHUNK, describe_head
 from .lora import FILE_PREFIX, inject_lora, lora_config, lora_weights, merge_lora
 from .mergers import Merger
 from .model import (
@@ -30,6 +30,7 @@ from .vision import numbered_layers
 
 __all__ = [
     "FILE_PREFIX",
+    "LOSS_CHUNK",
     "QUANTIZATIONS",
     "Assembled",
     "FusedLlavaConfig",

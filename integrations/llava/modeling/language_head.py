@@ -16,6 +16,7 @@ from typing import Any, get_args
 import torch
 from torch import nn
 from torch.nn import functional
+from torch.utils.checkpoint import checkpoint
 from transformers import MODEL_MAPPING, Cache, PreTrainedModel
 from transformers.loss.loss_utils import ForCausalLMLoss
 from transformers.modeling_outputs import BaseModelOutputWithPast
@@ -23,7 +24,19 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 from integrations.llava.prompts import IGNORE_INDEX
 from layerfuse.errors import InputError
 
-__all__ = ["HeadSettings", "build_head", "decoder_of", "describe_head", "head_settings", "text_loss"]
+__all__ = [
+    "LOSS_CHUNK",
+    "HeadSettings",
+    "build_head",
+    "chunked_text_loss",
+    "decoder_of",
+    "describe_head",
+    "head_settings",
+    "text_loss",
+]
+
+LOSS_CHUNK = 1024
+"""Positions whose logits are there at a time in `chunked_text_loss`."""
 
 # What configs call these numbers, and whether logits are multiplied with them (or divided by them).
 _SCALES = {"logits_scaling": False, "logit_scale": True, "lm_head_multiplier": True}
@@ -166,16 +179,64 @@ def text_loss(
     `num_items_in_batch`.
     """
     if shift_labels is None:
-        shift_labels = functional.pad(labels, (0, 1), value=IGNORE_INDEX)[..., 1:].contiguous()
+        shift_labels = _shifted(labels)
     shift_labels = shift_labels.to(logits.device)
-    # A copy, so that the caller's logits stay as they are; transformers' loss would make it in float32 as well.
-    own = logits.to(torch.float32, copy=True)
-    if image_token_id < vocab_size:
-        column = own[..., image_token_id]
-        lowest = torch.finfo(own.dtype).min
-        own[..., image_token_id] = torch.where(shift_labels == image_token_id, column, lowest)
+    own = _text_logits(logits, shift_labels, image_token_id)
     loss: torch.Tensor = ForCausalLMLoss(own, labels, vocab_size, shift_labels=shift_labels, **options)
     return loss
+
+
+def chunked_text_loss(
+    head: nn.Module,
+    hidden: torch.Tensor,
+    labels: torch.Tensor,
+    *,
+    image_token_id: int,
+    num_items_in_batch: torch.Tensor | int | None = None,
+) -> torch.Tensor:
+    """Compute `text_loss` from hidden states: logits of labelled positions only, `LOSS_CHUNK` of them at a time.
+
+    The backward pass computes each chunk's logits again, so that no tensor of all positions and the whole vocabulary is
+    ever there. (torch's own `linear_cross_entropy` is newer than the oldest torch we support, and knows neither
+    image token nor heads that scale, cap or are sharded: the head is called as the module that it is.)
+
+    Args:
+        head: (positions, D) -> (positions, V).
+        hidden: (B, T, D), of the positions of `labels`.
+        labels: (B, T), `IGNORE_INDEX` where nothing is supervised.
+        image_token_id: as for `text_loss`.
+        num_items_in_batch: what the sum is divided by; None is the number of labels.
+    """
+    targets = _shifted(labels).flatten().to(hidden.device)
+    places = (targets != IGNORE_INDEX).nonzero().flatten()
+    count = len(places)
+    if not count:
+        # Distributed engines wait for the head's gradient, be it zero.
+        places = places.new_zeros(1)
+    chunks = zip(hidden.flatten(0, 1)[places].split(LOSS_CHUNK), targets[places].split(LOSS_CHUNK), strict=True)
+    sums = [checkpoint(_summed_loss, head, *chunk, image_token_id, use_reentrant=False) for chunk in chunks]
+    total = torch.stack(sums).sum()
+    return total / torch.as_tensor(count if num_items_in_batch is None else num_items_in_batch, device=total.device)
+
+
+def _summed_loss(head: nn.Module, hidden: torch.Tensor, targets: torch.Tensor, image_token_id: int) -> torch.Tensor:
+    own = _text_logits(head(hidden), targets, image_token_id)
+    return functional.cross_entropy(own, targets, ignore_index=IGNORE_INDEX, reduction="sum")
+
+
+def _shifted(labels: torch.Tensor) -> torch.Tensor:
+    """For each position, the label that follows."""
+    return functional.pad(labels, (0, 1), value=IGNORE_INDEX)[..., 1:].contiguous()
+
+
+def _text_logits(logits: torch.Tensor, targets: torch.Tensor, image_token_id: int) -> torch.Tensor:
+    """Logits in float32 without the image token's, but where it is the target."""
+    # A copy, so that the caller's logits stay as they are; a loss would make it in float32 as well.
+    own = logits.to(torch.float32, copy=True)
+    if image_token_id < own.shape[-1]:
+        column = own[..., image_token_id]
+        own[..., image_token_id] = torch.where(targets == image_token_id, column, torch.finfo(own.dtype).min)
+    return own
 
 
 def _candidates(config: Any, *, bias: bool) -> Iterator[HeadSettings]:

@@ -31,6 +31,7 @@ from transformers import (
     initialization,
 )
 from transformers.modeling_outputs import BaseModelOutputWithPooling
+from transformers.models.llava.modeling_llava import LlavaCausalLMOutputWithPast
 from transformers.utils.generic import can_return_tuple
 
 from integrations.llava.image_layout import AnyResLayout, ImageSize
@@ -53,7 +54,7 @@ from .injection import (
     leading_maps,
     prepare_layers,
 )
-from .language_head import build_head, text_loss
+from .language_head import build_head, chunked_text_loss, text_loss
 from .parts import (
     Projector,
     build_part,
@@ -373,6 +374,17 @@ class FusedLlavaForConditionalGeneration(_LoadsWhole, GeneratesFromImages, Llava
     def set_output_embeddings(self, new_embeddings: Any) -> None:
         """Put another linear layer in the head's place; scale and cap of the language model's logits stay."""
         self.lm_head = build_head(new_embeddings, self.config.head)
+
+    @functools.wraps(LlavaForConditionalGeneration.forward)
+    def forward(self, *args: Any, **kwargs: Any) -> Any:  # type: ignore[override]
+        """As LlavaForConditionalGeneration; with `cross_entropy="chunked"` the loss alone, as `chunked_text_loss`."""
+        if kwargs.pop("cross_entropy", "plain") == "plain":
+            return super().forward(*args, **kwargs)
+        labels, divisor = kwargs.pop("labels"), kwargs.pop("num_items_in_batch", None)
+        hidden = self.model(*args, **kwargs)[0]
+        image = self.config.image_token_index
+        loss = chunked_text_loss(self.lm_head, hidden, labels, image_token_id=image, num_items_in_batch=divisor)
+        return LlavaCausalLMOutputWithPast(loss=loss)
 
     def loss_function(
         self,

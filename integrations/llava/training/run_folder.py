@@ -53,6 +53,7 @@ _FREE = {
     "num_workers",
     "log_every",
     "cache_images",
+    "cross_entropy",
 }
 
 

@@ -334,6 +334,8 @@ def stage_trainer(
         loss_average=config.loss_average,
         group_by_modality=config.group_by_modality,
         lengths=lengths,
+        # Nothing is generated, so that keys and values need not be kept.
+        options={"use_cache": False, "cross_entropy": config.cross_entropy},
         callbacks=list(callbacks),
     )
     set_precision(config.engine, trainer)

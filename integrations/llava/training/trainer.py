@@ -51,6 +51,7 @@ class LlavaTrainer(CheckpointingTrainer):
             supervised token of an optimizer step weighs alike.
         group_by_modality: use `ModalityLengthSampler`.
         lengths: of the samples, for that sampler; None: `lengths` of the data set.
+        options: arguments of every call of the model, beside the batch.
         **kwargs: Trainer's.
     """
 
@@ -62,6 +63,7 @@ class LlavaTrainer(CheckpointingTrainer):
         loss_average: Literal["micro_batch", "token"] = "micro_batch",
         group_by_modality: bool = False,
         lengths: Sequence[int] | None = None,
+        options: Mapping[str, Any] | None = None,
         **kwargs: Any,
     ) -> None:
         if args.n_gpu > 1:
@@ -75,6 +77,7 @@ class LlavaTrainer(CheckpointingTrainer):
         super().__init__(args=args, **kwargs)
         self.learning_rates, self.loss_average = learning_rates, loss_average
         self.group_by_modality, self.lengths = group_by_modality, lengths
+        self.options = dict(options or {})
         self._step = OptimizerStep(0, 0.0, [])
         self._made: list[OptimizerStep] = []
         self._unchecked: tuple[OptimizerStep, Later] | None = None
@@ -153,7 +156,8 @@ class LlavaTrainer(CheckpointingTrainer):
         The sum of the tokens' losses is divided by `num_items_in_batch`, or by the number of supervised tokens.
         """
         own = _num_supervised(inputs["labels"]).clamp(min=1)
-        outputs = model(**inputs, num_items_in_batch=own if num_items_in_batch is None else num_items_in_batch)
+        divisor = own if num_items_in_batch is None else num_items_in_batch
+        outputs = model(**inputs, **self.options, num_items_in_batch=divisor)
         loss = outputs["loss"]
         if num_items_in_batch is not None:
             # Every engine takes the mean over processes.

@@ -44,8 +44,19 @@ def test_operations_of_layer_injection_are_the_projectors(name: str, stage: str,
     check_operations(small_recipe(name, llm_folder, EAGER | INJECTED[name]), stage, checkpointing=True)
 
 
-def check_operations(recipe: Recipe, stage: str, checkpointing: bool) -> None:
-    config = replace(recipe.stage(stage), precision="fp32", gradient_checkpointing=checkpointing)
+@pytest.mark.parametrize("stage", ["pretrain", "finetune"])
+@pytest.mark.parametrize("name", ["mmfuser_7b", "mmfuser_7b_lora"])
+def test_logits_by_chunks_are_computed_twice(name: str, stage: str, llm_folder: Path) -> None:
+    check_operations(small_recipe(name, llm_folder, EAGER), stage, checkpointing=True, cross_entropy="chunked")
+
+
+def check_operations(recipe: Recipe, stage: str, checkpointing: bool, cross_entropy: str = "plain") -> None:
+    config = replace(
+        recipe.stage(stage),
+        precision="fp32",
+        gradient_checkpointing=checkpointing,
+        cross_entropy=cross_entropy,  # type: ignore[arg-type]
+    )
     assembled = assemble(recipe.model, config)
     model = assembled.model.train()
     if checkpointing:
@@ -53,7 +64,7 @@ def check_operations(recipe: Recipe, stage: str, checkpointing: bool) -> None:
         getattr(model, f"{switch}_checkpointing_enable")({"use_reentrant": False})
     # The backbone's attention as matrix products: which fused kernels torch counts depends on its version and the CPU.
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as forward:
-        loss = model(**make_batch(assembled, samples=1, text=TEXT)).loss
+        loss = model(**make_batch(assembled, samples=1, text=TEXT), cross_entropy=cross_entropy).loss
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as backward:
         loss.backward()
 
@@ -74,7 +85,10 @@ def estimate(model_config: ModelConfig, config: StageConfig) -> dict[str, PartFl
     model, _ = build_on_meta(model_config, config)
     facts = model_facts(model)
     tokens = facts.tokens_per_image + TEXT
-    return sample_flops(model, facts, images=1, tokens=tokens, checkpointing=config.gradient_checkpointing)
+    # What follows the last token has no label.
+    labelled = tokens - 1 if config.cross_entropy == "chunked" else None
+    recomputed = config.gradient_checkpointing
+    return sample_flops(model, facts, images=1, tokens=tokens, checkpointing=recomputed, labelled=labelled)
 
 
 def test_a_text_only_sample_costs_nothing_in_the_backbone(llm_folder: Path) -> None:
