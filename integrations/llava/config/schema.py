@@ -118,7 +118,7 @@ class StageConfig(Checked):
         loss_average: "micro_batch" averages the means of the micro batches, as the published code does; "token"
             weighs every supervised token alike.
         cross_entropy: "chunked" computes logits where labels are, some at a time, "plain" those of all positions at
-            once; the loss is the same to rounding.
+            once, as zero3 always does; the loss is the same to rounding.
         epochs: passes over the data; ignored if `max_steps` is given.
         max_steps: optimizer steps.
         warmup_ratio: part of the steps over which the learning rate rises.
@@ -195,6 +195,15 @@ class StageConfig(Checked):
                 f"feature_cache_dtype is {self.feature_cache_dtype!r}, and there is no feature_cache whose maps could "
                 "have it; name its folder (feature_cache), or leave feature_cache_dtype out."
             )
+
+    @property
+    def logits_in_chunks(self) -> bool:
+        """Whether logits are computed by chunks.
+
+        Never with ZeRO-3: its processes gather a module's weights whenever it is called, together, and one that has
+        fewer labels calls the head less often.
+        """
+        return self.cross_entropy == "chunked" and self.engine != "zero3"
 
     def batches(self, num_processes: int = 1) -> tuple[int, int]:
         """Samples per process at a time, and how many times a process takes them in one optimizer step.

@@ -128,7 +128,7 @@ def _stage_report(
         images=tiles,
         tokens=tokens,
         checkpointing=config.gradient_checkpointing is True,
-        labelled=workload.text_tokens if config.cross_entropy == "chunked" else None,
+        labelled=workload.text_tokens if config.logits_in_chunks else None,
     )
     numbers = [number for number in num_gpus if config.batch_size % (number * (config.micro_batch_size or 1)) == 0]
     return StageReport(

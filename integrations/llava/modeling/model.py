@@ -384,7 +384,7 @@ class FusedLlavaForConditionalGeneration(_LoadsWhole, GeneratesFromImages, Llava
         hidden = self.model(*args, **kwargs)[0]
         image = self.config.image_token_index
         loss = chunked_text_loss(self.lm_head, hidden, labels, image_token_id=image, num_items_in_batch=divisor)
-        return LlavaCausalLMOutputWithPast(loss=loss)
+        return LlavaCausalLMOutputWithPast(loss=loss)  # type: ignore[arg-type]
 
     def loss_function(
         self,

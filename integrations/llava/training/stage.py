@@ -335,7 +335,7 @@ def stage_trainer(
         group_by_modality=config.group_by_modality,
         lengths=lengths,
         # Nothing is generated, so that keys and values need not be kept.
-        options={"use_cache": False, "cross_entropy": config.cross_entropy},
+        options={"use_cache": False, "cross_entropy": "chunked" if config.logits_in_chunks else "plain"},
         callbacks=list(callbacks),
     )
     set_precision(config.engine, trainer)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -43,3 +44,11 @@ def test_losses_and_weights_are_those_of_the_plain_way(
     torch.testing.assert_close(losses(lean), losses(plain), atol=1e-5, rtol=0)
     expected = load_file(plain / "model.safetensors")
     torch.testing.assert_close(load_file(lean / "model.safetensors"), expected, atol=1e-4, rtol=0)
+
+
+def test_no_logits_in_chunks_where_every_process_has_to_call_the_head_equally_often(recipe: Recipe) -> None:
+    chunked = finetuned(recipe, cross_entropy="chunked").finetune
+
+    assert chunked.logits_in_chunks
+    assert not dataclasses.replace(chunked, engine="zero3").logits_in_chunks
+    assert not dataclasses.replace(chunked, cross_entropy="plain").logits_in_chunks
