@@ -35,7 +35,7 @@ from transformers.models.llava.modeling_llava import LlavaCausalLMOutputWithPast
 from transformers.utils.generic import can_return_tuple
 
 from integrations.llava.image_layout import AnyResLayout, ImageSize
-from layerfuse.backbones import AnyBackbone, Backbone, backbone_from_config
+from layerfuse.backbones import AnyBackbone, backbone_from_config
 from layerfuse.errors import InputError
 from layerfuse.features import FeatureMaps, Grid
 from layerfuse.fusers import Fuser, fuser_from_config
@@ -57,6 +57,7 @@ from .injection import (
 from .language_head import build_head, chunked_text_loss, text_loss
 from .parts import (
     Projector,
+    block_classes,
     build_part,
     draw,
     forbid_uncapped_attention,
@@ -141,7 +142,7 @@ class LayerfuseVisionModel(_LoadsWhole):
             keep_as_built(backbone)
         self.backbone = backbone
         # Device maps must not cut within a block.
-        self._no_split_modules = sorted({kind for member in backbone.members for kind in _block_classes(member)})
+        self._no_split_modules = sorted({kind for member in backbone.members for kind in block_classes(member)})
         self.post_init()
 
     def forward(self, pixel_values: torch.Tensor) -> FeatureMaps:
@@ -153,13 +154,6 @@ class LayerfuseVisionModel(_LoadsWhole):
         """Switch modes; a frozen backbone stays in evaluation mode, so that no dropout disturbs it."""
         super().train(mode and learns(self))
         return self
-
-
-def _block_classes(backbone: Backbone) -> set[str]:
-    """Names of the classes of a backbone's blocks, which are its largest list of modules."""
-    lists = [module for module in backbone.modules() if isinstance(module, (nn.ModuleList, nn.Sequential))]
-    blocks = max(lists, key=lambda blocks: sum(part.numel() for part in blocks.parameters()), default=())
-    return {type(block).__name__ for block in blocks}
 
 
 @dataclass

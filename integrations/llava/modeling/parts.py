@@ -19,6 +19,7 @@ from .mergers import Merger, create_merger
 
 __all__ = [
     "Projector",
+    "block_classes",
     "build_part",
     "count_parameters",
     "draw",
@@ -191,3 +192,10 @@ def count_parameters(model: nn.Module) -> dict[str, dict[str, int]]:
     for name, parameter in model.named_parameters():
         counts[part_of(name)]["trainable" if parameter.requires_grad else "frozen"] += parameter.numel()
     return counts
+
+
+def block_classes(backbone: Backbone) -> set[str]:
+    """Names of the classes of a backbone's blocks, which are its largest list of modules."""
+    lists = [module for module in backbone.modules() if isinstance(module, (nn.ModuleList, nn.Sequential))]
+    blocks = max(lists, key=lambda blocks: sum(part.numel() for part in blocks.parameters()), default=())
+    return {type(block).__name__ for block in blocks}
