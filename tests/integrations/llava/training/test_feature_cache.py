@@ -221,6 +221,16 @@ def test_zero3_is_refused() -> None:
     check_engine("zero3", num_processes=1, cpu=False, cached=True)
 
 
+@pytest.mark.parametrize("uncached", [(0, 0, 1), (0, 1, 1, 0, 1), (1, 0, 0, 1, 0)])
+def test_encoded_tiles_stand_where_they_stood_among_cached_ones(uncached: tuple[int, ...]) -> None:
+    tower = tiny_backbone("timm", layers=(1, -1)).requires_grad_(False)
+    which, pixels = torch.tensor(uncached, dtype=torch.bool), torch.randn(len(uncached), 3, 32, 32)
+    whole = image_maps(tower, pixels)
+    merged = image_maps(tower, pixels[which], whole.map(lambda tokens: tokens[~which]), which)
+    for found, expected in zip((*merged, *merged.prefix), (*whole, *whole.prefix), strict=True):
+        torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+
+
 def test_pixels_and_maps_have_to_say_which_is_which() -> None:
     tower = tiny_backbone("timm", layers=(1,))
     pixels = torch.randn(3, 3, 32, 32)
