@@ -133,7 +133,7 @@ def estimate_memory(facts: ModelFacts, config: StageConfig, *, engine: str, num_
     weights: Weights = "fp32" if config.precision == "fp32" else "autocast" if engine == "ddp" else "bf16"
     stored, gradients, optimizer, copies, first_gradients = _held(facts, config, engine, num_gpus)
     tokens = micro_batch * longest
-    chunked = config.logits_in_chunks
+    chunked = config.cross_entropy == "chunked" and engine != "zero3"
     logits = (min(tokens, LOSS_CHUNK) if chunked else tokens) * facts.vocabulary
     size = 4 if weights == "fp32" else 2
     residual = tokens * residual_bytes(facts.block, weights)
