@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from typing import Any
 
 import torch
@@ -14,7 +13,7 @@ from integrations.llava.dry_run.gpus import GPUS, Gpu
 from integrations.llava.modeling import Assembled, assemble
 from integrations.llava.synthetic import BACKBONE_FOLDER, LLM_FOLDER
 
-__all__ = ["assemble_ours", "gpu_of", "load_size", "plain_model", "replaced"]
+__all__ = ["assemble_ours", "gpu_of", "load_size", "plain_model"]
 
 # Weights are random and the tokenizer, which is at hand everywhere, is the demo's.
 _RANDOM = {"model.backbone_pretrained": False, "model.llm_pretrained": False, "model.tokenizer": str(LLM_FOLDER)}
@@ -107,9 +106,3 @@ def _load_weights(model: Any) -> None:
     model.model.vision_tower.load_state_dict(CLIPVisionModel.from_pretrained(BACKBONE_FOLDER).float().state_dict())
     model.model.language_model.load_state_dict(llm.model.state_dict())
     model.lm_head.load_state_dict(llm.lm_head.state_dict())
-
-
-def replaced(config: StageConfig, **changes: Any) -> StageConfig:
-    """Return a stage's settings with some changed, of those that this version has."""
-    known = {field.name for field in dataclasses.fields(config)}
-    return dataclasses.replace(config, **{key: value for key, value in changes.items() if key in known})

@@ -17,6 +17,7 @@ from benchmarks.memory import extra_bytes
 from benchmarks.op_inputs import Inputs, backward, check, draw_inputs, forward
 from benchmarks.peers import Attend, deformops_attention, is_installed, transformers_attention
 from benchmarks.session import Session
+from layerfuse.ops import least_traffic
 
 __all__ = ["check_oracle", "run"]
 
@@ -107,7 +108,8 @@ def _compare(
             calls[label] = _replayable(session, name, label, wrap(attend, inputs), case)  # type: ignore[operator]
     ours = tuple(label for label in _ours(session, inputs) if label in calls)
     timings = session.compare(name, calls, ours=ours, pace=session.pace(3.0, fewest=10), case=case, facts=facts)
-    moved = inputs.bytes_forward + (0 if wrap is forward else inputs.bytes_backward)
+    one_way, back = least_traffic(*inputs.leaves)
+    moved = one_way + (0 if wrap is forward else back)
     for label in ours:
         share = moved / timings[label].median / ceiling
         session.record(

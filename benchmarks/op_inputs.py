@@ -35,18 +35,6 @@ class Inputs:
         """The three tensors."""
         return self.value, self.locations, self.weights
 
-    @property
-    def bytes_forward(self) -> int:
-        """Bytes of each input once and of the output once: no forward pass moves fewer."""
-        batch_size, num_queries, num_heads = self.locations.shape[:3]
-        output = batch_size * num_queries * num_heads * self.value.shape[-1] * self.value.element_size()
-        return sum(tensor.nbytes for tensor in self.leaves) + output
-
-    @property
-    def bytes_backward(self) -> int:
-        """Bytes of the inputs and the output's gradient once, and of the three gradients once."""
-        return self.bytes_forward + sum(tensor.nbytes for tensor in self.leaves)
-
 
 def draw_inputs(
     batch_size: int,

@@ -31,7 +31,7 @@ import transformers
 from torch import nn
 from transformers import TrainerCallback
 
-from benchmarks.llava_models import assemble_ours, gpu_of, load_size, plain_model, replaced
+from benchmarks.llava_models import assemble_ours, gpu_of, load_size, plain_model
 from benchmarks.measure import Timing
 from benchmarks.plain_training import plain_trainer
 from benchmarks.session import Session, say
@@ -44,13 +44,11 @@ from integrations.llava.modeling import Assembled
 from integrations.llava.synthetic import make_dataset
 from integrations.llava.training.stage import stage_trainer
 
-__all__ = ["FAST", "StepClock", "run"]
+__all__ = ["StepClock", "run"]
 
 BENCHMARK = "training, seconds per token"
-OURS, AS_WRITTEN, UNFUSED, PLAIN = "layerfuse", "layerfuse, recipe as written", "layerfuse, no fuser", "transformers"
+OURS, UNFUSED, PLAIN = "layerfuse", "layerfuse, no fuser", "transformers"
 AS_FAST = "layerfuse, as fast as the dry run allows"
-FAST: Mapping[str, Any] = {"padding_free": True}
-"""Settings of a stage that make it faster and leave the loss as it is; those that a version lacks are left out."""
 
 GIB = 2**30
 
@@ -155,7 +153,7 @@ def _stage(session: Session, name: str, data: Path, folder: Path, *, blocks: int
     config = recipe.stage(name)
     path = data / {"pretrain": "pretrain.json", "finetune": "train.json"}[name]
     micro = session.pick(config.micro_batch_size or config.batch_size, 8, 2)
-    config = replaced(
+    config = dataclasses.replace(
         config,
         data=dataclasses.replace(config.data, path=str(path), image_folder=str(data / "images")),
         micro_batch_size=micro,
@@ -181,17 +179,17 @@ def _fitting_stage(session: Session, name: str, data: Path, folder: Path) -> Sta
 
 
 def _fastest(session: Session, stage: Stage) -> Stage:
-    """Return the stage with the fast settings, and the least that is computed twice if memory is to suffice."""
+    """Return the stage with the least that is computed twice if memory is to suffice."""
     for checkpointing in (False, "selective"):
-        changed = _changed(stage, **FAST, gradient_checkpointing=checkpointing)
+        changed = _changed(stage, gradient_checkpointing=checkpointing)
         (memory, *_) = _dry(session, changed).memory
         if memory.fits(gpu_of(session).memory) == "yes":
             return changed
-    return _changed(stage, **FAST)
+    return stage
 
 
 def _changed(stage: Stage, **settings: Any) -> Stage:
-    config = replaced(stage.config, **settings)
+    config = dataclasses.replace(stage.config, **settings)
     return dataclasses.replace(stage, config=config, recipe=dataclasses.replace(stage.recipe, **{stage.name: config}))
 
 
@@ -202,14 +200,12 @@ def _dry(session: Session, stage: Stage) -> Any:
 
 def _alternate(session: Session, stage: Stage) -> None:
     """Train the candidates in turn, each several times, all of them in memory."""
-    fast = _changed(stage, **FAST)
     bare = dataclasses.replace(stage.recipe.model, fuser="select", layers=(-2,), fuser_options={})
     unfused = dataclasses.replace(stage.recipe, model=bare)
     ours = assemble_ours(session, stage.recipe, stage.config)
     candidates = {
-        OURS: (ours, fast.config),
-        UNFUSED: (assemble_ours(session, unfused, stage.config), fast.config),
-        AS_WRITTEN: (assemble_ours(session, stage.recipe, stage.config), stage.config),
+        OURS: ours,
+        UNFUSED: assemble_ours(session, unfused, stage.config),
     }
     plain, rows = plain_model(session, ours, stage.config), _rows(stage, ours)
     seconds: dict[str, list[tuple[float, float]]] = {label: [] for label in (*candidates, PLAIN)}
@@ -218,10 +214,10 @@ def _alternate(session: Session, stage: Stage) -> None:
             if label == PLAIN:
                 clock = _train_plain(session, stage, plain, rows, ours)
             else:
-                clock = _train_ours(session, stage, *candidates[label])
+                clock = _train_ours(session, stage, candidates[label], stage.config)
             seconds[label] += clock.per_token()
     timings = {label: Timing(*map(tuple, zip(*values, strict=True))) for label, values in seconds.items()}
-    case, facts = f"{stage.recipe.name} {stage.name}", {**_facts(fast), "tokens_per_step": round(clock.tokens)}
+    case, facts = f"{stage.recipe.name} {stage.name}", {**_facts(stage), "tokens_per_step": round(clock.tokens)}
     session.record_timings(BENCHMARK, timings, ours=tuple(candidates), case=case, facts=facts)
 
 
@@ -279,12 +275,11 @@ def _free() -> None:
 
 def _facts(stage: Stage) -> dict[str, Any]:
     config = stage.config
-    settings = {key: getattr(config, key) for key in (*FAST, "gradient_checkpointing") if hasattr(config, key)}
     return {
         "stage": stage.name,
         "batch_size": config.batch_size,
         "precision": config.precision,
-        "our_settings": settings,
+        "our_settings": {"gradient_checkpointing": config.gradient_checkpointing},
     }
 
 

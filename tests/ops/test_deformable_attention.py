@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from typing import Any
 
 import pytest
 import torch
@@ -11,31 +12,14 @@ from hypothesis import strategies as st
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from layerfuse.ops import IMPLEMENTATIONS, deformable_attention
+from tests.ops.drawn_inputs import drawn_inputs
 
 PATHS = tuple(name for name in IMPLEMENTATIONS if name != "auto")
 Inputs = tuple[torch.Tensor, list[tuple[int, int]], torch.Tensor, torch.Tensor]
 
 
-def _inputs(
-    grids: list[tuple[int, int]],
-    *,
-    batch_size: int = 2,
-    num_queries: int = 5,
-    num_heads: int = 3,
-    head_channels: int = 4,
-    num_points: int = 2,
-    dtype: torch.dtype = torch.float64,
-    seed: int = 0,
-) -> Inputs:
-    """Random inputs; about half of the points lie outside the map."""
-    generator = torch.Generator().manual_seed(seed)
-
-    def draw(*shape: int) -> torch.Tensor:
-        return torch.randn(*shape, generator=generator, dtype=torch.float64).to(dtype)
-
-    value = draw(batch_size, sum(h * w for h, w in grids), num_heads, head_channels)
-    locations = draw(batch_size, num_queries, num_heads, len(grids), num_points, 2) * 0.8 + 0.5
-    weights = draw(batch_size, num_queries, num_heads, len(grids), num_points)
+def _inputs(grids: list[tuple[int, int]], **options: Any) -> Inputs:
+    value, locations, weights = drawn_inputs(grids, **options)
     return value, grids, locations, weights
 
 

@@ -9,6 +9,7 @@ import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -18,25 +19,16 @@ from hypothesis import strategies as st
 from layerfuse.ops import deformable_attention
 from layerfuse.ops.deformable import compiled, native
 from layerfuse.ops.deformable.compiled import compiled_library
+from tests.ops.drawn_inputs import drawn_inputs
 
 needs_compiler = pytest.mark.skipif(not native.can_run("cpu"), reason="there is no C compiler")
 
 
 def _inputs(
-    grids: list[tuple[int, int]],
-    *,
-    batch_size: int = 2,
-    num_queries: int = 5,
-    num_heads: int = 3,
-    head_channels: int = 8,
-    num_points: int = 3,
-    seed: int = 0,
+    grids: list[tuple[int, int]], *, head_channels: int = 8, num_points: int = 3, **options: Any
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    generator = torch.Generator().manual_seed(seed)
-    value = torch.randn(batch_size, sum(h * w for h, w in grids), num_heads, head_channels, generator=generator)
-    locations = torch.randn(batch_size, num_queries, num_heads, len(grids), num_points, 2, generator=generator) * 0.8
-    weights = torch.randn(batch_size, num_queries, num_heads, len(grids), num_points, generator=generator)
-    return value, locations + 0.5, weights
+    sizes = {"head_channels": head_channels, "num_points": num_points}
+    return drawn_inputs(grids, dtype=torch.float32, **sizes, **options)
 
 
 def _run(

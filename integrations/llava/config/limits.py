@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 import typing
+from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Annotated, Literal, get_args, get_origin
+from typing import Annotated, Any, Literal, get_args, get_origin
 
 from layerfuse.errors import InputError
 
-__all__ = ["Checked", "Count", "Natural", "Positive", "Rate", "Seed", "Share", "Within"]
+__all__ = ["Checked", "Count", "Natural", "Positive", "Rate", "Seed", "Share", "Within", "listed_words"]
 
 
 @dataclass(frozen=True)
@@ -41,13 +42,18 @@ Positive = Annotated[float, Within(0, above=True)]
 Share = Annotated[float, Within(0, 1)]
 
 
+def listed_words(kinds: Iterable[Any]) -> list[str]:
+    """Words that types list, those of `Literal`; other types list none."""
+    return [word for kind in kinds if get_origin(kind) is Literal for word in get_args(kind)]
+
+
 class Checked:
     """A dataclass whose numbers lie within the limits that their types declare, and words among those they list."""
 
     def __post_init__(self) -> None:
         for name, kind in typing.get_type_hints(type(self), include_extras=True).items():
             value = getattr(self, name)
-            words = [word for part in (kind, *get_args(kind)) if get_origin(part) is Literal for word in get_args(part)]
+            words = listed_words((kind, *get_args(kind)))
             # What is no text is held against the other types of a choice where a recipe is read.
             if words and value not in words and (get_origin(kind) is Literal or isinstance(value, str)):
                 raise InputError(f"{name} is {value!r}; give one of: {', '.join(map(str, words))}.")

@@ -13,6 +13,7 @@ from typing import Any, Literal, get_args, get_origin
 
 from layerfuse.errors import InputError
 
+from .limits import listed_words
 from .yaml_syntax import Word
 
 __all__ = ["alternatives", "decode", "field_types", "is_mapping", "is_text"]
@@ -57,7 +58,7 @@ def decode(kind: Any, value: Any, key: str = "") -> Any:
     if value is None and _is_optional(kind):
         return None
     if choices := alternatives(kind):
-        words = [word for each in choices[1:] if get_origin(each) is Literal for word in get_args(each)]
+        words = listed_words(choices[1:])
         return (
             _word_or(choices[0], words, value, key)
             if words

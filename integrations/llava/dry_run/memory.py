@@ -38,7 +38,7 @@ of which the block that is computed again shares s (Q + K + 2 F) + 4 h.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from integrations.llava.config import StageConfig
@@ -133,7 +133,7 @@ def estimate_memory(facts: ModelFacts, config: StageConfig, *, engine: str, num_
     weights: Weights = "fp32" if config.precision == "fp32" else "autocast" if engine == "ddp" else "bf16"
     stored, gradients, optimizer, copies, first_gradients = _held(facts, config, engine, num_gpus)
     tokens = micro_batch * longest
-    chunked = config.cross_entropy == "chunked" and engine != "zero3"
+    chunked = replace(config, engine=engine).logits_in_chunks  # type: ignore[arg-type]  # a name from `ENGINES`
     logits = (min(tokens, LOSS_CHUNK) if chunked else tokens) * facts.vocabulary
     size = 4 if weights == "fp32" else 2
     residual = tokens * residual_bytes(facts.block, weights)
