@@ -27,7 +27,7 @@ class Collator:
             `input_ids`, `attention_mask`, `labels` (B, T); `pixel_values` (tiles of all images, C, height, width) and
             `image_sizes`, a list of (height, width), if there are any, with them `condition` (images, Q), ids filled up
             with `IGNORE_INDEX`, where samples have it; for tiles that came from a cache `feature_maps` in place of
-            `pixel_values`, and if there are both `uncached` (tiles of all images,), True for pixels; `sample_ids`, B
+            `pixel_values`, and if there are both `uncached`, a list with True for each tile of pixels; `sample_ids`, B
             texts, where samples have an `id`; `skipped`, why samples are void, if any is.
         """
         ids = [sample["input_ids"] for sample in samples]
@@ -44,7 +44,7 @@ class Collator:
         if maps:
             batch["feature_maps"] = FeatureMaps.cat(maps)
         if maps and len(pixels):
-            batch["uncached"] = torch.tensor([tile for sample in samples for tile in sample["uncached"]])
+            batch["uncached"] = [tile for sample in samples for tile in sample["uncached"]]
         if maps or len(pixels):
             if "image_sizes" in samples[0]:
                 # Numbers, not a tensor: the model reads them, and would make the host wait for a GPU.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -19,7 +20,7 @@ def image_maps(
     tower: Any,
     pixels: torch.Tensor | None = None,
     cached: FeatureMaps | None = None,
-    uncached: torch.Tensor | None = None,
+    uncached: Sequence[bool] | None = None,
 ) -> FeatureMaps:
     """Encode tiles, and put them among those whose maps are there already; a frozen backbone builds no graph.
 
@@ -28,7 +29,8 @@ def image_maps(
         pixels: (tiles, C, height, width) of the tiles that have no maps, prepared, or uint8, which the backbone's
             preprocessing normalises here, on their device; None only if all have maps.
         cached: maps of the others, as the same tower computed them; None if there are none.
-        uncached: (tiles,), True where a tile's pixels are given; needed if there are pixels and maps.
+        uncached: for each tile, True where its pixels are given; needed if there are pixels and maps. Numbers of the
+            host, so that it does not wait for a GPU.
 
     Raises:
         ValueError: if there are both, and `uncached` does not say which is which.
@@ -47,17 +49,18 @@ def image_maps(
     return encoded if cached is None else _merged(encoded, cached, uncached)
 
 
-def _merged(encoded: FeatureMaps, cached: FeatureMaps, uncached: torch.Tensor | None) -> FeatureMaps:
+def _merged(encoded: FeatureMaps, cached: FeatureMaps, uncached: Sequence[bool] | None) -> FeatureMaps:
     counts = (encoded.batch_size, cached.batch_size)
-    if uncached is None or uncached.shape != (sum(counts),) or int(uncached.sum()) != counts[0]:
+    if uncached is None or (len(uncached), sum(uncached)) != (sum(counts), counts[0]):
         raise InputError(
             f"pixel_values are of {counts[0]} tiles and feature_maps of {counts[1]} others; give uncached, "
             f"{sum(counts)} booleans, True where a tile is one of the former."
         )
-    # Where each tile stands once the encoded ones come first, then the others, each in their order.
-    order = torch.argsort(torch.argsort(~uncached, stable=True))
 
-    def merge(first: tuple[torch.Tensor, ...], second: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
-        return tuple(torch.cat([own, other.to(own.dtype)])[order] for own, other in zip(first, second, strict=True))
+    def merge(first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
+        new, old = iter(first.split(1)), iter(second.to(first.dtype).split(1))
+        return torch.cat([next(new if own else old) for own in uncached])
 
-    return replace(encoded, maps=merge(encoded.maps, cached.maps), prefix=merge(encoded.prefix, cached.prefix))
+    maps = tuple(merge(*tokens) for tokens in zip(encoded.maps, cached.maps, strict=True))
+    prefix = tuple(merge(*tokens) for tokens in zip(encoded.prefix, cached.prefix, strict=True))
+    return replace(encoded, maps=maps, prefix=prefix)

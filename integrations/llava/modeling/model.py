@@ -241,7 +241,7 @@ class FusedLlavaModel(_LoadsWhole, LlavaModel):
         image_sizes: torch.Tensor | Sequence[ImageSize] | None = None,
         condition: torch.Tensor | None = None,
         feature_maps: FeatureMaps | None = None,
-        uncached: torch.Tensor | None = None,
+        uncached: Sequence[bool] | None = None,
         **_: Any,  # transformers passes what its own towers take
     ) -> BaseModelOutputWithPooling:
         """Encode, fuse and project images.
@@ -256,7 +256,7 @@ class FusedLlavaModel(_LoadsWhole, LlavaModel):
             condition: what a fuser with a condition reads of each image's question: (B, D_c); or (B, Q) token ids,
                 filled up with -100, whose mean embedding it is.
             feature_maps: of tiles that are encoded already, (tiles, N, C) each, in place of their pixels.
-            uncached: (tiles of all images,), True where a tile's pixels are given, if there are pixels and maps.
+            uncached: for each tile of all images, True where its pixels are given, if there are pixels and maps.
 
         Returns:
             `last_hidden_state`: (B, N, C_out) fused tokens, or those of all tiles; `pooler_output`: B tensors (N, D),

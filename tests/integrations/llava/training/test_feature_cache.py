@@ -25,6 +25,7 @@ from integrations.llava.training.train import train
 from layerfuse import files
 from layerfuse.errors import InputError
 from layerfuse.testing import tiny_backbone
+from tests.integrations.llava.host_waits import HostWaits
 from tests.integrations.llava.training.process_pairs import Nursery
 from tests.integrations.llava.training.test_resume import StopAt
 from tests.integrations.llava.training.trained_models import MODELS, model_recipe
@@ -58,7 +59,7 @@ def finetune_files(folder: Path) -> list[Path]:
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_every_kind_of_model_has_the_loss_and_gradients_that_pixels_give(
+def test_every_kind_of_model_has_the_loss_and_gradients_that_pixels_give_without_a_wait(
     name: str, backbone_folder: Path, llm_folder: Path, sized_folder: Path, tmp_path: Path
 ) -> None:
     recipe = model_recipe(name, backbone_folder, llm_folder, sized_folder)
@@ -79,9 +80,13 @@ def test_every_kind_of_model_has_the_loss_and_gradients_that_pixels_give(
         # Samples of several sizes, and one of text alone.
         batch: Any = trainer.data_collator([dataset[index] for index in (0, 3, 8, 1)])
         given = {key: value for key, value in batch.items() if key != "sample_ids"}
-        loss = model.train()(**given).loss
-        wanted = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        return loss.detach(), list(torch.autograd.grad(loss, wanted, allow_unused=True, materialize_grads=True))
+        with HostWaits() as waits:
+            loss = model.train()(**given, cross_entropy="chunked").loss
+            wanted = [parameter for parameter in model.parameters() if parameter.requires_grad]
+            gradients = torch.autograd.grad(loss, wanted, allow_unused=True, materialize_grads=True)
+        # Which positions have labels is read, and nothing else.
+        assert set(waits.found) <= {"chunked_text_loss"}
+        return loss.detach(), list(gradients)
 
     cache = dataset.cache
     whole, expected = measured(None)
@@ -226,7 +231,7 @@ def test_encoded_tiles_stand_where_they_stood_among_cached_ones(uncached: tuple[
     tower = tiny_backbone("timm", layers=(1, -1)).requires_grad_(False)
     which, pixels = torch.tensor(uncached, dtype=torch.bool), torch.randn(len(uncached), 3, 32, 32)
     whole = image_maps(tower, pixels)
-    merged = image_maps(tower, pixels[which], whole.map(lambda tokens: tokens[~which]), which)
+    merged = image_maps(tower, pixels[which], whole.map(lambda tokens: tokens[~which]), which.tolist())
     for found, expected in zip((*merged, *merged.prefix), (*whole, *whole.prefix), strict=True):
         torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
 
@@ -236,11 +241,11 @@ def test_pixels_and_maps_have_to_say_which_is_which() -> None:
     pixels = torch.randn(3, 3, 32, 32)
     whole = tower(pixels).detach()
     mask = torch.tensor([True, False, True])
-    found = image_maps(tower, pixels[mask], whole.map(lambda tokens: tokens[~mask].bfloat16()), mask)
+    found = image_maps(tower, pixels[mask], whole.map(lambda tokens: tokens[~mask].bfloat16()), mask.tolist())
     assert torch.equal(found[0][0], whole[0][0]) and torch.equal(found.prefix[0][2], whole.prefix[0][2])
     assert found[0].dtype == torch.float32
     torch.testing.assert_close(found[0][1], whole[0][1], atol=1e-2, rtol=1e-2)
-    for wrong in (None, mask[:2], ~mask):
+    for wrong in (None, [True, True], [False, True, False]):
         with pytest.raises(InputError, match="pixel_values are of 2 tiles and feature_maps of 1 others; give uncached"):
             image_maps(tower, pixels[mask], whole.map(lambda tokens: tokens[~mask]), wrong)
 
