@@ -24,17 +24,18 @@ from transformers import TrainingArguments
 
 from integrations.llava.config import StageConfig
 from integrations.llava.data import ModalityLengthSampler, ShuffleSampler
-from integrations.llava.modeling import FusedLlavaForConditionalGeneration, part_of
+from integrations.llava.modeling import FusedLlavaForConditionalGeneration
 from integrations.llava.prompts import IGNORE_INDEX
 from layerfuse.files import write_text
 
 from .distributed import any_process
 from .engines import engine_arguments
 from .loss_guard import BrokenBatch, Later, NonFiniteLossError, OptimizerStep
+from .optimizer import parameter_groups
 from .resume import CheckpointingTrainer
 from .signals import start_deaf
 
-__all__ = ["LlavaTrainer", "parameter_groups", "training_arguments"]
+__all__ = ["LlavaTrainer", "training_arguments"]
 
 _log = logging.getLogger(__name__)
 
@@ -242,40 +243,6 @@ class LlavaTrainer(CheckpointingTrainer):
             file.parent.mkdir(parents=True, exist_ok=True)
             write_text(file, json.dumps(error.to_dict(), indent=2) + "\n")
         raise error
-
-
-def parameter_groups(
-    model: nn.Module, *, learning_rate: float, learning_rates: Mapping[str, float] | None = None, weight_decay: float
-) -> list[dict[str, Any]]:
-    """Groups of trainable parameters for a torch optimizer, none empty; `names` lists the parameters of each.
-
-    Biases and everything inside norms are never decayed.
-
-    Args:
-        model: the whole model.
-        learning_rate: of parts that `learning_rates` does not name.
-        learning_rates: part -> its peak learning rate.
-        weight_decay: of the parameters that are decayed.
-    """
-    norms = {
-        f"{path}.{name}"
-        for path, module in model.named_modules()
-        if "Norm" in type(module).__name__
-        for name, _ in module.named_parameters(recurse=False)
-    }
-    rates = {"": learning_rate, **(learning_rates or {})}
-    groups: dict[tuple[str, bool], dict[str, Any]] = {
-        (part, decayed): {"params": [], "names": [], "weight_decay": weight_decay if decayed else 0.0, "lr": rate}
-        for part, rate in rates.items()
-        for decayed in (True, False)
-    }
-    for name, parameter in model.named_parameters():
-        if parameter.requires_grad:
-            part = part_of(name)
-            group = groups[part if part in rates else "", name not in norms and "bias" not in name]
-            group["params"].append(parameter)
-            group["names"].append(name)
-    return [group for group in groups.values() if group["params"]]
 
 
 def training_arguments(

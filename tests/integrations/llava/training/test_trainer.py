@@ -13,7 +13,7 @@ from transformers import TrainingArguments
 
 from integrations.llava.training.loss_guard import NonFiniteLossError
 from integrations.llava.training.metrics_log import RunLog
-from integrations.llava.training.trainer import parameter_groups
+from integrations.llava.training.optimizer import parameter_groups
 from tests.integrations.llava.training.process_pairs import Nursery
 from tests.integrations.llava.training.tiny_training import (
     BREAKS_GRADIENTS,
