@@ -5,6 +5,7 @@
 #   make demo FUSERS="select average mmfuser"          other fusers
 #   make demo SEEDS="0 1 2"                            more than one seed
 #   make demo IMAGE=photo.jpg PROMPT="How many ..."    also answer a question about a photograph
+#   make demo FEATURE_CACHE=runs/features              feature maps on disk, which all runs share
 #   make test | test-slow | check | assets | build
 #   make eval-fixtures                                 made-up data of all benchmarks and two tiny checkpoints to try tables with
 #   make test-latest                                   the tests with the newest versions that pyproject.toml allows
@@ -25,7 +26,8 @@ override FUSERS := $(value FUSERS)
 override SEEDS := $(value SEEDS)
 override IMAGE := $(value IMAGE)
 override PROMPT := $(value PROMPT)
-export FUSERS SEEDS IMAGE PROMPT
+override FEATURE_CACHE := $(value FEATURE_CACHE)
+export FUSERS SEEDS IMAGE PROMPT FEATURE_CACHE
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test test-slow eval-fixtures test-latest test-oldest test-lmms versions check assets build clean
@@ -57,6 +59,7 @@ demo: $(INSTALLED)
 	[ -z "$$SEEDS" ] || set -- "$$@" --seeds $$SEEDS ; \
 	[ -z "$$IMAGE" ] || set -- "$$@" --image "$$IMAGE" ; \
 	[ -z "$$PROMPT" ] || set -- "$$@" --prompt "$$PROMPT" ; \
+	[ -z "$$FEATURE_CACHE" ] || set -- "$$@" --feature-cache "$$FEATURE_CACHE" ; \
 	exec $(BIN)/python -m integrations.llava demo "$$@"
 
 # One thread a worker: two workers with two threads each would fight over two cores. Each begins with one half of the

@@ -23,6 +23,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if argv is None else argv)
     parser = _parser()
     given = vars(parser.parse_args(arguments))
+    if given["feature_cache"] is True:
+        given["feature_cache"] = given["output"] / "features"
     settings = DemoSettings(**{**given, "fusers": tuple(given["fusers"]), "seeds": tuple(given["seeds"])})
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     quiet_bars()
@@ -86,6 +88,15 @@ def _parser() -> argparse.ArgumentParser:
     add("--image", type=Path, metavar="FILE", help="a photograph of yours; needs --prompt")
     add("--prompt", metavar="TEXT", help="a question about the photograph")
     add("--recipe", default=given.recipe, help=f"name or file of what all runs share (default: {given.recipe})")
+    add(
+        "--feature-cache",
+        nargs="?",
+        type=Path,
+        const=True,
+        metavar="FOLDER",
+        help="encode an image once for all runs, and keep its feature maps on disk (default: off; the folder features "
+        "in the output)",
+    )
     number("--pretrain-steps", "optimizer steps of the first stage")
     number("--finetune-steps", "optimizer steps of the second stage")
     number("--batch-size", "samples a step in both stages")

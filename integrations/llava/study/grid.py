@@ -36,6 +36,8 @@ class DemoSettings:
         data_seed: of the images and questions.
         num_examples: test images that the report shows.
         num_probe_images: images that the probes are fitted on; a third as many test images score them.
+        feature_cache: folder of the frozen backbone's maps, which all runs share; none if None. Recipes that name one
+            themselves may leave it out.
         image: a photograph of the user's.
         prompt: a question about it.
     """
@@ -52,6 +54,7 @@ class DemoSettings:
     data_seed: int = 0
     num_examples: int = 6
     num_probe_images: int = 1500
+    feature_cache: Path | None = None
     image: Path | None = None
     prompt: str | None = None
 
@@ -81,8 +84,13 @@ def check_settings(settings: DemoSettings) -> None:
             f"recipe {settings.recipe} names {count} backbones, and a demo probes the layers of one; name one backbone "
             "in the recipe, or train and evaluate it by the commands of their own."
         )
+    # Refuses what does not go with the rest of the recipe.
+    run_recipe(settings, settings.fusers[0], settings.seeds[0], settings.output)
     _check_photo(settings)
-    _check_output(settings.output)
+    refuse_foreign(settings.output, (REPORT_FILE, RESULTS_FILE))
+    _check_folder("output", settings.output)
+    if settings.feature_cache is not None:
+        _check_folder("feature-cache", settings.feature_cache)
 
 
 def _check_photo(settings: DemoSettings) -> None:
@@ -97,19 +105,18 @@ def _check_photo(settings: DemoSettings) -> None:
     read_image(settings.image)
 
 
-def _check_output(folder: Path) -> None:
-    refuse_foreign(folder, (REPORT_FILE, RESULTS_FILE))
+def _check_folder(what: str, folder: Path) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
             pass
     except (FileExistsError, NotADirectoryError) as error:
         raise FileAccessError(
-            f"output {folder} is a file, or lies inside one; give a folder: --output runs/demo."
+            f"{what} {folder} is a file, or lies inside one; give a folder: --{what} FOLDER."
         ) from error
     except OSError as error:
         raise FileAccessError(
-            f"output folder {folder} cannot be written to ({error.strerror}); choose another: --output FOLDER."
+            f"{what} folder {folder} cannot be written to ({error.strerror}); choose another: --{what} FOLDER."
         ) from error
 
 
@@ -129,4 +136,6 @@ def run_recipe(settings: DemoSettings, fuser: str, seed: int, data: Path) -> Rec
     for stage, (file, steps) in stages.items():
         values |= {f"{stage}.seed": seed, f"{stage}.max_steps": steps, f"{stage}.batch_size": settings.batch_size}
         values |= {f"{stage}.data.path": str(data / file), f"{stage}.data.image_folder": str(data / "images")}
+        # Each layer is a map of its own there, so that one folder serves fusers that tap others.
+        values[f"{stage}.feature_cache"] = None if settings.feature_cache is None else str(settings.feature_cache)
     return load_recipe(settings.recipe, {key: value for key, value in values.items() if value is not None})

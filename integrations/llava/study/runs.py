@@ -13,7 +13,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from integrations.llava._files import json_lines
 from integrations.llava.checkpoints import load_model
-from integrations.llava.config import STAGES, Recipe, dump_recipe
+from integrations.llava.config import STAGES, Recipe
 from integrations.llava.evaluation import evaluate, read_predictions, read_questions, score_answers, summarise
 from integrations.llava.synthetic import KINDS
 from integrations.llava.training import RunFolder, train
@@ -74,15 +74,24 @@ def _backbones(recipe: Recipe) -> tuple[str, ...]:
     return named if isinstance(named, tuple) else (named,)
 
 
-def _train(recipe: Recipe, folder: Path, data: Path) -> str:
-    fingerprint = digest(
+def _fingerprint(recipe: Recipe, data: Path) -> str:
+    """Digest of all that the result of a training depends on."""
+    settings = asdict(recipe)
+    for stage in STAGES:
+        # Where maps are kept changes nothing; how they are rounded there (feature_cache_dtype) does.
+        del settings[stage]["feature_cache"]
+    return digest(
         {
-            "recipe": dump_recipe(recipe),
+            "recipe": settings,
             "data": {name: file_digest(data / name) for name in ("settings.json", "pretrain.json", "train.json")},
             "weights": {name: folder_digest(name) for name in (*_backbones(recipe), recipe.model.llm)},
             "code": code_digest("training"),
         }
     )
+
+
+def _train(recipe: Recipe, folder: Path, data: Path) -> str:
+    fingerprint = _fingerprint(recipe, data)
     if finished(folder, _TRAINING, fingerprint) is not None:
         _LOG.info("%s: trained already with these settings", folder.name)
         return fingerprint

@@ -11,6 +11,7 @@ from PIL import Image
 
 from integrations.llava.cli.demo import main
 from integrations.llava.config.schema import Recipe
+from integrations.llava.study.demo import run_demo
 from integrations.llava.study.grid import DemoSettings
 from integrations.llava.training.signals import RunInterrupted
 from integrations.llava.training.train import train
@@ -87,6 +88,53 @@ def test_second_run_trains_and_answers_nothing_anew(
     monkeypatch.setattr(runs, "evaluate", lambda *_, **__: pytest.fail("evaluated again"))
     assert main(arguments) == 0
     assert {path: path.stat().st_mtime_ns for path in (output / "runs").rglob("*") if path.is_file()} == before
+
+
+@pytest.mark.parametrize("folder", [(), ("features",)], ids=["its own folder", "a named one"])
+def test_runs_with_and_without_feature_cache_are_the_same_runs(
+    folder: tuple[str, ...], output: Path, arguments: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from integrations.llava.cli import demo
+
+    seen: list[DemoSettings] = []
+    monkeypatch.setattr("integrations.llava.study.runs.train", lambda *_, **__: pytest.fail("trained again"))
+    monkeypatch.setattr(demo, "run_demo", lambda given, **options: seen.append(given) or run_demo(given, **options))
+    named = [str(output.parent / name) for name in folder]
+    assert main([*arguments, "--fusers", "mmfuser", "--feature-cache", *named]) == 0
+    assert seen[0].feature_cache == (Path(named[0]) if named else output / "features")
+
+
+def test_rounded_maps_make_another_run(tiny_recipe: Path, output: Path, tmp_path: Path) -> None:
+    from integrations.llava.study.grid import run_recipe
+    from integrations.llava.study.runs import _fingerprint
+
+    settings = DemoSettings(recipe=str(tiny_recipe), feature_cache=tmp_path / "features")
+    cached = run_recipe(settings, "mmfuser", 0, output / "data")
+    plain, rounded = (
+        replace(cached, finetune=replace(cached.finetune, **changes))
+        for changes in ({"feature_cache": ""}, {"feature_cache_dtype": "bf16"})
+    )
+    first, second, third = (_fingerprint(recipe, output / "data") for recipe in (cached, plain, rounded))
+    assert first == second != third
+
+
+def test_fusers_that_share_a_feature_cache_have_the_losses_and_answers_of_those_without(
+    tiny_recipe: Path, output: Path, tmp_path: Path
+) -> None:
+    from integrations.llava.study.grid import run_recipe
+    from integrations.llava.study.runs import finish_run
+
+    data, cache = output / "data", tmp_path / "features"
+    own, plain = (DemoSettings(recipe=str(tiny_recipe), feature_cache=folder) for folder in (cache, None))
+    for fuser in ("select", "mmfuser"):
+        cached = finish_run(run_recipe(own, fuser, 0, data), tmp_path / fuser, data)
+    expected = finish_run(run_recipe(plain, "mmfuser", 0, data), output / "runs" / "mmfuser-seed0", data)
+    assert cached.losses.keys() == expected.losses.keys() == {"pretrain", "finetune"}
+    for stage, losses in expected.losses.items():
+        torch.testing.assert_close(cached.losses[stage], losses, atol=1e-5, rtol=0)
+    assert cached.answers == expected.answers
+    # One map a layer: select's is one of mmfuser's.
+    assert sorted(json.loads(file.read_text())["layer"] for file in cache.rglob("map.json")) == [1, 2, 3]
 
 
 def test_other_steps_are_trained_anew(output: Path, arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
@@ -274,6 +322,16 @@ def test_output_that_is_a_file_is_refused(tmp_path: Path, tiny_recipe: Path) -> 
     changes = {"recipe": str(tiny_recipe)}
     assert "is a file, or lies inside one" in bad(tmp_path, **changes, output=tmp_path / "file")
     assert "is a file, or lies inside one" in bad(tmp_path, **changes, output=tmp_path / "file" / "run")
+    assert "feature-cache" in bad(tmp_path, **changes, feature_cache=tmp_path / "file")
+
+
+def test_a_feature_cache_is_refused_before_data_are_made_where_the_backbone_learns(
+    tmp_path: Path, tiny_recipe: Path
+) -> None:
+    recipe = tmp_path / "learns.yaml"
+    recipe.write_text(f"base: {tiny_recipe}\nfinetune:\n  trainable: [backbone, fuser, projector]\n")
+    changes = {"recipe": str(recipe), "feature_cache": tmp_path / "features"}
+    assert "feature_cache keeps the maps of a frozen backbone" in bad(tmp_path, **changes)
 
 
 def test_output_that_cannot_be_written_is_refused(
