@@ -8,11 +8,13 @@ from .doctor import Survey, survey_samples, usable_indices
 from .doctor.findings import Finding
 from .doctor.policy import check_samples, usable_samples
 from .feature_cache import FeatureCache, open_feature_cache, tile_bytes
-from .files import SampleFile, Selection, read_samples, sample_lengths, select_samples
+from .files import SampleFile, read_samples
 from .image_sizes import grouping_lengths, sample_image_sizes
 from .images import read_image, read_image_size
+from .places import is_outside
 from .samplers import ModalityLengthSampler, ShuffleSampler
-from .samples import Sample, image_names, is_outside, linked_media, unread_media
+from .samples import Sample, image_names, linked_media, unread_media
+from .source import SampleSource, Selection, sample_lengths, select_samples, source_of
 from .uncached_images import UncachedImage, prepare_uncached, uncached_images
 
 __all__ = [
@@ -24,6 +26,7 @@ __all__ = [
     "ModalityLengthSampler",
     "Sample",
     "SampleFile",
+    "SampleSource",
     "Selection",
     "ShuffleSampler",
     "Survey",
@@ -41,6 +44,7 @@ __all__ = [
     "sample_image_sizes",
     "sample_lengths",
     "select_samples",
+    "source_of",
     "survey_samples",
     "tile_bytes",
     "uncached_images",

@@ -19,10 +19,10 @@ from layerfuse.preprocessing.pixels import image_size
 
 from .doctor.policy import BadSamples
 from .feature_cache import FeatureCache, picture_digest
-from .files import file_index
 from .image_sizes import grouping_lengths
 from .images import read_image
 from .samples import Sample, image_names, sample_id
+from .source import file_index, image_places
 
 __all__ = ["BadSampleError", "ConversationDataset"]
 
@@ -64,6 +64,7 @@ class ConversationDataset(Dataset[dict[str, Any]]):
     ) -> None:
         self.samples = samples
         self.image_folder = Path(image_folder)
+        self.places = image_places(samples, image_folder)
         self.template = template
         self.encoder = encoder
         self.preprocessing = preprocessing
@@ -177,14 +178,14 @@ class ConversationDataset(Dataset[dict[str, Any]]):
         if self.cache is None:
             return None
         try:
-            digest = picture_digest(self.image_folder / name)
+            digest = picture_digest(self.places / name)
         except (OSError, ValueError):
             return None
         return self.cache.read(digest)
 
     def pixels(self, name: str) -> tuple[torch.Tensor, ImageSize]:
         """Prepare an image: (tiles, C, height, width), and its height and width before that; a ValueError if not."""
-        path = self.image_folder / name
+        path = self.places / name
         try:
             image = read_image(path)
         except MissingFileError as error:

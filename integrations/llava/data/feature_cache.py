@@ -32,6 +32,8 @@ from layerfuse.features import FeatureMaps, Grid
 from layerfuse.files import atomic_file, write_text
 from layerfuse.preprocessing import AnyPreprocessing, StackedPreprocessing
 
+from .places import ImagePlace
+
 __all__ = ["FeatureCache", "open_feature_cache", "picture_digest", "tile_bytes"]
 
 _log = logging.getLogger(__name__)
@@ -134,9 +136,9 @@ class FeatureCache:
                 file.write(save(stored | {"checksum": torch.tensor(_checksum(stored))}))
 
 
-def picture_digest(path: str | Path) -> str:
-    """Digest (SHA-256, shortened) of an image file's bytes; an OSError if it cannot be read."""
-    return hashlib.sha256(Path(path).read_bytes()).hexdigest()[:40]
+def picture_digest(place: ImagePlace) -> str:
+    """Digest (SHA-256, shortened) of an image's bytes; an OSError if it cannot be read."""
+    return hashlib.sha256(place.read_bytes()).hexdigest()[:40]
 
 
 def open_feature_cache(

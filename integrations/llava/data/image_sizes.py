@@ -9,9 +9,10 @@ from pathlib import Path
 from integrations.llava.image_layout import ImageLayout, ImageSize
 
 from .doctor.parallel import in_parallel
-from .files import sample_lengths
 from .images import read_image_size
+from .places import ImagePlaces
 from .samples import Sample, image_names
+from .source import image_places, sample_lengths
 
 __all__ = ["grouping_lengths", "sample_image_sizes"]
 
@@ -30,7 +31,7 @@ def sample_image_sizes(
     """
     names = [image_names(sample) for sample in samples]
     unique = list(dict.fromkeys(name for own in names for name in own))
-    look = partial(_size_of, Path(image_folder), upright)
+    look = partial(_size_of, image_places(samples, image_folder), upright)
     found = in_parallel(look, unique, size=_IMAGES_PER_TASK, workers=None, what="reading sizes", unit="image")
     sizes = dict(zip(unique, found, strict=True))
     return [[sizes[name] for name in own] for own in names]
@@ -52,5 +53,5 @@ def grouping_lengths(
     return [count + sum(map(layout.num_tokens, own)) for count, own in zip(words, sizes, strict=True)]
 
 
-def _size_of(folder: Path, upright: bool, name: str) -> ImageSize | None:
-    return read_image_size(folder / name, upright=upright)
+def _size_of(places: ImagePlaces, upright: bool, name: str) -> ImageSize | None:
+    return read_image_size(places / name, upright=upright)

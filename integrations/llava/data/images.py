@@ -1,4 +1,4 @@
-"""Image files: one way to open them and one error, so that doctor, training and inference take the same ones."""
+"""Images, wherever they lie: one way to open them and one error for doctor, training and inference."""
 
 from __future__ import annotations
 
@@ -15,6 +15,8 @@ from integrations.llava._text import printable
 from integrations.llava.image_layout import ImageSize
 from layerfuse.errors import InputError, MissingFileError, UserError
 from layerfuse.preprocessing.pixels import MAX_EDGE, check_picture, image_size, to_rgb
+
+from .places import ImagePlace, StoredImage
 
 __all__ = ["UnreadableImageError", "open_image", "read_image", "read_image_size"]
 
@@ -42,7 +44,7 @@ Reason = Literal["large_image", "unclear_values", "truncated_image", "broken_ima
 class UnreadableImageError(InputError):
     """An image file that cannot be used: its kind of fault, as the data doctor names it, and the reason in words."""
 
-    def __init__(self, path: Path, kind: Reason, reason: str) -> None:
+    def __init__(self, path: ImagePlace, kind: Reason, reason: str) -> None:
         way_out = "give a picture that is whole (PNG, JPEG, WebP, …)." if kind.endswith("n_image") else ""
         self.kind: Reason = kind
         self.reason = reason.rstrip(".")
@@ -50,14 +52,14 @@ class UnreadableImageError(InputError):
 
 
 @contextmanager
-def open_image(path: str | Path) -> Iterator[Image.Image]:
-    """Open an image file, whatever its ending; it is decoded when its pixels are asked for inside the block.
+def open_image(path: str | ImagePlace) -> Iterator[Image.Image]:
+    """Open an image, whatever its ending; it is decoded when its pixels are asked for inside the block.
 
     Raises:
         FileNotFoundError: if there is no such file.
         UnreadableImageError: if the file is at fault for what goes wrong on opening it and inside the block.
     """
-    path = Path(path)
+    path = path if isinstance(path, StoredImage) else Path(path)
     try:
         is_file = path.is_file()
     except ValueError:  # a name that no file can have
@@ -68,7 +70,7 @@ def open_image(path: str | Path) -> Iterator[Image.Image]:
         )
     num_pixels = 0
     try:
-        with Image.open(path) as image:
+        with Image.open(path if isinstance(path, Path) else path.open("rb")) as image:
             num_pixels = image.width * image.height
             _check(path, image)
             yield image
@@ -86,8 +88,8 @@ def open_image(path: str | Path) -> Iterator[Image.Image]:
         raise UnreadableImageError(path, "truncated_image" if cut else "broken_image", what) from error
 
 
-def read_image(path: str | Path) -> Image.Image:
-    """Read an image file as RGB, eight bits a channel; it is not turned, but keeps the Exif data that say how to.
+def read_image(path: str | ImagePlace) -> Image.Image:
+    """Read an image as RGB, eight bits a channel; it is not turned, but keeps the Exif data that say how to.
 
     Raises:
         FileNotFoundError: if there is no such file.
@@ -97,11 +99,11 @@ def read_image(path: str | Path) -> Image.Image:
         return to_rgb(image)
 
 
-def read_image_size(path: str | Path, *, upright: bool) -> ImageSize | None:
+def read_image_size(path: str | ImagePlace, *, upright: bool) -> ImageSize | None:
     """Height and width of an image in pixels, from the head of its file; None where that cannot be read.
 
     Args:
-        path: of the file.
+        path: where it lies.
         upright: whether the image will be turned as its Exif data say.
     """
     try:
@@ -111,7 +113,7 @@ def read_image_size(path: str | Path, *, upright: bool) -> ImageSize | None:
         return None
 
 
-def _check(path: Path, image: Image.Image) -> None:
+def _check(path: ImagePlace, image: Image.Image) -> None:
     try:
         check_picture(image)
     except InputError as error:
@@ -121,7 +123,7 @@ def _check(path: Path, image: Image.Image) -> None:
         raise UnreadableImageError(path, kind, str(error)) from error
 
 
-def _is_short_riff(path: Path) -> bool:
+def _is_short_riff(path: ImagePlace) -> bool:
     """Whether this is a WebP file that is shorter than it says; Pillow's message does not tell."""
     try:
         with path.open("rb") as file:

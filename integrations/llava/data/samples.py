@@ -6,10 +6,8 @@ A sample is `{"id": …, "image": "name.jpg" | ["a.jpg", …] (optional), "conve
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Iterator, Mapping
-from pathlib import Path
 from typing import Any
 
 from integrations.llava.prompts import IMAGE_TAG
@@ -19,7 +17,6 @@ __all__ = [
     "Sample",
     "count_words",
     "image_names",
-    "is_outside",
     "linked_media",
     "sample_id",
     "source_name",
@@ -69,15 +66,6 @@ def count_words(sample: Any) -> int:
     words = max(1, sum(len(str(turn.get("value", "")).split()) for turn in messages))
     # An empty list of images is none, as `image_names` has it.
     return words if sample.get("image") not in (None, []) else -words
-
-
-def is_outside(name: str, image_folder: str | Path) -> bool:
-    """Whether an image's name, as a file of samples or questions has it, leads out of the folder it is relative to."""
-    if os.pardir not in name and not os.path.isabs(name):
-        return False
-    # By name only: folders that are links to other disks are common.
-    folder = os.path.abspath(image_folder)
-    return os.path.commonpath([folder, os.path.normpath(os.path.join(folder, name))]) != folder
 
 
 def linked_media(name: str) -> str | None:

@@ -60,7 +60,7 @@ def prepare_uncached(
 
 def _missing_tiles(dataset: ConversationDataset, name: str) -> int:
     """Number of tiles of an image that the cache lacks; 0 where it has them, or nobody can."""
-    path, layout = dataset.image_folder / name, dataset.layout
+    path, layout = dataset.places / name, dataset.layout
     assert dataset.cache is not None
     try:
         if dataset.cache.holds(picture_digest(path)):
@@ -72,7 +72,7 @@ def _missing_tiles(dataset: ConversationDataset, name: str) -> int:
 
 
 def _prepared(dataset: ConversationDataset, name: str) -> UncachedImage | None:
-    path = dataset.image_folder / name
+    path = dataset.places / name
     try:
         digest = picture_digest(path)
         pixels, size = dataset.pixels(name)

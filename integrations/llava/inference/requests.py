@@ -66,7 +66,7 @@ def read_requests(path: str | Path) -> list[Request]:
     places: dict[str, str] = {}
     for index in range(len(rows)):
         try:
-            request = _parse(rows[index])
+            request = _parse(rows.row(index))
         except UserError as error:
             problems.append(f"{rows.place(index)}: {error}")
             continue

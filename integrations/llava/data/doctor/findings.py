@@ -29,6 +29,7 @@ KINDS: Mapping[str, Kind] = {
     kind.name: kind
     for kind in (
         Kind("not_json", "line is not JSON", _REMOVE),
+        Kind("unreadable_sample", "sample cannot be read", _REMOVE),
         Kind("not_an_object", "entry is no object", _REMOVE),
         Kind("no_conversation", "no conversation", _REMOVE),
         Kind("bad_turn", "turn of unknown form", "Write every turn as {'from': 'human' | 'gpt', 'value': text}."),

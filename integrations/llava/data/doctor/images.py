@@ -1,4 +1,4 @@
-"""Image files: what is wrong with one, and which of many are broken."""
+"""Images: what is wrong with one, and which of many are broken."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from layerfuse.errors import FileAccessError
 from layerfuse.preprocessing.pixels import is_16_bit, orientation
 
 from ..images import UnreadableImageError, open_image
-from ..samples import is_outside
+from ..places import ImagePlace, ImagePlaces
 from .findings import Fault
 
 __all__ = ["CheckImages", "find_broken_images", "image_faults"]
@@ -28,20 +28,20 @@ CheckImages = Literal["decode", "size", "none"]
 _ENDINGS = (".jpg", ".jpeg", ".png", ".gif", ".webp", ".bmp", ".tif", ".tiff")
 
 
-def image_faults(folder: Path, name: str, *, how: CheckImages, max_pixels: int | None = None) -> list[Fault]:
-    """Faults of an image file, at most one of them a problem.
+def image_faults(places: ImagePlaces, name: str, *, how: CheckImages, max_pixels: int | None = None) -> list[Fault]:
+    """Faults of an image, at most one of them a problem.
 
     Args:
-        folder: what the name is relative to.
+        places: what the name is looked up in.
         name: of the image.
         how: decode it, or read only its header.
         max_pixels: larger images are a problem; None allows what Pillow opens.
     """
-    path = folder / name
+    path = places / name
     try:
         status = path.stat()
     except (FileNotFoundError, NotADirectoryError):
-        return [_missing(folder, name, how, max_pixels)]
+        return [_missing(places, name, how, max_pixels)]
     except (OSError, ValueError) as error:
         return [_fault("broken_image", name, f"cannot be read ({error})")]
     if not stat.S_ISREG(status.st_mode):
@@ -55,7 +55,7 @@ def _fault(kind: str, name: str, message: str, repair: str | None = None) -> Fau
     return Fault(kind, f"image {printable(name)}: {message}", name, repair)
 
 
-def _content_faults(path: Path, name: str, how: CheckImages, max_pixels: int | None) -> Iterator[Fault]:
+def _content_faults(path: ImagePlace, name: str, how: CheckImages, max_pixels: int | None) -> Iterator[Fault]:
     try:
         with open_image(path) as image:
             found, (width, height) = image.format or "", image.size
@@ -82,15 +82,15 @@ def _content_faults(path: Path, name: str, how: CheckImages, max_pixels: int | N
         yield _fault("mislabeled_image", name, f"called {path.suffix}, but its content is {found}")
 
 
-def _missing(folder: Path, name: str, how: CheckImages, max_pixels: int | None) -> Fault:
+def _missing(places: ImagePlaces, name: str, how: CheckImages, max_pixels: int | None) -> Fault:
     """Look for the same name with slashes, and with another ending: OCR-VQA's GIFs are called .jpg in LLaVA's files."""
     slashed = name.replace("\\", "/")
     stem = os.path.splitext(slashed)[0]
     names = [stem + ending for ending in (*_ENDINGS, *map(str.upper, _ENDINGS))]
     for other in names if slashed == name else [slashed, *names]:
-        if is_outside(other, folder) or not os.path.isfile(folder / other):
+        if not places.holds(other) or not (places / other).is_file():
             continue
-        if any(fault.is_problem for fault in image_faults(folder, other, how=how, max_pixels=max_pixels)):
+        if any(fault.is_problem for fault in image_faults(places, other, how=how, max_pixels=max_pixels)):
             continue
         if slashed != name:
             message = f"written with backslashes, the file is {printable(other)}"
@@ -109,7 +109,7 @@ def find_broken_images(folder: str | Path, names: Iterable[str]) -> list[str]:
     """
 
     def problem(name: str) -> str:
-        faults = image_faults(Path(folder), name, how="decode")
+        faults = image_faults(ImagePlaces(folder), name, how="decode")
         return next((fault.message for fault in faults if fault.is_problem), "")
 
     unique = list(dict.fromkeys(names))

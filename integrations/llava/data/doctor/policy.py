@@ -14,8 +14,8 @@ from integrations.llava._text import bulleted
 from integrations.llava.prompts import Template
 from layerfuse.errors import InputError
 
-from ..files import select_samples
 from ..samples import Sample
+from ..source import select_samples
 from .findings import KINDS, Finding
 from .images import CheckImages
 from .survey import survey_samples

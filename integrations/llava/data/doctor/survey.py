@@ -14,8 +14,9 @@ import numpy as np
 
 from integrations.llava.prompts import Template
 
-from ..files import SampleFile
+from ..places import ImagePlaces
 from ..samples import Sample, image_names, sample_id, source_name
+from ..source import SampleSource, UnreadableSampleError, as_source, image_places
 from .findings import Fault, Finding
 from .images import CheckImages, image_faults
 from .parallel import in_parallel
@@ -93,8 +94,8 @@ def survey_samples(
         warnings: also look for what is harmless.
         texts_first: leave the images alone if a text has a problem.
     """
-    folder = Path(image_folder)
-    check = partial(_check_text, samples=samples, folder=folder, template=template, tokens=tokens, warnings=warnings)
+    samples, places = as_source(samples), image_places(samples, image_folder)
+    check = partial(_check_text, samples=samples, places=places, template=template, tokens=tokens, warnings=warnings)
     texts = in_parallel(
         check, range(len(samples)), size=_TEXTS_PER_TASK, workers=workers, what="checking texts", unit="sample"
     )
@@ -102,7 +103,7 @@ def survey_samples(
     for index, checked in enumerate(texts):
         book.add_text(index, checked)
     if check_images != "none" and not (texts_first and any(finding.is_problem for finding in book.findings)):
-        look = partial(image_faults, folder, how=check_images, max_pixels=max_pixels)
+        look = partial(image_faults, places, how=check_images, max_pixels=max_pixels)
         faults = in_parallel(
             look, list(book.images), size=_IMAGES_PER_TASK, workers=workers, what="checking images", unit="image"
         )
@@ -124,23 +125,23 @@ def _check_text(
     index: int,
     *,
     samples: Sequence[Sample],
-    folder: Path,
+    places: ImagePlaces,
     template: Template,
     tokens: TokenLimit | None,
     warnings: bool,
 ) -> _CheckedText:
     try:
         sample = samples[index]
-    except ValueError as error:
-        fault = Fault("not_json", f"no valid JSON: {error.__cause__}")
+    except UnreadableSampleError as error:
+        fault = Fault(error.kind, error.reason)
         return _CheckedText(str(index), False, _UNCLEAR, (), (fault,))
-    faults = list(conversation_faults(sample, template, folder))
+    faults = list(conversation_faults(sample, template, places))
     # No image of a sample with one of these faults is looked at.
     sound = _UNNAMED.isdisjoint(fault.kind for fault in faults)
     images = image_names(sample) if sound else ()
     if not faults:
         if tokens is not None:
-            faults += tokens.faults(sample, template, folder)
+            faults += tokens.faults(sample, template, places)
         if warnings:
             faults += sample_warnings(sample)
     source = source_name(images[0] if images else None) if sound else _UNCLEAR
@@ -151,7 +152,7 @@ def _check_text(
 class _Book:
     """The findings so far, and which samples an image belongs to."""
 
-    def __init__(self, samples: Sequence[Sample], warnings: bool) -> None:
+    def __init__(self, samples: SampleSource, warnings: bool) -> None:
         self.samples, self.warnings = samples, warnings
         self.findings: list[Finding] = []
         self.images: dict[str, int] = {}
@@ -169,7 +170,7 @@ class _Book:
         if self.warnings and checked.has_id:
             first = self._first_use.setdefault(checked.sample_id, index)
             if first != index:
-                fault = Fault("duplicate_id", f"has the id of {self._place(first)}")
+                fault = Fault("duplicate_id", f"has the id of {self.samples.place(first)}")
                 self._add(index, checked.sample_id, checked.source, fault)
 
     def add_images(self, faults: Sequence[Sequence[Fault]]) -> None:
@@ -190,8 +191,5 @@ class _Book:
     def _add(self, index: int, own_id: str, source: str, fault: Fault) -> None:
         if self.warnings or fault.is_problem:
             self.findings.append(
-                Finding(index=index, place=self._place(index), sample_id=own_id, source=source, **asdict(fault))
+                Finding(index=index, place=self.samples.place(index), sample_id=own_id, source=source, **asdict(fault))
             )
-
-    def _place(self, index: int) -> str:
-        return self.samples.place(index) if isinstance(self.samples, SampleFile) else f"entry {index + 1}"

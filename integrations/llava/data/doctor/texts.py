@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,7 +15,8 @@ from integrations.llava.image_layout import ImageLayout
 from integrations.llava.prompts import IGNORE_INDEX, IMAGE_TAG, Message, Template, TextEncoder, render, turns
 
 from ..images import read_image_size
-from ..samples import Sample, image_names, is_outside, linked_media, unread_media
+from ..places import ImagePlaces
+from ..samples import Sample, image_names, linked_media, unread_media
 from .findings import Fault
 
 __all__ = ["TokenLimit", "conversation_faults", "sample_warnings"]
@@ -24,13 +24,13 @@ __all__ = ["TokenLimit", "conversation_faults", "sample_warnings"]
 _CONTROL_TOKENS = re.compile(r"</?s>|<unk>|<pad>|<\|[a-z_]+\|>")
 
 
-def conversation_faults(sample: Any, template: Template, image_folder: str | Path) -> Iterator[Fault]:
+def conversation_faults(sample: Any, template: Template, places: ImagePlaces) -> Iterator[Fault]:
     """Problems of a sample's form; the sample may be anything that a data file can hold.
 
     Args:
         sample: to check.
         template: how it will be written out.
-        image_folder: that the images' names must not leave.
+        places: that the images' names must not leave.
     """
     if not isinstance(sample, Mapping):
         yield Fault("not_an_object", f"is a {type(sample).__name__}, so it has no 'conversations'")
@@ -47,7 +47,7 @@ def conversation_faults(sample: Any, template: Template, image_folder: str | Pat
     for name in names:
         if (link := linked_media(name)) is not None:
             yield Fault("linked_image", f"image {printable(name)[:120]}: {link}, no file name")
-        elif is_outside(name, image_folder):
+        elif not places.holds(name):
             yield Fault("outside_folder", f"image {printable(name)}: outside the image folder", name)
     for message in messages:
         if not turns.is_turn(message):
@@ -102,7 +102,7 @@ class TokenLimit:
     max_length: int
     upright: bool = False
 
-    def faults(self, sample: Sample, template: Template, image_folder: Path) -> Iterator[Fault]:
+    def faults(self, sample: Sample, template: Template, places: ImagePlaces) -> Iterator[Fault]:
         """At most one fault of a sample of good form: images or all answers that would be cut off, or any end that is.
 
         An image that cannot be read counts as one of the model's size.
@@ -117,7 +117,7 @@ class TokenLimit:
             max_length=self.max_length + 1,
         )
         sizes = [
-            read_image_size(image_folder / name, upright=self.upright) if self.layout.depends_on_size else None
+            read_image_size(places / name, upright=self.upright) if self.layout.depends_on_size else None
             for name in names
         ]
         repeats = self.layout.repeats(rendered.input_ids, sizes)

@@ -10,6 +10,7 @@ import pickle
 import tracemalloc
 from functools import partial
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -25,9 +26,10 @@ from integrations.llava.data import (
     sample_lengths,
     select_samples,
     sidecar,
+    source,
 )
-from integrations.llava.data.files import file_index
 from integrations.llava.data.index import array_spans, line_spans
+from integrations.llava.data.source import file_index
 from tests.integrations.llava.tiny_parts import human_and_gpt
 
 SAMPLES = [
@@ -55,11 +57,11 @@ def keep_everything(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     return tmp_path / "cache" / "layerfuse"
 
 
-def forbid(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+def forbid(monkeypatch: pytest.MonkeyPatch, name: str, module: ModuleType = files) -> None:
     def fail(*_: Any) -> None:
         raise AssertionError(f"{name} was called")
 
-    monkeypatch.setattr(files, name, fail)
+    monkeypatch.setattr(module, name, fail)
 
 
 # Reading
@@ -338,7 +340,7 @@ def test_lengths_are_counted_once(tmp_path: Path, keep_everything: Path, monkeyp
     path = tmp_path / "a.jsonl"
     path.write_text(as_lines([*SAMPLES, 5, {"conversations": [1]}]) + "{\n", encoding="utf-8")
     assert read_samples(path).lengths.tolist() == [6, -6, -1, 0, 0, 0]
-    forbid(monkeypatch, "count_words")
+    forbid(monkeypatch, "count_words", source)
 
     assert sample_lengths(read_samples(path)).tolist() == [6, -6, -1, 0, 0, 0]
 
