@@ -166,7 +166,7 @@ def _compare(session: Session, candidates: Candidates, images: torch.Tensor, cas
     # After a batch of one all is warm; a batch of four takes a CPU ten seconds and more.
     pace = session.pace(60.0 if session.device == "cpu" else 3.0, fewest=5)
     if not small:
-        pace = dataclasses.replace(pace, fewest=session.pick(3, 2, 1), warm=True)
+        pace = dataclasses.replace(pace, fewest=session.pick(5, 2, 1), warm=True)
     timings = time_in_turn(calls, device=session.device, pace=pace)
     if small:
         _record(session, "taps", timings, (ALL_STATES, SELECTED, _TAPS), (_TAPS,), case, facts)

@@ -164,7 +164,9 @@ def _verdict(goal: Goal, rows: Sequence[Mapping[str, Any]], clock: str) -> Verdi
 
 def _counts(goal: Goal, row: Mapping[str, Any]) -> bool:
     same = row["benchmark"] == goal.benchmark and row["candidate"] == goal.candidate
-    return same and all(row.get(key) == value for key, value in goal.where.items())
+    # A row of what failed need not know all of its keys.
+    missing = {} if row.get("status") != "failed" else goal.where
+    return same and all(row.get(key, missing.get(key)) == value for key, value in goal.where.items())
 
 
 def _number(goal: Goal, row: Mapping[str, Any], clock: str) -> float | None:

@@ -15,8 +15,9 @@ __all__ = ["Call", "Pace", "Ratio", "Timing", "captured", "exponent", "ratio", "
 
 Call = Callable[[], object]
 
-# On CUDA a sample lasts at least this long, seconds: calls are queued one behind the other, and their mean is taken.
-_SHORTEST_SAMPLE = 5e-3
+# A sample lasts at least this long, seconds: calls come one behind the other, and their mean is taken. On the CPU
+# torch's threads go on waiting for work, and keep a core busy, for some milliseconds after a candidate is done.
+_SHORTEST_SAMPLE = {"cpu": 30e-3, "cuda": 5e-3}
 _MOST_CALLS = 100
 
 
@@ -81,14 +82,12 @@ def time_in_turn(calls: dict[str, Call], *, device: str, pace: Pace) -> dict[str
     samples: dict[str, list[tuple[float, float]]] = {label: [] for label in calls}
     repeats, rounds = dict.fromkeys(calls, 1), pace.fewest
     if not pace.warm:
-        begin = time.perf_counter()
-        for label, call in calls.items():
-            call()
-            _wait(device)
-            if device == "cuda":
-                once = _sample(call, 1, device)[0]
-                repeats[label] = max(1, min(_MOST_CALLS, math.ceil(_SHORTEST_SAMPLE / max(once, 1e-7))))
-        one_round = time.perf_counter() - begin
+        seconds = {label: _first(call, device) for label, call in calls.items()}
+        repeats = {
+            label: max(1, min(_MOST_CALLS, math.ceil(_SHORTEST_SAMPLE[device] / max(once, 1e-7))))
+            for label, once in seconds.items()
+        }
+        one_round = sum(repeats[label] * once for label, once in seconds.items())
         rounds = max(pace.fewest, min(pace.most, int(pace.seconds / max(one_round, 1e-9))))
     for number in range(rounds):
         for label in calls if number % 2 == 0 else reversed(calls):
@@ -133,6 +132,15 @@ def relative_error(actual: torch.Tensor, expected: torch.Tensor) -> float:
     """Largest difference over the largest expected magnitude."""
     actual, expected = actual.detach().double(), expected.detach().double()
     return ((actual - expected).abs().max() / expected.abs().max()).item()
+
+
+def _first(call: Call, device: str) -> float:
+    """Return about how many seconds a call takes, once it has run; a long one is not run again to know it."""
+    begin = time.perf_counter()
+    call()
+    _wait(device)
+    passed = time.perf_counter() - begin
+    return passed if device == "cpu" and passed > 1 else _sample(call, 1, device)[0]
 
 
 def _sample(call: Call, repeats: int, device: str) -> tuple[float, float]:

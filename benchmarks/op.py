@@ -20,7 +20,7 @@ from layerfuse.testing import random_features, randomise_parameters
 
 __all__ = ["absent", "implementations", "run"]
 
-# Of float32 against float64; a place exactly between two cells may fall to either side.
+# Of float32 against float64.
 TOLERANCE = 1e-3
 
 

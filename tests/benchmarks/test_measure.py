@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from pathlib import Path
 
 import pytest
@@ -23,10 +24,23 @@ def session(path: Path | None = None, **changes: object) -> Session:
 
 def test_candidates_are_timed_in_turn_and_every_second_round_goes_backwards() -> None:
     order: list[str] = []
-    calls = {label: (lambda label=label: order.append(label)) for label in "ab"}
+
+    def call(label: str) -> None:
+        order.append(label)
+        time.sleep(0.031)
+
+    calls = {label: (lambda label=label: call(label)) for label in "ab"}
     timings = time_in_turn(calls, device="cpu", pace=Pace(0.0, fewest=3, most=3))
-    assert order == ["a", "b", "a", "b", "b", "a", "a", "b"]  # the first round does not count
+    # Two calls each to warm up and to know how long one takes.
+    assert order == ["a", "a", "b", "b", "a", "b", "b", "a", "a", "b"]
     assert {len(timing.wall) for timing in timings.values()} == {3}
+
+
+def test_short_calls_are_repeated_until_a_sample_is_long_enough() -> None:
+    order: list[str] = []
+    timings = time_in_turn({"a": lambda: order.append("a")}, device="cpu", pace=Pace(0.0, fewest=2, most=2))
+    assert len(order) == 2 + 2 * 100  # as often as is allowed
+    assert timings["a"].median < 1e-3
 
 
 def test_what_is_warm_is_called_no_more_often_than_told() -> None:
@@ -74,6 +88,13 @@ def test_the_check_sees_a_candidate_that_is_wrong() -> None:
     assert errors["wrong"] > 0.5
 
 
+def test_points_are_drawn_away_from_lines_between_cells() -> None:
+    locations = draw_inputs(2, 9, num_points=8).locations.detach()
+    to_line = (locations * 9 - 0.5).remainder(1)
+    assert locations.min() < 0 and locations.max() > 1
+    assert to_line.min() > 5e-4 and to_line.max() < 1 - 5e-4
+
+
 def test_a_failure_is_a_row_and_the_next_thing_runs(tmp_path: Path) -> None:
     path = tmp_path / "rows.jsonl"
     run = session(path)
@@ -116,6 +137,8 @@ def test_the_worst_row_decides() -> None:
     assert outcome("op-forward", rows[:1]) == ("PASS", 9.0)
     assert outcome("op-forward", [row("op forward", "gather", 0.01, dtype="float32")]) == ("not measured", None)
     assert outcome("op-forward", rows[:1], clock="processor") == ("FAIL", 2.0)
+    unchecked = row("op forward", "auto", status="failed", error="AssertionError: differs")
+    assert outcome("op-forward", [rows[0], unchecked])[0] == "FAIL"  # whatever keys it lacks
 
 
 def test_of_several_peers_the_best_counts() -> None:
