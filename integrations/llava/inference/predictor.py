@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import os
-import shutil
 import threading
 import warnings
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from functools import partial
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +17,7 @@ from transformers import CompileConfig, LlavaProcessor, LogitsProcessorList, Sta
 
 from integrations.llava.checkpoints import load_config, load_model, load_processor
 from integrations.llava.data import Collator
-from integrations.llava.modeling import FusedLlavaForConditionalGeneration, Quantization
+from integrations.llava.modeling import FusedLlavaForConditionalGeneration, Quantization, check_compiler
 from layerfuse.errors import InputError, InvalidTypeError
 
 from .batching import Ask, answer_all
@@ -30,7 +28,7 @@ from .prompt_builder import Images, PreparedPrompts, Preparer, Prompt
 from .sampling import SamplingParams, SeededSampling, generate_settings
 from .streaming import StopWhenSet, WholeTextStreamer, stream_text
 
-__all__ = ["Predictor", "check_decoding", "default_dtype", "load_predictor", "usable_device"]
+__all__ = ["Predictor", "default_dtype", "load_predictor", "usable_device"]
 
 # A cache of fixed size has room for a multiple of so many positions: one size serves prompts of many lengths.
 _STEP = 256
@@ -48,7 +46,7 @@ class Predictor:
             where and how the config says. The first batches are slow; it pays off for many.
 
     Raises:
-        ValueError: if the checkpoint holds no prompt template, a processor of another kind, or as `check_decoding`.
+        ValueError: if the checkpoint holds no prompt template, a processor of another kind, or as `check_compiler`.
     """
 
     def __init__(
@@ -60,7 +58,7 @@ class Predictor:
     ) -> None:
         self.prepare = Preparer(model.config, processor)
         if compile is True:
-            check_decoding(model.device)
+            _check_decoding(model.device)
         self.model = model.eval()
         self.processor = processor
         self.compile = bool(compile)
@@ -288,12 +286,12 @@ def load_predictor(
 
     Raises:
         FileNotFoundError: if the folder holds no model.
-        ValueError: if its weights do not cover the model, it has no prompt template, or as `check_decoding`.
+        ValueError: if its weights do not cover the model, it has no prompt template, or as `check_compiler`.
         ImportError: if bitsandbytes is needed and not installed.
     """
     device = usable_device(device)
     if compile is True:
-        check_decoding(device)
+        _check_decoding(device)
     config, processor = load_config(folder), load_processor(folder)
     Preparer(config, processor)  # says what is missing before the weights are read
     dtype = dtype or default_dtype(folder, device, quantize)
@@ -318,17 +316,10 @@ def usable_device(device: str | torch.device | None) -> torch.device:
     return found
 
 
-def check_decoding(device: torch.device) -> None:
-    """Raise a ValueError if decoding on a GPU cannot be compiled; elsewhere transformers compiles nothing."""
-    if device.type != "cuda":
-        return
-    lacking = []
-    if find_spec("triton") is None:
-        lacking.append("triton, which comes with torch for Linux")
-    if shutil.which(os.environ.get("CC", "gcc")) is None and shutil.which("clang") is None:
-        lacking.append("a C compiler (gcc or clang, or CC=... names one)")
-    if lacking:
-        raise InputError(f"compile needs {' and '.join(lacking)}; install it, or leave compile (--compile) out.")
+def _check_decoding(device: torch.device) -> None:
+    # On other devices transformers compiles nothing.
+    if device.type == "cuda":
+        check_compiler(device)
 
 
 def default_dtype(folder: str | Path, device: torch.device, quantize: Quantization = "none") -> torch.dtype:

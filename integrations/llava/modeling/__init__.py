@@ -10,6 +10,7 @@ from .build import (
     checkpoint_activations,
     read_language_files,
 )
+from .compilation import check_compiler, compile_vision
 from .condition import blank_condition
 from .generation import end_answers
 from .image_maps import image_maps
@@ -48,7 +49,9 @@ __all__ = [
     "build_model",
     "build_processor",
     "build_recipe_model",
+    "check_compiler",
     "checkpoint_activations",
+    "compile_vision",
     "count_parameters",
     "describe_head",
     "end_answers",

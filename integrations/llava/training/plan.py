@@ -12,13 +12,17 @@ from accelerate import PartialState
 from transformers import SchedulerType, TrainerCallback, get_scheduler
 
 from integrations.llava.config import STAGES, Recipe, StageConfig
-from integrations.llava.modeling import build_recipe_model, quantization_config, read_language_files
+from integrations.llava.modeling import (
+    build_recipe_model,
+    check_compiler,
+    quantization_config,
+    read_language_files,
+)
 from integrations.llava.prompts import get_template
 from layerfuse.errors import InputError, MissingFileError, MissingPackageError, UserError
 from layerfuse.files import file_digest
 from layerfuse.registry import unknown_name_message
 
-from .compilation import check_compiler
 from .engines import check_engine, forget_engine
 from .metrics_log import check_reporters
 from .run_folder import RunFolder

@@ -36,6 +36,7 @@ from integrations.llava.modeling import (
     assemble,
     build_processor,
     checkpoint_activations,
+    compile_vision,
     end_answers,
     merge_lora,
 )
@@ -44,7 +45,6 @@ from layerfuse.errors import FileAccessError, InputError
 from layerfuse.files import check_disk_space
 from layerfuse.preprocessing import AnyPreprocessing
 
-from .compilation import compile_vision
 from .distributed import any_process, on_main
 from .engines import forget_engine, set_precision, shards
 from .feature_pass import fill_feature_cache

@@ -12,8 +12,11 @@ from transformers import CompileConfig
 
 from integrations.llava.config import InjectionConfig
 from integrations.llava.inference import Conversation
-from integrations.llava.inference.predictor import Predictor, check_decoding, load_predictor
+from integrations.llava.inference import predictor as predictor_module
+from integrations.llava.inference.predictor import Predictor, load_predictor
 from integrations.llava.inference.sampling import SamplingParams
+from integrations.llava.modeling import compilation
+from layerfuse.errors import InputError
 from tests.integrations.llava.inference.answering_parts import PROMPTS, save_run
 
 
@@ -75,18 +78,14 @@ def test_beams_and_a_smaller_last_batch_are_answered_too(run: Path, predictor: P
         assert compiled(mixture, PROMPTS, sampling=sampling, batch_size=3) == expected
 
 
-def test_what_compiling_lacks_is_told_before_a_model_is_read(
-    run: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    monkeypatch.setenv("CC", "no-such-compiler")
-    monkeypatch.setenv("PATH", str(tmp_path))
-    module = "integrations.llava.inference.predictor"
-    monkeypatch.setattr(f"{module}.find_spec", lambda _: None)
-    with pytest.raises(ValueError, match=r"triton.*and a C compiler \(gcc or clang.*leave compile \(--compile\) out"):
-        check_decoding(torch.device("cuda"))
-    check_decoding(torch.device("cpu"))
+def test_what_compiling_lacks_is_told_before_a_model_is_read(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def missing(*_: Any) -> Any:
+        raise ImportError("Triton is nowhere")
 
-    monkeypatch.setattr(f"{module}.usable_device", lambda _: torch.device("cuda"))
-    monkeypatch.setattr(f"{module}.load_model", lambda *_, **__: pytest.fail("a model was read"))
-    with pytest.raises(ValueError, match="compile needs"):
+    monkeypatch.setattr(compilation, "_BACKEND", missing)
+    monkeypatch.setattr(predictor_module, "load_model", lambda *_, **__: pytest.fail("a model was read"))
+    # A GPU that there need not be.
+    monkeypatch.setattr(predictor_module, "usable_device", lambda _: torch.device("cuda"))
+    monkeypatch.setattr(torch, "ones", lambda size, **_: torch.zeros(size))
+    with pytest.raises(InputError, match=r"compile needs a compiler, .* for cuda here \(.*Triton is nowhere.*leave"):
         load_predictor(run, compile=True)

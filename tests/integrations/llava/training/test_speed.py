@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file
 
 from integrations.llava.config.schema import Recipe
-from integrations.llava.training import compilation
+from integrations.llava.modeling import compilation
 from integrations.llava.training import stage as stage_module
 from integrations.llava.training.engines import check_engine
 from integrations.llava.training.signals import RunInterrupted
@@ -67,7 +67,7 @@ def test_a_missing_compiler_is_said_before_data_are_read(
 
     monkeypatch.setattr(compilation, "_BACKEND", missing)
     monkeypatch.setattr("integrations.llava.training.stage.read_samples", None)
-    message = r"stage finetune: compile=true needs a compiler, .* for cpu here \(.*g\+\+ is nowhere.*; install it"
+    message = r"stage finetune: compile needs a compiler, .* for cpu here \(.*g\+\+ is nowhere.*; install it"
     with pytest.raises(InputError, match=message):
         train(finetuned(tiny_recipe, compile=True), tmp_path / "run")
 

@@ -1,4 +1,4 @@
-"""Backbone and fuser compiled by torch for a stage of training.
+"""Torch's compiler: whether it works here, and backbone and fuser compiled by it for a stage of training.
 
 The language model stays as it is: its attention has kernels of its own, and its batches another length each step.
 """
@@ -9,8 +9,9 @@ import subprocess
 
 import torch
 
-from integrations.llava.modeling import FusedLlavaForConditionalGeneration
 from layerfuse.errors import InputError
+
+from .model import FusedLlavaForConditionalGeneration
 
 __all__ = ["check_compiler", "compile_vision"]
 
@@ -26,7 +27,7 @@ def check_compiler(device: torch.device) -> None:
     except (RuntimeError, ImportError, OSError, subprocess.SubprocessError) as error:
         reason = " ".join(str(error).partition("\n\n")[0].split()) or type(error).__name__
         raise InputError(
-            f"compile=true needs a compiler, and torch cannot use one for {device.type} here ({reason}); install it "
+            f"compile needs a compiler, and torch cannot use one for {device.type} here ({reason}); install it "
             "(for CPUs a C++ compiler such as g++, for GPUs Triton and a C compiler), or leave compile out."
         ) from error
 
