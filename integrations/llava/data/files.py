@@ -10,6 +10,7 @@ from typing import Any
 
 from layerfuse.errors import InputError, MissingFileError
 
+from .dialects import as_sample
 from .index import array_spans, has_lines, line_spans
 from .samples import Sample
 from .sidecar import cached_array
@@ -55,7 +56,8 @@ class SampleFile(FileSource):
         return len(self._spans)
 
     def _look_up(self, index: int) -> Sample:
-        return self.row(index)
+        sample: Sample = as_sample(self.row(index))
+        return sample
 
     def row(self, index: int) -> Any:
         """An entry of the file, whatever it is.

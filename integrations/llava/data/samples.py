@@ -17,6 +17,7 @@ __all__ = [
     "Sample",
     "count_words",
     "image_names",
+    "is_video",
     "linked_media",
     "sample_id",
     "source_name",
@@ -28,6 +29,8 @@ Sample = Mapping[str, Any]
 TEXT_ONLY = "text only"
 """Source of the samples without image."""
 
+_FRAMES = "images alone are read: give the frames as 'image': [name, …], or remove the sample"
+_VIDEO_TAG = re.compile(r"^\s*<video>|\n<video>\s*$")
 _LINK = re.compile(r"(data:|[a-z][a-z0-9+.-]+://)", re.IGNORECASE)
 _IMAGE_KEY = re.compile(r"(image|img|picture|photo|pic)s?(file|path|filename|name|url|uri|list)?s?")
 _OTHER_KEY = re.compile(r"(video|audio|movie|clip|frame)s?(file|path|filename|name|url|uri|list)?s?|media|multimedia")
@@ -76,24 +79,36 @@ def linked_media(name: str) -> str | None:
     return "is the picture itself (data:)" if found[1].lower() == "data:" else "is a URL"
 
 
+def is_video(name: str) -> bool:
+    """Whether a file's name ends as those of videos do."""
+    return name.lower().endswith((".mp4", ".avi", ".mov", ".mkv", ".webm", ".m4v", ".mpg", ".mpeg", ".flv", ".wmv"))
+
+
 def unread_media(sample: Sample) -> Iterator[tuple[str, str]]:
     """Keys of a sample and its turns that look like media and are not read, each with what to write instead.
 
-    Beside an `image`, other keys about images are notes (`image_id`, `image_url`), as long as its tags are as many.
+    Videos are named, too: a file's name, or the tag `<video>` at the beginning or end of a turn. Beside an `image`,
+    other keys about images are notes (`image_id`, `image_url`), as long as its tags are as many.
     The sample is of good form, but for its tags.
     """
-    num_images = len(image_names(sample))
+    names = image_names(sample)
+    num_images = len(names)
     num_tags = sum(turn["value"].count(IMAGE_TAG) for turn in sample["conversations"] if turn["from"] == "human")
     unseen = num_images == 0 or num_images < num_tags
     for key, value in sample.items():
         if key != "image" and _names_media(_OTHER_KEY, key, value):
-            yield key, "images alone are read: give the frames as 'image': [name, …], or remove the sample"
+            yield key, _FRAMES
         elif key != "image" and unseen and _names_media(_IMAGE_KEY, key, value):
             yield key, f"write 'image': {_example(value)}"
     for turn in sample["conversations"] if unseen else ():
         for key, value in turn.items():
             if _names_media(_IMAGE_KEY, key, value) or _names_media(_OTHER_KEY, key, value):
                 yield key, f"write 'image': {_example(value)} beside 'conversations'"
+    for name in filter(is_video, names):
+        yield name, _FRAMES
+    # In a text about web pages the word may stand anywhere.
+    if any(_VIDEO_TAG.search(turn["value"]) for turn in sample["conversations"] if turn["from"] == "human"):
+        yield "<video>", _FRAMES
 
 
 def _names_media(pattern: re.Pattern[str], key: str, value: Any) -> bool:

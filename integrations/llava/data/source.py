@@ -136,7 +136,7 @@ class FileSource(SampleSource):
     @property
     def lengths(self) -> np.ndarray:
         """As of every source; counted once and kept beside the file."""
-        return cached_array(self.path, self._state, "words-v2", self._count)
+        return cached_array(self.path, self._state, "words-v3", self._count)
 
     def _copy(self) -> tuple[Any, ...]:
         """Arguments that open the file again."""

@@ -50,6 +50,9 @@ def conversation_faults(sample: Any, template: Template, places: ImagePlaces) ->
         elif not places.holds(name):
             yield Fault("outside_folder", f"image {printable(name)}: outside the image folder", name)
     for message in messages:
+        if not turns.is_turn(message) and isinstance(message, Mapping) and message.get("from") == "system":
+            yield Fault("bad_turn", "has a system turn, which prompt templates do not take yet; leave it out")
+            return
         if not turns.is_turn(message):
             yield Fault("bad_turn", f"has a turn that is not {turns.FORM}: {message!a:.80}")
             return

@@ -52,14 +52,13 @@ def dataset(samples: list[Any], folder: Path, **options: Any) -> ConversationDat
 @pytest.mark.parametrize(
     ("key", "value", "advice"),
     [
-        ("images", ["a.jpg"], "write 'image': 'a.jpg'"),
-        ("images", ["a.jpg", "b.jpg"], "write 'image': ['a.jpg', …]"),
+        ("pictures", ["a.jpg", "b.jpg"], "write 'image': ['a.jpg', …]"),
         ("image_path", "a.jpg", "write 'image': 'a.jpg'"),
         ("img", "a.jpg", "write 'image': 'a.jpg'"),
         ("Image", "a.jpg", "write 'image': 'a.jpg'"),
         ("image_file", "a.jpg", "write 'image': 'a.jpg'"),
         ("image_url", "http://x/a.jpg", "write 'image': 'http://x/a.jpg'"),
-        ("images", [{"bytes": "…"}], "write 'image': name"),
+        ("img", [{"bytes": "…"}], "write 'image': name"),
         ("video", "a.mp4", "images alone are read: give the frames as 'image'"),
         ("audio_files", ["a.wav"], "images alone are read"),
     ],

@@ -59,7 +59,7 @@ def test_good_data_pass_every_check(data_folder: Path) -> None:
         ({"conversations": []}, "no_conversation", "has no 'conversations'"),
         ({}, "no_conversation", "has no 'conversations'"),
         ("text", "not_an_object", "is a str, so it has no 'conversations'"),
-        ({"conversations": [{"from": "system", "value": "a"}]}, "bad_turn", "a turn that is not"),
+        ({"conversations": [{"from": "system", "value": "a"}]}, "bad_turn", "has a system turn"),
         ({"conversations": [{"from": "human", "value": 7}]}, "bad_turn", "a turn that is not"),
         ({"conversations": ["hello"]}, "bad_turn", "a turn that is not"),
         ({"conversations": human_and_gpt("<image>\na", "b")}, "image_tags", "has 0 images but 1 <image> tags"),
