@@ -190,6 +190,11 @@ class Backbone(AnyBackbone):
         return (self,)
 
     @property
+    def blocks(self) -> tuple[nn.Module, ...]:
+        """The blocks that are left, in order: as many as the deepest tapped layer's number, at least one."""
+        return tuple(get_blocks(self.model, self._blocks))
+
+    @property
     def config(self) -> dict[str, Any]:
         """JSON-able description from which `from_config` builds the same architecture.
 

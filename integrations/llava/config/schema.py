@@ -6,12 +6,12 @@ import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Literal, cast, get_args
+from typing import Annotated, Any, Literal, cast, get_args
 
 from layerfuse.errors import InputError
 from layerfuse.registry import unknown_name_message
 
-from .limits import Checked, Count, Natural, Positive, Rate, Seed, Share
+from .limits import Checked, Count, Natural, Positive, Rate, Seed, Share, Within
 from .model import InjectionConfig, ModelConfig
 
 __all__ = [
@@ -112,6 +112,8 @@ class StageConfig(Checked):
         lora: train the language model through adapters.
         learning_rate: the peak.
         learning_rates: part -> its peak, where it differs, such as {"fuser": 1e-4}.
+        layer_decay: of a backbone that learns: each block's rate is that of the block behind it times this, and the
+            embeddings come before the first block; 1 gives all of them one rate.
         batch_size: samples per optimizer step, over all processes.
         micro_batch_size: samples per process at a time; gradients of several are summed until `batch_size` is
             reached. None: as many as one process has to take in a step.
@@ -122,8 +124,11 @@ class StageConfig(Checked):
         epochs: passes over the data; ignored if `max_steps` is given.
         max_steps: optimizer steps.
         warmup_ratio: part of the steps over which the learning rate rises.
+        optimizer: transformers' name of the optimizer, such as "adafactor" or "adamw_8bit".
+        optimizer_options: arguments of its class, such as {"betas": [0.9, 0.95]}.
         weight_decay: for weights outside norms; never for biases.
         scheduler: transformers' name of the learning rate schedule.
+        scheduler_options: its own arguments, such as {"min_lr_rate": 0.1} of "cosine_with_min_lr".
         max_grad_norm: gradients are scaled down to this norm; 0 leaves them alone.
         precision: of the computation. Trained parameters stay float32; frozen ones take the precision's type.
         gradient_checkpointing: recompute the language model's activations, to save memory; "selective" keeps the
@@ -139,6 +144,7 @@ class StageConfig(Checked):
         keep_checkpoints: the newest checkpoints that stay while a stage runs.
         num_workers: processes that prepare samples; 0 prepares them in the training process.
         log_every: steps between two log entries; losses are kept for every step.
+        trainer_options: other arguments of transformers' TrainingArguments, such as {"neftune_noise_alpha": 5}.
         seed: of the order of samples, dropout and new adapters; `pretrain`'s is also that of the model's parts that are
             not loaded, in both stages.
     """
@@ -149,6 +155,7 @@ class StageConfig(Checked):
     lora: LoraConfig = field(default_factory=LoraConfig)
     learning_rate: Rate = 1e-3
     learning_rates: dict[str, Rate] = field(default_factory=dict)
+    layer_decay: Annotated[float, Within(0, 1, above=True)] = 1.0
     batch_size: Count = 16
     micro_batch_size: Count | None = None
     loss_average: Literal["micro_batch", "token"] = "micro_batch"
@@ -156,8 +163,11 @@ class StageConfig(Checked):
     epochs: Positive = 1.0
     max_steps: Count | None = None
     warmup_ratio: Share = 0.03
+    optimizer: str = "adamw_torch_fused"
+    optimizer_options: dict[str, Any] = field(default_factory=dict)
     weight_decay: Rate = 0.0
     scheduler: str = "cosine"
+    scheduler_options: dict[str, Any] = field(default_factory=dict)
     max_grad_norm: Rate = 1.0
     precision: Literal["fp32", "bf16"] = "fp32"
     gradient_checkpointing: bool | Literal["selective"] = False
@@ -170,6 +180,7 @@ class StageConfig(Checked):
     keep_checkpoints: Count = 1
     num_workers: Natural = 0
     log_every: Count = 10
+    trainer_options: dict[str, Any] = field(default_factory=dict)
     seed: Seed = 42
 
     def __post_init__(self) -> None:
@@ -185,6 +196,11 @@ class StageConfig(Checked):
             raise InputError(f"lora.rank={self.lora.rank}, but 'llm' is not among the trainable parts; add it.")
         if self.lora.quantize != "none" and not self.lora.rank:
             raise InputError(f"lora.quantize={self.lora.quantize!r} needs adapters to train; set lora.rank.")
+        if self.layer_decay != 1 and "backbone" not in self.trainable:
+            raise InputError(
+                f"layer_decay={self.layer_decay} is of a backbone that learns, and 'backbone' is not among the "
+                "trainable parts; add it, or leave layer_decay out."
+            )
         if self.feature_cache and "backbone" in self.trainable:
             raise InputError(
                 "feature_cache keeps the maps of a frozen backbone, and 'backbone' is among the trainable parts, whose "

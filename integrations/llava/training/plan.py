@@ -9,9 +9,9 @@ from pathlib import Path
 
 import torch
 from accelerate import PartialState
-from transformers import SchedulerType, TrainerCallback, get_scheduler
+from transformers import TrainerCallback
 
-from integrations.llava.config import STAGES, Recipe, StageConfig
+from integrations.llava.config import STAGES, Recipe
 from integrations.llava.modeling import (
     build_recipe_model,
     check_compiler,
@@ -21,10 +21,11 @@ from integrations.llava.modeling import (
 from integrations.llava.prompts import get_template
 from layerfuse.errors import InputError, MissingFileError, MissingPackageError, UserError
 from layerfuse.files import file_digest
-from layerfuse.registry import unknown_name_message
 
 from .engines import check_engine, forget_engine
 from .metrics_log import check_reporters
+from .named_settings import check_named_settings
+from .optimizer import check_optimizer
 from .run_folder import RunFolder
 from .signals import StopRequest
 from .trainer import training_arguments
@@ -168,7 +169,7 @@ def check_plan(plan: Plan) -> None:
                 cached=bool(config.feature_cache),
             )
             get_template(config.template)
-            _check_scheduler(config)
+            check_named_settings(config)
             if config.compile:
                 check_compiler(plan.process.device)
             if quantization_config(config.lora.quantize, torch.float32) and not recipe.model.llm_pretrained:
@@ -181,7 +182,8 @@ def check_plan(plan: Plan) -> None:
             config = recipe.stage(name)
             model = build_recipe_model(recipe.model, files, config, device="meta")
             try:
-                training_arguments(config, plan.folder.path / name, model, num_processes)
+                args = training_arguments(config, plan.folder.path / name, model, num_processes)
+                check_optimizer(config, args, plan.process.device, num_processes=num_processes)
             except UserError:
                 raise
             except (ValueError, ImportError) as error:
@@ -198,17 +200,3 @@ def _named(stage: str) -> Iterator[None]:
     except (MissingPackageError, InputError) as error:
         kind = MissingPackageError if isinstance(error, MissingPackageError) else InputError
         raise kind(f"stage {stage}: {error}") from error
-
-
-def _check_scheduler(config: StageConfig) -> None:
-    known = {kind.value for kind in SchedulerType} - {SchedulerType.REDUCE_ON_PLATEAU.value}
-    if config.scheduler not in known:
-        raise InputError(unknown_name_message("scheduler", config.scheduler, known))
-    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1.0)
-    try:
-        get_scheduler(config.scheduler, optimizer, num_warmup_steps=1, num_training_steps=4)
-    except (TypeError, ValueError) as error:
-        raise InputError(
-            f"scheduler {config.scheduler!r} wants settings that a recipe does not have ({error}); take another, such "
-            "as cosine, linear or constant_with_warmup."
-        ) from error

@@ -41,6 +41,8 @@ from .distributed import any_process, on_main
 
 __all__ = [
     "CheckpointingTrainer",
+    "as_state",
+    "as_stored",
     "checkpoints",
     "load_state",
     "load_trained",
@@ -81,15 +83,18 @@ def save_state(model: nn.Module, optimizer: Optimizer, folder: Path) -> None:
     states = {name: optimizer.state.get(parameter, {}) for name, parameter in parameters.items()}
     files: dict[str, dict[str, torch.Tensor]] = {_TRAINED: dict(parameters)}
     for kind in sorted({kind for state in states.values() for kind in state}):
-        files[f"optimizer-{kind}.safetensors"] = {n: state[kind] for n, state in states.items() if kind in state}
+        own = {name: as_stored(state[kind]) for name, state in states.items() if state.get(kind) is not None}
+        files[f"optimizer-{kind}.safetensors"] = own
     for name, tensors in files.items():
         # The others wait for the disk here, and not in a collective, which gives up after a while.
         on_main(partial(_write, _whole(tensors, keep=main), folder / name))
 
 
 def _write(tensors: dict[str, torch.Tensor], path: Path) -> None:
+    # bitsandbytes has one table of codes for all weights, and safetensors no tensor under two names.
+    owners = {tensor.data_ptr(): name for name, tensor in tensors.items()}
     try:
-        save_file(tensors, path)
+        save_file({n: t if owners[t.data_ptr()] == n else t.clone() for n, t in tensors.items()}, path)
     except (OSError, SafetensorError) as error:
         raise FileAccessError(
             getattr(error, "errno", None) or errno.EIO,
@@ -148,11 +153,23 @@ def load_state(model: nn.Module, optimizer: Optimizer, folder: Path) -> None:
             kind = path.stem.removeprefix("optimizer-")
             for name, value in _read(path, names, all_of_them=False):
                 parameter = names[name]
-                if value.ndim == parameter.ndim:
-                    value = _placed_like(parameter, value)
-                elif parameter in on_device:
-                    value = value.to(parameter.device)
-                optimizer.state[parameter][kind] = value
+                optimizer.state[parameter][kind] = as_state(parameter, value, on_device=parameter in on_device)
+
+
+def as_stored(value: torch.Tensor | float) -> torch.Tensor:
+    """An optimizer's state as files hold it; numbers of Python's become 64 bits, which torch's own counts are not."""
+    if isinstance(value, torch.Tensor):
+        return value
+    return torch.tensor(value, dtype=torch.float64 if isinstance(value, float) else torch.int64)
+
+
+def as_state(parameter: nn.Parameter, value: torch.Tensor, *, on_device: bool) -> torch.Tensor | float:
+    """A state from a file, in the parameter's place; counts stay on the CPU unless they belong on the device."""
+    if value.ndim == 0 and value.dtype in (torch.float64, torch.int64):
+        return value.item()
+    if value.ndim == parameter.ndim:
+        return _placed_like(parameter, value)
+    return value.to(parameter.device) if value.ndim or on_device else value
 
 
 def _read(

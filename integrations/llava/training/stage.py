@@ -331,6 +331,8 @@ def stage_trainer(
         train_dataset=dataset,
         data_collator=Collator(tokenizer.pad_token_id),
         learning_rates=config.learning_rates,
+        layer_decay=config.layer_decay,
+        optimizer_options=config.optimizer_options,
         loss_average=config.loss_average,
         group_by_modality=config.group_by_modality,
         lengths=lengths,

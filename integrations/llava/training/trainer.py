@@ -31,7 +31,7 @@ from layerfuse.files import write_text
 from .distributed import any_process
 from .engines import engine_arguments
 from .loss_guard import BrokenBatch, Later, NonFiniteLossError, OptimizerStep
-from .optimizer import parameter_groups
+from .optimizer import build_optimizer, parameter_groups
 from .resume import CheckpointingTrainer
 from .signals import start_deaf
 
@@ -47,7 +47,8 @@ class LlavaTrainer(CheckpointingTrainer):
 
     Args:
         args: as for Trainer.
-        learning_rates: part -> its peak learning rate.
+        learning_rates: part -> its peak learning rate; `layer_decay` is of the backbone, see `parameter_groups`.
+        optimizer_options: arguments of the optimizer's class.
         loss_average: "micro_batch": micro batches and processes weigh alike, whatever they supervise; "token": every
             supervised token of an optimizer step weighs alike.
         group_by_modality: use `ModalityLengthSampler`.
@@ -61,6 +62,8 @@ class LlavaTrainer(CheckpointingTrainer):
         *,
         args: TrainingArguments,
         learning_rates: Mapping[str, float] | None = None,
+        layer_decay: float = 1.0,
+        optimizer_options: Mapping[str, Any] | None = None,
         loss_average: Literal["micro_batch", "token"] = "micro_batch",
         group_by_modality: bool = False,
         lengths: Sequence[int] | None = None,
@@ -76,7 +79,8 @@ class LlavaTrainer(CheckpointingTrainer):
             # Else Trainer would wrap the model in DataParallel, which tears images from their texts.
             args._n_gpu = 1
         super().__init__(args=args, **kwargs)
-        self.learning_rates, self.loss_average = learning_rates, loss_average
+        self.learning_rates, self.layer_decay, self.loss_average = learning_rates, layer_decay, loss_average
+        self.optimizer_options = dict(optimizer_options or {})
         self.group_by_modality, self.lengths = group_by_modality, lengths
         self.options = dict(options or {})
         self._step = OptimizerStep(0, 0.0, [])
@@ -84,7 +88,7 @@ class LlavaTrainer(CheckpointingTrainer):
         self._unchecked: tuple[OptimizerStep, Later] | None = None
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
-        """AdamW over `parameter_groups`."""
+        """The optimizer that the arguments name, over `parameter_groups`."""
         if self.optimizer is None:
             whole = model if model is not None else self.model
             assert whole is not None
@@ -92,10 +96,10 @@ class LlavaTrainer(CheckpointingTrainer):
                 whole,
                 learning_rate=self.args.learning_rate,
                 learning_rates=self.learning_rates,
+                layer_decay=self.layer_decay,
                 weight_decay=self.args.weight_decay,
             )
-            cls, options = self.get_optimizer_cls_and_kwargs(self.args)
-            self.optimizer = cls([{k: v for k, v in group.items() if k != "names"} for group in groups], **options)
+            self.optimizer = build_optimizer(groups, self.args, self.optimizer_options)
         return self.optimizer
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int] | None:
@@ -262,8 +266,9 @@ def training_arguments(
         max_steps=config.max_steps if config.max_steps is not None else -1,
         learning_rate=config.learning_rate,
         weight_decay=config.weight_decay,
-        optim="adamw_torch_fused",
+        optim=config.optimizer,
         lr_scheduler_type=config.scheduler,
+        lr_scheduler_kwargs=dict(config.scheduler_options),
         warmup_steps=config.warmup_ratio,
         max_grad_norm=config.max_grad_norm,
         bf16=config.precision == "bf16",
@@ -279,6 +284,7 @@ def training_arguments(
         report_to=[],
         disable_tqdm=True,
         seed=config.seed,
+        **config.trainer_options,
         **engine,
     )
 

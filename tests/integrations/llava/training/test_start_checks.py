@@ -29,7 +29,7 @@ UNBUILDABLE: dict[str, tuple[Callable[[Recipe], Recipe], str]] = {
     "scheduler": (lambda r: changed(r, "finetune", scheduler="cosin"), "scheduler 'cosin' is unknown; did you mean 'c"),
     "scheduler with settings": (
         lambda r: changed(r, "finetune", scheduler="warmup_stable_decay"),
-        "'warmup_stable_decay' wants settings that a recipe does not have",
+        r"'warmup_stable_decay' cannot be made with scheduler_options=\{\}",
     ),
     "plateau": (lambda r: changed(r, "finetune", scheduler="reduce_lr_on_plateau"), "scheduler 'reduce_lr_on_plat"),
     "LoRA targets": (lambda r: _with_lora(r, target_modules=("q_prj",)), "no linear layers called q_prj"),
