@@ -28,7 +28,7 @@ from integrations.llava.data.doctor import (
 from integrations.llava.evaluation import TASKS, survey_data, survey_text
 from integrations.llava.evaluation.tables import chosen_tasks
 from integrations.llava.image_layout import AnyResLayout, FixedLayout, ImageLayout, default_pinpoints
-from integrations.llava.prompts import TEMPLATES, TextEncoder, get_template
+from integrations.llava.prompts import TEMPLATES, Template, TextEncoder, get_template
 from layerfuse.errors import ExistingFileError, FileAccessError, InputError, MissingFileError, UserError
 from layerfuse.files import atomic_file
 
@@ -101,14 +101,14 @@ def _check(arguments: argparse.Namespace) -> int:
         raise ExistingFileError(f"{target} exists and is left alone; move it away or remove it, or leave out --fix.")
     for written in ([arguments.report] if arguments.report is not None else []) + ([target] if arguments.fix else []):
         _refuse_unwritable(written)
-    samples = read_samples(arguments.data)
+    template, samples = get_template(arguments.template), read_samples(arguments.data)
     found = survey_samples(
         samples,
         image_folder=arguments.image_folder,
-        template=get_template(arguments.template),
+        template=template,
         check_images=arguments.images,
         max_pixels=arguments.max_pixels,
-        tokens=_token_limit(arguments),
+        tokens=_token_limit(arguments, template),
         workers=arguments.workers,
     )
     print(f"{arguments.data}, images in {arguments.image_folder} ({_DEPTH[arguments.images]})\n")
@@ -144,7 +144,7 @@ def _refuse_unwritable(path: Path) -> None:
 _DEPTH = {"decode": "decoded", "size": "headers only", "none": "not looked at"}
 
 
-def _token_limit(arguments: argparse.Namespace) -> TokenLimit | None:
+def _token_limit(arguments: argparse.Namespace, template: Template) -> TokenLimit | None:
     if arguments.tokenizer is None:
         return None
     try:
@@ -155,7 +155,8 @@ def _token_limit(arguments: argparse.Namespace) -> TokenLimit | None:
         ) from error
     # The tokenizer need not know images; no token of its own has this id.
     layout = _layout(arguments.image_tokens, arguments.anyres, arguments.pinpoints)
-    return TokenLimit(TextEncoder(tokenizer), layout=layout, max_length=arguments.max_length)
+    encoder = TextEncoder(tokenizer, template.control_tokens)
+    return TokenLimit(encoder, layout=layout, max_length=arguments.max_length)
 
 
 def _layout(num_tokens: int, tile: int | None, pinpoints: Sequence[str] | None) -> ImageLayout:

@@ -112,7 +112,7 @@ def measured_workload(samples: Sequence[Sample], config: StageConfig, layout: Im
         sizes = sample_image_sizes(samples, config.data.image_folder, upright=config.data.upright)
         images, tokens = np.array([*map(len, sizes)]), np.array([sum(map(layout.num_tokens, each)) for each in sizes])
         tiles = np.array([sum(map(layout.num_tiles, each)) for each in sizes])
-    system = len(get_template(config.template).system.split())
+    system = len((get_template(config.template).system or "").split())
     lengths = np.minimum(tokens + TOKENS_PER_WORD * (np.abs(words) + system), config.data.max_length)
     return Workload(
         samples=len(words),

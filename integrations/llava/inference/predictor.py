@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import os
 import threading
 import warnings
@@ -209,11 +210,11 @@ class Predictor:
         prompts = {name: batch[name].to(device, non_blocking=True) for name in ("input_ids", "attention_mask")}
         length = prompts["input_ids"].shape[1]
         draw = [SeededSampling(sampling, keys, device)] if sampling.temperature else []
-        ends_with_text = template.answer_end and not template.end_token
+        ends_with_text = bool(template.answer_end and not template.end)
         settings = generate_settings(
             sampling,
             prompt_length=length,
-            end=self.prepare.encoder.end,
+            end=self.prepare.end,
             padding=self.processor.tokenizer.pad_token_id,
             forbidden=[self.prepare.image_token_id],
         )
@@ -255,9 +256,11 @@ class Predictor:
         return settings | {CACHE_ARGUMENT: cache}
 
     def _text(self, ids: Sequence[int]) -> str:
-        text: str = self.processor.tokenizer.decode(ids, skip_special_tokens=True)
         template = self.prepare.template
-        if template.answer_end and template.end_token:
+        # The end is dropped by name: a template's token need not be one of the tokenizer's special ones.
+        written = itertools.takewhile(lambda token: token != self.prepare.end, ids)
+        text: str = self.processor.tokenizer.decode([*written], skip_special_tokens=True)
+        if template.answer_end and template.end:
             text = text.rstrip().removesuffix(template.answer_end)
         elif template.answer_end:
             text = text.partition(template.answer_end)[0]

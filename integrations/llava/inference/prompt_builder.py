@@ -19,7 +19,7 @@ from integrations.llava.checkpoints import load_config, load_processor
 from integrations.llava.data import read_image, read_image_size
 from integrations.llava.image_layout import ImageSize
 from integrations.llava.modeling import FusedLlavaConfig, LayerfuseImageProcessor
-from integrations.llava.prompts import IMAGE_TAG, Message, Template, TextEncoder, asked_ids, render, turns
+from integrations.llava.prompts import EOS, IMAGE_TAG, Message, Template, TextEncoder, asked_ids, render, turns
 from layerfuse.errors import InputError, InvalidTypeError, MissingFileError
 from layerfuse.preprocessing import preprocessing_from_dict, tile_pixels
 from layerfuse.preprocessing.pixels import image_size
@@ -68,14 +68,10 @@ class Preparer:
                 f"{config.layout.config}; take the processor that was saved with the model."
             )
         assert isinstance(config.text_config, PreTrainedConfig)
-        try:
-            self.template = Template(**config.prompt_template)
-        except TypeError as error:
-            raise InputError(
-                f"the checkpoint's prompt_template is {config.prompt_template!r:.200}, which is none ({error}); store "
-                "what get_template(name).to_dict() gives."
-            ) from error
-        self.encoder = TextEncoder(processor.tokenizer)
+        self.template = Template.from_dict(config.prompt_template)
+        self.encoder = TextEncoder(processor.tokenizer, self.template.control_tokens)
+        # What ends an answer; of a template whose answers end with a text, what ends any text.
+        (self.end,) = self.encoder.control(self.template.end or EOS)
         self.preprocessing = preprocessing_from_dict(processor.image_processor.preprocessing, upright=True)
         self.layout = config.layout
         self.with_condition = config.reads_questions
@@ -87,7 +83,7 @@ class Preparer:
         tokenizer = processor.tokenizer
         # Truncation and padding are states of a tokenizer that was used; no prompt is written with them.
         spelling = json.loads(tokenizer.backend_tokenizer.to_str()) | {"truncation": None, "padding": None}
-        numbers = [self.image_token_id, self.layout.num_tokens(), self.encoder.begin, self.encoder.end]
+        numbers = [self.image_token_id, self.layout.num_tokens(), self.encoder.begin, self.end]
         read = [self.template.to_dict(), self.preprocessing.to_dict(), numbers, sorted(tokenizer.all_special_ids)]
         read += [self.layout.config] if self.layout.depends_on_size else []
         return hashlib.sha256(json.dumps([read, spelling], sort_keys=True).encode()).hexdigest()[:12]
@@ -185,7 +181,7 @@ class Preparer:
             num_images=int(self.template.caption_only),
         )
         written = rendered.input_ids[len(rendered.input_ids) - rendered.num_supervised :]
-        return written[:-1] if self.template.end_token else written
+        return written[:-1] if self.template.end else written
 
     def _written(self, prompt: Prompt, image_sizes: Sequence[ImageSize | None]) -> torch.Tensor:
         messages = _placed(as_turns(prompt), len(image_sizes))

@@ -26,9 +26,11 @@ def end_answers(config: GenerationConfig, tokenizer: PreTrainedTokenizerBase, te
     The config is changed in place. Of texts that end answers, only those of one token are known to it;
     `generate(stop_strings=...)` knows all.
     """
-    taught = [tokenizer.eos_token_id]
-    if not template.end_token:
-        ids = TextEncoder(tokenizer)(template.answer_end)
+    encoder = TextEncoder(tokenizer, template.control_tokens)
+    if template.end:
+        taught = encoder.control(template.end)
+    else:
+        ids = encoder(template.answer_end)
         taught = ids if len(ids) == 1 else []
     known = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
     ends = list(dict.fromkeys(token for token in (*taught, *known) if token is not None))

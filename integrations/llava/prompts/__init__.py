@@ -7,9 +7,10 @@ from .asked import asked_ids
 from .chat_template import chat_template
 from .encoder import TextEncoder
 from .render import Rendered, render
-from .templates import IGNORE_INDEX, IMAGE_TAG, TEMPLATES, Message, Template, get_template
+from .templates import EOS, IGNORE_INDEX, IMAGE_TAG, TEMPLATES, Message, Template, get_template
 
 __all__ = [
+    "EOS",
     "IGNORE_INDEX",
     "IMAGE_TAG",
     "TEMPLATES",

@@ -6,7 +6,7 @@ import json
 from typing import TYPE_CHECKING
 
 from .encoder import TextEncoder
-from .templates import IMAGE_TAG, Template
+from .templates import BOS, EOS, IMAGE_TAG, Template
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -17,47 +17,104 @@ __all__ = ["chat_template"]
 def chat_template(template: Template, tokenizer: PreTrainedTokenizerBase) -> str:
     """A prompt template in Jinja over messages with `role` and `content` (text, or a list of text and image parts).
 
-    For one image in front of the first question it gives the ids that `render` gives; the tokenizer decides how the
-    line behind an image is spelled.
+    For an image in front of its question it gives the ids that `render` gives. The token that the tokenizer itself puts
+    in front of texts is left to it; it also decides how the line behind an image is spelled.
     """
+    encoder = TextEncoder(tokenizer, template.control_tokens)
+    blank = {token: _blank_behind(token, tokenizer, encoder) for token in (IMAGE_TAG, tokenizer.bos_token) if token}
+    first = _quoted((tokenizer.bos_token or "") + blank.get(tokenizer.bos_token or "", ""))
+    values = {
+        "{text}": "text",
+        "{system}": "(system if loop.first else '')",
+        BOS: f"('' if loop.first else {first})" if encoder.begin else first,
+        EOS: _quoted(tokenizer.eos_token),
+    }
+
+    def expression(name: str, **own: str) -> str:
+        filled = [
+            " ~ ".join((values | own).get(part) or _quoted(part) for part in template.parts(name, empty=empty))
+            for empty in (False, template.drop_empty and name in ("user_turn", "answer"))
+        ]
+        return filled[0] if filled[0] == filled[1] else f"({filled[0]} if text else {filled[1]})"
+
+    def output(name: str, **own: str) -> str:
+        written = expression(name, **own)
+        return f"{{{{ {written} }}}}" if written else ""
+
     if template.caption_only:
-        turns = (
-            "{% if message['role'] == 'user' %}{{ images(message) }}{% elif message['role'] != 'system' %}"
-            "{% generation %}{{ parts(message) }}{% endgeneration %}{% endif %}"
-        )
-        return _JINJA.format(line="", system="", turns=turns, generation="")
-    # `render` tokenises afresh behind an image; a tokenizer that writes its blank at the very first place only needs
-    # that blank spelled out to give the same ids.
-    expected = TextEncoder(tokenizer)("\nx", at_start=True)
-    plain = tokenizer(f"{IMAGE_TAG}\nx", add_special_tokens=False).input_ids[-len(expected) :]
-    line = "\\n" if plain == expected else " \\n"
-    end = tokenizer.eos_token if template.end_token else ""
-    turns = (
-        f"{{% if message['role'] == 'user' %}}{{{{ '{template.user}: ' + parts(message) + ' ' }}}}"
-        "{% elif message['role'] == 'system' %}{{ parts(message) + ' ' }}"
-        f"{{% else %}}{{{{ '{template.assistant}:' }}}}{{% generation %}}"
-        f"{{{{ ' ' + parts(message) + '{template.answer_end + end}' }}}}{{% endgeneration %}}{{% endif %}}"
-    )
-    # A system message stands in the place of the template's own text.
-    own_system = (
-        "{%- if not messages or messages[0]['role'] != 'system' -%}{{ "
-        f"{json.dumps(f'{template.system} ', ensure_ascii=False)} }}}}{{%- endif -%}}"
-    )
-    return _JINJA.format(
-        line=line,
-        system=own_system if template.system else "",
-        turns=turns,
-        generation="{% if add_generation_prompt %}{{ '" + template.assistant + ":' }}{% endif %}",
+        return _PARTS.format(line=blank[IMAGE_TAG]) + _CAPTION.format(answer=output("answer"))
+    system_turn = expression("system_turn", **{"{text}": _text(template, "system", "messages[0]")})
+    given = "{{ raise_exception(" + _quoted(f"template {template.name} knows no system turn") + ") }}"
+    standing = "''"
+    if template.system is not None:
+        standing = expression("system_turn", **{"{text}": _quoted(template.system)})
+    begin = {"{system}": "system", BOS: "''" if encoder.begin else first}
+    return _PARTS.format(line=blank[IMAGE_TAG]) + _CONVERSATION.format(
+        given_system=f"{{%- set system = {system_turn} -%}}" if template.takes_system else given,
+        system=standing,
+        begin=output("begin", **begin),
+        human=_text(template, "human", "message"),
+        gpt=_text(template, "gpt", "message"),
+        user=output("user_turn"),
+        prompt=output("prompt"),
+        last_prompt=output("last_prompt"),
+        written="text or loop.last" if template.drop_empty else "true",
+        answer=output("answer"),
+        after_answer=output("after_answer"),
     )
 
 
-_JINJA = (
+def _quoted(text: str) -> str:
+    return json.dumps(text, ensure_ascii=False)
+
+
+def _text(template: Template, role: str, message: str) -> str:
+    return f"parts({message})" + (" | trim" if role in template.strip else "")
+
+
+def _blank_behind(token: str, tokenizer: PreTrainedTokenizerBase, encoder: TextEncoder) -> str:
+    """A blank, where `render` tokenises afresh behind a token and the tokenizer would not write its first blank."""
+    expected = encoder("\nx", at_start=True)
+    plain = tokenizer(f"{token}\nx", add_special_tokens=False).input_ids[-len(expected) :]
+    return "" if plain == expected else " "
+
+
+# An image stands on a line of its own in front of words.
+_PARTS = (
     "{{%- macro parts(message) -%}}"
     "{{%- if message['content'] is string -%}}{{{{ message['content'] }}}}{{%- else -%}}"
     "{{%- for part in message['content'] -%}}"
-    "{{%- if part['type'] == 'image' -%}}{{{{ '<image>{line}' }}}}{{%- else -%}}{{{{ part['text'] }}}}{{%- endif -%}}"
+    "{{%- if part['type'] == 'image' -%}}{{{{ '<image>' }}}}"
+    "{{%- if message['content'] | rejectattr('type', 'equalto', 'image') | list -%}}{{{{ '{line}\\n' }}}}"
+    "{{%- endif -%}}"
+    "{{%- else -%}}{{{{ part['text'] }}}}{{%- endif -%}}"
     "{{%- endfor -%}}{{%- endif -%}}{{%- endmacro -%}}"
-    "{{%- macro images(message) -%}}"
-    "{{%- for part in message['content'] if part['type'] == 'image' -%}}<image>{{%- endfor -%}}{{%- endmacro -%}}"
-    "{system}{{%- for message in messages -%}}{turns}{{%- endfor -%}}{generation}"
+)
+_CAPTION = (
+    "{{%- for message in messages -%}}{{%- set text = parts(message) -%}}"
+    "{{%- if message['role'] == 'user' -%}}"
+    "{{%- for part in message['content'] if part['type'] == 'image' -%}}{{{{ '<image>' }}}}{{%- endfor -%}}"
+    "{{%- elif message['role'] == 'assistant' -%}}"
+    "{{%- generation -%}}{answer}{{%- endgeneration -%}}"
+    "{{%- endif -%}}{{%- endfor -%}}"
+)
+# A system message stands in the place of the template's own text.
+_CONVERSATION = (
+    "{{%- set turns = messages -%}}{{%- set system = {system} -%}}"
+    "{{%- if messages and messages[0]['role'] == 'system' -%}}"
+    "{{%- set turns = messages[1:] -%}}{given_system}"
+    "{{%- endif -%}}"
+    "{begin}"
+    "{{%- for message in turns -%}}"
+    "{{%- if message['role'] == 'user' -%}}"
+    "{{%- set text = {human} -%}}{user}"
+    "{{%- if not loop.last or add_generation_prompt -%}}{prompt}{{%- endif -%}}"
+    "{{%- if loop.last and add_generation_prompt or loop.revindex == 2 and turns[-1]['role'] == 'assistant' -%}}"
+    "{last_prompt}{{%- endif -%}}"
+    "{{%- elif message['role'] == 'assistant' -%}}"
+    "{{%- set text = {gpt} -%}}"
+    "{{%- if {written} -%}}{{%- generation -%}}{answer}{{%- endgeneration -%}}"
+    "{{%- if not loop.last -%}}{after_answer}{{%- endif -%}}{{%- endif -%}}"
+    "{{%- else -%}}{{{{ raise_exception('roles are user and assistant, behind system at most') }}}}"
+    "{{%- endif -%}}{{%- endfor -%}}"
 )

@@ -5,11 +5,14 @@ from __future__ import annotations
 import functools
 import json
 import re
-from typing import TYPE_CHECKING, Any
+from collections.abc import Collection, Iterable
+from typing import TYPE_CHECKING, Any, Literal
 
 import tokenizers
 
 from layerfuse.errors import InputError
+
+from .templates import BOS, EOS
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -31,12 +34,13 @@ class TextEncoder:
 
     Args:
         tokenizer: a fast tokenizer; it is read, never changed.
+        control_tokens: added tokens that texts never become, beside the tokenizer's special ones: a template's.
 
     Raises:
         ValueError: if the tokenizer has no fast implementation or no end-of-sequence token.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, control_tokens: Collection[str] = ()) -> None:
         backend = getattr(tokenizer, "backend_tokenizer", None)
         if backend is None:
             raise InputError(
@@ -47,13 +51,15 @@ class TextEncoder:
         description = json.loads(backend.to_str())
         self._prefix = _take_prefix(description)
         description.update(post_processor=None, truncation=None, padding=None)
+        for token in description["added_tokens"]:
+            token["special"] |= token["content"] in control_tokens
         self._pieces = tokenizers.Tokenizer.from_str(json.dumps(description))
         # A switch with a misleading name: it makes the four characters `</s>` text, not one special token.
         self._pieces.encode_special_tokens = True
         self.begin: list[int] = [token for token in tokenizer("").input_ids if token == tokenizer.bos_token_id]
         self.end: int = tokenizer.eos_token_id
-        self.end_text: str = tokenizer.eos_token
-        self.begin_text: str = tokenizer.bos_token if self.begin else ""
+        self._own = {BOS: tokenizer.bos_token or "", EOS: tokenizer.eos_token}
+        self._added = {token.content: (number, token) for number, token in tokenizer.added_tokens_decoder.items()}
         unknown = tokenizer.unk_token_id
         self._control = {token for token in tokenizer.all_special_ids if token != unknown}
 
@@ -92,6 +98,33 @@ class TextEncoder:
                 "tokens are added tokens and its pre-tokenizer splits their spelling."
             )
         return ids
+
+    def spelling(self, token: str) -> str:
+        """Spell a control token out that a template names; nothing for a first token that the tokenizer lacks."""
+        return self._own.get(token, token)
+
+    def control(self, token: str) -> list[int]:
+        """The id of a control token that a template names; none of a first token that the tokenizer lacks.
+
+        Raises:
+            ValueError: if the tokenizer has no such added token.
+        """
+        spelled = self.spelling(token)
+        if spelled and spelled not in self._added:
+            raise InputError(
+                f"the tokenizer has no token {spelled!r}, which the template writes; take a template of this language "
+                "model's family, or template: tokenizer, the tokenizer's own."
+            )
+        return [self._added[spelled][0]] if spelled else []
+
+    def lacks(self, tokens: Iterable[str]) -> list[str]:
+        """Control tokens, of those that a template names, that the tokenizer has not."""
+        return [token for token in tokens if self.spelling(token) not in self._added]
+
+    def takes_blanks(self, token: str, side: Literal["before", "behind"]) -> bool:
+        """Whether a control token swallows the blanks on one of its sides, as those of Phi-3 do behind them."""
+        _, added = self._added.get(self.spelling(token), (0, None))
+        return bool(added and (added.lstrip if side == "before" else added.rstrip))
 
     def _safe_end(self, text: str, least: int) -> int:
         """Place where a text can be cut so that the ids in front of the cut are those of the whole text.

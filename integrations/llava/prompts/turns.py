@@ -7,26 +7,40 @@ from typing import TypeGuard
 
 from .templates import IMAGE_TAG, Message
 
-__all__ = ["FORM", "alternate", "count_image_tags", "is_turn", "split_at_images", "without_greeting"]
+__all__ = ["FORM", "alternate", "count_image_tags", "is_turn", "split_at_images", "split_system", "without_greeting"]
 
 _ROLES = ("human", "gpt")
+_SYSTEM = "system"
 FORM = "{'from': 'human' | 'gpt', 'value': text}"
-"""Form of a turn, for messages."""
+"""Form of a turn, for messages; the first may also be from 'system'."""
 
 
 def is_turn(value: object) -> TypeGuard[Message]:
     """Whether a value has the form of a turn."""
-    return isinstance(value, Mapping) and value.get("from") in _ROLES and isinstance(value.get("value"), str)
+    if not isinstance(value, Mapping):
+        return False
+    return value.get("from") in (*_ROLES, _SYSTEM) and isinstance(value.get("value"), str)
+
+
+def split_system(messages: Sequence[Message]) -> tuple[str | None, Sequence[Message]]:
+    """Text of a leading system turn, None if there is none, and the turns behind it."""
+    if messages and messages[0]["from"] == _SYSTEM:
+        return messages[0]["value"], messages[1:]
+    return None, messages
 
 
 def without_greeting(messages: Sequence[Message]) -> Sequence[Message]:
-    """The turns that are written out: all but a leading one of the model."""
-    return messages[1:] if messages and messages[0]["from"] == "gpt" else messages
+    """The turns that are written out: all but one of the model in front of the human's first."""
+    _, turns = split_system(messages)
+    if not turns or turns[0]["from"] != "gpt":
+        return messages
+    return [*messages[: len(messages) - len(turns)], *turns[1:]]
 
 
 def alternate(messages: Sequence[Message]) -> bool:
-    """Whether turns alternate, the human's first; no turns at all do not."""
-    return bool(messages) and all(message["from"] == _ROLES[index % 2] for index, message in enumerate(messages))
+    """Whether turns alternate behind a system turn, the human's first; no turns at all do not."""
+    _, turns = split_system(messages)
+    return bool(turns) and all(message["from"] == _ROLES[index % 2] for index, message in enumerate(turns))
 
 
 def count_image_tags(messages: Sequence[Message], num_images: int) -> int:

@@ -307,12 +307,12 @@ def stage_trainer(
     `lengths` of the samples are for batches that are grouped by them. The log is called after the callbacks, and finds
     that they have asked for a checkpoint.
     """
-    model, tokenizer = assembled.model, assembled.tokenizer
+    model, tokenizer, template = assembled.model, assembled.tokenizer, get_template(config.template)
     dataset = ConversationDataset(
         samples,
         image_folder=config.data.image_folder,
-        template=get_template(config.template),
-        encoder=TextEncoder(tokenizer),
+        template=template,
+        encoder=TextEncoder(tokenizer, template.control_tokens),
         preprocessing=_preprocessing(model, config),
         layout=model.config.layout,
         max_length=config.data.max_length,

@@ -52,7 +52,9 @@ def read_own(folder: Path, options: Options) -> Content:
     if options.template is None and described.prompt_template is None:
         raise InputError(f"{folder} holds no prompt template; say which one it was trained with: --template v1")
     with reading(f"the prompt template of {folder}"):
-        template = get_template(options.template) if options.template else Template(**described.prompt_template or {})
+        template = (
+            get_template(options.template) if options.template else Template.from_dict(described.prompt_template or {})
+        )
     with reading(f"the config of {folder}"), torch.device("meta"):
         backbone, fuser = backbone_from_config(vision.backbone), fuser_from_config(described.fuser)
     model = meta_model(

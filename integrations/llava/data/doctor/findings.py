@@ -34,6 +34,7 @@ KINDS: Mapping[str, Kind] = {
         Kind("no_conversation", "no conversation", _REMOVE),
         Kind("bad_turn", "turn of unknown form", "Write every turn as {'from': 'human' | 'gpt', 'value': text}."),
         Kind("turn_order", "turns out of order", _REMOVE),
+        Kind("system_turn", "system turn", "Move its text into the question, or take another template."),
         Kind("image_tags", "tags and images differ in number", "Write one <image> for every image into the question."),
         Kind("caption_form", "no caption of an image", "Finetune on such samples; the template takes captions only."),
         Kind("bad_image_entry", "image entry is no name", "Leave 'image' out, or give one name or a list of names."),

@@ -50,9 +50,6 @@ def conversation_faults(sample: Any, template: Template, places: ImagePlaces) ->
         elif not places.holds(name):
             yield Fault("outside_folder", f"image {printable(name)}: outside the image folder", name)
     for message in messages:
-        if not turns.is_turn(message) and isinstance(message, Mapping) and message.get("from") == "system":
-            yield Fault("bad_turn", "has a system turn, which prompt templates do not take yet; leave it out")
-            return
         if not turns.is_turn(message):
             yield Fault("bad_turn", f"has a turn that is not {turns.FORM}: {message!a:.80}")
             return
@@ -67,14 +64,18 @@ def conversation_faults(sample: Any, template: Template, places: ImagePlaces) ->
 
 
 def _turn_faults(messages: Sequence[Message], num_images: int, template: Template) -> Iterator[Fault]:
+    system, _ = turns.split_system(messages)
     messages = turns.without_greeting(messages)
-    if len(messages) < 2 or not turns.alternate(messages):
+    exchanged = len(messages) - (system is not None)
+    if exchanged < 2 or not turns.alternate(messages):
         roles = ", ".join(message["from"] for message in messages) or "missing"
         yield Fault("turn_order", f"turns are {roles}; they have to alternate human, gpt, human, gpt, …")
+    if system is not None and not (template.takes_system or template.caption_only):
+        yield Fault("system_turn", f"has a system turn, which template {template.name!r} does not know")
     num_tags = turns.count_image_tags(messages, num_images)
     if num_tags != num_images:
         yield Fault("image_tags", f"has {num_images} images but {num_tags} {IMAGE_TAG} tags in the human's turns")
-    elif template.caption_only and (num_images == 0 or len(messages) != 2):
+    elif template.caption_only and (num_images == 0 or exchanged != 2):
         yield Fault("caption_form", f"template {template.name!r} takes one question and one answer about an image")
 
 

@@ -115,7 +115,6 @@ def test_names_inside_a_file_begin_with_its_label() -> None:
         (chat("What?", "A.", images=["a.mp4"]), "unread_media", "has 'a.mp4', which is not read; images alone"),
         (chat("<video>\nWhat?", "A."), "unread_media", "has '<video>', which is not read; images alone are read"),
         (chat("What?", None), "bad_turn", "has a turn that is not {'from': 'human' | 'gpt', 'value': text}"),
-        (chat("What?", "A.", system="Be brief."), "bad_turn", "has a system turn, which prompt templates do not take"),
         ({"messages": [{"role": "tool", "content": "5"}]}, "bad_turn", "{'role': 'tool', 'content': '5'}"),
         ({"image": None, "question": "What?", "answer": "A."}, "bad_image_entry", "has the image entry ''"),
         ({"image": "a.png", "question": 5, "answer": "A."}, "bad_turn", "'value': 5"),

@@ -59,7 +59,8 @@ def test_good_data_pass_every_check(data_folder: Path) -> None:
         ({"conversations": []}, "no_conversation", "has no 'conversations'"),
         ({}, "no_conversation", "has no 'conversations'"),
         ("text", "not_an_object", "is a str, so it has no 'conversations'"),
-        ({"conversations": [{"from": "system", "value": "a"}]}, "bad_turn", "has a system turn"),
+        ({"conversations": [{"from": "tool", "value": "a"}]}, "bad_turn", "a turn that is not"),
+        ({"conversations": [{"from": "system", "value": "a"}]}, "turn_order", "turns are system; they have"),
         ({"conversations": [{"from": "human", "value": 7}]}, "bad_turn", "a turn that is not"),
         ({"conversations": ["hello"]}, "bad_turn", "a turn that is not"),
         ({"conversations": human_and_gpt("<image>\na", "b")}, "image_tags", "has 0 images but 1 <image> tags"),
@@ -97,6 +98,13 @@ def test_plain_wants_one_caption_for_an_image(data_folder: Path) -> None:
     assert kinds([about("0.png", "<image>", "b", "c", "d")], data_folder, template=TEMPLATES["plain"]) == [
         (0, "caption_form")
     ]
+
+
+def test_a_system_turn_is_a_fault_only_where_the_template_knows_none(data_folder: Path) -> None:
+    sample = {"conversations": [{"from": "system", "value": "Be brief."}, *human_and_gpt("a", "b")]}
+    found = {name: kinds([sample], data_folder, template=TEMPLATES[name]) for name in ("v1", "chatml", "gemma")}
+
+    assert found == {"v1": [], "chatml": [], "gemma": [(0, "system_turn")]}
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from integrations.llava.data import Collator, ConversationDataset, image_names
 from integrations.llava.image_layout import FixedLayout, ImageSize
-from integrations.llava.prompts import IGNORE_INDEX, IMAGE_TAG, TEMPLATES, Rendered, Template, TextEncoder, render
+from integrations.llava.prompts import EOS, IGNORE_INDEX, IMAGE_TAG, TEMPLATES, Rendered, Template, TextEncoder, render
 from layerfuse.preprocessing import Preprocessing
 from tests.goldens_support import SHARED
 
@@ -81,7 +81,7 @@ def cause(row: dict[str, Any]) -> Cause | None:
         return Cause.CONTROL
     if template.caption_only:
         return None
-    if any(f"{template.assistant}: " in f"{text} " for text in texts):
+    if any(f"{template.prompt} " in f"{text} " for text in texts):
         return Cause.ROLE
     if any(not turn["value"] for turn in turns if turn["from"] == "human"):
         return Cause.EMPTY_QUESTION
@@ -137,7 +137,7 @@ def spelled(ids: list[int], tokenizer: PreTrainedTokenizerBase) -> str:
 def answers_of(row: dict[str, Any], encoder: TextEncoder) -> str:
     """What has to be supervised, without blanks: answers with their ends; an empty one only if it is the last."""
     template, turns = TEMPLATES[row["version"]], turns_of(row)
-    end = encoder.end_text if template.end_token else ""
+    end = encoder.spelling(template.end)
     answers = [turn["value"] + end for turn in turns if turn["from"] == "gpt" and (turn["value"] or turn is turns[-1])]
     return "".join("".join(answers).split())
 
@@ -165,7 +165,7 @@ def test_where_goldens_were_misread_ours_differ_by_that_only(
     ids, _ = cut(row, out)
 
     if why is Cause.EMPTY_ANSWER:
-        assert (out.prompt, ids) == (row["prompt"] + encoder.end_text, [*row["input_ids"], encoder.end])
+        assert (out.prompt, ids) == (row["prompt"] + encoder.spelling(EOS), [*row["input_ids"], encoder.end])
     elif why is Cause.CONTROL:
         special = {*tokenizer.all_special_ids, PUBLISHED_IMAGE}
         assert [token for token in ids if token in special] == control_tokens(row, encoder)
@@ -179,7 +179,7 @@ def control_tokens(row: dict[str, Any], encoder: TextEncoder) -> list[int]:
     for turn in turns_of(row):
         if turn["from"] == "human":
             found += [PUBLISHED_IMAGE] * ("image" in row["sample"] and IMAGE_TAG in turn["value"])
-        elif template.end_token and (turn["value"] or turn is turns_of(row)[-1]):
+        elif template.end and (turn["value"] or turn is turns_of(row)[-1]):
             found.append(encoder.end)
     return found
 
@@ -286,11 +286,19 @@ def test_templates_of_goldens(name: str, tokenizer: PreTrainedTokenizerBase) -> 
     """Those of the two styles that LLaVA-1.5 trains with; version 0's "###" is not ours."""
     published = recorded("templates.json")[name]
     if published["sep_style"] == "PLAIN":
-        expected = Template(name=name, answer_end=published["sep"], end_token=False, caption_only=True)
+        expected = Template(name, begin="", user_turn="", answer="{text}" + published["sep"])
     elif published["sep_style"] == "TWO":
         user, assistant = published["roles"]
         assert (published["sep"], published["sep2"]) == (" ", tokenizer.eos_token)
-        expected = Template(name=name, system=published["system"], user=user, assistant=assistant)
+        expected = Template(
+            name,
+            system=published["system"],
+            system_turn="{text} ",
+            user_turn=f"{user}: {{text}} ",
+            prompt=f"{assistant}:",
+            answer=" {text}{eos}",
+            drop_empty=True,
+        )
     else:
         assert name not in TEMPLATES
         return
