@@ -7,12 +7,15 @@ from typing import Any
 
 from .connector import load_connector, save_connector
 from .content import Options
-from .convert import LAYOUTS, convert, convert_connector, layout_of
+from .convert import convert, convert_connector
 from .lora import save_lora
 from .model_io import load_config, load_model, load_processor, save_model
+from .reading import LAYOUTS, layout_of
+from .source import Checkpoint, model_source
 
 __all__ = [
     "LAYOUTS",
+    "Checkpoint",
     "Options",
     "convert",
     "convert_connector",
@@ -21,6 +24,7 @@ __all__ = [
     "load_connector",
     "load_model",
     "load_processor",
+    "model_source",
     "save_connector",
     "save_lora",
     "save_model",

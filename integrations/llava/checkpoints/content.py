@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -77,11 +77,13 @@ class Options:
         image_mode: how images are brought to the model's size.
         vision_tower: folder or hub name of the vision model: its weights where the checkpoint has none, its config
             where the checkpoint only names it, and the name that is written where a layout wants one.
+        base: folder or hub name of the model that a LoRA checkpoint's adapters were trained on.
     """
 
     template: str | None = None
     image_mode: Mode | None = None
     vision_tower: str | None = None
+    base: str | None = None
 
 
 @dataclass(frozen=True)
@@ -114,6 +116,7 @@ class Content:
         tail: weights of the vision model behind the deepest tapped layer, which our model leaves out.
         origin: None for a model that was trained here.
         folder: where it was read from.
+        elsewhere: other folders that weights were read from.
         generation: settings of `generate`.
     """
 
@@ -125,6 +128,7 @@ class Content:
     folder: Path
     tail: Mapping[str, StoredTensor] = field(default_factory=dict)
     origin: Origin | None = None
+    elsewhere: Sequence[Path] = ()
     generation: Mapping[str, Any] = field(default_factory=dict)
 
     @property

@@ -2,64 +2,33 @@
 
 from __future__ import annotations
 
-import logging
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors.torch import save_file
 
 from integrations.llava.image_layout import FixedLayout
-from integrations.llava.modeling import FusedLlavaConfig
-from layerfuse.errors import ExistingFileError, InputError, MissingFileError
-from layerfuse.files import atomic_folder, check_disk_space, explain_missing_config, holds_first_save_half_way
+from layerfuse.errors import ExistingFileError, InputError
+from layerfuse.files import atomic_folder, check_disk_space, holds_first_save_half_way
 from layerfuse.registry import unknown_name_message
 
-from .content import KEPT_FILES, Content, Options
-from .key_maps import CONCAT_NORM, connector_to_published, has_published_fuser, our_connector
-from .layouts.layerfuse import OWN, read_own, write_own
-from .layouts.llava import PUBLISHED, read_published, write_published
+from .content import Options
+from .key_maps import CONCAT_NORM, connector_to_published, our_connector
+from .layouts.layerfuse import OWN, write_own
+from .layouts.llava import PUBLISHED, write_published
 from .layouts.llava_config import check_fuser
-from .layouts.llava_hf import LLAVA_HF, read_llava_hf, write_llava_hf
-from .layouts.vip_llava import VIP_LLAVA, read_vip_llava, write_vip_llava
+from .layouts.llava_hf import LLAVA_HF, write_llava_hf
+from .layouts.vip_llava import VIP_LLAVA, write_vip_llava
 from .lora import merged_tensors
-from .tensors import CONFIG_FILE, holds_model, read_json, stored_model, stored_tensors
+from .reading import LAYOUTS, layout_of, read_checkpoint, read_config
+from .tensors import CONFIG_FILE, holds_model, stored_model, stored_tensors
 
-__all__ = ["LAYOUTS", "convert", "convert_connector", "layout_of"]
-
-_log = logging.getLogger(__name__)
-
-LAYOUTS = (OWN, *PUBLISHED, LLAVA_HF, VIP_LLAVA)
-"""Ours; MMFuser's; LLaVA-1.5's, which is the former without a fuser; those of transformers' LLaVA and VipLlava."""
+__all__ = ["convert", "convert_connector"]
 
 # What a connector's file is called: ours, as a stage of training leaves it; the published one, as their stage 1 does.
 _OUR_CONNECTOR, _PUBLISHED_CONNECTOR = "adapter.safetensors", "mm_projector.bin"
 _CONNECTORS = (_OUR_CONNECTOR, "mm_projector.safetensors", _PUBLISHED_CONNECTOR)
-
-
-def layout_of(folder: str | Path) -> str:
-    """One of `LAYOUTS`: that of a checkpoint, by what its files hold, never by what the folder is called.
-
-    Raises:
-        FileNotFoundError: if the folder holds no config or no weights.
-        ValueError: if it holds another kind of model.
-    """
-    folder = Path(folder)
-    config = _read_config(folder)
-    if config.get("model_type") == FusedLlavaConfig.model_type:
-        return OWN
-    if "mm_vision_tower" in config:
-        return PUBLISHED[0] if has_published_fuser(stored_model(folder)) else PUBLISHED[1]
-    if config.get("model_type") == "llava" and "text_config" in config:
-        return LLAVA_HF
-    if config.get("model_type") == "vipllava" and "text_config" in config:
-        return VIP_LLAVA
-    raise InputError(
-        f"{folder} holds a {config.get('model_type')!r} model of {config.get('architectures')}, which is none of "
-        f"{', '.join(LAYOUTS)}: its config is no {FusedLlavaConfig.model_type}, names no mm_vision_tower, and is no "
-        "transformers LLaVA's or VipLlava's."
-    )
 
 
 def convert(
@@ -97,7 +66,7 @@ def convert(
     present = sorted(path.name for path in target.glob("*") if not path.name.startswith("."))
     if present and not holds_first_save_half_way(target):
         raise InputError(f"{target} already holds {', '.join(present[:3])}; give a new or empty folder.")
-    content = _read(source, options)
+    content = read_checkpoint(source, options)
     images = content.model.config.layout
     if layout != OWN and not isinstance(images, FixedLayout):
         raise InputError(
@@ -118,22 +87,6 @@ def convert(
         else:
             write_published(content, scratch, options, fused=layout == PUBLISHED[0])
     return target
-
-
-def _read(source: Path, options: Options) -> Content:
-    found, config = layout_of(source), _read_config(source)
-    _log.info("%s has the layout %s", source, found)
-    # A library that reads half of a file fails anywhere.
-    for name in KEPT_FILES:
-        if name.endswith(".json") and (source / name).is_file():
-            read_json(source / name)
-    if found == OWN:
-        return read_own(source, options)
-    if found == LLAVA_HF:
-        return read_llava_hf(source, config, options)
-    if found == VIP_LLAVA:
-        return read_vip_llava(source, config, options)
-    return read_published(source, config, options)
 
 
 def convert_connector(source: str | Path, target: str | Path, layout: str = OWN) -> Path:
@@ -179,7 +132,7 @@ def convert_connector(source: str | Path, target: str | Path, layout: str = OWN)
             had = "a" if fused else "no"
             raise InputError(f"{source} has {had} fuser, so its connector has the layout {fitting!r}.")
         if (source / CONFIG_FILE).is_file() and layout_of(source) == OWN:
-            check_fuser(_read_config(source)["fuser"], fused=fused)
+            check_fuser(read_config(source)["fuser"], fused=fused)
         connector = connector_to_published(connector)
     tensors = {name: tensor.read().contiguous() for name, tensor in connector.items()}
     check_disk_space(target, sum(tensor.nbytes for tensor in tensors.values()), "the converted connector")
@@ -200,11 +153,3 @@ def _refuse_file(target: Path) -> None:
     place = next(place for place in (target, *target.absolute().parents) if place.exists())
     if not place.is_dir():
         raise ExistingFileError(f"{place} is a file, so {target} cannot be a folder; give another place.")
-
-
-def _read_config(folder: Path) -> dict[str, Any]:
-    if not (folder / CONFIG_FILE).is_file():
-        raise MissingFileError(
-            f"{folder} holds no {CONFIG_FILE}; give the folder of a checkpoint.{explain_missing_config(folder)}"
-        )
-    return read_json(folder / CONFIG_FILE)

@@ -34,6 +34,7 @@ __all__ = [
     "read_json",
     "stored_model",
     "stored_tensors",
+    "weight_files",
     "write_json",
     "write_sharded",
 ]
@@ -80,6 +81,12 @@ class StoredTensor:
 def holds_model(folder: Path) -> bool:
     """Whether a folder holds a model's weights, in one file or in shards."""
     return any((folder / f"{name}{index}").is_file() for name in _MODEL_FILES for index in ("", ".index.json"))
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """Files of a model's weights in a folder, adapters included, by name; those of a connector alone are none."""
+    patterns = ("model*.safetensors", "pytorch_model*.bin", "adapter_model.*", "non_lora_trainables.bin")
+    return sorted({file for pattern in patterns for file in folder.glob(pattern)})
 
 
 def stored_model(folder: Path) -> dict[str, StoredTensor]:

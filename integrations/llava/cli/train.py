@@ -5,14 +5,23 @@ from __future__ import annotations
 import argparse
 import logging
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 
-from integrations.llava.config import STAGES, load_recipe, parse_overrides, recipe_names
+from integrations.llava.config import STAGES, Recipe, load_recipe, parse_overrides, recipe_names
 from integrations.llava.dry_run import GPUS, dry_run, render
-from integrations.llava.training import RANDOM, NonFiniteLossError, ProcessFailedError, RunInterrupted, train
+from integrations.llava.training import (
+    RANDOM,
+    NonFiniteLossError,
+    ProcessFailedError,
+    RunFolder,
+    RunInterrupted,
+    default_stages,
+    train,
+)
 from layerfuse.errors import InputError, UserError
 
 from .options import quiet_bars
@@ -27,13 +36,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     quiet_bars()
     try:
-        overrides = _data_overrides(arguments) | parse_overrides(rest)
-        recipe = load_recipe(arguments.recipe, overrides)
+        recipe, stages, output = _asked(arguments, parse_overrides(rest))
         if arguments.dry_run:
-            print(render(dry_run(recipe, gpu=arguments.gpu, stages=arguments.stages)))
+            print(render(dry_run(recipe, gpu=arguments.gpu, stages=stages)))
             return 0
-        output = arguments.output or f"runs/{recipe.name}"
-        train(recipe, output, stages=arguments.stages, adapter=arguments.adapter, overwrite=arguments.overwrite)
+        train(recipe, output, stages=stages, adapter=arguments.adapter, overwrite=arguments.overwrite)
     except UserError as error:
         # Where another process found it, that is the cause.
         failed = getattr(error.__cause__, "process", None)
@@ -62,11 +69,22 @@ def _parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     add = parser.add_argument
-    add("--recipe", required=True, help="name of a recipe, or a YAML file")
-    add("--output", help="folder of the run (default: runs/RECIPE)")
+    add("--recipe", help="name of a recipe, or a YAML file; with --from, the settings of its stages count")
+    add(
+        "--from",
+        dest="checkpoint",
+        metavar="MODEL",
+        help="folder of a model to go on from: a finished run, or a checkpoint of any layout that convert reads",
+    )
+    add("--output", help="folder of the run (default: runs/RECIPE, or runs/MODEL)")
     add("--data", nargs="+", help="LLaVA json or jsonl: one file for all stages, or one a stage")
     add("--image-folder", nargs="+", help="folder of the images: one for all stages, or one a stage")
-    add("--stages", nargs="+", choices=STAGES, default=STAGES, help="stages to run, in their order (default: both)")
+    add(
+        "--stages",
+        nargs="+",
+        choices=STAGES,
+        help="stages to run, in their order (default: both, or finetune with --from)",
+    )
     add(
         "--adapter",
         help="fuser and projector to start from: RUN/pretrain/adapter.safetensors, the published mm_projector.bin, or "
@@ -87,9 +105,30 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _data_overrides(arguments: argparse.Namespace) -> dict[str, Any]:
+def _asked(arguments: argparse.Namespace, overrides: Mapping[str, Any]) -> tuple[Recipe, Sequence[str], str]:
+    """What is trained, which stages of it, and where; what is not said, the run's own folder may say."""
+    recipe, checkpoint = arguments.recipe, arguments.checkpoint
+    if arguments.output and not checkpoint:
+        folder = RunFolder(arguments.output)
+        if recipe is None and folder.recipe_file.is_file():
+            recipe = folder.recipe_file
+        elif not arguments.overwrite:
+            checkpoint = (folder.checkpoint_of_run() or (None,))[0]
+    if not (recipe or checkpoint):
+        raise InputError(
+            "nothing says what to train; name a recipe (--recipe), a model to go on from (--from), or the folder of a "
+            "run that was begun (--output)."
+        )
+    start = {"model.checkpoint": checkpoint} if checkpoint else {}
+    plain = load_recipe(recipe, start)
+    output = arguments.output or f"runs/{plain.name or Path(plain.model.checkpoint).resolve().name}"
+    stages = arguments.stages or default_stages(plain, RunFolder(output))
+    return load_recipe(recipe, {**start, **_data_overrides(arguments, stages), **overrides}), stages, output
+
+
+def _data_overrides(arguments: argparse.Namespace, asked: Sequence[str]) -> dict[str, Any]:
     overrides = {}
-    stages = list(dict.fromkeys(arguments.stages))
+    stages = list(dict.fromkeys(asked))
     for option, key in (("data", "path"), ("image_folder", "image_folder")):
         values = getattr(arguments, option) or []
         if len(values) == 1:

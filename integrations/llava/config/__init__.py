@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from .model import BackboneChoice, InjectionConfig, ModelConfig
-from .schema import PARTS, STAGES, CacheType, LoraConfig, Recipe, StageConfig
+from .schema import AS_MODEL, PARTS, STAGES, CacheType, LoraConfig, Recipe, StageConfig
 from .values import decode
 from .yaml_io import dump_recipe, load_recipe, parse_overrides, recipe_names
 
 __all__ = [
+    "AS_MODEL",
     "PARTS",
     "STAGES",
     "BackboneChoice",

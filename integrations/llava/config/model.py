@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any, Literal, NamedTuple
 
 from layerfuse.errors import InputError
 
 from .limits import Checked, Count
 
-__all__ = ["BackboneChoice", "InjectionConfig", "ModelConfig"]
+__all__ = ["OF_CHECKPOINT", "BackboneChoice", "InjectionConfig", "ModelConfig"]
+
+OF_CHECKPOINT = ("checkpoint", "checkpoint_digest", "checkpoint_base", "vision_tower")
+"""Keys of the model part that only say which checkpoint a run goes on from."""
 
 
 @dataclass(frozen=True)
@@ -73,7 +76,16 @@ class ModelConfig(Checked):
     Several backbones are a list of names in `backbone`, with a list of layers for each in `layers`; `family`,
     `image_size` and `backbone_options` are one value for all of them, or a list.
 
+    Or `checkpoint` names a whole model to go on from; of the other keys, then only those of `OF_CHECKPOINT` and
+    `attention` may be given.
+
     Attributes:
+        checkpoint: folder of a model to go on from, in any layout that `convert` reads; its tokenizer, template and
+            preprocessing come along. Empty: the parts below are put together.
+        checkpoint_digest: of its weights, which a run notes, so that it never goes on from others.
+        checkpoint_base: folder or hub name of the model that the adapters of a LoRA checkpoint of LLaVA were trained
+            on; empty for the one that its files name.
+        vision_tower: folder or hub name of the vision model, where the checkpoint lacks it or its name.
         family: backbone family of layerfuse: timm, open_clip, transformers, …
         backbone: the backbone's name in that library, or a folder.
         layers: tapped layers in the order the fuser wants them (0 = embeddings, -2 = penultimate block); None for
@@ -99,6 +111,10 @@ class ModelConfig(Checked):
         attention: transformers' name of the attention implementation.
     """
 
+    checkpoint: str = ""
+    checkpoint_digest: str = ""
+    checkpoint_base: str = ""
+    vision_tower: str = ""
     family: str | tuple[str, ...] = "timm"
     backbone: str | tuple[str, ...] = "vit_large_patch14_clip_quickgelu_336.openai"
     layers: tuple[int, ...] | tuple[tuple[int, ...], ...] | None = (-22, -17, -12, -7, -2)
@@ -121,6 +137,7 @@ class ModelConfig(Checked):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        self._check_checkpoint()
         self._check_lists()
         for layers in (own.layers for own in self.backbones if own.layers is not None):
             twice = sorted({layer for layer in layers if layers.count(layer) > 1})
@@ -144,6 +161,20 @@ class ModelConfig(Checked):
                 f"pinpoints is given, and image_layout is {self.image_layout!r}, which cuts no tiles; set image_layout "
                 "to 'anyres', or leave pinpoints out."
             )
+
+    def _check_checkpoint(self) -> None:
+        default = {
+            item.name: item.default_factory() if callable(item.default_factory) else item.default
+            for item in fields(self)
+        }
+        given = [name for name, value in default.items() if getattr(self, name) != value]
+        if self.checkpoint and (other := [name for name in given if name not in (*OF_CHECKPOINT, "attention")]):
+            raise InputError(
+                f"checkpoint is {self.checkpoint!r}, a model that is taken as it is, and {', '.join(other)} would "
+                "change it; leave one or the other out."
+            )
+        if not self.checkpoint and (alone := [name for name in given if name in OF_CHECKPOINT]):
+            raise InputError(f"{', '.join(alone)} belongs to a checkpoint, and none is named; set model.checkpoint.")
 
     def _check_lists(self) -> None:
         if self.backbone == ():

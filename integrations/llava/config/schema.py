@@ -15,6 +15,7 @@ from .limits import Checked, Count, Natural, Positive, Rate, Seed, Share, Within
 from .model import InjectionConfig, ModelConfig
 
 __all__ = [
+    "AS_MODEL",
     "ENGINES",
     "PARTS",
     "STAGES",
@@ -48,7 +49,10 @@ CacheType = Literal["fp32", "bf16", "int8"]
 
 _log = logging.getLogger(__name__)
 
-ImageMode = Literal["pad", "crop", "squash"]
+AS_MODEL = "model"
+"""Said of a template or an image mode: that of the checkpoint which a run goes on from."""
+
+ImageMode = Literal["pad", "crop", "squash", "model"]
 
 
 @dataclass(frozen=True)
@@ -58,7 +62,8 @@ class DataConfig(Checked):
     Attributes:
         path: json or jsonl file in LLaVA's format.
         image_folder: folder that the samples' image names are relative to.
-        image_mode: pad to a square with the mean colour, crop the centre, or squash.
+        image_mode: pad to a square with the mean colour, crop the centre, or squash; "model" for what the checkpoint
+            does that a run goes on from.
         max_length: tokens, images expanded; longer samples are cut.
         upright: turn images as their Exif data say; the published code reads them as stored. Inference always turns.
         cache_images: without effect; taken so that old recipes load.
@@ -107,7 +112,7 @@ class StageConfig(Checked):
 
     Attributes:
         trainable: parts that learn; names from `PARTS`. All others are frozen.
-        template: name of the prompt template.
+        template: name of the prompt template; "model" for that of the checkpoint that a run goes on from.
         data: the samples.
         lora: train the language model through adapters.
         learning_rate: the peak.
@@ -266,6 +271,11 @@ class Recipe:
     def __post_init__(self) -> None:
         if "llm" in self.pretrain.trainable:
             raise InputError("stage pretrain cannot train the llm: only finetune keeps it; remove it from trainable.")
+
+    @property
+    def default_stages(self) -> tuple[str, ...]:
+        """Stages that are meant where none is said: all, or finetune alone where the run goes on from a model."""
+        return STAGES[-1:] if self.model.checkpoint else STAGES
 
     def stage(self, name: str) -> StageConfig:
         """Settings of a stage; a ValueError if there is none of that name."""

@@ -3,8 +3,9 @@
 Values given on the command line or in code win over the file, a variant's over those of its base. Sections and
 dictionaries are merged key by key; an empty dictionary clears the one below. Options belong to what they were written
 for: another fuser does not inherit `fuser_options`, another backbone no `backbone_options`, another language model no
-`llm_architecture`. Paths that begin with `./` or `../` are meant from the recipe file's own folder; all others as the
-process sees them.
+`llm_architecture`. With a checkpoint to go on from (`model.checkpoint`), a file that was written for a model of parts
+gives its settings of stages only. Paths that begin with `./` or `../` are meant from the recipe file's own folder; all
+others as the process sees them.
 """
 
 from __future__ import annotations
@@ -19,7 +20,8 @@ from typing import Any, get_args, get_origin, get_type_hints
 from layerfuse.errors import InputError, MissingFileError
 from layerfuse.registry import unknown_name_message
 
-from .schema import ModelConfig, Recipe
+from .model import OF_CHECKPOINT
+from .schema import AS_MODEL, STAGES, ModelConfig, Recipe
 from .values import alternatives, decode, field_types, is_mapping, is_text
 from .yaml_syntax import dump_yaml, parse_yaml, read_yaml
 
@@ -34,7 +36,12 @@ _BELONG_TO = {
     "fuser_options": ("fuser",),
     "backbone_options": ("family", "backbone"),
     "llm_architecture": ("llm",),
+    "checkpoint_digest": ("checkpoint",),
 }
+
+
+# Settings of each stage where a run goes on from a model.
+_OWN = {"template": AS_MODEL, "data": {"image_mode": AS_MODEL}}
 
 
 def recipe_names() -> tuple[str, ...]:
@@ -42,19 +49,28 @@ def recipe_names() -> tuple[str, ...]:
     return tuple(sorted(path.stem for path in RECIPE_FOLDER.glob("*.yaml")))
 
 
-def load_recipe(recipe: str | Path, overrides: Mapping[str, Any] | None = None) -> Recipe:
+def load_recipe(recipe: str | Path | None = None, overrides: Mapping[str, Any] | None = None) -> Recipe:
     """Read a recipe, every value typed and every default filled in.
 
     Args:
-        recipe: name of a recipe of this package, or path of a YAML file.
+        recipe: name of a recipe of this package, or path of a YAML file; None for the defaults alone.
         overrides: dotted key -> value, such as {"finetune.learning_rate": 1e-5}; they win over the file.
+            {"model.checkpoint": folder} goes on from a model: of the file, the settings of its stages count, but
+            neither its model nor its templates and image modes, which are the checkpoint's own.
 
     Raises:
         ValueError: if the recipe, a key or a value is not allowed; keys are suggested.
         FileNotFoundError: if the file does not exist.
     """
-    path = _find(recipe)
-    merged = _merge(dataclasses.asdict(Recipe()), {"name": path.stem} | _read(path))
+    path = None if recipe is None else _find(recipe)
+    values = {} if path is None else {"name": path.stem} | _read(path)
+    defaults: dict[str, Any] = dataclasses.asdict(Recipe())
+    start = (overrides or {}).get("model.checkpoint") or _checkpoint(values)
+    if start:
+        _refuse_parts(overrides or {})
+        values = values if _checkpoint(values) else _settings_of_stages(values)
+        defaults = _nest(defaults, dict.fromkeys(STAGES, _OWN), Recipe)
+    merged = _merge(defaults, values)
     options = tuple(f"model.{name}" for name in _BELONG_TO)
     # What options belong to comes before them, wherever it stands on the command line.
     for key, value in sorted((overrides or {}).items(), key=lambda item: item[0].startswith(options)):
@@ -66,7 +82,30 @@ def load_recipe(recipe: str | Path, overrides: Mapping[str, Any] | None = None) 
     try:
         return decode(Recipe, merged)  # type: ignore[no-any-return]
     except InputError as error:
-        raise InputError(f"{path}: {error}") from error
+        raise error if path is None else InputError(f"{path}: {error}") from error
+
+
+def _checkpoint(values: Mapping[str, Any]) -> Any:
+    return values.get("model", {}).get("checkpoint")
+
+
+def _settings_of_stages(values: Mapping[str, Any]) -> dict[str, Any]:
+    """What counts of a recipe of parts for another model."""
+    kept = {key: value for key, value in values.items() if key != "model"}
+    for stage in STAGES & kept.keys():
+        kept[stage] = {key: value for key, value in kept[stage].items() if key != "template"}
+        if "data" in kept[stage]:
+            kept[stage]["data"] = {key: value for key, value in kept[stage]["data"].items() if key != "image_mode"}
+    return kept
+
+
+def _refuse_parts(overrides: Mapping[str, Any]) -> None:
+    allowed = {f"model.{name}" for name in (*OF_CHECKPOINT, "attention")}
+    if other := sorted(key for key in overrides if key.startswith("model.") and key not in allowed):
+        raise InputError(
+            f"the run goes on from a model, which is taken as it is, and {', '.join(other)} would change it; leave "
+            "that out, or leave out the model (--from, model.checkpoint)."
+        )
 
 
 def _read(path: Path, variants: Sequence[Path] = ()) -> dict[str, Any]:
@@ -97,7 +136,7 @@ def _read(path: Path, variants: Sequence[Path] = ()) -> dict[str, Any]:
     below = _read(file, (*variants, path.resolve()))
     # The name is the file's own: a variant that took it over would train into its base's folder.
     below.pop("name", None)
-    return _merge(below, values)
+    return _merge(_settings_of_stages(below) if _checkpoint(values) and not _checkpoint(below) else below, values)
 
 
 def _find(recipe: str | Path) -> Path:
@@ -147,7 +186,7 @@ def _merge(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]
                 model[news[0]],
                 changed[news[0]],
             )
-            kept[options] = {}
+            kept[options] = "" if isinstance(model[options], str) else {}
     return _nest({**below, "model": kept} if kept else below, above, Recipe)
 
 
@@ -222,5 +261,14 @@ def _read_word(key: str, word: str, kind: Any) -> Any:
 
 
 def dump_recipe(recipe: Recipe) -> str:
-    """YAML of a recipe with every value spelled out; `load_recipe` reads it back as the same recipe."""
-    return dump_yaml(dataclasses.asdict(recipe))
+    """YAML of a recipe with every value spelled out; `load_recipe` reads it back as the same recipe.
+
+    Of the model there are those that count: its parts, or the checkpoint that it goes on from.
+    """
+    values = dataclasses.asdict(recipe)
+    of_checkpoint = {*OF_CHECKPOINT, "attention"}
+    if recipe.model.checkpoint:
+        values["model"] = {key: value for key, value in values["model"].items() if key in of_checkpoint and value}
+    else:
+        values["model"] = {key: value for key, value in values["model"].items() if key not in OF_CHECKPOINT}
+    return dump_yaml(values)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
+from integrations.llava.checkpoints import model_source
 from integrations.llava.config import STAGES, Recipe, StageConfig
 from integrations.llava.data import read_samples
 from integrations.llava.data.doctor import Survey, survey_samples
@@ -77,7 +78,7 @@ def dry_run(
     recipe: Recipe,
     *,
     gpu: str = "h100",
-    stages: Sequence[str] = STAGES,
+    stages: Sequence[str] | None = None,
     num_gpus: Sequence[int] = NUM_GPUS,
     utilization: float = UTILIZATION,
 ) -> Report:
@@ -88,7 +89,7 @@ def dry_run(
     Args:
         recipe: from `load_recipe`.
         gpu: name from `GPUS`.
-        stages: names of stages.
+        stages: names of stages; None for the recipe's `default_stages`.
         num_gpus: one estimate each.
         utilization: share of the GPU's peak speed that training reaches, for the hours.
 
@@ -99,11 +100,14 @@ def dry_run(
     if not 0 < utilization <= 1:
         raise InputError(f"utilization={utilization} is no share of the peak; give a number above 0 and up to 1.")
     hardware = get_gpu(gpu)
-    models = {name: build_on_meta(recipe.model, recipe.stage(name)) for name in stages}
+    source = model_source(recipe.model, offline=True)
+    recipe = source.resolved(recipe)
+    stages = recipe.default_stages if stages is None else stages
+    models = {name: build_on_meta(source, recipe.stage(name)) for name in stages}
     if not models:
         raise InputError(f"no stage was asked for; give {' or '.join(STAGES)}.")
-    reports = [_stage_report(name, recipe.stage(name), models[name][0], hardware, num_gpus) for name in models]
-    return Report(recipe, hardware, utilization, *models[stages[0]], reports)
+    reports = [_stage_report(name, recipe.stage(name), models[name], hardware, num_gpus) for name in models]
+    return Report(recipe, hardware, utilization, models[stages[0]], source.described_by, reports)
 
 
 def _stage_report(

@@ -1,4 +1,4 @@
-"""A recipe's model built on the meta device, from the real classes, and the numbers that estimates are made of.
+"""A run's model built on the meta device, from the real classes, and the numbers that estimates are made of.
 
 Nothing is allocated and nothing downloaded: the language model's config comes from its folder, the hub's cache, or the
 recipe's `llm_architecture`.
@@ -13,13 +13,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from integrations.llava.config import ModelConfig, StageConfig
+from integrations.llava.config import StageConfig
 from integrations.llava.modeling import (
     FusedLlavaForConditionalGeneration,
+    ModelSource,
     blank_condition,
-    build_recipe_model,
     count_parameters,
-    read_language_files,
 )
 from layerfuse.errors import InputError
 
@@ -90,21 +89,14 @@ class ModelFacts:
         return sum(self.frozen.values())
 
 
-def build_on_meta(config: ModelConfig, stage: StageConfig) -> tuple[FusedLlavaForConditionalGeneration, str]:
-    """Build a recipe's model as a stage trains it, on the meta device.
-
-    Returns:
-        The model, all in the precision that the stage computes in, not quantised; and the origin of the language
-        model's config.
+def build_on_meta(source: ModelSource, stage: StageConfig) -> FusedLlavaForConditionalGeneration:
+    """Build a model as a stage trains it, on the meta device: all in the stage's precision, not quantised.
 
     Raises:
         ValueError: if a name, layer or option is not possible, or nothing describes the language model.
     """
-    files = read_language_files(config, offline=True)
-    model = build_recipe_model(config, files, stage, device="meta")
-    if stage.precision == "bf16":
-        model.bfloat16()
-    return model, "config: the recipe's llm_architecture" if files.described else "its own config"
+    model = source.on_meta(stage)
+    return model.bfloat16() if stage.precision == "bf16" else model
 
 
 def model_facts(model: FusedLlavaForConditionalGeneration) -> ModelFacts:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import textwrap
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 from integrations.llava._text import aligned, column_widths
-from integrations.llava.config import PARTS, ModelConfig
+from integrations.llava.config import PARTS
 from integrations.llava.data import tile_bytes
 from integrations.llava.data.doctor import findings_table, verdict
 from integrations.llava.image_layout import ImageLayout
+from integrations.llava.modeling import injection_settings
 
 from .estimate import Report, StageReport
 from .flops import PartFlops, hours
@@ -45,7 +47,8 @@ _ASSUMPTIONS = (
 def render(report: Report) -> str:
     """Text of several tables about a dry run, lines of at most 110 characters where names allow it."""
     sections = (_model, _parameters, _steps, _compute, _hours, _memory, _data, _assumptions)
-    head = f"Dry run of {report.recipe.name} on {report.gpu.name}: an estimate; nothing was trained or downloaded."
+    name = report.recipe.name or report.recipe.model.checkpoint
+    head = f"Dry run of {name} on {report.gpu.name}: an estimate; nothing was trained or downloaded."
     return "\n\n".join([head, *("\n".join(section(report)) for section in sections)]) + "\n"
 
 
@@ -78,10 +81,10 @@ def _model(report: Report) -> Iterator[str]:
     yield from _table(
         [
             *_backbones(report),
-            ("fuser", f"{config.fuser}: {maps}"),
+            ("fuser", f"{model.fuser.name}: {maps}"),
             ("projector", f"{config.projector}: {model.fuser.out_channels:,} -> {hidden:,}"),
-            *_injection(config),
-            ("llm", f"{config.llm} ({report.llm_origin})"),
+            *_injection(report),
+            ("llm", f"{_language_model(report)} ({report.llm_origin})"),
             ("image", _image(report.model.config.layout)),
         ],
         left=2,
@@ -90,10 +93,13 @@ def _model(report: Report) -> Iterator[str]:
 
 def _backbones(report: Report) -> Iterator[tuple[str, str]]:
     config, members = report.recipe.model, report.model.model.vision_tower.backbone.members
-    for own, backbone in zip(config.backbones, members, strict=True):
+    names = [own.name for own in config.backbones]
+    if config.checkpoint:
+        names = [f"{own.family}:{type(own.model).__name__}" for own in members]
+    for name, backbone in zip(names, members, strict=True):
         height, width = backbone.image_size
         layers = ", ".join(map(str, backbone.layers))
-        yield "backbone", " ".join(own.name.split(":", 1))
+        yield "backbone", " ".join(name.split(":", 1))
         yield "", f"layers {layers} of {backbone.num_blocks}, {height} x {width} pixels"
 
 
@@ -105,11 +111,22 @@ def _image(layout: ImageLayout) -> str:
     return f"up to {tokens}: {size[0]} x {size[1]} pixels (height x width), {layout.num_tiles(size)} tiles"
 
 
-def _injection(config: ModelConfig) -> Iterator[tuple[str, str]]:
-    injection = config.injection
-    if injection.pairs:
-        pairs = ", ".join(f"{' + '.join(map(_tap, taps))} -> {layer}" for *taps, layer in injection.pairs)
-        yield "injection", f"{injection.merger}: layers {pairs}, {injection.when} these decoder layers"
+def _injection(report: Report) -> Iterator[tuple[str, str]]:
+    config = report.recipe.model
+    # A checkpoint's are numbered among its taps.
+    found = injection_settings(report.model.config.injection) if config.checkpoint else config.injection
+    if found is not None and found.pairs:
+        pairs = ", ".join(f"{' + '.join(map(_tap, taps))} -> {layer}" for *taps, layer in found.pairs)
+        kind = "taps" if config.checkpoint else "layers"
+        yield "injection", f"{found.merger}: {kind} {pairs}, {found.when} these decoder layers"
+
+
+def _language_model(report: Report) -> str:
+    config = report.recipe.model
+    if not config.checkpoint:
+        return config.llm
+    described: Any = report.model.config.text_config
+    return f"{described.model_type}, {described.num_hidden_layers} layers of {described.hidden_size:,}"
 
 
 def _tap(tap: int | tuple[int, ...]) -> str:
@@ -176,7 +193,8 @@ def _hours(report: Report) -> Iterator[str]:
 
 def _published(report: Report, stage: StageReport) -> Iterator[str]:
     """Say which share of the peak the published hours mean, where that run was like this one."""
-    known = _PUBLISHED_HOURS.get(report.recipe.model.llm, {}).get(stage.name)
+    config = report.recipe.model
+    known = _PUBLISHED_HOURS.get("" if config.checkpoint else config.llm, {}).get(stage.name)
     alike = stage.facts.tokens_per_image == _PUBLISHED_TOKENS and not stage.config.lora.rank
     if known is None or not alike or stage.config.max_steps is not None:
         return

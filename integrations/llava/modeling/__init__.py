@@ -8,11 +8,12 @@ from .build import (
     build_model,
     build_recipe_model,
     checkpoint_activations,
+    explained_loading,
     read_language_files,
 )
 from .compilation import check_compiler, compile_vision
 from .condition import blank_condition
-from .generation import end_answers
+from .generation import end_answers, forbid_token
 from .image_maps import image_maps
 from .injection import InjectedFeatures, LayerInjection, injection_settings
 from .language_head import LOSS_CHUNK, describe_head
@@ -27,6 +28,8 @@ from .model import (
 from .parts import count_parameters, learns, part_of, set_trainable
 from .processing import LayerfuseImageProcessor, add_image_token, build_processor
 from .quantization import QUANTIZATIONS, Quantization, quantization_config
+from .source import ModelSource, RecipeParts
+from .staging import fit_to_stage, language_dtype
 from .vision import numbered_layers
 
 __all__ = [
@@ -42,7 +45,9 @@ __all__ = [
     "LayerfuseImageProcessor",
     "LayerfuseVisionConfig",
     "Merger",
+    "ModelSource",
     "Quantization",
+    "RecipeParts",
     "add_image_token",
     "assemble",
     "blank_condition",
@@ -55,9 +60,13 @@ __all__ = [
     "count_parameters",
     "describe_head",
     "end_answers",
+    "explained_loading",
+    "fit_to_stage",
+    "forbid_token",
     "image_maps",
     "inject_lora",
     "injection_settings",
+    "language_dtype",
     "learns",
     "lora_config",
     "lora_weights",

@@ -33,11 +33,11 @@ from .configuration import FusedLlavaConfig, LayerfuseVisionConfig
 from .generation import forbid_token
 from .injection import resolved_injection
 from .language_head import HeadSettings, decoder_of, head_settings
-from .lora import add_lora
 from .model import FusedLlavaForConditionalGeneration, ReadyParts
-from .parts import count_parameters, forbid_uncapped_attention, learns, loses_cap, set_trainable
+from .parts import count_parameters, forbid_uncapped_attention, loses_cap
 from .processing import add_image_token
 from .quantization import Quantization, keep_unpackable, quantization_config
+from .staging import fit_to_stage, language_dtype
 from .tiling import check_layout, recipe_layout
 from .vision import build_vision
 
@@ -48,6 +48,7 @@ __all__ = [
     "build_model",
     "build_recipe_model",
     "checkpoint_activations",
+    "explained_loading",
     "read_language_files",
 ]
 
@@ -116,14 +117,14 @@ def read_language_files(config: ModelConfig, *, offline: bool = False) -> Langua
     name, where = config.tokenizer or config.llm, {"local_files_only": offline}
     language, tokenizer = None, None
     if config.llm_pretrained:
-        with suppress(OSError) if offline else _loading(f"the language model {config.llm}", "model.llm"):
+        with suppress(OSError) if offline else explained_loading(f"the language model {config.llm}", "model.llm"):
             language = AutoConfig.from_pretrained(config.llm, **where)
     described = language is None
     if language is None:
         language = _described(config)
     # A folder without the tokenizer's files is a ValueError.
     missing = suppress(OSError, ValueError)
-    with missing if offline else _loading(f"the tokenizer of {name}", "model.tokenizer, model.llm"):
+    with missing if offline else explained_loading(f"the tokenizer of {name}", "model.tokenizer, model.llm"):
         # Else the config is read a second time for the tokenizer's class.
         known = {} if described or name != config.llm else {"config": language}
         tokenizer = AutoTokenizer.from_pretrained(name, **known, **where)
@@ -171,15 +172,14 @@ def build_recipe_model(
 
     real = device is None or torch.device(device).type != "meta"
     lora = stage.lora if stage is not None and stage.lora.rank else None
-    frozen = torch.bfloat16 if stage is not None and stage.precision == "bf16" else torch.float32
-    llm_dtype = torch.float32 if stage is None or ("llm" in stage.trainable and lora is None) else frozen
     with nullcontext() if device is None else torch.device(device):
         if seed is not None:
             set_seed(seed)
         width = getattr(files.config.get_text_config(), "hidden_size", None)
         backbone, fuser = build_vision(config, width, pretrained=real and config.backbone_pretrained)
         quantize = lora.quantize if lora is not None and real and quantized else "none"
-        llm = _language_model(config, files.config, llm_dtype, quantize, pretrained=real and config.llm_pretrained)
+        dtype = language_dtype(stage)
+        llm = _language_model(config, files.config, dtype, quantize, pretrained=real and config.llm_pretrained)
         model = build_model(
             backbone,
             fuser,
@@ -189,22 +189,8 @@ def build_recipe_model(
             layout=recipe_layout(config, backbone, fuser, files.image_token_id),
             injection=config.injection,
         )
-        if stage is None:
-            return model
-        if seed is not None:
-            set_seed(stage.seed)
-        if lora is not None:
-            add_lora(model, lora)
-    set_trainable(model, stage.trainable, adapters_only=lora is not None)
-    if stage.trainable and not learns(model):
-        raise InputError(
-            f"nothing learns: trainable is {list(stage.trainable)}, and none of it has weights in this model (fuser "
-            f"{fuser.name!r}); add another part, such as projector."
-        )
-    for parameter in model.parameters():
-        # Quantised weights are integers.
-        if parameter.is_floating_point():
-            parameter.data = parameter.data.to(torch.float32 if parameter.requires_grad else frozen)
+        if stage is not None:
+            fit_to_stage(model, stage, seed=None if seed is None else stage.seed)
     return model
 
 
@@ -306,7 +292,7 @@ def _language_model(
     how = {"dtype": dtype, "attn_implementation": config.attention}
     model: PreTrainedModel
     keys = "model.llm, model.attention" if pretrained else "model.attention, model.llm_architecture"
-    with _loading(f"the language model {config.llm}", keys):
+    with explained_loading(f"the language model {config.llm}", keys):
         if pretrained:
             how |= {"config": architecture, "quantization_config": quantization}
             model = AutoModelForCausalLM.from_pretrained(config.llm, **how)
@@ -323,13 +309,13 @@ def _described(config: ModelConfig) -> PreTrainedConfig:
             "model.llm_architecture has to describe it: model_type, hidden_size, num_hidden_layers, … as transformers "
             "names them."
         )
-    with _loading(f"the language model that describes {config.llm}", "model.llm_architecture"):
+    with explained_loading(f"the language model that describes {config.llm}", "model.llm_architecture"):
         described: PreTrainedConfig = AutoConfig.for_model(**config.llm_architecture)
     return described
 
 
 @contextmanager
-def _loading(what: str, keys: str) -> Iterator[None]:
+def explained_loading(what: str, keys: str) -> Iterator[None]:
     """Say which key of the recipe is at fault where transformers only says what it did not find."""
     try:
         yield

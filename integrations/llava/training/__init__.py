@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from .distributed import ProcessFailedError
 from .loss_guard import NonFiniteLossError
-from .plan import RANDOM
+from .plan import RANDOM, default_stages
 from .run_folder import RunFolder
 from .signals import RunInterrupted
 from .train import train
@@ -15,5 +15,6 @@ __all__ = [
     "ProcessFailedError",
     "RunFolder",
     "RunInterrupted",
+    "default_stages",
     "train",
 ]

@@ -4,24 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 from accelerate import PartialState
 from transformers import TrainerCallback
 
+from integrations.llava.checkpoints import Checkpoint, model_source
 from integrations.llava.config import STAGES, Recipe
-from integrations.llava.modeling import (
-    build_recipe_model,
-    check_compiler,
-    quantization_config,
-    read_language_files,
-)
+from integrations.llava.modeling import ModelSource, check_compiler, quantization_config
 from integrations.llava.prompts import get_template
 from layerfuse.errors import InputError, MissingFileError, MissingPackageError, UserError
 from layerfuse.files import file_digest
 
+from .distributed import on_main
 from .engines import check_engine, forget_engine
 from .metrics_log import check_reporters
 from .named_settings import check_named_settings
@@ -30,10 +27,23 @@ from .run_folder import RunFolder
 from .signals import StopRequest
 from .trainer import training_arguments
 
-__all__ = ["RANDOM", "ConnectorOrigin", "Plan", "check_plan", "find_origin", "in_order"]
+__all__ = [
+    "RANDOM",
+    "ConnectorOrigin",
+    "Plan",
+    "check_plan",
+    "default_stages",
+    "find_origin",
+    "in_order",
+    "noted_source",
+    "open_source",
+]
 
 RANDOM = "random"
 """Said in place of an adapter's file: fuser and projector start from random weights."""
+# Noted in a run's folder, likewise: they start as the checkpoint has them that the run goes on from.
+_CHECKPOINT = "checkpoint"
+_WORDS = {RANDOM: "random weights", _CHECKPOINT: "those of the model that the run goes on from"}
 
 
 @dataclass(frozen=True)
@@ -42,6 +52,7 @@ class Plan:
 
     Attributes:
         recipe: what is trained.
+        source: of its model.
         folder: of the run.
         asked: stages asked for, in their order.
         left: those of them that are not finished.
@@ -50,6 +61,7 @@ class Plan:
     """
 
     recipe: Recipe
+    source: ModelSource
     folder: RunFolder
     asked: Sequence[str]
     left: Sequence[str]
@@ -69,14 +81,19 @@ class ConnectorOrigin:
     """Weights that a stage's fuser and projector start from.
 
     Attributes:
-        path: a file; None for new weights.
-        note: for the run's folder: the digest of the file and its name, or `RANDOM`.
+        path: a file; None for the weights that the model has when it is built.
+        note: for the run's folder: the digest of the file and its name, `RANDOM`, or `_CHECKPOINT`.
         before: the stage that wrote it, if one of this folder did.
     """
 
     path: Path | None
     note: str
     before: str | None = None
+
+
+def default_stages(recipe: Recipe, folder: RunFolder) -> tuple[str, ...]:
+    """Stages that are meant where none is said: the recipe's, and those that the folder has begun with."""
+    return tuple(name for name in STAGES if name in recipe.default_stages or folder.begun(name))
 
 
 def in_order(stages: Sequence[str], recipe: Recipe) -> tuple[str, ...]:
@@ -86,6 +103,49 @@ def in_order(stages: Sequence[str], recipe: Recipe) -> tuple[str, ...]:
     if not stages:
         raise InputError(f"no stage was asked for; give {' or '.join(STAGES)}.")
     return tuple(name for name in STAGES if name in stages)
+
+
+def open_source(recipe: Recipe, folder: RunFolder) -> ModelSource:
+    """Where the run's model comes from.
+
+    Raises:
+        FileNotFoundError: if the model to go on from is not there.
+        ValueError: if it cannot be read, or lies where the run would write.
+    """
+    start = Path(recipe.model.checkpoint).resolve()
+    if recipe.model.checkpoint and start in (own := folder.path.resolve(), *(own / stage for stage in STAGES)):
+        raise InputError(
+            f"{recipe.model.checkpoint} is the model to go on from and the run's own folder, where the new model will "
+            "be written; give another folder (--output)."
+        )
+    try:
+        return model_source(recipe.model)
+    except MissingFileError as error:
+        began = folder.checkpoint_of_run()
+        if began is None or began[0] != recipe.model.checkpoint:
+            raise
+        raise MissingFileError(
+            f"{folder.path} began from {began[0]}, which is not there any more ({error}) Checkpoints hold what is "
+            "trained, and the rest comes from there: bring it back, or say where it is now (--from)."
+        ) from error
+
+
+def noted_source(recipe: Recipe, source: ModelSource) -> Recipe:
+    """The recipe with the digest of the model that it goes on from, if it does, which the main process reads for all.
+
+    Raises:
+        ValueError: if the recipe was written for other weights.
+    """
+    if not isinstance(source, Checkpoint):
+        return recipe
+    digest = on_main(lambda: source.digest)
+    if (noted := recipe.model.checkpoint_digest) not in ("", digest):
+        raise InputError(
+            f"{recipe.model.checkpoint} has the digest {digest}, and the recipe was written for a model with {noted}: "
+            "its files have changed since. Bring them back, or leave model.checkpoint_digest out of a recipe for a new "
+            "run."
+        )
+    return replace(recipe, model=replace(recipe.model, checkpoint_digest=digest))
 
 
 def find_origin(plan: Plan, stage: str) -> ConnectorOrigin | None:
@@ -102,14 +162,21 @@ def find_origin(plan: Plan, stage: str) -> ConnectorOrigin | None:
     goes_on = folder.checkpoint(stage) is not None and not fresh
     noted = folder.origin(stage) if goes_on else None
     given = plan.adapter if stage == plan.asked[0] else None
+    if given is not None and str(given) == RANDOM and plan.source.has_connector:
+        raise InputError(
+            f"--adapter {RANDOM} asks for a new fuser and projector, and the run goes on from a model that has both; "
+            "leave one or the other out."
+        )
     if given is not None:
         origin = ConnectorOrigin(None, RANDOM) if str(given) == RANDOM else _of_file(Path(given))
     elif before is not None and before in folder.finished and not (fresh and before in plan.left):
         origin = _of_file(folder.adapter(before), before)
     elif before is not None and before in plan.left:
         return None
-    elif noted is not None and noted != RANDOM:
+    elif noted is not None and noted not in _WORDS:
         origin = _of_file(Path(noted.partition(" ")[2]))
+    elif plan.source.has_connector:
+        origin = ConnectorOrigin(None, _CHECKPOINT)
     elif before is None or goes_on:
         origin = ConnectorOrigin(None, RANDOM)
     else:
@@ -140,7 +207,7 @@ def _of_file(path: Path, before: str | None = None) -> ConnectorOrigin:
 
 
 def _words(note: str) -> str:
-    return "random weights" if note == RANDOM else note.partition(" ")[2]
+    return _WORDS.get(note) or note.partition(" ")[2]
 
 
 def check_plan(plan: Plan) -> None:
@@ -172,15 +239,15 @@ def check_plan(plan: Plan) -> None:
             check_named_settings(config)
             if config.compile:
                 check_compiler(plan.process.device)
-            if quantization_config(config.lora.quantize, torch.float32) and not recipe.model.llm_pretrained:
+            quantization = quantization_config(config.lora.quantize, torch.float32)
+            if quantization and not (recipe.model.llm_pretrained or plan.source.has_connector):
                 raise InputError("quantised weights need a pretrained language model; set model.llm_pretrained.")
             if not config.data.path:
                 raise InputError(f"no data; give --{name}.data.path FILE and --{name}.data.image_folder FOLDER.")
-    files = read_language_files(recipe.model)
     for name in plan.left:
         with _named(name):
             config = recipe.stage(name)
-            model = build_recipe_model(recipe.model, files, config, device="meta")
+            model = plan.source.on_meta(config)
             try:
                 args = training_arguments(config, plan.folder.path / name, model, num_processes)
                 check_optimizer(config, args, plan.process.device, num_processes=num_processes)

@@ -54,6 +54,10 @@ _FREE = {
     "log_every",
     "cache_images",
     "cross_entropy",
+    # Where the model lies that the run goes on from; its digest tells what it is.
+    "checkpoint",
+    "checkpoint_base",
+    "vision_tower",
 }
 
 
@@ -62,10 +66,11 @@ class RunFolder:
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
+        self.recipe_file = self.path / "recipe.yaml"
 
     @contextmanager
     def locked(self) -> Iterator[None]:
-        """Keep other trainings out of the folder while the block runs; where nothing was written, nothing stays behind.
+        """Keep other trainings out of the folder while the block runs; where nothing was written, it stays as it was.
 
         The operating system gives the lock back when the process ends, however it ends.
 
@@ -74,6 +79,7 @@ class RunFolder:
             OSError: if the folder cannot be written to.
         """
         made = [folder for folder in (self.path, *self.path.parents) if not folder.exists()]
+        before = {path.name for path in self.path.glob("*")}  # hidden ones, too
         file, running = self.path / ".lock", self.path / ".running.json"
         lock = FileLock(file)
         try:
@@ -98,9 +104,9 @@ class RunFolder:
             # Trainer makes a stage's before anything is written.
             for folder in (self.path / stage for stage in STAGES):
                 _remove_if_empty(folder)
-            # The lock's file stays, for another training may hold it already; where there is nothing else, nobody does.
+            # Where a run has left something, the lock's file stays. Who opened it meanwhile finds that it is gone.
             with suppress(OSError):  # Windows keeps a file that is open
-                if [path.name for path in self.path.iterdir()] == [file.name]:
+                if {path.name for path in self.path.iterdir()} - before == {file.name}:
                     file.unlink()
             lock.release()
             for folder in made:
@@ -143,11 +149,12 @@ class RunFolder:
         begun = [stage for stage in STAGES if self.begun(stage)]
         left = tuple(stage for stage in stages if overwrite or stage not in self.finished)
         kept = [stage for stage in begun if not (overwrite and stage in stages)]
+        self._check_checkpoint(recipe, kept)
         differences = list(self._differences(recipe, kept))
         if differences:
             raise InputError(
                 f"{self.path} already holds a run of another recipe, which differs in {'; '.join(differences)}. Give "
-                f"another folder (--output), or the recipe that began it: {self.path / 'recipe.yaml'}."
+                f"another folder (--output), or the recipe that began it: {self.recipe_file}."
             )
         if not left:
             raise InputError(
@@ -162,15 +169,39 @@ class RunFolder:
             )
         return left
 
+    def checkpoint_of_run(self) -> tuple[str, str] | None:
+        """Folder and digest of the model that the folder's run goes on from, or None."""
+        model = self._recipe().get("model", {})
+        found = str(model.get("checkpoint", "")), str(model.get("checkpoint_digest", ""))
+        return found if found[0] else None
+
+    def _check_checkpoint(self, recipe: Recipe, kept: Sequence[str]) -> None:
+        """Refuse another model than the one that the stages in `kept` began from."""
+        earlier, now = self.checkpoint_of_run(), recipe.model
+        if kept and (earlier or ("", ""))[1] != now.checkpoint_digest:
+            words = [
+                f"the model {place}, digest {digest}" if digest else "the parts that its recipe names"
+                for place, digest in (earlier or ("", ""), (now.checkpoint, now.checkpoint_digest))
+            ]
+            raise InputError(
+                f"{self.path} began from {words[0]}, and now it would go on from {words[1]}, which is not the same. "
+                "Give the one it began from (--from), or another folder (--output)."
+            )
+
+    def _recipe(self) -> dict[str, Any]:
+        if not self.recipe_file.is_file():
+            return {}
+        try:
+            recipe: dict[str, Any] = yaml.safe_load(self.recipe_file.read_text(encoding="utf-8"))
+        except yaml.YAMLError as error:
+            raise InputError(f"{self.recipe_file} is damaged ({error}); give another folder (--output).") from error
+        return recipe
+
     def _differences(self, recipe: Recipe, kept: Sequence[str]) -> Iterator[str]:
         """Differences from the recipe in the folder, in all that the stages in `kept` depend on."""
-        file = self.path / "recipe.yaml"
-        if not kept or not file.is_file():
+        earlier = self._recipe()
+        if not kept or not earlier:
             return
-        try:
-            earlier = yaml.safe_load(file.read_text(encoding="utf-8"))
-        except yaml.YAMLError as error:
-            raise InputError(f"{file} is damaged ({error}); give another folder (--output).") from error
         now, default = (yaml.safe_load(dump_recipe(each)) for each in (recipe, Recipe()))
         for section in ("name", "model", *kept):
             yield from _differences(earlier.get(section), now.get(section), default.get(section), section)
@@ -191,7 +222,7 @@ class RunFolder:
         parameters of each part. Earlier results of the stages in `replaces` are removed.
         """
         self._clear(replaces)
-        write_text(self.path / "recipe.yaml", dump_recipe(recipe))
+        write_text(self.recipe_file, dump_recipe(recipe))
         noted, news = self._noted("run.json"), {"samples": samples[0], "digests": samples[1], "origins": origin}
         self._note("run.json", {key: noted.get(key, {}) | {stage: value} for key, value in news.items()})
         self._note("parameters.json", {stage: parameters})

@@ -33,7 +33,6 @@ from integrations.llava.data import (
 from integrations.llava.modeling import (
     Assembled,
     FusedLlavaForConditionalGeneration,
-    assemble,
     build_processor,
     checkpoint_activations,
     compile_vision,
@@ -229,7 +228,7 @@ class Stage(TrainerCallback):
     def _build(self, *, quantized: bool = True) -> Assembled:
         """The model as the stage begins with it, the same whenever it is built."""
         recipe, origin = self.plan.recipe, self.origin
-        assembled = assemble(recipe.model, self.config, quantized=quantized, seed=recipe.pretrain.seed)
+        assembled = self.plan.source.assemble(self.config, quantized=quantized, seed=recipe.pretrain.seed)
         if origin.path is not None:
             parts = _CONNECTOR if origin.before is None else _adapter_parts(recipe.stage(origin.before))
             load_connector(assembled.model, parts, origin.path)

@@ -9,19 +9,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import nullcontext
-from dataclasses import replace
 from pathlib import Path
 
 import torch
 from accelerate import PartialState
 from transformers import TrainerCallback
 
-from integrations.llava.config import STAGES, Recipe
-from integrations.llava.modeling import numbered_layers
+from integrations.llava.config import Recipe
 from layerfuse.errors import UserError
 
 from .distributed import on_main, shared_failures
-from .plan import Plan, check_plan, find_origin, in_order
+from .plan import Plan, check_plan, default_stages, find_origin, in_order, noted_source, open_source
 from .run_folder import RunFolder
 from .signals import RunInterrupted, stop_requests
 from .stage import Stage
@@ -33,12 +31,14 @@ def train(
     recipe: Recipe,
     output: str | Path,
     *,
-    stages: Sequence[str] = STAGES,
+    stages: Sequence[str] | None = None,
     adapter: str | Path | None = None,
     overwrite: bool = False,
     callbacks: Sequence[TrainerCallback] = (),
 ) -> Path:
     """Run a recipe, or go on with a run that was interrupted.
+
+    A recipe with a checkpoint (`load_recipe(overrides={"model.checkpoint": folder, …})`) goes on from that model.
 
     Under `torchrun` or `accelerate launch`, every process calls this. Nothing in the folder changes before the first
     step is made, and the folder is this run's alone while it lasts.
@@ -46,7 +46,8 @@ def train(
     Args:
         recipe: from `load_recipe`.
         output: the run's folder. If it holds an unfinished run of this recipe, that run goes on.
-        stages: which to run; they run in the recipe's order, each once.
+        stages: which to run; they run in the recipe's order, each once. None: all, or `finetune` where the recipe goes
+            on from a model.
         adapter: weights of fuser and projector that the first stage asked for starts from, as an earlier `pretrain`
             wrote them; "random" for new ones, which a finetune without pretrain would otherwise refuse.
         overwrite: train these stages anew and remove what the folder holds of them; other stages stay.
@@ -69,10 +70,11 @@ def train(
     locked = folder.locked() if process.is_main_process else nullcontext()
     with shared_failures(same=(UserError, RunInterrupted)), stop_requests() as request, locked:
         with request.at_once():
-            asked = in_order(stages, recipe)
-            recipe = replace(recipe, model=numbered_layers(recipe.model))
+            asked = in_order(default_stages(recipe, folder) if stages is None else stages, recipe)
+            source = open_source(recipe, folder)
+            recipe = noted_source(source.resolved(recipe), source)
             left = on_main(lambda: folder.open(recipe, asked, overwrite=overwrite))
-            plan = Plan(recipe, folder, asked, left, adapter, overwrite, callbacks, request, process)
+            plan = Plan(recipe, source, folder, asked, left, adapter, overwrite, callbacks, request, process)
             on_main(lambda: check_plan(plan))
             on_main(lambda: find_origin(plan, left[0]))
             ahead = [Stage(plan, name) for name in left]

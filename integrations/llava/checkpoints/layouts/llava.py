@@ -93,6 +93,7 @@ def read_published(folder: Path, config: Mapping[str, Any], options: Options) ->
         folder=folder,
         tail=tail,
         origin=Origin("mmfuser" if fused else "llava", folder, has_tower, dict(config)),
+        elsewhere=() if has_tower else (tower,),
         generation=token_ids(text_config),
     )
 

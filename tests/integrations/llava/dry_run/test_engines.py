@@ -10,6 +10,7 @@ from integrations.llava.config.schema import LoraConfig, StageConfig
 from integrations.llava.config.yaml_io import load_recipe
 from integrations.llava.dry_run.facts import ModelFacts, build_on_meta, model_facts
 from integrations.llava.dry_run.memory import GIB, RESERVE, Memory, engines_for, estimate_memory
+from integrations.llava.modeling import RecipeParts
 
 SHARDED = ("zero3", "fsdp2")
 
@@ -17,7 +18,7 @@ SHARDED = ("zero3", "fsdp2")
 @pytest.fixture(scope="module")
 def full_size() -> tuple[ModelFacts, StageConfig]:
     recipe = load_recipe("mmfuser_7b")
-    return model_facts(build_on_meta(recipe.model, recipe.finetune)[0]), recipe.finetune
+    return model_facts(build_on_meta(RecipeParts(recipe.model, offline=True), recipe.finetune)), recipe.finetune
 
 
 def on(full_size: tuple[ModelFacts, StageConfig], engine: str, num_gpus: int, longest: int = 2048) -> Memory:
@@ -77,7 +78,10 @@ def test_peak_grows_with_length_and_is_below_the_sum(full_size: tuple[ModelFacts
 
 def test_quantised_weights_take_half_a_byte_or_one_and_are_not_sharded() -> None:
     recipe = load_recipe("mmfuser_7b_qlora")
-    facts, config = model_facts(build_on_meta(recipe.model, recipe.finetune)[0]), recipe.finetune
+    facts, config = (
+        model_facts(build_on_meta(RecipeParts(recipe.model, offline=True), recipe.finetune)),
+        recipe.finetune,
+    )
     sizes = {}
     for kind in ("none", "int8", "nf4"):
         stored = replace(config, lora=replace(config.lora, quantize=kind))

@@ -11,6 +11,7 @@ from transformers import LlamaConfig
 from integrations.llava.config.schema import PARTS
 from integrations.llava.config.yaml_io import load_recipe
 from integrations.llava.dry_run.facts import build_on_meta, model_facts
+from integrations.llava.modeling import RecipeParts
 from integrations.llava.modeling.build import assemble
 from tests.integrations.llava.dry_run.estimate_support import small_recipe
 
@@ -34,14 +35,15 @@ SIZES = {
 @pytest.mark.parametrize("name", SIZES)
 def test_full_size_models_have_the_known_numbers_of_parameters(name: str) -> None:
     recipe = load_recipe(name)
-    model, origin = build_on_meta(recipe.model, recipe.finetune)
+    parts = RecipeParts(recipe.model, offline=True)
+    model = build_on_meta(parts, recipe.finetune)
     facts = model_facts(model)
 
     assert tuple(facts.trained[part] + facts.frozen[part] for part in PARTS) == SIZES[name]
     assert facts.trained["llm"] == (ADAPTERS if "lora" in name else SIZES[name][3])
     assert facts.trained["backbone"] == facts.frozen["fuser"] == facts.frozen["projector"] == 0
     assert facts.tokens_per_image == (729 if "siglip" in name else 576)
-    assert origin == "config: the recipe's llm_architecture"
+    assert parts.described_by == "config: the recipe's llm_architecture"
     assert {parameter.device for parameter in model.parameters()} == {torch.device("meta")}
 
 
@@ -50,16 +52,17 @@ def test_sizes_are_those_of_the_model_that_is_trained(name: str, llm_folder: Pat
     recipe = small_recipe(name, llm_folder)
     for config in (recipe.pretrain, recipe.finetune):
         trained = assemble(recipe.model, config).model
-        facts = model_facts(build_on_meta(recipe.model, config)[0])
+        facts = model_facts(build_on_meta(RecipeParts(recipe.model, offline=True), config))
         assert facts.num_trained == sum(p.numel() for p in trained.parameters() if p.requires_grad)
         assert facts.num_frozen == sum(p.numel() for p in trained.parameters() if not p.requires_grad)
 
 
 def test_config_and_tokenizer_come_from_a_folder_where_there_is_one(llm_folder: Path) -> None:
     recipe = load_recipe("mmfuser_7b", {"model.llm": str(llm_folder)})
-    model, origin = build_on_meta(recipe.model, recipe.finetune)
+    parts = RecipeParts(recipe.model, offline=True)
+    model = build_on_meta(parts, recipe.finetune)
 
-    assert origin == "its own config"
+    assert parts.described_by == "its own config"
     assert model.config.text_config.hidden_size == 32
     assert model.config.text_config.vocab_size == model.config.image_token_index + 1
 
@@ -69,7 +72,7 @@ def test_without_tokenizer_the_image_token_comes_behind_the_vocabulary(tmp_path:
         tmp_path
     )
     recipe = load_recipe("mmfuser_7b", {"model.llm": str(tmp_path)})
-    model, _ = build_on_meta(recipe.model, recipe.finetune)
+    model = build_on_meta(RecipeParts(recipe.model, offline=True), recipe.finetune)
 
     assert model.config.image_token_index == 32_000
     assert model.lm_head.out_features == 32_001
@@ -77,11 +80,11 @@ def test_without_tokenizer_the_image_token_comes_behind_the_vocabulary(tmp_path:
 
 def test_a_language_model_that_nothing_describes_is_refused() -> None:
     recipe = load_recipe("mmfuser_7b", {"model.llm": "no/such-model", "model.llm_architecture.model_type": "llama"})
-    assert build_on_meta(recipe.model, recipe.pretrain)[1].endswith("llm_architecture")
+    assert RecipeParts(recipe.model, offline=True).described_by.endswith("llm_architecture")
 
     nothing = load_recipe("tiny", {"model.llm": "no/such-model"})
     with pytest.raises(ValueError, match="nor in the hub's cache. So model.llm_architecture has to describe"):
-        build_on_meta(nothing.model, nothing.pretrain)
+        build_on_meta(RecipeParts(nothing.model, offline=True), nothing.pretrain)
 
 
 def test_blocks_unlike_llamas_are_refused() -> None:
@@ -94,7 +97,7 @@ def test_blocks_unlike_llamas_are_refused() -> None:
         "num_attention_heads": 2,
     }
     recipe = load_recipe("tiny", {"model.llm_pretrained": False, "model.llm_architecture": architecture})
-    model, _ = build_on_meta(recipe.model, recipe.pretrain)
+    model = build_on_meta(RecipeParts(recipe.model, offline=True), recipe.pretrain)
 
     with pytest.raises(ValueError, match="blocks like Llama's .* but opt has no list 'layers'"):
         model_facts(model)
@@ -104,7 +107,8 @@ def test_a_backbone_that_learns_keeps_its_activations(llm_folder: Path) -> None:
     recipe = small_recipe("mmfuser_7b", llm_folder)
     learning = small_recipe("mmfuser_7b", llm_folder, {"pretrain.trainable": ["backbone", "fuser", "projector"]})
     frozen_bytes, learning_bytes = (
-        model_facts(build_on_meta(each.model, each.pretrain)[0]).connector_bytes for each in (recipe, learning)
+        model_facts(build_on_meta(RecipeParts(each.model, offline=True), each.pretrain)).connector_bytes
+        for each in (recipe, learning)
     )
 
     assert learning_bytes > 2 * frozen_bytes

@@ -13,6 +13,7 @@ from integrations.llava.config.schema import ModelConfig, Recipe, StageConfig
 from integrations.llava.dry_run.facts import build_on_meta, model_facts
 from integrations.llava.dry_run.flops import PartFlops, hours, sample_flops
 from integrations.llava.dry_run.gpus import get_gpu
+from integrations.llava.modeling import RecipeParts
 from integrations.llava.modeling.build import assemble
 from tests.integrations.llava.dry_run.estimate_support import make_batch, small_recipe
 
@@ -82,7 +83,7 @@ def check_operations(recipe: Recipe, stage: str, checkpointing: bool, cross_entr
 
 
 def estimate(model_config: ModelConfig, config: StageConfig) -> dict[str, PartFlops]:
-    model, _ = build_on_meta(model_config, config)
+    model = build_on_meta(RecipeParts(model_config, offline=True), config)
     facts = model_facts(model)
     tokens = facts.tokens_per_image + TEXT
     # What follows the last token has no label.
@@ -93,7 +94,7 @@ def estimate(model_config: ModelConfig, config: StageConfig) -> dict[str, PartFl
 
 def test_a_text_only_sample_costs_nothing_in_the_backbone(llm_folder: Path) -> None:
     recipe = small_recipe("mmfuser_7b", llm_folder)
-    model, _ = build_on_meta(recipe.model, recipe.finetune)
+    model = build_on_meta(RecipeParts(recipe.model, offline=True), recipe.finetune)
 
     parts = sample_flops(model, model_facts(model), images=0, tokens=30, checkpointing=True)
 

@@ -17,7 +17,7 @@ from integrations.llava.config.schema import Recipe, StageConfig
 from integrations.llava.dry_run import memory as memory_formulas
 from integrations.llava.dry_run.facts import Block, build_on_meta, model_facts
 from integrations.llava.dry_run.memory import Memory, Weights, block_bytes, estimate_memory, residual_bytes
-from integrations.llava.modeling import language_head
+from integrations.llava.modeling import RecipeParts, language_head
 from integrations.llava.modeling.build import Assembled, assemble, checkpoint_activations
 from tests.integrations.llava.dry_run.estimate_support import LiveBytes, make_batch, small_recipe
 from tests.integrations.llava.tiny_parts import tiny_llm
@@ -155,7 +155,7 @@ def stage_of(recipe: Recipe, stage: str, *, batch_size: int = BATCH, **values: o
 
 
 def estimated(recipe: Recipe, config: StageConfig) -> Memory:
-    model, _ = build_on_meta(recipe.model, config)
+    model = build_on_meta(RecipeParts(recipe.model, offline=True), config)
     facts = model_facts(model)
     return estimate_memory(facts, config, engine="ddp", num_gpus=1, longest=facts.tokens_per_image + TEXT)
 

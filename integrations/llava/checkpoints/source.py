@@ -1,0 +1,162 @@
+"""A checkpoint of any layout as the model that the stages of a run go on from, and which of the two a run has."""
+
+from __future__ import annotations
+
+import hashlib
+from copy import deepcopy
+from dataclasses import replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import GenerationConfig, PreTrainedTokenizerBase
+
+from integrations.llava.config import AS_MODEL, STAGES, ModelConfig, Recipe, StageConfig
+from integrations.llava.modeling import (
+    Assembled,
+    FusedLlavaForConditionalGeneration,
+    ModelSource,
+    RecipeParts,
+    explained_loading,
+    fit_to_stage,
+    forbid_token,
+    language_dtype,
+    quantization_config,
+)
+from integrations.llava.prompts import TEMPLATES
+from layerfuse.errors import InputError
+from layerfuse.files import file_digest
+
+from .content import TOKENIZER_FILES, Content, Options
+from .reading import layout_of, read_checkpoint
+from .tensors import CONFIG_FILE, weight_files
+
+__all__ = ["Checkpoint", "model_source"]
+
+
+def model_source(config: ModelConfig, *, offline: bool = False) -> ModelSource:
+    """Where a recipe's model comes from: its checkpoint, or its parts, of which nothing is loaded yet.
+
+    Args:
+        config: of the model.
+        offline: as for `RecipeParts`.
+
+    Raises:
+        FileNotFoundError: if a file of the checkpoint is missing.
+        ValueError: if the checkpoint cannot be read.
+    """
+    return Checkpoint(config) if config.checkpoint else RecipeParts(config, offline=offline)
+
+
+class Checkpoint(ModelSource):
+    """A checkpoint of any layout, with its tokenizer, template, preprocessing and generation config.
+
+    Its files are opened here, and their weights read when a model is built.
+
+    Args:
+        config: names it.
+
+    Raises:
+        FileNotFoundError: if a file is missing.
+        ValueError: if it cannot be read as what its files say it is.
+    """
+
+    has_connector = True
+
+    def __init__(self, config: ModelConfig) -> None:
+        self.config = config
+        options = Options(vision_tower=config.vision_tower or None, base=config.checkpoint_base or None)
+        self.content: Content = read_checkpoint(Path(config.checkpoint), options)
+
+    @property
+    def described_by(self) -> str:
+        """Name folder and layout."""
+        return f"{self.config.checkpoint}, layout {layout_of(self.config.checkpoint)}"
+
+    @cached_property
+    def digest(self) -> str:
+        """Digest of all files of weights, of the config and the tokenizer: about a second for a gigabyte."""
+        found = hashlib.blake2b(digest_size=16)
+        small = [self.content.folder / name for name in (CONFIG_FILE, *TOKENIZER_FILES)]
+        weights = [file for folder in (self.content.folder, *self.content.elsewhere) for file in weight_files(folder)]
+        for file in (*filter(Path.is_file, small), *weights):
+            found.update(file.name.encode() + b"\0" + file_digest(file))
+        return found.hexdigest()
+
+    def resolved(self, recipe: Recipe) -> Recipe:
+        """Put the checkpoint's template and image mode where none is said."""
+        stages = {}
+        for name in STAGES:
+            stage = recipe.stage(name)
+            if stage.template == AS_MODEL:
+                stage = replace(stage, template=self._template(name))
+            if stage.data.image_mode == AS_MODEL:
+                stage = replace(stage, data=replace(stage.data, image_mode=self._image_mode(name)))
+            stages[name] = stage
+        return replace(recipe, **stages)  # type: ignore[arg-type]
+
+    def _template(self, stage: str) -> str:
+        template = self.content.template
+        if TEMPLATES.get(template.name) != template:
+            raise InputError(
+                f"the prompt template {template.name!r} of {self.config.checkpoint} is none that is known here; say "
+                f"which one to train with: --{stage}.template NAME, one of {', '.join(TEMPLATES)}."
+            )
+        return template.name
+
+    def _image_mode(self, stage: str) -> Any:
+        described = self.content.preprocessing.to_dict()
+        modes = {part["mode"] for part in described.get("parts", [described])}
+        if len(modes) > 1:
+            raise InputError(
+                f"the backbones of {self.config.checkpoint} take images in several ways ({', '.join(sorted(modes))}), "
+                f"and a stage in one; say which: --{stage}.data.image_mode MODE."
+            )
+        return modes.pop()
+
+    def on_meta(self, stage: StageConfig) -> FusedLlavaForConditionalGeneration:
+        """Build it of its config."""
+        with torch.device("meta"):
+            model = FusedLlavaForConditionalGeneration(deepcopy(self.content.model.config))
+            fit_to_stage(model, stage)
+        return model
+
+    def assemble(self, stage: StageConfig, *, quantized: bool = True, seed: int | None = None) -> Assembled:
+        """Read its weights."""
+        dtype = language_dtype(stage)
+        model = self._load(dtype, stage.lora.quantize if quantized else "none")
+        fit_to_stage(model, stage, seed=None if seed is None else stage.seed)
+        for name, parameter in model.named_parameters():
+            # What learns is float32, and was rounded on its way.
+            if parameter.requires_grad and dtype != torch.float32 and name in self.content.tensors:
+                parameter.data = self.content.tensors[name].read().float()
+        tokenizer: PreTrainedTokenizerBase = deepcopy(self.content.tokenizer)
+        return Assembled(model, tokenizer, model.config.image_token_index)
+
+    def _load(self, dtype: torch.dtype, quantize: Any) -> FusedLlavaForConditionalGeneration:
+        given: dict[str, Any] = {
+            "config": self.content.model.config,
+            "dtype": dtype,
+            "attn_implementation": self.config.attention,
+            "quantization_config": quantization_config(quantize, dtype),
+            "state_dict": {name: tensor.read().to(dtype) for name, tensor in self.content.tensors.items()},
+        }
+        with explained_loading(f"the model {self.config.checkpoint}", "model.checkpoint, model.attention"):
+            model: Any = FusedLlavaForConditionalGeneration.from_pretrained(None, **given)
+        _forget_quantization(model)
+        model.generation_config = GenerationConfig(**self.content.generation)
+        forbid_token(model.generation_config, model.config.image_token_index)
+        assert isinstance(model, FusedLlavaForConditionalGeneration)
+        return model
+
+
+def _forget_quantization(model: nn.Module) -> None:
+    """Let the model pass for a plain one, as one whose language model alone was loaded quantised does.
+
+    transformers' Trainer takes no quantised model but with adapters that transformers put in itself.
+    """
+    for name in ("hf_quantizer", "quantization_method", "is_quantized", "is_loaded_in_4bit", "is_loaded_in_8bit"):
+        if name in vars(model):
+            delattr(model, name)
