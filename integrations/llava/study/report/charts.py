@@ -13,18 +13,46 @@ __all__ = ["Column", "Interval", "Series", "interval_chart", "line_chart", "mark
 _HEIGHT = 300
 _LEFT, _RIGHT, _TOP, _BOTTOM = 58, 18, 14, 46
 _ROW_NAMES = 116
-_SHAPES = ("circle", "square", "triangle", "diamond", "cross")
+_COLORS = 8
+# A letter of a name, and a line of names, in units of the drawing.
+_LETTER, _LINE = 7.5, 15
+
+_CROSS = ((-2, -5), (2, -5), (2, -2), (5, -2), (5, 2), (2, 2), (2, 5), (-2, 5), (-2, 2), (-5, 2), (-5, -2), (-2, -2))
+_STAR = tuple(
+    (radius * math.sin(math.pi * corner / 5), -radius * math.cos(math.pi * corner / 5))
+    for corner, radius in zip(range(10), (6.4, 2.8) * 5, strict=True)
+)
+# Corners of the marks. With the circle there are nine, so that no two of 72 have both colour and shape in common.
+_SHAPES: tuple[tuple[tuple[float, float], ...], ...] = (
+    (),
+    ((-5, -5), (5, -5), (5, 5), (-5, 5)),
+    ((0, -6), (5, 4), (-5, 4)),
+    ((0, -6), (6, 0), (0, 6), (-6, 0)),
+    _CROSS,
+    ((0, 6), (5, -4), (-5, -4)),
+    ((-5, -5.5), (5, -5.5), (1.5, 0), (5, 5.5), (-5, 5.5), (-1.5, 0)),
+    _STAR,
+    tuple(((x - y) * 0.75, (x + y) * 0.75) for x, y in _CROSS),
+)
 
 
 @dataclass(frozen=True)
 class Series:
-    """A line through (x, y) points, faint or with marks; `slot` numbers its colour in the style sheet, from 0."""
+    """A line through (x, y) points, faint or strong.
+
+    Attributes:
+        name: its tooltip.
+        points: at least one.
+        slot: numbers its colour in the style sheet, and its mark, from 0.
+        faint: whether it is thin and pale.
+        mark_every: of so many points one has a mark, in each slot another; 0 for none.
+    """
 
     name: str
     points: Sequence[tuple[float, float]]
     slot: int
     faint: bool = False
-    markers: bool = False
+    mark_every: int = 0
 
 
 @dataclass(frozen=True)
@@ -73,7 +101,7 @@ def line_chart(
     """Draw lines over a common x axis, as an ``<svg>`` element.
 
     Args:
-        series: at least one, each with at least one point.
+        series: at least one.
         title: for screen readers.
         x_label: with unit.
         y_label: with unit.
@@ -89,8 +117,8 @@ def line_chart(
     x_ticks = [float(x) for x in range(round(x_low), round(x_high) + 1)] if integer_x else nice_ticks(x_low, x_high, 6)
     if not integer_x:
         x_low, x_high = x_ticks[0], max(x_high, x_ticks[-2] if len(x_ticks) > 1 else x_high)
-    # Columns take one unit of x each, after a gap of a half.
-    span_high = x_high + (0.5 + len(columns) if columns else 0)
+    # Columns take one unit of x each, between gaps of a half.
+    span_high = x_high + (1 + len(columns) if columns else 0)
     scale = _Scale(x_low, span_high, y_ticks[0], y_ticks[-1], width, padding=16 if integer_x else 0)
     parts = [_axes(scale, [x for x in x_ticks if x <= x_high + 1e-9], y_ticks, x_label, y_label, x_high)]
     if level is not None:
@@ -105,11 +133,14 @@ def line_chart(
     if columns:
         edge = scale.x(x_high + 0.5)
         parts.append(f'<line class="edge" x1="{edge:.1f}" x2="{edge:.1f}" y1="{_TOP}" y2="{_HEIGHT - _BOTTOM}"/>')
+    # Names that are wider than their columns take turns in several lines.
+    widest = _LETTER * max((len(column.name) for column in columns), default=0)
+    lines = max(1, math.ceil(widest / (scale.x(1) - scale.x(0))))
     for index, column in enumerate(columns):
         x = scale.x(x_high + 1 + index)
-        parts.append(_text("tick", x, _HEIGHT - _BOTTOM + 17, column.name))
+        parts.append(_text("tick", x, _HEIGHT - _BOTTOM + 17 + _LINE * (index % lines), column.name))
         parts += [marker(x, scale.y(y), slot, f"{column.name}: {y:.3g}") for y, slot in column.values]
-    return _svg(parts, title, width, _HEIGHT)
+    return _svg(parts, title, width, _HEIGHT + max(0, _LINE * lines + 8 - _BOTTOM))
 
 
 def interval_chart(intervals: Sequence[Interval], *, title: str, x_label: str) -> Markup:
@@ -142,9 +173,8 @@ def interval_chart(intervals: Sequence[Interval], *, title: str, x_label: str) -
         for lane, (interval, error) in enumerate(bars):
             y = centre + 15 * (lane - (len(bars) - 1) / 2)
             low, high = place(interval.value - error), place(interval.value + error)
-            parts.append(
-                f'<line class="bar c{interval.slot % 8}" x1="{low:.1f}" x2="{high:.1f}" y1="{y:.1f}" y2="{y:.1f}"/>'
-            )
+            css = f"bar c{interval.slot % _COLORS}"
+            parts.append(f'<line class="{css}" x1="{low:.1f}" x2="{high:.1f}" y1="{y:.1f}" y2="{y:.1f}"/>')
             parts.append(marker(place(interval.value), y, interval.slot, interval.name))
     return _svg(parts, title, width, height)
 
@@ -187,9 +217,12 @@ def _axes(
 
 def _line(entry: Series, scale: _Scale) -> str:
     path = " ".join(f"{scale.x(x):.1f},{scale.y(y):.1f}" for x, y in entry.points)
-    css = f"line c{entry.slot % 8}{' faint' if entry.faint else ''}"
+    color = entry.slot % _COLORS
+    css = f"line c{color}{' faint' if entry.faint else ''}"
     line = f'<polyline class="{css}" points="{path}"><title>{escape(entry.name)}</title></polyline>'
-    marked = entry.points if entry.markers else ()
+    # Lines that run together have their marks at different places.
+    every = entry.mark_every
+    marked = entry.points[color * every // _COLORS :: every] if every else ()
     return line + "".join(
         marker(scale.x(x), scale.y(y), entry.slot, f"{entry.name}, {_plain(x)}: {y:.3g}") for x, y in marked
     )
@@ -197,21 +230,13 @@ def _line(entry: Series, scale: _Scale) -> str:
 
 def marker(x: float, y: float, slot: int, tooltip: str) -> Markup:
     """Draw a mark around (x, y), in units of the ``<svg>``; the slot gives colour and shape, never colour alone."""
-    shape = _SHAPES[slot % len(_SHAPES)]
+    corners = _SHAPES[slot % len(_SHAPES)]
     hint = f"<title>{escape(tooltip)}</title>"
-    css = f'class="mark c{slot % 8}"'
-    if shape == "circle":
+    css = f'class="mark c{slot % _COLORS}"'
+    if not corners:
         return Markup(f'<circle {css} cx="{x:.1f}" cy="{y:.1f}" r="4.5">{hint}</circle>')
-    r = 5.0
-    across, down = (-2, 2, 2, r, r, 2, 2, -2, -2, -r, -r, -2), (-r, -r, -2, -2, 2, 2, r, r, 2, 2, -2, -2)
-    outlines = {
-        "square": [(-r, -r), (r, -r), (r, r), (-r, r)],
-        "triangle": [(0, -r - 1), (r, r - 1), (-r, r - 1)],
-        "diamond": [(0, -r - 1), (r + 1, 0), (0, r + 1), (-r - 1, 0)],
-        "cross": list(zip(across, down, strict=True)),
-    }
-    corners = " ".join(f"{x + dx * 0.9:.1f},{y + dy * 0.9:.1f}" for dx, dy in outlines[shape])
-    return Markup(f'<polygon {css} points="{corners}">{hint}</polygon>')
+    points = " ".join(f"{x + dx * 0.9:.1f},{y + dy * 0.9:.1f}" for dx, dy in corners)
+    return Markup(f'<polygon {css} points="{points}">{hint}</polygon>')
 
 
 def _text(css: str, x: float, y: float, text: str, *, anchor: str = "middle", extra: str = "") -> str:

@@ -131,7 +131,7 @@ def _boxes(answers: Sequence[ScoredAnswer], slots: Mapping[str, int]) -> list[tu
 
 
 def _probe(probe: Probe, slots: Mapping[str, int], *, wide: bool) -> dict[str, Any]:
-    line = Series(probe.title, [(layer, 100 * value) for layer, value in probe.layers.items()], slot=7, markers=True)
+    line = Series(probe.title, [(layer, 100 * value) for layer, value in probe.layers.items()], slot=7, mark_every=1)
     chart = line_chart(
         [line],
         title=f"Probe by layer: {probe.title}",
@@ -168,7 +168,8 @@ def _loss_charts(results: DemoResults, slots: Mapping[str, int]) -> dict[str, Ma
         for run in firsts:
             points = [(float(step), loss) for step, loss in run.losses[stage]]
             series.append(Series(run.fuser, _thinned(points), slots[run.fuser], faint=True))
-            series.append(Series(run.fuser, _thinned(_smoothed(points)), slots[run.fuser]))
+            strong = _thinned(_smoothed(points))
+            series.append(Series(run.fuser, strong, slots[run.fuser], mark_every=max(1, len(strong) // 6)))
         # Later points of a curve matter; the first few would squeeze them into the bottom.
         series.sort(key=lambda entry: not entry.faint)
         charts[stage] = line_chart(

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import math
+import re
 import xml.etree.ElementTree as ET
 
 import pytest
@@ -44,7 +45,7 @@ def numbers(svg: str, name: str) -> list[float]:
 
 def test_line_chart_is_well_formed_and_stays_inside_its_frame() -> None:
     svg = line_chart(
-        [Series("a & b", [(0, 0.0), (6, 100.0)], slot=0, markers=True), Series("c", [(0, 50.0)], slot=1, faint=True)],
+        [Series("a & b", [(0, 0.0), (6, 100.0)], slot=0, mark_every=1), Series("c", [(0, 50.0)], slot=1, faint=True)],
         title="<title>",
         x_label="layer",
         y_label="right (%)",
@@ -82,6 +83,43 @@ def test_interval_chart_has_a_row_a_name_and_ignores_infinite_errors() -> None:
     assert "nan" not in svg
 
 
-def test_neighbouring_slots_differ_in_shape_as_well_as_colour() -> None:
-    shapes = [marker(0, 0, slot, "") for slot in range(5)]
-    assert len({shape.replace(f"c{slot}", "") for slot, shape in enumerate(shapes)}) == 5
+def test_no_two_of_many_slots_share_colour_and_shape() -> None:
+    marks = [marker(0, 0, slot, "") for slot in range(72)]
+    assert len(set(marks)) == 72
+    shapes = [re.sub(r"c\d", "", mark) for mark in marks]
+    assert all(len(set(shapes[first : first + 9])) == 9 for first in range(64))
+
+
+@pytest.mark.parametrize("count", [2, 7, 12])
+def test_long_names_of_columns_stay_apart_and_inside(count: int) -> None:
+    names = [f"connector_{index:05d}" for index in range(count)]
+    svg = line_chart(
+        [Series("probe", [(layer, 50.0) for layer in range(7)], slot=7)],
+        title="t",
+        x_label="layer",
+        y_label="right (%)",
+        integer_x=True,
+        columns=[Column(name, [(60.0, slot)]) for slot, name in enumerate(names)],
+        width=960,
+    )
+    tree = ET.fromstring(svg)
+    width, height = map(float, tree.attrib["viewBox"].split()[2:])
+    found = [(float(text.attrib["x"]), float(text.attrib["y"])) for text in tree.iter() if text.text in names]
+    assert len(found) == count
+    half = 15 * 7.5 / 2
+    for x, y in found:
+        assert half <= x <= width - half and y <= height - 4
+        assert all(abs(x - other) >= 2 * half for other, line in found if line == y and other != x)
+
+
+def test_lines_that_run_together_are_marked_at_different_places() -> None:
+    points = [(float(step), 1.0) for step in range(60)]
+    svg = line_chart(
+        [Series("a", points, slot=0, mark_every=10), Series("b", points, slot=5, mark_every=10)],
+        title="t",
+        x_label="step",
+        y_label="loss",
+    )
+    marked = [title.text for title in ET.fromstring(svg).iter("title") if "," in (title.text or "")]
+    assert [text for text in marked if text.startswith("a")] == [f"a, {step}: 1" for step in range(0, 60, 10)]
+    assert [text for text in marked if text.startswith("b")] == [f"b, {step}: 1" for step in range(6, 60, 10)]

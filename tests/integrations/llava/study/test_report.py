@@ -70,6 +70,15 @@ def test_report_shows_every_fuser_kind_and_number(tmp_path: Path) -> None:
     assert "<td>35.0</td>" in page  # chance of counting
 
 
+def test_tables_make_room_for_the_longest_fuser() -> None:
+    page = render_report(make_results({"select": 0.5, "depth_attention": 0.6}))
+    assert 'style="--letters:15"' in page
+    results = make_results()
+    maps = dict.fromkeys(["output of depth_attention"], results.figures[0].image)
+    page = render_report(replace(results, figures=[replace(results.figures[0], maps=maps)]))
+    assert '<th scope="col">output of depth_<wbr>attention</th>' in page
+
+
 def test_text_from_outside_is_escaped() -> None:
     page = render_report(make_results())
     assert "What is &lt;this&gt;?" in page
