@@ -19,6 +19,7 @@ from integrations.llava.training import (
     ProcessFailedError,
     RunFolder,
     RunInterrupted,
+    Score,
     default_stages,
     train,
 )
@@ -40,7 +41,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         if arguments.dry_run:
             print(render(dry_run(recipe, gpu=arguments.gpu, stages=stages)))
             return 0
-        train(recipe, output, stages=stages, adapter=arguments.adapter, overwrite=arguments.overwrite)
+        train(
+            recipe,
+            output,
+            stages=stages,
+            adapter=arguments.adapter,
+            overwrite=arguments.overwrite,
+            scores=_scores(arguments),
+        )
     except UserError as error:
         # Where another process found it, that is the cause.
         failed = getattr(error.__cause__, "process", None)
@@ -79,6 +87,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--output", help="folder of the run (default: runs/RECIPE, or runs/MODEL)")
     add("--data", nargs="+", help="LLaVA json or jsonl: one file for all stages, or one a stage")
     add("--image-folder", nargs="+", help="folder of the images: one for all stages, or one a stage")
+    _add_evaluation_options(parser)
     add(
         "--stages",
         nargs="+",
@@ -126,10 +135,36 @@ def _asked(arguments: argparse.Namespace, overrides: Mapping[str, Any]) -> tuple
     return load_recipe(recipe, {**start, **_data_overrides(arguments, stages), **overrides}), stages, output
 
 
+def _add_evaluation_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options that say what a stage is measured on while it trains."""
+    add = parser.add_argument_group("evaluation while training").add_argument
+    add("--eval-data", nargs="+", metavar="FILE", help="held-out samples: one file for all stages, or one a stage")
+    add("--eval-image-folder", nargs="+", metavar="DIR", help="folder of their images (default: that of the data)")
+    add("--eval-every", type=int, metavar="STEPS", help="steps between evaluations (default: a tenth of a stage's)")
+    add("--eval-task", metavar="NAME", help="a task whose score is measured, too, in stages that ask questions")
+    add("--eval-task-data", metavar="DIR", help="folder of its questions and images, as of evaluate --task")
+
+
+def _scores(arguments: argparse.Namespace) -> list[Score]:
+    if (arguments.eval_task is None) != (arguments.eval_task_data is None):
+        raise InputError("--eval-task NAME and --eval-task-data DIR go together; give both, or none.")
+    if arguments.eval_task is None:
+        return []
+    from .task_score import task_score  # brings all tasks, which training does not need
+
+    return [task_score(arguments.eval_task, arguments.eval_task_data)]
+
+
 def _data_overrides(arguments: argparse.Namespace, asked: Sequence[str]) -> dict[str, Any]:
-    overrides = {}
+    overrides: dict[str, Any] = {}
     stages = list(dict.fromkeys(asked))
-    for option, key in (("data", "path"), ("image_folder", "image_folder")):
+    options = {
+        "data": "data.path",
+        "image_folder": "data.image_folder",
+        "eval_data": "validation.path",
+        "eval_image_folder": "validation.image_folder",
+    }
+    for option, key in options.items():
         values = getattr(arguments, option) or []
         if len(values) == 1:
             values = values * len(stages)
@@ -139,5 +174,7 @@ def _data_overrides(arguments: argparse.Namespace, asked: Sequence[str]) -> dict
                 "give one for all, or one each."
             )
         for stage, value in zip(stages, values, strict=False):
-            overrides[f"{stage}.data.{key}"] = value
+            overrides[f"{stage}.{key}"] = value
+    if arguments.eval_every is not None:
+        overrides |= {f"{stage}.validation.every": arguments.eval_every for stage in stages}
     return overrides

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from .model import BackboneChoice, InjectionConfig, ModelConfig
-from .schema import AS_MODEL, PARTS, STAGES, CacheType, LoraConfig, Recipe, StageConfig
+from .schema import AS_MODEL, PARTS, STAGES, CacheType, LoraConfig, Recipe, StageConfig, ValidationConfig
 from .values import decode
 from .yaml_io import dump_recipe, load_recipe, parse_overrides, recipe_names
 
@@ -18,6 +18,7 @@ __all__ = [
     "ModelConfig",
     "Recipe",
     "StageConfig",
+    "ValidationConfig",
     "decode",
     "dump_recipe",
     "load_recipe",

@@ -13,6 +13,7 @@ from layerfuse.registry import unknown_name_message
 
 from .limits import Checked, Count, Natural, Positive, Rate, Seed, Share, Within
 from .model import InjectionConfig, ModelConfig
+from .validation import ValidationConfig
 
 __all__ = [
     "AS_MODEL",
@@ -26,6 +27,7 @@ __all__ = [
     "ModelConfig",
     "Recipe",
     "StageConfig",
+    "ValidationConfig",
 ]
 
 PARTS: Mapping[str, tuple[str, ...]] = {
@@ -114,6 +116,7 @@ class StageConfig(Checked):
         trainable: parts that learn; names from `PARTS`. All others are frozen.
         template: name of the prompt template; "model" for that of the checkpoint that a run goes on from.
         data: the samples.
+        validation: held-out samples, on which the stage is measured while it trains.
         lora: train the language model through adapters.
         learning_rate: the peak.
         learning_rates: part -> its peak, where it differs, such as {"fuser": 1e-4}.
@@ -157,6 +160,7 @@ class StageConfig(Checked):
     trainable: tuple[str, ...]
     template: str
     data: DataConfig = field(default_factory=DataConfig)
+    validation: ValidationConfig = field(default_factory=ValidationConfig)
     lora: LoraConfig = field(default_factory=LoraConfig)
     learning_rate: Rate = 1e-3
     learning_rates: dict[str, Rate] = field(default_factory=dict)

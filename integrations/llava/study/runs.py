@@ -52,7 +52,8 @@ def finish_run(recipe: Recipe, folder: Path, data: Path) -> FuserRun:
     kinds = summarise(answers)
     losses: dict[str, list[tuple[int, float]]] = {}
     for _, row in json_lines(folder / "metrics.jsonl"):
-        losses.setdefault(row["stage"], []).append((row["step"], row["loss"]))
+        if "loss" in row:  # an evaluation has none
+            losses.setdefault(row["stage"], []).append((row["step"], row["loss"]))
     model = load_model(folder).model
     backbone = model.vision_tower.backbone
     return FuserRun(

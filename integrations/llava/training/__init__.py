@@ -6,8 +6,10 @@ from .distributed import ProcessFailedError
 from .loss_guard import NonFiniteLossError
 from .plan import RANDOM, default_stages
 from .run_folder import RunFolder
+from .run_status import RunStatus, find_runs
 from .signals import RunInterrupted
 from .train import train
+from .validation import Score
 
 __all__ = [
     "RANDOM",
@@ -15,6 +17,9 @@ __all__ = [
     "ProcessFailedError",
     "RunFolder",
     "RunInterrupted",
+    "RunStatus",
+    "Score",
     "default_stages",
+    "find_runs",
     "train",
 ]

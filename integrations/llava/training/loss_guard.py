@@ -39,6 +39,7 @@ class OptimizerStep:
         learning_rate: of the first parameter group.
         sample_ids: of each micro batch; empty where the data have no ids.
         num_skipped: samples left out of the micro batches.
+        num_tokens: positions of the micro batches that are no padding.
         losses: a scalar per micro batch, on the device.
         finite: whether each loss is finite; None until the last one is computed.
         grad_norm: norm of all gradients before they are clipped; None until it is known.
@@ -48,6 +49,7 @@ class OptimizerStep:
     learning_rate: float
     sample_ids: list[list[str]]
     num_skipped: int = 0
+    num_tokens: torch.Tensor | int = 0
     losses: list[torch.Tensor] = field(default_factory=list)
     finite: Later | None = None
     grad_norm: torch.Tensor | float | None = None

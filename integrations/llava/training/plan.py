@@ -26,6 +26,7 @@ from .optimizer import check_optimizer
 from .run_folder import RunFolder
 from .signals import StopRequest
 from .trainer import training_arguments
+from .validation import Score, check_validation
 
 __all__ = [
     "RANDOM",
@@ -58,6 +59,7 @@ class Plan:
         left: those of them that are not finished.
         adapter: what the first stage asked for starts from: a file, `RANDOM`, or None.
         overwrite: whether earlier results of the stages are replaced.
+        scores: measured in stages that ask questions.
     """
 
     recipe: Recipe
@@ -70,6 +72,7 @@ class Plan:
     callbacks: Sequence[TrainerCallback]
     request: StopRequest
     process: PartialState
+    scores: Sequence[Score] = ()
 
     def replaces(self, stage: str) -> bool:
         """Whether a stage's first step removes earlier results: those of all stages go with the first one's."""
@@ -235,7 +238,8 @@ def check_plan(plan: Plan) -> None:
                 compiled=config.compile,
                 cached=bool(config.feature_cache),
             )
-            get_template(config.template)
+            captions = get_template(config.template).caption_only
+            check_validation(config, () if captions else plan.scores, num_processes=num_processes)
             check_named_settings(config)
             if config.compile:
                 check_compiler(plan.process.device)

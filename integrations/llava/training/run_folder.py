@@ -3,9 +3,10 @@
 recipe.yaml            every value resolved
 run.json               the stages that are finished, the samples each trains on, what each started from
 parameters.json        trainable and frozen parameters, by stage and part
-metrics.jsonl, logs/   loss of every step; TensorBoard's files, if it is reported to
+metrics.jsonl, logs/   loss of every step, evaluations; TensorBoard's files, if it is reported to
+train.log              the same for people: speed, time left, memory
 <stage>/adapter.safetensors      fuser and projector after the stage
-<stage>/checkpoint-<step>/       while the stage runs
+<stage>/checkpoint-<step>/, <stage>/best/       while the stage runs
 config.json, model*.safetensors, processor files    the model, once the last stage asked for is finished
 .lock, .running.json   while a training works in it
 
@@ -39,7 +40,7 @@ __all__ = ["RunFolder"]
 
 # What a run leaves of its model and of a stage, as far as it must not outlive them; nothing else is ever removed.
 _MODEL = ("config.json", "model*.safetensors*")
-_STAGE = ("adapter.safetensors", "lora", "non_finite_loss.json", ".saving")
+_STAGE = ("adapter.safetensors", "lora", "non_finite_loss.json", ".saving", "best")
 
 # Values that may differ between two starts of one run: they change its speed and its habits, not its result.
 _FREE = {
@@ -60,6 +61,9 @@ _FREE = {
     "vision_tower",
 }
 
+# What run.json notes of each stage.
+_NOTED = ("samples", "digests", "origins", "steps", "best")
+
 
 class RunFolder:
     """A run's folder, which need not exist yet."""
@@ -67,6 +71,8 @@ class RunFolder:
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
         self.recipe_file = self.path / "recipe.yaml"
+        # Whether this start has made a step, so that something of it is in the folder.
+        self.claimed = False
 
     @contextmanager
     def locked(self) -> Iterator[None]:
@@ -112,6 +118,22 @@ class RunFolder:
             for folder in made:
                 _remove_if_empty(folder)
 
+    def holder(self) -> str | None:
+        """Process and machine that train in the folder, or None."""
+        running = self.path / ".running.json"
+        if not running.is_file():
+            return None
+        # A start that was killed left the file behind, and its lock is free.
+        lock = FileLock(self.path / ".lock")
+        try:
+            lock.acquire(blocking=False)
+        except Timeout:
+            return _holder(running)
+        except (OSError, NotImplementedError):  # not ours to write: what the file says has to do
+            return _holder(running)
+        lock.release()
+        return None
+
     def adapter(self, stage: str) -> Path:
         """File of fuser and projector after a stage."""
         return self.path / stage / "adapter.safetensors"
@@ -123,21 +145,24 @@ class RunFolder:
     @property
     def finished(self) -> tuple[str, ...]:
         """Stages that are finished, in order."""
-        return tuple(self._noted("run.json").get("finished", ()))
+        return tuple(self.noted("run.json").get("finished", ()))
 
     def logged_steps(self, stage: str) -> int:
         """Number of the last step of a stage that the log has; 0 if none."""
-        return max((row.get("step", 0) for row in self._rows() if row.get("stage") == stage), default=0)
+        return max((row.get("step", 0) for row in self.rows() if row.get("stage") == stage), default=0)
 
     def begun(self, stage: str) -> bool:
         """Whether there is something of a stage that could be lost."""
         return stage in self.finished or self.checkpoint(stage) is not None or self.logged_steps(stage) > 0
 
-    def finish(self, stage: str) -> None:
-        """Note that a stage is finished, and remove its checkpoints."""
-        self._note("run.json", {"finished": [name for name in STAGES if name in {*self.finished, stage}]})
-        for checkpoint in checkpoints(self.path / stage):
-            shutil.rmtree(checkpoint)
+    def finish(self, stage: str, *, best: Mapping[str, float] | None = None) -> None:
+        """Note that a stage is finished, and its best evaluation; remove its checkpoints and the best weights."""
+        finished = [name for name in STAGES if name in {*self.finished, stage}]
+        self._note("run.json", {"finished": finished, "ended": None})
+        if best is not None:
+            self._note("run.json", {"best": {**self.noted("run.json").get("best", {}), stage: best}})
+        for folder in (*checkpoints(self.path / stage), self.path / stage / "best"):
+            shutil.rmtree(folder, ignore_errors=not folder.exists())
 
     def open(self, recipe: Recipe, stages: Sequence[str], *, overwrite: bool = False) -> tuple[str, ...]:
         """Stages asked for that are not finished, all of them with `overwrite`; nothing is changed.
@@ -204,7 +229,8 @@ class RunFolder:
             return
         now, default = (yaml.safe_load(dump_recipe(each)) for each in (recipe, Recipe()))
         for section in ("name", "model", *kept):
-            yield from _differences(earlier.get(section), now.get(section), default.get(section), section)
+            then, asked = (_binding(each.get(section)) for each in (earlier, now))
+            yield from _differences(then, asked, default.get(section), section)
 
     def claim(
         self,
@@ -214,29 +240,39 @@ class RunFolder:
         samples: tuple[int, str],
         origin: str,
         parameters: Mapping[str, Mapping[str, int]],
+        steps: int,
         replaces: Sequence[str] = (),
     ) -> None:
         """Make the folder this recipe's, when a stage has made its first step; nothing is written before.
 
-        Noted are number and digest of its samples, `ConnectorOrigin.note`, and the numbers of trainable and frozen
-        parameters of each part. Earlier results of the stages in `replaces` are removed.
+        Noted are number and digest of its samples, `ConnectorOrigin.note`, the numbers of trainable and frozen
+        parameters of each part, and that of its steps. Earlier results of the stages in `replaces` are removed.
         """
+        self.claimed = True
         self._clear(replaces)
         write_text(self.recipe_file, dump_recipe(recipe))
-        noted, news = self._noted("run.json"), {"samples": samples[0], "digests": samples[1], "origins": origin}
-        self._note("run.json", {key: noted.get(key, {}) | {stage: value} for key, value in news.items()})
+        noted, news = self.noted("run.json"), {"samples": samples[0], "digests": samples[1], "origins": origin}
+        news["steps"] = steps
+        noted_by_stage = {key: noted.get(key, {}) | {stage: value} for key, value in news.items()}
+        self._note("run.json", noted_by_stage | {"ended": None})
         self._note("parameters.json", {stage: parameters})
+
+    def note_end(self, kind: str, reason: str) -> None:
+        """Note why a start ended before its stages were finished, if it has made a step: "stopped" or "failed"."""
+        if self.claimed:
+            with suppress(OSError):  # a full disk is why it ended
+                self._note("run.json", {"ended": {"kind": kind, "reason": reason, "at": time.strftime("%F %T")}})
 
     def origin(self, stage: str) -> str | None:
         """Origin of a stage's fuser and projector that `claim` noted, or None."""
-        origin: str | None = self._noted("run.json").get("origins", {}).get(stage)
+        origin: str | None = self.noted("run.json").get("origins", {}).get(stage)
         return origin
 
     def check_samples(self, stage: str, number: int, digest: str) -> None:
         """Refuse other samples, or another number of them, for a stage that has begun."""
         if not self.begun(stage):
             return
-        noted = self._noted("run.json")
+        noted = self.noted("run.json")
         advice = "Bring them back, or give another folder (--output)."
         earlier = noted.get("samples", {}).get(stage, number)
         if earlier != number:
@@ -274,23 +310,25 @@ class RunFolder:
         for stage in stages:
             _remove_if_empty(self.path / stage)  # it may hold something of the user's
         if stages and (self.path / "run.json").is_file():
-            noted = self._noted("run.json")
+            noted = self.noted("run.json")
             left = {
                 key: {stage: value for stage, value in noted.get(key, {}).items() if stage not in stages}
-                for key in ("samples", "digests", "origins")
+                for key in _NOTED
+                if key in noted
             }
             self._note("run.json", {"finished": [name for name in self.finished if name not in stages], **left})
-        rows = list(self._rows())
+        rows = list(self.rows())
         if any(row.get("stage") in stages for row in rows):
             kept = (json.dumps(row) + "\n" for row in rows if row.get("stage") not in stages)
             write_text(self.path / "metrics.jsonl", "".join(kept))
 
-    def _rows(self) -> Iterator[dict[str, Any]]:
+    def rows(self) -> Iterator[dict[str, Any]]:
         """Read the log; a line that a kill cut off is passed over."""
         file = self.path / "metrics.jsonl"
         return (row for _, row in json_lines(file, growing=True)) if file.is_file() else iter(())
 
-    def _noted(self, name: str) -> dict[str, Any]:
+    def noted(self, name: str = "run.json") -> dict[str, Any]:
+        """Read what a file of the folder notes; nothing if it is not there, a ValueError if it is damaged."""
         file = self.path / name
         if not file.is_file():
             return {}
@@ -301,7 +339,7 @@ class RunFolder:
         return noted
 
     def _note(self, name: str, values: Mapping[str, Any]) -> None:
-        write_text(self.path / name, json.dumps(self._noted(name) | dict(values), indent=2) + "\n")
+        write_text(self.path / name, json.dumps(self.noted(name) | dict(values), indent=2) + "\n")
 
 
 def _remove_if_empty(folder: Path) -> None:
@@ -316,12 +354,20 @@ def _holder(file: Path) -> str:
     return "another process, which has not said which"
 
 
+def _binding(section: Any) -> Any:
+    """A section of a recipe without evaluations on which nothing depends: they may be another run's."""
+    validation = section.get("validation") if isinstance(section, dict) else None
+    if validation is None or validation.get("keep_best") or validation.get("patience"):
+        return section
+    return {key: value for key, value in section.items() if key != "validation"}
+
+
 def _differences(earlier: Any, now: Any, default: Any, key: str) -> Iterator[str]:
     """Compare; a key that the earlier recipe does not have, since it is older than the key, had the default."""
     if isinstance(earlier, dict) and isinstance(now, dict):
         default = default if isinstance(default, dict) else {}
         for name in sorted({*earlier, *now} - _FREE):
-            then = earlier.get(name, default.get(name))
-            yield from _differences(then, now.get(name), default.get(name), f"{key}.{name}")
+            then, asked = (each.get(name, default.get(name)) for each in (earlier, now))
+            yield from _differences(then, asked, default.get(name), f"{key}.{name}")
     elif earlier != now:
         yield f"{key} ({earlier!r} then, {now!r} now)"

@@ -7,17 +7,17 @@ import gc
 import hashlib
 import logging
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from safetensors import SafetensorError
-from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 
-from integrations.llava.checkpoints import load_connector, save_connector, save_lora, save_model
+from integrations.llava.checkpoints import load_connector
 from integrations.llava.config import StageConfig
 from integrations.llava.data import (
     Collator,
@@ -32,32 +32,29 @@ from integrations.llava.data import (
 )
 from integrations.llava.modeling import (
     Assembled,
-    FusedLlavaForConditionalGeneration,
-    build_processor,
     checkpoint_activations,
     compile_vision,
-    end_answers,
-    merge_lora,
 )
 from integrations.llava.prompts import TextEncoder, get_template
 from layerfuse.errors import FileAccessError, InputError
 from layerfuse.files import check_disk_space
-from layerfuse.preprocessing import AnyPreprocessing
 
+from .best import BestWeights
 from .distributed import any_process, on_main
 from .engines import forget_engine, set_precision, shards
 from .feature_pass import fill_feature_cache
+from .held_out import held_out_samples
 from .metrics_log import RunLog
 from .plan import ConnectorOrigin, Plan, find_origin
+from .result import CONNECTOR, adapter_parts, stage_preprocessing, stage_processor, write_stage_result
 from .resume import checkpoints, load_trained, state_bytes, trained_state
 from .signals import RunInterrupted
 from .trainer import LlavaTrainer, training_arguments
+from .validation import Validation
 
 __all__ = ["Stage", "stage_trainer"]
 
 _log = logging.getLogger(__name__)
-
-_CONNECTOR = ("fuser", "projector")
 
 
 class Stage(TrainerCallback):
@@ -99,6 +96,7 @@ class Stage(TrainerCallback):
         usable, self.digest, self.lengths = on_main(look)
         samples = read_samples(config.data.path)
         self.samples, self.num_left_out = select_samples(samples, usable), len(samples) - len(usable)
+        self.held_out = held_out_samples(config)
 
     def prepare(self) -> None:
         """Build the model and its trainer, from files that an earlier start or stage has left in the folder.
@@ -136,9 +134,11 @@ class Stage(TrainerCallback):
                 self.lengths,
                 self.folder,
                 num_processes=self.plan.process.num_processes,
+                held_out=self.held_out,
                 callbacks=[*self.plan.callbacks, self],
                 report_to=self.plan.recipe.report_to,
             )
+            self._add_validation()
             self._say_where_it_begins()
 
     def run(self) -> None:
@@ -165,12 +165,15 @@ class Stage(TrainerCallback):
             OSError: if it cannot be written; the last checkpoint stays.
         """
         process, trained = self.plan.process, None
+        if self.validation is not None and process.is_main_process:
+            trained = self.validation.best_weights()
         # A model that is taken apart, or of quantised weights, cannot be saved: another is built, and gets the weights.
-        if shards(self.config.engine, num_processes=process.num_processes) or self.config.lora.quantize != "none":
+        anew = shards(self.config.engine, num_processes=process.num_processes) or self.config.lora.quantize != "none"
+        if anew and on_main(lambda: trained is None):
             trained = trained_state(self.trainer.model_wrapped, keep=process.is_main_process)
         forget_engine()
-        on_main(lambda: self._finish(trained))
-        del self.assembled, self.trainer
+        on_main(lambda: self._finish(trained, anew=anew))
+        del self.assembled, self.trainer, self.validation
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Note samples and origin in the folder after the first step; agree with all processes whether to stop."""
@@ -187,6 +190,7 @@ class Stage(TrainerCallback):
             samples=(len(self.samples), self.digest),
             origin=self.origin.note,
             parameters=self.counts,
+            steps=state.max_steps,
             # All at once: what comes after a stage that is trained anew does not belong to it any more.
             replaces=self.plan.left if self.plan.replaces(self.name) else (),
         )
@@ -207,6 +211,17 @@ class Stage(TrainerCallback):
                 f"not every process sees {', '.join(map(str, needed))}; put the run's folder on a disk that all "
                 "machines share (--output)."
             )
+
+    def _add_validation(self) -> None:
+        """Let the stage be measured on what was held out for it; scores ask questions, which captions have not."""
+        self.validation: Validation | None = None
+        scores = () if get_template(self.config.template).caption_only else self.plan.scores
+        if self.held_out is not None or scores:
+            processor = partial(stage_processor, self.assembled, self.config)
+            self.validation = Validation(
+                self.trainer, self.config, self.plan.folder.path, self.name, scores=scores, processor=processor
+            )
+            self.trainer.add_callback(self.validation)
 
     def _count_images(self) -> None:
         """Where tokens of images depend on their size, say if they may be too many; group batches by them."""
@@ -230,7 +245,7 @@ class Stage(TrainerCallback):
         recipe, origin = self.plan.recipe, self.origin
         assembled = self.plan.source.assemble(self.config, quantized=quantized, seed=recipe.pretrain.seed)
         if origin.path is not None:
-            parts = _CONNECTOR if origin.before is None else _adapter_parts(recipe.stage(origin.before))
+            parts = CONNECTOR if origin.before is None else adapter_parts(recipe.stage(origin.before))
             load_connector(assembled.model, parts, origin.path)
         return assembled
 
@@ -240,6 +255,8 @@ class Stage(TrainerCallback):
         if self.is_last:
             size = 2 if config.precision == "bf16" else 4
             needed += size * sum(parameter.numel() for parameter in model.parameters())
+        if config.validation.keep_best:
+            needed += BestWeights.bytes_needed(model, config.keep_checkpoints)
         if plan.replaces(self.name):
             needed -= plan.folder.bytes_replaced(plan.left)
         what = f"stage {self.name} with its checkpoints{' and model' if self.is_last else ''}"
@@ -258,36 +275,20 @@ class Stage(TrainerCallback):
         else:
             _log.info("stage %s begins", self.name)
 
-    def _finish(self, trained: Mapping[str, torch.Tensor] | None) -> None:
-        if trained is not None:
+    def _finish(self, trained: Mapping[str, torch.Tensor] | None, *, anew: bool) -> None:
+        if anew:
             self.assembled = self._build(quantized=False)
+        if trained is not None:
             load_trained(self.assembled.model, trained)
         try:
-            self._write()
+            write_stage_result(self.assembled, self.config, self.plan.folder, self.name, whole_model=self.is_last)
         except (OSError, SafetensorError) as error:
             raise FileAccessError(
                 getattr(error, "errno", None) or errno.EIO,
                 f"what stage {self.name} learned could not be written to {self.plan.folder.path} ({error}); its last "
                 "checkpoint is there. Make room or give rights, then start the same command again",
             ) from error
-        self.plan.folder.finish(self.name)
-
-    def _write(self) -> None:
-        config, model, tokenizer = self.config, self.assembled.model, self.assembled.tokenizer
-        save_connector(model, _adapter_parts(config), self.plan.folder.adapter(self.name))
-        if not self.is_last:
-            return
-        if config.lora.rank:
-            save_lora(model, self.folder / "lora")
-            merge_lora(model)
-        template = get_template(config.template)
-        model.config.prompt_template = template.to_dict()
-        end_answers(model.generation_config, tokenizer, template)
-        model.eval().to("cpu")
-        if config.precision == "bf16":
-            nn.Module.to(model, torch.bfloat16)
-        processor = build_processor(model, tokenizer, _preprocessing(model, config), template)
-        save_model(model, processor, self.plan.folder.path)
+        self.plan.folder.finish(self.name, best=None if self.validation is None else self.validation.note())
 
 
 def stage_trainer(
@@ -298,28 +299,20 @@ def stage_trainer(
     folder: Path,
     *,
     num_processes: int,
+    held_out: Sequence[Sample] | None = None,
     callbacks: Sequence[TrainerCallback] = (),
     report_to: Sequence[str] = (),
 ) -> LlavaTrainer:
     """Trainer of a stage, which writes into `folder`, and its log into the folder around it.
 
-    `lengths` of the samples are for batches that are grouped by them. The log is called after the callbacks, and finds
-    that they have asked for a checkpoint.
+    `lengths` of the samples are for batches that are grouped by them, `held_out` ones for `Validation`. The log is
+    called after the callbacks, and finds that they have asked for a checkpoint.
     """
-    model, tokenizer, template = assembled.model, assembled.tokenizer, get_template(config.template)
-    dataset = ConversationDataset(
-        samples,
-        image_folder=config.data.image_folder,
-        template=template,
-        encoder=TextEncoder(tokenizer, template.control_tokens),
-        preprocessing=_preprocessing(model, config),
-        layout=model.config.layout,
-        max_length=config.data.max_length,
-        bad_samples=config.data.bad_samples,
-        with_condition=model.model.fuser.condition_channels is not None,
-    )
-    if config.feature_cache:
-        fill_feature_cache(model, dataset, config)
+    model, tokenizer = assembled.model, assembled.tokenizer
+    dataset = _dataset(assembled, config, samples, config.data.image_folder)
+    evaluated = None
+    if held_out is not None:
+        evaluated = _dataset(assembled, config, held_out, config.validation.image_folder or config.data.image_folder)
     if config.gradient_checkpointing:
         checkpoint_activations(model, selective=config.gradient_checkpointing == "selective")
     if config.compile:
@@ -328,6 +321,7 @@ def stage_trainer(
         model=model,
         args=training_arguments(config, folder, model, num_processes),
         train_dataset=dataset,
+        eval_dataset=evaluated,
         data_collator=Collator(tokenizer.pad_token_id),
         learning_rates=config.learning_rates,
         layer_decay=config.layer_decay,
@@ -345,10 +339,25 @@ def stage_trainer(
     return trainer
 
 
-def _preprocessing(model: FusedLlavaForConditionalGeneration, config: StageConfig) -> AnyPreprocessing:
-    """How a stage brings images to the backbone's size."""
-    backbone = model.model.vision_tower.backbone
-    return backbone.preprocessing.changed(mode=config.data.image_mode, upright=config.data.upright)
+def _dataset(
+    assembled: Assembled, config: StageConfig, samples: Sequence[Sample], image_folder: str
+) -> ConversationDataset:
+    """A stage's samples, of training or held out, with the maps that its cache has of their images."""
+    model, template = assembled.model, get_template(config.template)
+    dataset = ConversationDataset(
+        samples,
+        image_folder=image_folder,
+        template=template,
+        encoder=TextEncoder(assembled.tokenizer, template.control_tokens),
+        preprocessing=stage_preprocessing(model, config),
+        layout=model.config.layout,
+        max_length=config.data.max_length,
+        bad_samples=config.data.bad_samples,
+        with_condition=model.model.fuser.condition_channels is not None,
+    )
+    if config.feature_cache:
+        fill_feature_cache(model, dataset, config)
+    return dataset
 
 
 def _digest(samples: SampleFile, usable: np.ndarray) -> str:
@@ -361,8 +370,3 @@ def _digest(samples: SampleFile, usable: np.ndarray) -> str:
         raw = samples.raw(index)
         digest.update(len(raw).to_bytes(8, "little") + raw)
     return digest.hexdigest()
-
-
-def _adapter_parts(config: StageConfig) -> tuple[str, ...]:
-    """Parts that a stage's adapter file holds."""
-    return (*_CONNECTOR, "backbone") if "backbone" in config.trainable else _CONNECTOR

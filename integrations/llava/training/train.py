@@ -21,8 +21,10 @@ from layerfuse.errors import UserError
 from .distributed import on_main, shared_failures
 from .plan import Plan, check_plan, default_stages, find_origin, in_order, noted_source, open_source
 from .run_folder import RunFolder
+from .run_status import noted_end
 from .signals import RunInterrupted, stop_requests
 from .stage import Stage
+from .validation import Score
 
 __all__ = ["train"]
 
@@ -35,6 +37,7 @@ def train(
     adapter: str | Path | None = None,
     overwrite: bool = False,
     callbacks: Sequence[TrainerCallback] = (),
+    scores: Sequence[Score] = (),
 ) -> Path:
     """Run a recipe, or go on with a run that was interrupted.
 
@@ -52,6 +55,7 @@ def train(
             wrote them; "random" for new ones, which a finetune without pretrain would otherwise refuse.
         overwrite: train these stages anew and remove what the folder holds of them; other stages stay.
         callbacks: of transformers' Trainer, for every stage.
+        scores: measured whenever a stage that asks questions is evaluated, as its `validation` says.
 
     Returns:
         The run's folder.
@@ -68,13 +72,13 @@ def train(
     """
     folder, process = RunFolder(output), PartialState(cpu=not torch.cuda.is_available())
     locked = folder.locked() if process.is_main_process else nullcontext()
-    with shared_failures(same=(UserError, RunInterrupted)), stop_requests() as request, locked:
+    with shared_failures(same=(UserError, RunInterrupted)), stop_requests() as request, locked, noted_end(folder):
         with request.at_once():
             asked = in_order(default_stages(recipe, folder) if stages is None else stages, recipe)
             source = open_source(recipe, folder)
             recipe = noted_source(source.resolved(recipe), source)
             left = on_main(lambda: folder.open(recipe, asked, overwrite=overwrite))
-            plan = Plan(recipe, source, folder, asked, left, adapter, overwrite, callbacks, request, process)
+            plan = Plan(recipe, source, folder, asked, left, adapter, overwrite, callbacks, request, process, scores)
             on_main(lambda: check_plan(plan))
             on_main(lambda: find_origin(plan, left[0]))
             ahead = [Stage(plan, name) for name in left]

@@ -35,7 +35,7 @@ from .optimizer import build_optimizer, parameter_groups
 from .resume import CheckpointingTrainer
 from .signals import start_deaf
 
-__all__ = ["LlavaTrainer", "training_arguments"]
+__all__ = ["LlavaTrainer", "num_supervised", "training_arguments"]
 
 _log = logging.getLogger(__name__)
 
@@ -85,6 +85,8 @@ class LlavaTrainer(CheckpointingTrainer):
         self.options = dict(options or {})
         self._step = OptimizerStep(0, 0.0, [])
         self._made: list[OptimizerStep] = []
+        # Rows about a step that are no training's, for the log; those of the main process are written.
+        self.noted: list[dict[str, float]] = []
         self._unchecked: tuple[OptimizerStep, Later] | None = None
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
@@ -130,8 +132,8 @@ class LlavaTrainer(CheckpointingTrainer):
         The divisor is the number of supervised tokens over all micro batches and processes, or None where the loss of
         each is its mean.
         """
-        if self.state.global_step >= self.state.max_steps:
-            # A run that goes on behind its last step has nothing more to do; Trainer would make one step.
+        if self.control.should_training_stop or self.state.global_step >= self.state.max_steps:
+            # A run that goes on where it ended has nothing more to do; Trainer would make one step.
             return [], None
         batches = list(itertools.islice(epoch_iterator, num_batches))
         assert self.optimizer is not None
@@ -143,9 +145,10 @@ class LlavaTrainer(CheckpointingTrainer):
         for why in [why for batch in batches for why in batch.pop("skipped", [])]:
             self._step.num_skipped += 1
             _log.warning("step %d: skipped %s", self._step.number, why)
+        self._step.num_tokens = sum((_num_tokens(batch) for batch in batches), torch.tensor(0))
         if self.loss_average == "micro_batch":
             return batches, None
-        supervised = sum((_num_supervised(batch["labels"]) for batch in batches), torch.tensor(0))
+        supervised = sum((num_supervised(batch["labels"]) for batch in batches), torch.tensor(0))
         total = self.accelerator.reduce(supervised.to(device), reduction="sum")
         return batches, total.clamp(min=1)
 
@@ -160,7 +163,7 @@ class LlavaTrainer(CheckpointingTrainer):
 
         The sum of the tokens' losses is divided by `num_items_in_batch`, or by the number of supervised tokens.
         """
-        own = _num_supervised(inputs["labels"]).clamp(min=1)
+        own = num_supervised(inputs["labels"]).clamp(min=1)
         divisor = own if num_items_in_batch is None else num_items_in_batch
         outputs = model(**inputs, **self.options, num_items_in_batch=divisor)
         loss = outputs["loss"]
@@ -198,26 +201,30 @@ class LlavaTrainer(CheckpointingTrainer):
         super()._save_checkpoint(model, trial)
 
     def take_rows(self) -> list[dict[str, float]]:
-        """Rows of the log for the optimizer steps since the last call; every process has to call this.
+        """Rows of the log since the last call, of optimizer steps and those in `noted`; every process has to call this.
 
         `loss` is the step's over all processes; `grad_norm` is left out while it is not known, `skipped` where it is 0.
+        `samples` and `tokens`, padding left out, are those of the step.
         """
         steps, self._made = self._made, []
+        noted, self.noted = self.noted, []
         if not steps:
-            return []
+            return noted
         losses = [torch.stack(step.losses).float() for step in steps]
         mean = self.loss_average == "micro_batch"
         own = torch.stack([each.mean() if mean else each.sum() for each in losses])
-        own = torch.stack([own, own.new_tensor([step.num_skipped for step in steps])], dim=1)
+        counts = [[step.num_skipped, sum(map(len, step.sample_ids))] for step in steps]
+        tokens = torch.stack([torch.as_tensor(step.num_tokens).to(own) for step in steps])
+        own = torch.cat([own[:, None], own.new_tensor(counts), tokens[:, None]], dim=1)
         totals = self.accelerator.reduce(own, reduction="sum").tolist()
         rows = []
-        for step, (loss, skipped) in zip(steps, totals, strict=True):
+        for step, (loss, skipped, samples, tokens) in zip(steps, totals, strict=True):
             row: dict[str, float] = {"step": step.number, "loss": loss / self.accelerator.num_processes}
             row["learning_rate"] = step.learning_rate
             if step.grad_norm is not None:
                 row["grad_norm"] = float(step.grad_norm)
-            rows.append(row | ({"skipped": int(skipped)} if skipped else {}))
-        return rows
+            rows.append(row | ({"skipped": int(skipped)} if skipped else {}) | {"samples": samples, "tokens": tokens})
+        return sorted(rows + noted, key=lambda row: row["step"])
 
     def stop_if_gradients_broke(self) -> None:
         """Raise NonFiniteLossError, in every process, if the last step's gradients were NaN or infinite."""
@@ -282,6 +289,7 @@ def training_arguments(
         logging_steps=config.log_every,
         logging_nan_inf_filter=False,
         report_to=[],
+        run_name=f"{folder.parent.name}-{folder.name}",
         disable_tqdm=True,
         seed=config.seed,
         **config.trainer_options,
@@ -289,6 +297,12 @@ def training_arguments(
     )
 
 
-def _num_supervised(labels: torch.Tensor) -> torch.Tensor:
+def num_supervised(labels: torch.Tensor) -> torch.Tensor:
     """Number of tokens with a label; the first has none before it that could predict it."""
     return (labels[..., 1:] != IGNORE_INDEX).sum()
+
+
+def _num_tokens(batch: Mapping[str, Any]) -> torch.Tensor:
+    """Number of positions that are no padding."""
+    mask = batch.get("attention_mask")
+    return torch.tensor(batch["input_ids"].numel()) if mask is None else mask.sum()
