@@ -72,6 +72,24 @@ class FusedEncoder(
         tokens: torch.Tensor = self.fuser(self.backbone(images), condition)
         return tokens
 
+    def maps(self, images: torch.Tensor, condition: torch.Tensor | None = None) -> torch.Tensor:
+        """Encode images as one fused map (B, C_out, H, W) on the grid of `grid`, without tokens that lie in no cell.
+
+        The maps that go into the fuser are `Backbone.maps`, of ``encoder.backbone``. Arguments are those of `forward`.
+
+        Raises:
+            ValueError: if the fused tokens lie on no grid; else as `forward`.
+        """
+        if self.grid() is None:
+            raise InputError(
+                f"the tokens of fuser {self.fuser.name!r} lie on no grid, so they make no map; take a fuser that "
+                "keeps the grid, such as 'mmfuser' or 'concat', or the maps before it: encoder.backbone.maps(images)."
+            )
+        tokens: torch.Tensor = self(images, condition)
+        grids = self.backbone.grids(images.shape[2:])
+        (height, width), front = self.fuser.out_grid(grids) or (0, 0), self.fuser.extra_tokens(grids).front
+        return tokens[:, front : front + height * width].transpose(1, 2).unflatten(2, (height, width))
+
     @property
     def preprocessing(self) -> AnyPreprocessing:
         """The preprocessing that the backbone wants for its images."""

@@ -164,6 +164,33 @@ def test_without_layers_an_encoder_taps_what_the_fusers_source_does() -> None:
         _created(layers=None)
 
 
+def test_maps_unfold_the_tapped_layers_and_the_fused_tokens_on_their_grids() -> None:
+    encoder = _created(fuser="concat")
+    images = random_images(2, size=(40, 16))
+    features, fused = encoder.backbone(images), encoder.maps(images)
+    maps = encoder.backbone.maps(images)
+    assert [tuple(each.shape) for each in maps] == [(2, 32, 5, 2)] * 2
+    assert tuple(fused.shape) == (2, 64, 5, 2)
+    for each, tokens in zip((*maps, fused), (*features, encoder(images)), strict=True):
+        torch.testing.assert_close(each[:, :, 3, 1], tokens[:, 3 * 2 + 1], rtol=0, atol=0)
+
+
+def test_a_fused_map_has_the_tokens_of_cells_only() -> None:
+    encoder = _created(fuser="token_concat")
+    images = random_images(1, size=(32, 48))
+    tokens, front = encoder(images), encoder.fuser.extra_tokens(encoder.backbone.grids()).front
+    assert front > 0 and tokens.shape[1] > front
+    expected = tokens[:, front : front + 24].transpose(1, 2)
+    torch.testing.assert_close(encoder.maps(images).flatten(2), expected, rtol=0, atol=0)
+
+
+def test_tokens_without_a_grid_have_no_map(monkeypatch: pytest.MonkeyPatch) -> None:
+    encoder = _created()
+    monkeypatch.setattr(type(encoder.fuser), "out_grid", lambda self, grids: None)
+    with pytest.raises(ValueError, match=r"fuser 'average' lie on no grid.*encoder.backbone.maps\(images\)"):
+        encoder.maps(random_images(1, size=(32, 48)))
+
+
 def test_a_fuser_that_is_built_already_is_taken() -> None:
     fuser = create_fuser("concat", in_channels=32, num_layers=2).train()
     encoder = _created(fuser=fuser)

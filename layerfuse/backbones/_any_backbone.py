@@ -68,6 +68,11 @@ class AnyBackbone(nn.Module, abc.ABC):
         """Of each map the position of its backbone among `members`, and its layer."""
         return tuple((source, layer) for source, member in enumerate(self.members) for layer in member.layers)
 
+    def maps(self, images: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """Return the L tapped maps of images with their grids unfolded, each (B, C_l, H_l, W_l); see `forward`."""
+        features = self(images)
+        return tuple([features.nchw(index) for index in range(len(features))])
+
     def prepare(self, images: Images) -> torch.Tensor:
         """Return a batch (B, in_channels, height, width) of one picture or several, on the device and in the dtype.
 
