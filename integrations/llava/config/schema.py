@@ -139,6 +139,8 @@ class StageConfig(Checked):
         scheduler_options: its own arguments, such as {"min_lr_rate": 0.1} of "cosine_with_min_lr".
         max_grad_norm: gradients are scaled down to this norm; 0 leaves them alone.
         precision: of the computation. Trained parameters stay float32; frozen ones take the precision's type.
+        padding_free: a micro batch's samples stand one after the other in one row, none is filled up to the longest;
+            the loss is the same to rounding.
         gradient_checkpointing: recompute the language model's activations, to save memory; "selective" keeps the
             results of matrix products and attention, and recomputes what lies between them.
         compile: let torch compile backbone and fuser; needs a compiler.
@@ -179,6 +181,7 @@ class StageConfig(Checked):
     scheduler_options: dict[str, Any] = field(default_factory=dict)
     max_grad_norm: Rate = 1.0
     precision: Literal["fp32", "bf16"] = "fp32"
+    padding_free: bool = False
     gradient_checkpointing: bool | Literal["selective"] = False
     compile: bool = False
     group_by_modality: bool = False

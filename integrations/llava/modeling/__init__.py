@@ -25,6 +25,7 @@ from .model import (
     FusedLlavaModel,
     LayerfuseVisionConfig,
 )
+from .packing import attend_by_sample, check_packing
 from .parts import count_parameters, learns, part_of, set_trainable
 from .processing import LayerfuseImageProcessor, add_image_token, build_processor
 from .quantization import QUANTIZATIONS, Quantization, quantization_config
@@ -50,11 +51,13 @@ __all__ = [
     "RecipeParts",
     "add_image_token",
     "assemble",
+    "attend_by_sample",
     "blank_condition",
     "build_model",
     "build_processor",
     "build_recipe_model",
     "check_compiler",
+    "check_packing",
     "checkpoint_activations",
     "compile_vision",
     "count_parameters",

@@ -193,6 +193,7 @@ def chunked_text_loss(
     *,
     image_token_id: int,
     num_items_in_batch: torch.Tensor | int | None = None,
+    places: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Compute `text_loss` from hidden states: logits of labelled positions only, `LOSS_CHUNK` of them at a time.
 
@@ -206,9 +207,11 @@ def chunked_text_loss(
         labels: (B, T), `IGNORE_INDEX` where nothing is supervised.
         image_token_id: as for `text_loss`.
         num_items_in_batch: what the sum is divided by; None is the number of labels.
+        places: positions of the flattened batch that are followed by a label, as `Collator` finds them; None looks for
+            them, for which the host waits for a GPU.
     """
     targets = _shifted(labels).flatten().to(hidden.device)
-    places = (targets != IGNORE_INDEX).nonzero().flatten()
+    places = (targets != IGNORE_INDEX).nonzero().flatten() if places is None else places.to(hidden.device)
     count = len(places)
     if not count:
         # Distributed engines wait for the head's gradient, be it zero.

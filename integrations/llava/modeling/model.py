@@ -372,12 +372,12 @@ class FusedLlavaForConditionalGeneration(_LoadsWhole, GeneratesFromImages, Llava
     @functools.wraps(LlavaForConditionalGeneration.forward)
     def forward(self, *args: Any, **kwargs: Any) -> Any:  # type: ignore[override]
         """As LlavaForConditionalGeneration; with `cross_entropy="chunked"` the loss alone, as `chunked_text_loss`."""
+        options = {"places": kwargs.pop("label_places", None)}
         if kwargs.pop("cross_entropy", "plain") == "plain":
             return super().forward(*args, **kwargs)
-        labels, divisor = kwargs.pop("labels"), kwargs.pop("num_items_in_batch", None)
+        options |= {name: kwargs.pop(name) for name in ("labels", "num_items_in_batch") if name in kwargs}
         hidden = self.model(*args, **kwargs)[0]
-        image = self.config.image_token_index
-        loss = chunked_text_loss(self.lm_head, hidden, labels, image_token_id=image, num_items_in_batch=divisor)
+        loss = chunked_text_loss(self.lm_head, hidden, image_token_id=self.config.image_token_index, **options)
         return LlavaCausalLMOutputWithPast(loss=loss)  # type: ignore[arg-type]
 
     def loss_function(

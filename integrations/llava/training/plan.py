@@ -13,7 +13,7 @@ from transformers import TrainerCallback
 
 from integrations.llava.checkpoints import Checkpoint, model_source
 from integrations.llava.config import STAGES, Recipe
-from integrations.llava.modeling import ModelSource, check_compiler, quantization_config
+from integrations.llava.modeling import ModelSource, check_compiler, check_packing, quantization_config
 from integrations.llava.prompts import get_template
 from layerfuse.errors import InputError, MissingFileError, MissingPackageError, UserError
 from layerfuse.files import file_digest
@@ -252,6 +252,8 @@ def check_plan(plan: Plan) -> None:
         with _named(name):
             config = recipe.stage(name)
             model = plan.source.on_meta(config)
+            if config.padding_free:
+                check_packing(model.model.language_model)
             try:
                 args = training_arguments(config, plan.folder.path / name, model, num_processes)
                 check_optimizer(config, args, plan.process.device, num_processes=num_processes)

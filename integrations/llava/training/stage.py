@@ -32,6 +32,8 @@ from integrations.llava.data import (
 )
 from integrations.llava.modeling import (
     Assembled,
+    attend_by_sample,
+    check_packing,
     checkpoint_activations,
     compile_vision,
 )
@@ -117,6 +119,9 @@ class Stage(TrainerCallback):
             torch.cuda.empty_cache()
             self._find_start()
             self.assembled = self._build()
+            # Once for all stages, so that a fault of the second is not found after the hours of the first.
+            if any(self.plan.recipe.stage(name).padding_free for name in self.plan.left):
+                check_packing(self.assembled.model.model.language_model, self.config.precision)
             # Counted before an engine takes parameters apart.
             self.counts = self.assembled.counts
             self._count_images()
@@ -313,6 +318,8 @@ def stage_trainer(
     evaluated = None
     if held_out is not None:
         evaluated = _dataset(assembled, config, held_out, config.validation.image_folder or config.data.image_folder)
+    if config.padding_free:
+        attend_by_sample(model.model.language_model)
     if config.gradient_checkpointing:
         checkpoint_activations(model, selective=config.gradient_checkpointing == "selective")
     if config.compile:
@@ -322,7 +329,7 @@ def stage_trainer(
         args=training_arguments(config, folder, model, num_processes),
         train_dataset=dataset,
         eval_dataset=evaluated,
-        data_collator=Collator(tokenizer.pad_token_id),
+        data_collator=Collator(tokenizer.pad_token_id, padding_free=config.padding_free),
         learning_rates=config.learning_rates,
         layer_decay=config.layer_decay,
         optimizer_options=config.optimizer_options,

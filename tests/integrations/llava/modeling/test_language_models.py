@@ -35,6 +35,7 @@ from integrations.llava.checkpoints.model_io import load_model
 from integrations.llava.config.schema import ModelConfig
 from integrations.llava.modeling.build import _language_model, build_model, build_recipe_model, read_language_files
 from integrations.llava.modeling.model import FusedLlavaForConditionalGeneration
+from integrations.llava.modeling.packing import check_packing
 from layerfuse.backbones import create_backbone
 from layerfuse.errors import InputError
 from layerfuse.fusers import create_fuser
@@ -259,10 +260,29 @@ def reads_back(config: PreTrainedConfig) -> bool:
     return True
 
 
+def trial_and_truth(decoder: PreTrainedModel) -> tuple[bool, bool]:
+    """Whether a trial says that samples in one row stay apart, and whether three longer ones do."""
+    try:
+        check_packing(decoder)
+        said = True
+    except InputError:
+        said = False
+    lengths = [19, 1, 23]
+    rows = torch.randint(3, VOCABULARY - 1, (1, sum(lengths)), generator=torch.Generator().manual_seed(0))
+    places = torch.cat([torch.arange(length) for length in lengths])[None]
+    try:
+        with torch.no_grad():
+            packed = decoder(input_ids=rows, position_ids=places, use_cache=False)[0]
+            alone = [decoder(input_ids=own, use_cache=False)[0] for own in rows.split(lengths, dim=1)]
+    except (AttributeError, RuntimeError, TypeError):
+        return said, False
+    return said, torch.allclose(packed, torch.cat(alone, dim=1), atol=1e-4, rtol=1e-3)
+
+
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 def test_every_causal_type_that_can_be_built_tiny_gives_its_own_logits_or_is_refused(tmp_path: Path) -> None:
-    right, unsaved, refused, untried, wrong = [], [], {}, {}, {}
+    right, unsaved, refused, untried, wrong, packs = [], [], {}, {}, {}, {}
     for kind in MODEL_FOR_CAUSAL_LM_MAPPING:
         name = kind.model_type
         try:
@@ -291,9 +311,16 @@ def test_every_causal_type_that_can_be_built_tiny_gives_its_own_logits_or_is_ref
         right.append(name)
         if difference > 1e-4 * max(1.0, float(expected.abs().max())):
             wrong[name] = difference
-    print(f"right: {right}\nunsaved: {unsaved}\nrefused: {refused}\nuntried: {untried}")
+        decoder = model.model.language_model
+        for attention in ("eager", "sdpa"):
+            with suppress(ValueError):  # some have no other attention than eager
+                decoder.set_attn_implementation(attention)
+                packs[name, attention] = trial_and_truth(decoder)
+    print(f"right: {right}\npacks: {packs}\nunsaved: {unsaved}\nrefused: {refused}\nuntried: {untried}")
 
     assert wrong == {}
+    assert [key for key, (said, truth) in packs.items() if said != truth] == []
+    assert sum(said for said, _ in packs.values()) > len(right), "most keep samples apart with either attention"
     assert len(unsaved) <= 5
     total = len(MODEL_FOR_CAUSAL_LM_MAPPING)
     assert len(right) >= FEWEST_RIGHT * total and len(right) + len(refused) >= FEWEST_TRIED * total

@@ -85,6 +85,7 @@ class Runs:
         "accumulated": {"micro_batch_size": 1},
         "bf16": {"precision": "bf16"},
         "compiled": {"compile": True},
+        "packed": {"padding_free": True, "group_by_modality": False},
     }
 
     def __init__(self, recipe: Recipe, folder: Path, nursery: Nursery) -> None:
@@ -153,6 +154,11 @@ def test_gradients_of_several_micro_batches_are_summed_in_every_process(engine: 
 @pytest.mark.parametrize("engine", ENGINES)
 def test_compiled_parts_give_the_losses_of_plain_ones(engine: str, runs: Runs) -> None:
     torch.testing.assert_close(losses(runs / f"{engine}_compiled"), losses(runs / "single"), atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_samples_without_padding_give_the_losses_of_padded_ones(engine: str, runs: Runs) -> None:
+    torch.testing.assert_close(losses(runs / f"{engine}_packed"), losses(runs / "mixed"), atol=1e-5, rtol=0)
 
 
 def test_fsdp2_in_bf16_sums_gradients_in_float32(runs: Runs) -> None:

@@ -15,7 +15,15 @@ from integrations.llava.training import train
 from tests.integrations.llava.training.test_distributed import finetuned, losses
 
 PLAIN: dict[str, Any] = {"cross_entropy": "plain"}
-LEAN: dict[str, dict[str, Any]] = {"chunked": {"cross_entropy": "chunked"}}
+LEAN: dict[str, dict[str, Any]] = {
+    "chunked": {"cross_entropy": "chunked"},
+    "padding_free": {"padding_free": True},
+    "padding_free, chunked, recomputed": {
+        "padding_free": True,
+        "cross_entropy": "chunked",
+        "gradient_checkpointing": True,
+    },
+}
 
 
 def trained(recipe: Recipe, folder: Path, **changes: Any) -> Path:
