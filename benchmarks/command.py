@@ -20,7 +20,7 @@ __all__ = ["TOPICS", "execute", "main"]
 
 TOPICS = {
     "cpu": ("op", "train", "encoder", "scaling"),
-    "cuda": ("op", "train", "generation", "encoder"),
+    "cuda": ("op", "train", "generation", "encoder", "op_choice"),
 }
 """The topics of each command, in the order in which they run; each is a module with `run(session)`."""
 

@@ -93,7 +93,11 @@ def _cuda_op_goals() -> list[Goal]:
             Goal(f"{short}-deformops", "cuda", name, "auto", ("deformops",), "speedup", ">=", "1.00"),
             Goal(f"{short}-roofline", "cuda", of_bandwidth, "auto", (), "value", ">=", "0.50"),
         ]
-    return found
+    return [
+        *found,
+        Goal("auto-is-fastest", "cuda", "op choice, of the fastest", "auto", (), "value", "<=", "1.05"),
+        Goal("blocks-are-best", "cuda", "op blocks, of the fastest", "as set", (), "value", "<=", "1.05"),
+    ]
 
 
 def _llava_goals() -> list[Goal]:

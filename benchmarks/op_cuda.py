@@ -19,7 +19,7 @@ from benchmarks.peers import Attend, deformops_attention, is_installed, transfor
 from benchmarks.session import Session
 from layerfuse.ops import least_traffic
 
-__all__ = ["check_oracle", "run"]
+__all__ = ["check_oracle", "replayable", "run"]
 
 # Of values and gradients in bfloat16 against float64; of float32 as on the CPU.
 _TOLERANCES = {torch.float32: 1e-3, torch.bfloat16: 4e-2, torch.float16: 1e-2}
@@ -105,7 +105,7 @@ def _compare(
         with session.attempt(name, label, case=case):
             if label in wrong:
                 raise AssertionError(wrong[label])
-            calls[label] = _replayable(session, name, label, wrap(attend, inputs), case)  # type: ignore[operator]
+            calls[label] = replayable(session, name, label, wrap(attend, inputs), case)  # type: ignore[operator]
     ours = tuple(label for label in _ours(session, inputs) if label in calls)
     timings = session.compare(name, calls, ours=ours, pace=session.pace(3.0, fewest=10), case=case, facts=facts)
     one_way, back = least_traffic(*inputs.leaves)
@@ -129,7 +129,7 @@ def _compare(
     session.compare_values(f"{name}, extra memory", needed, ours=ours, unit="bytes", case=case, **facts)
 
 
-def _replayable(session: Session, name: str, label: str, call: Call, case: str) -> Call:
+def replayable(session: Session, name: str, label: str, call: Call, case: str) -> Call:
     """Return a captured call, or the call itself where capturing fails, which a row then says."""
     call()
     if session.device != "cuda":

@@ -50,12 +50,35 @@ def test_the_gpu_op_runs_dry(tmp_path: Path) -> None:
     assert {"transformers, compiled", "dense SDPA over all keys"} <= {row["candidate"] for row in told["rows"]}
 
 
+def test_the_choice_of_paths_and_blocks_says_which_is_the_fastest(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from benchmarks import op_choice
+    from layerfuse.ops.deformable import triton
+
+    # On a CPU gather takes Triton's place, which does not matter to what is tried here.
+    monkeypatch.setattr(op_choice, "can_run", lambda *_: True)
+    before = triton.FORWARD_BLOCKS, triton.BACKWARD_BLOCKS
+    told = dry_run("cuda", "op_choice", folder=tmp_path)
+    rows = {name: [row for row in told["rows"] if row["benchmark"] == name] for name in ("op choice", "op blocks")}
+    for name, chosen in (("op choice", "auto"), ("op blocks", "as set")):
+        said = [row for row in told["rows"] if row["benchmark"] == f"{name}, of the fastest"]
+        assert len(said) == 2, "forward, forward and backward"
+        for row in said:
+            times = {own["candidate"]: own["median_seconds"] for own in rows[name] if own["case"] == row["case"]}
+            assert row["candidate"] == chosen and times[row["fastest"]] == min(times.values())
+            assert row["value"] == pytest.approx(times[chosen] / min(times.values()), rel=1e-3)
+    assert {"gather", "reference"} <= {row["candidate"] for row in rows["op choice"]}
+    assert {goal["goal"] for goal in told["goals"] if goal["rows"]} >= {"auto-is-fastest", "blocks-are-best"}
+    assert before == (triton.FORWARD_BLOCKS, triton.BACKWARD_BLOCKS)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
 def test_the_whole_command_runs_dry(device: str, tmp_path: Path) -> None:
     told = dry_run(device, folder=tmp_path)
     absent = {goal["goal"] for goal in told["goals"] if goal["outcome"] == "not measured"}
-    assert absent <= {"op-forward-deformops", "op-forward+backward-deformops"}
+    assert absent <= {"op-forward-deformops", "op-forward+backward-deformops", "blocks-are-best"}
 
 
 def test_strict_turns_a_failed_goal_into_an_exit_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -42,7 +42,7 @@ class Case:
     dtype: torch.dtype = torch.float32
     change: Callable[[torch.Tensor, torch.Tensor, torch.Tensor], Tensors] = lambda *drawn: drawn
     wanted: tuple[bool, bool, bool] = (True, True, True)
-    settings: dict[str, int] = field(default_factory=dict)
+    settings: dict[str, Any] = field(default_factory=dict)
 
 
 def drawn_cases() -> Iterator[Case]:
@@ -93,7 +93,8 @@ def special_cases() -> Iterator[Case]:
         yield Case(f"no {name}", grids, **sizes)
     for dtype in (torch.float32, torch.bfloat16):
         yield Case("int64", grids, batch_size=2, num_heads=2, dtype=dtype, settings={"_MOST_ELEMENTS": 1})
-    yield Case("blocks", grids, num_queries=7, settings={"_FORWARD_ELEMENTS": 8, "_BACKWARD_ELEMENTS": 16})
+    small = {"FORWARD_BLOCKS": kernels.Blocks(8, 2), "BACKWARD_BLOCKS": kernels.Blocks(16, 2)}
+    yield Case("blocks", grids, num_queries=7, settings=small)
     for wanted in ((True, False, False), (False, True, False), (False, False, True), (False, False, False)):
         yield Case("wanted", grids, wanted=wanted)
 
@@ -118,14 +119,14 @@ def faults(case: Case) -> list[str]:
     expected: list[Any] = [reference(leaves[0], case.grids, leaves[1], leaves[2])]
     expected += torch.autograd.grad(expected[0], leaves, cotangent.double())
     normal = {name: getattr(kernels, name) for name in case.settings}
-    for name, number in case.settings.items():
-        setattr(kernels, name, number)
+    for name, setting in case.settings.items():
+        setattr(kernels, name, setting)
     value, locations, weights = inputs
     result = [kernels.forward(value, case.grids, locations, weights)]
     result += kernels.backward(cotangent, value, case.grids, locations, weights, wanted=case.wanted)
     wide = kernels._arguments(value, case.grids, locations)["INDEX"] == tl.int64
-    for name, number in normal.items():
-        setattr(kernels, name, number)
+    for name, setting in normal.items():
+        setattr(kernels, name, setting)
 
     found = [] if wide == ("_MOST_ELEMENTS" in case.settings) else ["wrong type of index"]
     dtypes = [value.dtype, *(tensor.dtype for tensor in inputs)]

@@ -28,7 +28,7 @@ _PATHS: dict[str, _Path] = {"gather": gather, "reference": reference}
 IMPLEMENTATIONS: tuple[str, ...] = ("auto", *sorted({*_PATHS, *KERNELS}))
 
 # What auto takes on a device. On others (xpu, …) it is grid_sample, the better supported; on mps it has no gradient.
-# Triton's place is a choice, not a measurement: no path has been timed on a GPU yet.
+# Triton's place is a choice, not a measurement: no path has been timed on a GPU yet. benchmarks/op_choice.py will.
 _FASTEST = {"cpu": "native", "cuda": "triton", "meta": "native", "mps": "gather"}
 
 

@@ -10,6 +10,7 @@ bit for bit. Where ``torch.use_deterministic_algorithms`` asks for more, `can_ru
 Triton comes with torch's CUDA builds for Linux, so layerfuse does not depend on it; where it is missing, `can_run` says
 no, too. Nothing here has run on a GPU yet: it was run in Triton's interpreter and compiled for Hopper, and sizes of
 blocks were chosen by the code that comes out (heads of 1 to 128 channels: no register spilled, no barrier in a loop).
+`python -m benchmarks.op_choice --device cuda` holds them, and `auto`'s choice of this path, against others.
 """
 
 from __future__ import annotations
@@ -18,20 +19,29 @@ import functools
 import importlib.util
 import itertools
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
-__all__ = ["DEVICES", "backward", "can_run", "forward"]
+__all__ = ["BACKWARD_BLOCKS", "DEVICES", "FORWARD_BLOCKS", "Blocks", "backward", "can_run", "forward"]
 
 DEVICES = frozenset({"cuda"})
 
 # Elements of one image that 32 bits can number; registers and time are saved by not taking 64 where 32 do.
 _MOST_ELEMENTS = 2**31 - 1
-# Numbers of a program's block, queries times channels, and its warps: eight numbers a lane leave registers for loads.
-_FORWARD_ELEMENTS, _FORWARD_WARPS = 1024, 4
+
+
+class Blocks(NamedTuple):
+    """What a kernel's program works on: so many numbers, queries times channels, and warps."""
+
+    elements: int
+    warps: int
+
+
+# Eight numbers a lane leave registers for loads.
+FORWARD_BLOCKS = Blocks(1024, 4)
 # One warp sums over channels without waiting for others.
-_BACKWARD_ELEMENTS, _BACKWARD_WARPS = 256, 1
+BACKWARD_BLOCKS = Blocks(256, 1)
 _MOST_QUERIES = 128
 # Very wide heads have more warps.
 _MOST_CHANNELS_A_WARP = 512
@@ -57,7 +67,7 @@ def forward(
     value = _with_adjacent_channels(value)
     arguments = _arguments(value, grids, locations)
     tensors = (value, locations.contiguous(), weights.contiguous(), output)
-    _launch("forward_kernel", tensors, arguments, _FORWARD_ELEMENTS, _FORWARD_WARPS)
+    _launch("forward_kernel", tensors, arguments, FORWARD_BLOCKS)
     return output
 
 
@@ -86,7 +96,7 @@ def backward(
         arguments = _arguments(value, grids, locations) | {"num_rows": value.shape[1]}
         inputs = (grad_output.contiguous(), value, locations.contiguous(), weights.contiguous())
         tensors = (*inputs, grad_value, grad_locations, grad_weights)
-        _launch("backward_kernel", tensors, arguments, _BACKWARD_ELEMENTS, _BACKWARD_WARPS)
+        _launch("backward_kernel", tensors, arguments, BACKWARD_BLOCKS)
     return None if grad_value is None else grad_value.to(value.dtype), grad_locations, grad_weights
 
 
@@ -128,10 +138,8 @@ def _arguments(value: torch.Tensor, grids: Sequence[tuple[int, int]], locations:
     }
 
 
-def _launch(
-    name: str, tensors: tuple[torch.Tensor | None, ...], arguments: dict[str, Any], elements: int, num_warps: int
-) -> None:
-    """Start a kernel for all images, heads and blocks of queries of about so many ``elements``."""
+def _launch(name: str, tensors: tuple[torch.Tensor | None, ...], arguments: dict[str, Any], blocks: Blocks) -> None:
+    """Start a kernel for all images, heads and blocks of queries."""
     import triton
 
     from layerfuse.ops.deformable import _triton_kernels
@@ -139,7 +147,7 @@ def _launch(
     value = next(tensor for tensor in tensors if tensor is not None and tensor.ndim == 4)
     block_channels = triton.next_power_of_2(arguments["CHANNELS"])
     num_queries = arguments["num_queries"]
-    block_queries = min(_MOST_QUERIES, triton.next_power_of_2(num_queries), max(1, elements // block_channels))
+    block_queries = min(_MOST_QUERIES, triton.next_power_of_2(num_queries), max(1, blocks.elements // block_channels))
     programs = value.shape[0] * arguments["num_heads"] * triton.cdiv(num_queries, block_queries)
     with torch.cuda.device_of(value):
         getattr(_triton_kernels, name)[(programs,)](
@@ -147,6 +155,6 @@ def _launch(
             **arguments,
             BLOCK_QUERIES=block_queries,
             BLOCK_CHANNELS=block_channels,
-            num_warps=max(num_warps, block_channels // _MOST_CHANNELS_A_WARP),
+            num_warps=max(blocks.warps, block_channels // _MOST_CHANNELS_A_WARP),
             num_stages=1,
         )
