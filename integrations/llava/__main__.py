@@ -11,6 +11,8 @@ from collections.abc import Sequence
 # Command -> (module, what it does). Each module has `main(argv) -> exit code`.
 _COMMANDS = {
     "train": ("integrations.llava.cli.train", "train a recipe: --recipe NAME --output FOLDER [--key value ...]"),
+    "runs": ("integrations.llava.cli.runs", "say what is running, finished, stopped or failed, with its last loss"),
+    "plot": ("integrations.llava.cli.plot", "draw the losses of several runs as a picture or a page"),
     "generate": ("integrations.llava.cli.generate", "answer questions about images with a trained model"),
     "chat": ("integrations.llava.cli.chat", "talk with a trained model about images, in the terminal"),
     "convert": ("integrations.llava.cli.convert", "bring a checkpoint into another layout; merge LoRA adapters"),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from itertools import islice, repeat
 from typing import Any
 
@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
 from integrations.llava.config import StageConfig
-from integrations.llava.data import ConversationDataset, Sample, read_samples, select_samples, usable_indices
+from integrations.llava.data import ConversationDataset, Sample, read_samples, select_samples, source_of, usable_indices
 from integrations.llava.prompts import get_template
 from layerfuse.errors import InputError
 
@@ -29,7 +29,7 @@ LOSS = "loss"
 
 _log = logging.getLogger(__name__)
 
-# Samples that name no source, beside others that do.
+# Samples of no source that has a name.
 _OTHER = "other"
 
 
@@ -65,7 +65,7 @@ def held_out_losses(trainer: LlavaTrainer, *, in_step: bool = False) -> dict[str
     """Compute the mean loss of supervised tokens, as training computes it, without dropout; all processes call this.
 
     Every token weighs alike, whatever batch or process it falls to. Samples come in the order of their file, those of
-    one source (their key `source`) together.
+    one source (their key `source`, or the file that they are from) together.
 
     Args:
         trainer: in training; `eval_dataset` are the samples. Its model is left in evaluation mode.
@@ -116,8 +116,8 @@ def held_out_losses(trainer: LlavaTrainer, *, in_step: bool = False) -> dict[str
 def _batches(samples: Sequence[Sample], size: int) -> tuple[list[str], list[tuple[int, list[int]]]]:
     """Names of sources; and batches, each of one source: its place among the names, and indices."""
     by_source: dict[str, list[int]] = {}
-    for index, sample in enumerate(samples):
-        by_source.setdefault(_source(sample), []).append(index)
+    for index in range(len(samples)):
+        by_source.setdefault(_source(samples, index), []).append(index)
     names = sorted(by_source)
     batches = [
         (place, own[start : start + size])
@@ -127,9 +127,9 @@ def _batches(samples: Sequence[Sample], size: int) -> tuple[list[str], list[tupl
     return names, batches
 
 
-def _source(sample: Mapping[str, object]) -> str:
-    source = sample.get("source")
-    return source if isinstance(source, str) and source else _OTHER
+def _source(samples: Sequence[Sample], index: int) -> str:
+    own = samples[index].get("source")
+    return own if isinstance(own, str) and own else source_of(samples, index) or _OTHER
 
 
 def _loaded(trainer: LlavaTrainer, dataset: ConversationDataset, batches: Sequence[list[int]]) -> DataLoader[Any]:

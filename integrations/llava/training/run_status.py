@@ -9,7 +9,9 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Literal
+from typing import Any, Literal
+
+from integrations.llava.config import STAGES
 
 from .run_folder import RunFolder
 from .signals import RunInterrupted
@@ -78,25 +80,24 @@ def run_status(folder: str | Path) -> RunStatus:
         ValueError: if one of its files is damaged.
     """
     run = RunFolder(folder)
-    rows = list(run.rows())
-    steps = [row for row in rows if "loss" in row]
-    stage = rows[-1]["stage"] if rows else ""
-    measured = [row for row in rows if row["stage"] == stage and "loss" not in row]
-    noted = run.noted()
-    last = steps[-1] if steps else {}
+    noted, rows = run.noted(), list(run.rows())
+    stage = next((name for name in reversed(STAGES) if name in noted.get("samples", {})), "")
+    own = [row for row in rows if row["stage"] == stage]
+    last: dict[str, Any] = next((row for row in reversed(own) if "loss" in row), {})
+    measured: dict[str, Any] = next((row for row in reversed(own) if "loss" not in row), {})
     state, reason = _state(run, stage)
-    log = next((path for path in (run.path / "metrics.jsonl", run.path) if path.exists()), run.path)
+    grew = next((path for path in (run.path / "metrics.jsonl", run.path) if path.exists()), run.path)
     return RunStatus(
         folder=run.path,
         state=state,
         reason=reason,
         stage=stage,
-        step=last.get("step", 0) if last.get("stage") == stage else 0,
+        step=last.get("step", 0),
         steps=noted.get("steps", {}).get(stage),
         loss=last.get("loss"),
-        evaluation={key.removeprefix("eval_"): v for key, v in (measured or [{}])[-1].items() if key[:5] == "eval_"},
+        evaluation={key[len("eval_") :]: value for key, value in measured.items() if key.startswith("eval_")},
         best_step=noted.get("best", {}).get(stage, {}).get("step"),
-        seconds=max(time.time() - log.stat().st_mtime, 0.0),
+        seconds=max(time.time() - grew.stat().st_mtime, 0.0),
     )
 
 

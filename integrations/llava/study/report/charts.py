@@ -5,10 +5,21 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from statistics import fmean
 
 from markupsafe import Markup, escape
 
-__all__ = ["Column", "Interval", "Series", "interval_chart", "line_chart", "marker", "nice_ticks"]
+__all__ = [
+    "Column",
+    "Interval",
+    "Series",
+    "interval_chart",
+    "line_chart",
+    "marker",
+    "nice_ticks",
+    "smoothed",
+    "thinned",
+]
 
 _HEIGHT = 300
 _LEFT, _RIGHT, _TOP, _BOTTOM = 58, 18, 14, 46
@@ -251,3 +262,17 @@ def _svg(parts: Sequence[str], title: str, width: float, height: float) -> Marku
     head = f'<svg class="chart" viewBox="0 0 {width:g} {height:g}" role="img" aria-label="{escape(title)}">'
     # The parts are built from numbers and escaped text only.
     return Markup(head + "".join(parts) + "</svg>")
+
+
+def smoothed(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
+    """Average over a window of a twentieth of the curve, centred."""
+    half = max(1, len(points) // 40)
+    windows = [points[max(0, i - half) : i + half + 1] for i in range(len(points))]
+    return [(x, fmean(y for _, y in window)) for (x, _), window in zip(points, windows, strict=True)]
+
+
+def thinned(points: Sequence[tuple[float, float]], most: int = 240) -> list[tuple[float, float]]:
+    """Keep at most about `most` points, the last among them."""
+    stride = max(1, -(-len(points) // most))
+    kept = list(points[::stride])
+    return kept if kept[-1] == points[-1] else [*kept, points[-1]]

@@ -16,7 +16,7 @@ from integrations.llava.evaluation.metrics import parse_box
 
 from ..results import DemoResults, Example, Probe
 from ..statistics import AVERAGE, baseline, conclude, differences, estimate
-from .charts import Column, Interval, Series, interval_chart, line_chart, marker
+from .charts import Column, Interval, Series, interval_chart, line_chart, marker, smoothed, thinned
 
 __all__ = ["render_report"]
 
@@ -167,8 +167,8 @@ def _loss_charts(results: DemoResults, slots: Mapping[str, int]) -> dict[str, Ma
         series = []
         for run in firsts:
             points = [(float(step), loss) for step, loss in run.losses[stage]]
-            series.append(Series(run.fuser, _thinned(points), slots[run.fuser], faint=True))
-            strong = _thinned(_smoothed(points))
+            series.append(Series(run.fuser, thinned(points), slots[run.fuser], faint=True))
+            strong = thinned(smoothed(points))
             series.append(Series(run.fuser, strong, slots[run.fuser], mark_every=max(1, len(strong) // 6)))
         # Later points of a curve matter; the first few would squeeze them into the bottom.
         series.sort(key=lambda entry: not entry.faint)
@@ -180,20 +180,6 @@ def _loss_charts(results: DemoResults, slots: Mapping[str, int]) -> dict[str, Ma
             y_range=(0, max(y for entry in series for _, y in entry.points)),
         )
     return charts
-
-
-def _smoothed(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
-    """Average over a window of a twentieth of the curve, centred."""
-    half = max(1, len(points) // 40)
-    windows = [points[max(0, i - half) : i + half + 1] for i in range(len(points))]
-    return [(x, fmean(y for _, y in window)) for (x, _), window in zip(points, windows, strict=True)]
-
-
-def _thinned(points: Sequence[tuple[float, float]], most: int = 240) -> list[tuple[float, float]]:
-    """Keep at most about `most` points, the last among them."""
-    stride = max(1, -(-len(points) // most))
-    kept = list(points[::stride])
-    return kept if kept[-1] == points[-1] else [*kept, points[-1]]
 
 
 def _costs(results: DemoResults, time_parts: Sequence[str]) -> list[dict[str, Any]]:

@@ -128,13 +128,14 @@ def test_losses_are_the_same_bits_with_and_without_validation(recipe: Recipe, he
     assert_same_weights(seen, plain)
 
 
+@pytest.mark.parametrize("padding_free", [False, True])
 def test_the_loss_is_the_mean_over_all_supervised_tokens_and_over_those_of_each_source(
-    recipe: Recipe, held_out: Path, data_folder: Path, tmp_path: Path
+    padding_free: bool, recipe: Recipe, held_out: Path, data_folder: Path, tmp_path: Path
 ) -> None:
     from integrations.llava.data import Collator, ConversationDataset, read_samples
     from integrations.llava.prompts import TextEncoder, get_template
 
-    folder = finetune(watched(recipe, held_out, every=3), tmp_path / "run")
+    folder = finetune(watched(recipe, held_out, every=3, changes={"padding_free": padding_free}), tmp_path / "run")
     assert list(evaluations(folder)) == [3, 4]
 
     model, tokenizer = load_model(folder).eval(), _tokenizer(folder)
