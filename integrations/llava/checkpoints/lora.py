@@ -17,9 +17,11 @@ from layerfuse.files import atomic_folder
 
 from .tensors import StoredTensor, check_fit, read_json, stored_tensors
 
-__all__ = ["load_lora", "merged_tensors", "save_lora"]
+__all__ = ["ADAPTER_CONFIG", "load_lora", "merged_tensors", "save_lora"]
 
-_CONFIG, _WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+ADAPTER_CONFIG = "adapter_config.json"
+# Today's PEFT writes the first, earlier versions the other.
+_WEIGHTS, _OLD_WEIGHTS = "adapter_model.safetensors", "adapter_model.bin"
 # Settings under which a weight's change is something else than scale * B @ A.
 _VARIANTS = ("use_dora", "modules_to_save", "rank_pattern", "alpha_pattern", "fan_in_fan_out", "layer_replication")
 
@@ -72,7 +74,7 @@ def merged_tensors(tensors: Mapping[str, StoredTensor], folder: str | Path) -> d
         ValueError: if they are of a kind other than plain LoRA, or do not fit the weights.
     """
     stored = _stored_adapter(Path(folder))
-    config = read_json(Path(folder) / _CONFIG)
+    config = read_json(Path(folder) / ADAPTER_CONFIG)
     variants = [name for name in _VARIANTS if config.get(name)]
     if config.get("peft_type") != "LORA" or config.get("bias", "none") != "none" or variants:
         raise InputError(
@@ -100,6 +102,10 @@ def _add(down: StoredTensor, up: StoredTensor, scale: float, weight: torch.Tenso
 
 
 def _stored_adapter(folder: Path) -> dict[str, StoredTensor]:
-    if not (folder / _CONFIG).is_file() or not (folder / _WEIGHTS).is_file():
-        raise MissingFileError(f"{folder} holds no adapters; expected {_CONFIG} and {_WEIGHTS}, as PEFT writes them.")
-    return stored_tensors(folder / _WEIGHTS)
+    found = [folder / name for name in (_WEIGHTS, _OLD_WEIGHTS) if (folder / name).is_file()]
+    if not (folder / ADAPTER_CONFIG).is_file() or not found:
+        raise MissingFileError(
+            f"{folder} holds no adapters; expected {ADAPTER_CONFIG} and {_WEIGHTS} (or {_OLD_WEIGHTS}), as PEFT writes "
+            "them."
+        )
+    return stored_tensors(found[0])

@@ -7,23 +7,26 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from transformers import AutoProcessor, LlavaProcessor
+from transformers import AutoProcessor, GenerationConfig, LlavaProcessor
 
 from integrations.llava.modeling import (
     FusedLlavaConfig,
     FusedLlavaForConditionalGeneration,
     LayerfuseVisionConfig,
     Quantization,
+    build_processor,
+    forbid_token,
     quantization_config,
 )
 from layerfuse.errors import InputError, MissingFileError
 from layerfuse.files import atomic_folder, explain_missing_config
 from layerfuse.weights import fitting_weights
 
-from .content import reading
+from .content import Content, Options, reading
+from .reading import read_checkpoint
 from .tensors import CONFIG_FILE, read_json
 
-__all__ = ["load_config", "load_model", "load_processor", "save_model"]
+__all__ = ["load_config", "load_content", "load_model", "load_processor", "save_model"]
 
 
 def save_model(model: FusedLlavaForConditionalGeneration, processor: LlavaProcessor, folder: str | Path) -> Path:
@@ -44,29 +47,32 @@ def save_model(model: FusedLlavaForConditionalGeneration, processor: LlavaProces
     return Path(folder)
 
 
-def load_config(folder: str | Path) -> FusedLlavaConfig:
-    """The config of a model that `save_model` wrote.
+def load_config(folder: str | Path, *, options: Options | None = None) -> FusedLlavaConfig:
+    """The config of a model that `save_model` wrote, or of a checkpoint of another layout, as ours.
 
     Raises:
         FileNotFoundError: if the folder holds no model.
         ValueError: if it holds another kind of model.
     """
     folder = Path(folder)
+    content = _of_other_layout(folder, options)
+    if content is not None:
+        content.model.config.dtype = content.dtype
+        return content.model.config
+    with reading(f"{folder / CONFIG_FILE}"):
+        config: FusedLlavaConfig = FusedLlavaConfig.from_pretrained(folder)
+    return config
+
+
+def _of_other_layout(folder: Path, options: Options | None) -> Content | None:
+    """Content of a checkpoint, or None for a model of our own layout."""
     if not (folder / CONFIG_FILE).is_file():
         raise MissingFileError(
             f"{folder} holds no {CONFIG_FILE}; give a folder that a finished training run wrote."
             f"{explain_missing_config(folder)}"
         )
-    kind = read_json(folder / CONFIG_FILE).get("model_type")
-    if kind != FusedLlavaConfig.model_type:
-        raise InputError(
-            f"{folder} holds a {kind!r} model; expected {FusedLlavaConfig.model_type!r}, as `python -m "
-            "integrations.llava train` writes it. Models of MMFuser, LLaVA-1.5 and transformers' LLaVA can be "
-            f"converted: python -m integrations.llava convert --from {folder} --to NEW_FOLDER"
-        )
-    with reading(f"{folder / CONFIG_FILE}"):
-        config: FusedLlavaConfig = FusedLlavaConfig.from_pretrained(folder)
-    return config
+    own = read_json(folder / CONFIG_FILE).get("model_type") == FusedLlavaConfig.model_type
+    return None if own else read_checkpoint(folder, options or Options())
 
 
 def load_model(
@@ -75,14 +81,16 @@ def load_model(
     device: str | torch.device = "cpu",
     dtype: torch.dtype = torch.float32,
     quantize: Quantization = "none",
+    options: Options | None = None,
 ) -> FusedLlavaForConditionalGeneration:
-    """Load a model that `save_model` wrote.
+    """Load a model that `save_model` wrote, or a checkpoint of another layout.
 
     Args:
         folder: of the model.
         device: where to put the model.
         dtype: of its parameters, and of the computation with quantised ones.
         quantize: "int8" or "nf4" stores the language model's linear layers in 8 or 4 bits, through bitsandbytes.
+        options: what the files of another layout do not say, as for `convert`.
 
     Returns:
         The model, in evaluation mode.
@@ -93,16 +101,49 @@ def load_model(
             processor that prepares images for another backbone.
         ImportError: if bitsandbytes is needed and not installed.
     """
+    content = _of_other_layout(Path(folder), options)
+    if content is not None:
+        return load_content(content, dtype, quantize=quantize, device=device).eval()
     config = load_config(folder)
     _check_weights(Path(folder))
     _check_preprocessing(config, Path(folder))
-    given: dict[str, Any] = {"config": config, "dtype": dtype}
-    bits = quantization_config(quantize, dtype)
+    return _load(folder, {"config": config, "dtype": dtype}, quantize, device).eval()
+
+
+def load_content(
+    content: Content,
+    dtype: torch.dtype,
+    *,
+    quantize: Quantization = "none",
+    device: str | torch.device = "cpu",
+    attention: str | None = None,
+) -> FusedLlavaForConditionalGeneration:
+    """Load the model of a checkpoint's content, whatever layout it came from; arguments are those of `load_model`.
+
+    `attention` is transformers' name of an implementation; None leaves the choice to transformers.
+    """
+    given: dict[str, Any] = {
+        "config": content.model.config,
+        "dtype": dtype,
+        "state_dict": {name: tensor.read().to(dtype) for name, tensor in content.tensors.items()},
+    }
+    if attention is not None:
+        given["attn_implementation"] = attention
+    model = _load(None, given, quantize, device)
+    model.generation_config = GenerationConfig(**content.generation_config)
+    forbid_token(model.generation_config, model.config.image_token_index)
+    return model
+
+
+def _load(
+    folder: str | Path | None, given: dict[str, Any], quantize: Quantization, device: str | torch.device
+) -> FusedLlavaForConditionalGeneration:
+    bits = quantization_config(quantize, given["dtype"])
     if bits is not None:
         # Quantised weights cannot be moved afterwards, so they are loaded to where they belong.
-        given |= {"quantization_config": bits, "device_map": {"": device}}
+        given = {**given, "quantization_config": bits, "device_map": {"": device}}
     model: Any = FusedLlavaForConditionalGeneration.from_pretrained(folder, **given)
-    return (model if bits is not None else model.to(device)).eval()  # type: ignore[no-any-return]
+    return model if bits is not None else model.to(device)  # type: ignore[no-any-return]
 
 
 def _check_weights(folder: Path) -> None:
@@ -142,18 +183,22 @@ def _check_preprocessing(config: FusedLlavaConfig, folder: Path) -> None:
                 )
 
 
-def load_processor(folder: str | Path) -> LlavaProcessor:
-    """Load the processor that was saved beside a model.
+def load_processor(folder: str | Path, *, options: Options | None = None) -> LlavaProcessor:
+    """Load the processor that was saved beside a model, or make that of a checkpoint of another layout.
 
     Raises:
         FileNotFoundError: if there is no such folder, or a save into it was killed half-way.
         ValueError: if it lacks files of the processor, or they are damaged.
     """
-    if not Path(folder).is_dir():
+    folder = Path(folder)
+    if not folder.is_dir():
         raise MissingFileError(f"{folder} does not exist; give a folder that a finished training run wrote.")
-    interrupted = "" if (Path(folder) / CONFIG_FILE).is_file() else explain_missing_config(folder)
+    interrupted = "" if (folder / CONFIG_FILE).is_file() else explain_missing_config(folder)
     if interrupted:
         raise MissingFileError(f"{folder} holds no {CONFIG_FILE}.{interrupted}")
+    content = _of_other_layout(folder, options) if (folder / CONFIG_FILE).is_file() else None
+    if content is not None:
+        return build_processor(content.model, content.tokenizer, content.preprocessing, content.template)
     with reading(f"the processor in {folder}"):
         processor: LlavaProcessor = AutoProcessor.from_pretrained(folder)
     return processor

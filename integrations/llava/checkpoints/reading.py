@@ -15,6 +15,7 @@ from .key_maps import has_published_fuser
 from .layouts.layerfuse import OWN, read_own
 from .layouts.llava import PUBLISHED, read_published
 from .layouts.llava_hf import LLAVA_HF, read_llava_hf
+from .layouts.llava_lora import is_adapted, trained_along
 from .layouts.vip_llava import VIP_LLAVA, read_vip_llava
 from .tensors import CONFIG_FILE, read_json, stored_model
 
@@ -38,7 +39,8 @@ def layout_of(folder: str | Path) -> str:
     if config.get("model_type") == FusedLlavaConfig.model_type:
         return OWN
     if "mm_vision_tower" in config:
-        return PUBLISHED[0] if has_published_fuser(stored_model(folder)) else PUBLISHED[1]
+        stored = trained_along(folder) if is_adapted(folder) else stored_model(folder)
+        return PUBLISHED[0] if has_published_fuser(stored) else PUBLISHED[1]
     if config.get("model_type") == "llava" and "text_config" in config:
         return LLAVA_HF
     if config.get("model_type") == "vipllava" and "text_config" in config:

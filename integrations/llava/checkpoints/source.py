@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import PartialState
 from torch import nn
-from transformers import GenerationConfig, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from integrations.llava.config import AS_MODEL, STAGES, ModelConfig, Recipe, StageConfig
 from integrations.llava.modeling import (
@@ -21,15 +22,14 @@ from integrations.llava.modeling import (
     RecipeParts,
     explained_loading,
     fit_to_stage,
-    forbid_token,
     language_dtype,
-    quantization_config,
 )
 from integrations.llava.prompts import TEMPLATES
 from layerfuse.errors import InputError
 from layerfuse.files import file_digest
 
 from .content import TOKENIZER_FILES, Content, Options
+from .model_io import load_content
 from .reading import layout_of, read_checkpoint
 from .tensors import CONFIG_FILE, weight_files
 
@@ -79,10 +79,10 @@ class Checkpoint(ModelSource):
     def digest(self) -> str:
         """Digest of all files of weights, of the config and the tokenizer: about a second for a gigabyte."""
         found = hashlib.blake2b(digest_size=16)
-        small = [self.content.folder / name for name in (CONFIG_FILE, *TOKENIZER_FILES)]
-        weights = [file for folder in (self.content.folder, *self.content.elsewhere) for file in weight_files(folder)]
-        for file in (*filter(Path.is_file, small), *weights):
-            found.update(file.name.encode() + b"\0" + file_digest(file))
+        for folder in (self.content.folder, *self.content.elsewhere):
+            small = [folder / name for name in (CONFIG_FILE, *TOKENIZER_FILES)]
+            for file in (*filter(Path.is_file, small), *weight_files(folder)):
+                found.update(file.name.encode() + b"\0" + file_digest(file))
         return found.hexdigest()
 
     def resolved(self, recipe: Recipe) -> Recipe:
@@ -126,7 +126,11 @@ class Checkpoint(ModelSource):
     def assemble(self, stage: StageConfig, *, quantized: bool = True, seed: int | None = None) -> Assembled:
         """Read its weights."""
         dtype = language_dtype(stage)
-        model = self._load(dtype, stage.lora.quantize if quantized else "none")
+        quantize = stage.lora.quantize if quantized else "none"
+        device = "cpu" if quantize == "none" else PartialState().device
+        with explained_loading(f"the model {self.config.checkpoint}", "model.checkpoint, model.attention"):
+            model = load_content(self.content, dtype, quantize=quantize, device=device, attention=self.config.attention)
+        _forget_quantization(model)
         fit_to_stage(model, stage, seed=None if seed is None else stage.seed)
         for name, parameter in model.named_parameters():
             # What learns is float32, and was rounded on its way.
@@ -134,22 +138,6 @@ class Checkpoint(ModelSource):
                 parameter.data = self.content.tensors[name].read().float()
         tokenizer: PreTrainedTokenizerBase = deepcopy(self.content.tokenizer)
         return Assembled(model, tokenizer, model.config.image_token_index)
-
-    def _load(self, dtype: torch.dtype, quantize: Any) -> FusedLlavaForConditionalGeneration:
-        given: dict[str, Any] = {
-            "config": self.content.model.config,
-            "dtype": dtype,
-            "attn_implementation": self.config.attention,
-            "quantization_config": quantization_config(quantize, dtype),
-            "state_dict": {name: tensor.read().to(dtype) for name, tensor in self.content.tensors.items()},
-        }
-        with explained_loading(f"the model {self.config.checkpoint}", "model.checkpoint, model.attention"):
-            model: Any = FusedLlavaForConditionalGeneration.from_pretrained(None, **given)
-        _forget_quantization(model)
-        model.generation_config = GenerationConfig(**self.content.generation)
-        forbid_token(model.generation_config, model.config.image_token_index)
-        assert isinstance(model, FusedLlavaForConditionalGeneration)
-        return model
 
 
 def _forget_quantization(model: nn.Module) -> None:

@@ -18,13 +18,14 @@ from integrations.llava.modeling import FusedLlavaForConditionalGeneration
 from layerfuse.backbones import Backbone, create_backbone
 from layerfuse.errors import InputError
 
-from .content import Content, Options
+from .content import TOKENIZER_FILES, Content, Options
 from .key_maps import BACKBONE, from_llava_hf
 from .tensors import CONFIG_FILE, StoredTensor, check_fit, stored_model
 
 __all__ = [
     "backbone_like",
     "check_tower",
+    "find_model",
     "find_tower",
     "split_tail",
     "tower_tensors",
@@ -34,7 +35,7 @@ __all__ = [
 ]
 
 _log = logging.getLogger(__name__)
-_DESCRIPTIONS = [CONFIG_FILE, "preprocessor_config.json", "processor_config.json"]
+_DESCRIPTIONS = [CONFIG_FILE, "preprocessor_config.json", "processor_config.json", *TOKENIZER_FILES]
 # Hub repositories may have both kinds; the second is looked for only where the first is missing.
 _WEIGHTS = (
     ["model*.safetensors", "model.safetensors.index.json"],
@@ -56,11 +57,21 @@ _QKV = re.compile(r"^blocks\.(\d+)\.attn\.qkv\.(weight|bias)$")
 
 
 def find_tower(name: str, *, beside: Path, weights: bool) -> Path:
-    """Folder of a vision model: one that exists, beside or in the checkpoint's or anywhere, or a copy from the hub.
+    """Folder of a vision model, as `find_model` finds it; `weights` says whether they are needed, too."""
+    advice = (
+        "Give the folder of the model, with config.json, preprocessor_config.json and weights: --vision-tower FOLDER"
+    )
+    return find_model(name, beside=beside, what="the vision model", advice=advice, weights=weights)
+
+
+def find_model(name: str, *, beside: Path, what: str, advice: str, weights: bool = True) -> Path:
+    """Folder of a model: one that exists, beside or in the checkpoint's or anywhere, or a copy from the hub.
 
     Args:
-        name: folder or hub name, as `mm_vision_tower` has it.
+        name: folder or hub name, as a checkpoint has it.
         beside: folder of the checkpoint.
+        what: kind of the model, for the message.
+        advice: what to give where it is not to be had.
         weights: whether its weights are needed, too.
 
     Raises:
@@ -78,9 +89,8 @@ def find_tower(name: str, *, beside: Path, weights: bool) -> Path:
                     break
     except (OSError, ValueError) as error:
         raise InputError(
-            f"the vision model {name!r} is no folder beside the checkpoint and cannot be got from the hub "
-            f"({type(error).__name__}). Give the folder of the model, with config.json, preprocessor_config.json and "
-            "weights: --vision-tower FOLDER."
+            f"{what} {name!r} is no folder beside the checkpoint and cannot be got from the hub "
+            f"({type(error).__name__}). {advice}."
         ) from error
     return folder
 

@@ -42,12 +42,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     add("--template", choices=sorted(TEMPLATES), help="prompt template the model was trained with (default: v1)")
     add("--image-mode", choices=get_args(Mode), help="how images are prepared (default: as the checkpoint says)")
     add("--vision-tower", metavar="FOLDER_OR_NAME", help="the vision model, where the checkpoint lacks it or its name")
+    add("--base", metavar="FOLDER_OR_NAME", help="the model of a LoRA folder of LLaVA, if its files do not say")
     add("--merge-lora", metavar="FOLDER", help="adapters to merge into the language model")
     add("--adapter-only", action="store_true", help="convert fuser and projector alone")
     arguments = parser.parse_args(argv)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     quiet_bars()
-    options = Options(template=arguments.template, image_mode=arguments.image_mode, vision_tower=arguments.vision_tower)
+    options = Options(
+        template=arguments.template,
+        image_mode=arguments.image_mode,
+        vision_tower=arguments.vision_tower,
+        base=arguments.base,
+    )
     if arguments.adapter_only and (arguments.merge_lora or options != Options()):
         parser.error("--adapter-only takes no other options than --from, --to and --layout")
     try:

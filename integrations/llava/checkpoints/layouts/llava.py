@@ -38,6 +38,7 @@ from ..key_maps import BACKBONE, from_published, has_published_fuser, to_publish
 from ..tensors import CONFIG_FILE, read_json, stored_model, write_json, write_sharded
 from ..vision_weights import backbone_like, check_tower, find_tower, split_tail, tower_tensors, vision_tensors_of
 from .llava_config import check_published_config, llama_config, published_config, published_layers
+from .llava_lora import adapted_model, find_base, is_adapted
 
 __all__ = ["PUBLISHED", "read_published", "write_published"]
 
@@ -55,14 +56,15 @@ _NOT_THEIRS = ("processor_class", "image_token", "backend", "is_local", "local_f
 
 
 def read_published(folder: Path, config: Mapping[str, Any], options: Options) -> Content:
-    """Read a published checkpoint, whose `config.json` is `config`.
+    """Read a published checkpoint, whose `config.json` is `config`; adapters in a LoRA folder are merged.
 
     Raises:
         FileNotFoundError: if weights or tokenizer are missing.
         ValueError: if it is of a kind that cannot be converted, its fuser lost its scales, or names do not fit.
     """
     check_published_config(config)
-    stored = stored_model(folder)
+    base = find_base(folder, config, options) if is_adapted(folder) else None
+    stored = stored_model(folder) if base is None else adapted_model(folder, base)
     fused = has_published_fuser(stored)
     tensors = from_published(stored)
     has_tower = any(name.startswith(BACKBONE) for name in tensors)
@@ -74,7 +76,7 @@ def read_published(folder: Path, config: Mapping[str, Any], options: Options) ->
     fuser = create_fuser(
         "mmfuser" if fused else "select", in_channels=backbone.embed_dim, num_layers=len(backbone.layers)
     )
-    tokenizer = read_tokenizer(folder)
+    tokenizer = read_tokenizer(base or folder)
     image_token_id = add_image_token(tokenizer)
     if options.template is None:
         _log.info("published checkpoints do not hold their prompt template; taking v1, vicuna's (--template)")
@@ -90,10 +92,11 @@ def read_published(folder: Path, config: Mapping[str, Any], options: Options) ->
         tokenizer=tokenizer,
         preprocessing=replace(backbone.preprocessing, mode=mode),
         template=template,
-        folder=folder,
+        folder=base or folder,
         tail=tail,
-        origin=Origin("mmfuser" if fused else "llava", folder, has_tower, dict(config)),
-        elsewhere=() if has_tower else (tower,),
+        # Merged, it goes back as a model of ours would.
+        origin=None if base else Origin("mmfuser" if fused else "llava", folder, has_tower, dict(config)),
+        elsewhere=(*([folder] if base else []), *([] if has_tower else [tower])),
         generation=token_ids(text_config),
     )
 

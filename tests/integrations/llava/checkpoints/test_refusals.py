@@ -170,11 +170,6 @@ def test_a_language_model_alone_has_no_layout(llm_folder: Path) -> None:
         layout_of(llm_folder)
 
 
-def test_a_published_checkpoint_is_not_loaded_before_it_is_converted(mmfuser_folder: Path) -> None:
-    with pytest.raises(ValueError, match="holds a 'llava_llama' model; .* convert --from"):
-        load_model(mmfuser_folder)
-
-
 def test_a_folder_without_config_or_tokenizer(source: Path, tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="holds no config.json; give the folder of a checkpoint"):
         convert(tmp_path, tmp_path / "target")
