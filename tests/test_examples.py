@@ -24,6 +24,14 @@ RUNS: dict[str, tuple[list[str], list[str]]] = {
         ["--time"],
         ["mmfuser               5,190,592     576      1024", "select                        0", "text_gated"],
     ),
+    "segment_with_smp.py": (
+        ["--steps", "1"],
+        ["maps of [(3, 64, 64), (0, 32, 32), (64, 16, 16), (64, 8, 8)", "step 1: loss ", "pictures that are right: "],
+    ),
+    "detect_with_torchvision.py": (
+        ["--steps", "1"],
+        ["'0': (64, 24, 24)", "'pool': (64, 2, 2)", "step 1: loss ", "boxes found in a new picture: "],
+    ),
     "train_tiny_llava.py": (
         ["--output", "out", "--num-train", "16", "--steps", "1", "1"],
         ["reloaded FusedLlavaForConditionalGeneration with fuser mmfuser", "answered: "],
