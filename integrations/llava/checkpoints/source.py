@@ -24,7 +24,7 @@ from integrations.llava.modeling import (
     fit_to_stage,
     language_dtype,
 )
-from integrations.llava.prompts import TEMPLATES
+from integrations.llava.prompts import TEMPLATES, Template
 from layerfuse.errors import InputError
 from layerfuse.files import file_digest
 
@@ -71,6 +71,15 @@ class Checkpoint(ModelSource):
         self.content: Content = read_checkpoint(Path(config.checkpoint), options)
 
     @property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The checkpoint's."""
+        return self.content.tokenizer
+
+    def template(self, stage: StageConfig) -> Template:
+        """The checkpoint's own, unless the stage says another."""
+        return self.content.template if stage.template == AS_MODEL else super().template(stage)
+
+    @property
     def described_by(self) -> str:
         """Name folder and layout."""
         return f"{self.config.checkpoint}, layout {layout_of(self.config.checkpoint)}"
@@ -90,21 +99,14 @@ class Checkpoint(ModelSource):
         stages = {}
         for name in STAGES:
             stage = recipe.stage(name)
-            if stage.template == AS_MODEL:
-                stage = replace(stage, template=self._template(name))
+            own = self.content.template
+            # One that is known under its name is said; another stays "as the model has it".
+            if stage.template == AS_MODEL and TEMPLATES.get(own.name) == own:
+                stage = replace(stage, template=own.name)
             if stage.data.image_mode == AS_MODEL:
                 stage = replace(stage, data=replace(stage.data, image_mode=self._image_mode(name)))
             stages[name] = stage
         return replace(recipe, **stages)  # type: ignore[arg-type]
-
-    def _template(self, stage: str) -> str:
-        template = self.content.template
-        if TEMPLATES.get(template.name) != template:
-            raise InputError(
-                f"the prompt template {template.name!r} of {self.config.checkpoint} is none that is known here; say "
-                f"which one to train with: --{stage}.template NAME, one of {', '.join(TEMPLATES)}."
-            )
-        return template.name
 
     def _image_mode(self, stage: str) -> Any:
         described = self.content.preprocessing.to_dict()
@@ -137,7 +139,7 @@ class Checkpoint(ModelSource):
             if parameter.requires_grad and dtype != torch.float32 and name in self.content.tensors:
                 parameter.data = self.content.tensors[name].read().float()
         tokenizer: PreTrainedTokenizerBase = deepcopy(self.content.tokenizer)
-        return Assembled(model, tokenizer, model.config.image_token_index)
+        return Assembled(model, tokenizer, model.config.image_token_index, self.template(stage))
 
 
 def _forget_quantization(model: nn.Module) -> None:

@@ -11,7 +11,7 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from integrations.llava.data import SampleFile, read_samples
 from integrations.llava.data.doctor import (
@@ -28,7 +28,7 @@ from integrations.llava.data.doctor import (
 from integrations.llava.evaluation import TASKS, survey_data, survey_text
 from integrations.llava.evaluation.tables import chosen_tasks
 from integrations.llava.image_layout import AnyResLayout, FixedLayout, ImageLayout, default_pinpoints
-from integrations.llava.prompts import TEMPLATES, Template, TextEncoder, get_template
+from integrations.llava.prompts import TEMPLATES, TOKENIZER, Template, TextEncoder, find_template, get_template
 from layerfuse.errors import ExistingFileError, FileAccessError, InputError, MissingFileError, UserError
 from layerfuse.files import atomic_file
 
@@ -72,7 +72,12 @@ def _add_check_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--data", type=Path, required=True, help="json or jsonl file in LLaVA's format")
     add("--image-folder", type=Path, required=True, help="what the image names are relative to")
-    add("--template", choices=TEMPLATES, default="v1", help="prompt template of the training stage (default: v1)")
+    add(
+        "--template",
+        choices=(*TEMPLATES, TOKENIZER),
+        default="v1",
+        help="prompt template of the training stage (default: v1)",
+    )
     add(
         "--images", choices=("decode", "size", "none"), default="decode", help="how to look at images (default: decode)"
     )
@@ -101,14 +106,15 @@ def _check(arguments: argparse.Namespace) -> int:
         raise ExistingFileError(f"{target} exists and is left alone; move it away or remove it, or leave out --fix.")
     for written in ([arguments.report] if arguments.report is not None else []) + ([target] if arguments.fix else []):
         _refuse_unwritable(written)
-    template, samples = get_template(arguments.template), read_samples(arguments.data)
+    samples, tokenizer = read_samples(arguments.data), _tokenizer(arguments)
+    template = _template(arguments, tokenizer)
     found = survey_samples(
         samples,
         image_folder=arguments.image_folder,
         template=template,
         check_images=arguments.images,
         max_pixels=arguments.max_pixels,
-        tokens=_token_limit(arguments, template),
+        tokens=None if tokenizer is None else _token_limit(arguments, tokenizer, template),
         workers=arguments.workers,
     )
     print(f"{arguments.data}, images in {arguments.image_folder} ({_DEPTH[arguments.images]})\n")
@@ -144,15 +150,27 @@ def _refuse_unwritable(path: Path) -> None:
 _DEPTH = {"decode": "decoded", "size": "headers only", "none": "not looked at"}
 
 
-def _token_limit(arguments: argparse.Namespace, template: Template) -> TokenLimit | None:
+def _tokenizer(arguments: argparse.Namespace) -> PreTrainedTokenizerBase | None:
     if arguments.tokenizer is None:
         return None
     try:
-        tokenizer = AutoTokenizer.from_pretrained(arguments.tokenizer)
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(arguments.tokenizer)
     except (OSError, ValueError) as error:
         raise MissingFileError(
             f"tokenizer {arguments.tokenizer} cannot be loaded ({error}); give its folder or hub name."
         ) from error
+    return tokenizer
+
+
+def _template(arguments: argparse.Namespace, tokenizer: PreTrainedTokenizerBase | None) -> Template:
+    if tokenizer is not None:
+        return find_template(arguments.template, tokenizer)
+    if arguments.template == TOKENIZER:
+        raise InputError(f"--template {TOKENIZER} is made of a tokenizer; name it, too: --tokenizer FOLDER_OR_NAME.")
+    return get_template(arguments.template)
+
+
+def _token_limit(arguments: argparse.Namespace, tokenizer: PreTrainedTokenizerBase, template: Template) -> TokenLimit:
     # The tokenizer need not know images; no token of its own has this id.
     layout = _layout(arguments.image_tokens, arguments.anyres, arguments.pinpoints)
     encoder = TextEncoder(tokenizer, template.control_tokens)

@@ -114,7 +114,8 @@ class StageConfig(Checked):
 
     Attributes:
         trainable: parts that learn; names from `PARTS`. All others are frozen.
-        template: name of the prompt template; "model" for that of the checkpoint that a run goes on from.
+        template: name of the prompt template; "tokenizer" for one made of the tokenizer's own chat template; "model"
+            for that of the checkpoint that a run goes on from.
         data: the samples.
         validation: held-out samples, on which the stage is measured while it trains.
         lora: train the language model through adapters.

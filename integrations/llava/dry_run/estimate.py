@@ -9,8 +9,8 @@ from integrations.llava.checkpoints import model_source
 from integrations.llava.config import STAGES, Recipe, StageConfig
 from integrations.llava.data import read_samples
 from integrations.llava.data.doctor import Survey, survey_samples
-from integrations.llava.modeling import FusedLlavaForConditionalGeneration
-from integrations.llava.prompts import get_template
+from integrations.llava.modeling import FusedLlavaForConditionalGeneration, ModelSource
+from integrations.llava.prompts import misfits
 from layerfuse.errors import InputError
 
 from .facts import ModelFacts, build_on_meta, model_facts
@@ -42,6 +42,7 @@ class StageReport:
         memory: for every number of GPUs and every engine.
         largest_micro_batch: number of GPUs -> the largest micro batch that fits with the stage's engine; 0 if none.
         survey: faults of the data; None if no data were given.
+        misfits: where template and language model do not fit, see `misfits`.
     """
 
     name: str
@@ -54,6 +55,7 @@ class StageReport:
     memory: Sequence[Memory]
     largest_micro_batch: Mapping[int, int]
     survey: Survey | None
+    misfits: Sequence[str] = ()
 
 
 @dataclass(frozen=True)
@@ -106,25 +108,30 @@ def dry_run(
     models = {name: build_on_meta(source, recipe.stage(name)) for name in stages}
     if not models:
         raise InputError(f"no stage was asked for; give {' or '.join(STAGES)}.")
-    reports = [_stage_report(name, recipe.stage(name), models[name], hardware, num_gpus) for name in models]
+    reports = [_stage_report(name, recipe.stage(name), source, models[name], hardware, num_gpus) for name in models]
     return Report(recipe, hardware, utilization, models[stages[0]], source.described_by, reports)
 
 
 def _stage_report(
-    name: str, config: StageConfig, model: FusedLlavaForConditionalGeneration, gpu: Gpu, num_gpus: Sequence[int]
+    name: str,
+    config: StageConfig,
+    source: ModelSource,
+    model: FusedLlavaForConditionalGeneration,
+    gpu: Gpu,
+    num_gpus: Sequence[int],
 ) -> StageReport:
-    facts = model_facts(model)
+    facts, template = model_facts(model), source.template(config)
     if config.data.path:
         samples = read_samples(config.data.path)
         survey = survey_samples(
             samples,
             image_folder=config.data.image_folder,
-            template=get_template(config.template),
+            template=template,
             check_images=config.data.check_images,
         )
-        workload = measured_workload(samples, config, model.config.layout)
+        workload = measured_workload(samples, config, model.config.layout, template)
     else:
-        survey, workload = None, assumed_workload(name, config, model.config.layout)
+        survey, workload = None, assumed_workload(name, config, model.config.layout, template)
     tiles, tokens, longest = workload.tiles, workload.tokens, workload.longest
     flops = sample_flops(
         model,
@@ -150,6 +157,7 @@ def _stage_report(
         ],
         largest_micro_batch={number: _largest_micro_batch(facts, config, number, longest, gpu) for number in numbers},
         survey=survey,
+        misfits=misfits(template, source.tokenizer) if source.tokenizer is not None else (),
     )
 
 

@@ -86,9 +86,13 @@ def _model(report: Report) -> Iterator[str]:
             *_injection(report),
             ("llm", f"{_language_model(report)} ({report.llm_origin})"),
             ("image", _image(report.model.config.layout)),
+            ("template", ", ".join(f"{stage.name}: {stage.config.template}" for stage in report.stages)),
         ],
         left=2,
     )
+    for stage in report.stages:
+        for misfit in stage.misfits:
+            yield from _wrapped(f"{stage.name}: template {stage.config.template!r} and the language model: {misfit}.")
 
 
 def _backbones(report: Report) -> Iterator[tuple[str, str]]:

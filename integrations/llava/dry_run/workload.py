@@ -22,7 +22,7 @@ import numpy as np
 from integrations.llava.config import StageConfig
 from integrations.llava.data import Sample, sample_image_sizes, sample_lengths
 from integrations.llava.image_layout import ImageLayout
-from integrations.llava.prompts import get_template
+from integrations.llava.prompts import Template
 
 __all__ = [
     "PUBLISHED_SAMPLES",
@@ -73,13 +73,13 @@ class Workload:
         return self.image_tokens + self.text_tokens
 
 
-def assumed_workload(name: str, config: StageConfig, layout: ImageLayout) -> Workload:
+def assumed_workload(name: str, config: StageConfig, layout: ImageLayout, template: Template) -> Workload:
     """Describe a stage whose data are not at hand: as many samples as published, or as `max_steps` takes.
 
     Their lengths are assumed, and that each has one image: of the model's own size, or, where images are cut into
     tiles, of the size that takes most tokens.
     """
-    captions = get_template(config.template).caption_only
+    captions = template.caption_only
     size = layout.largest_size
     image = layout.num_tokens(size)
     longest = image + _LONGEST_CAPTION if captions else config.data.max_length
@@ -96,12 +96,15 @@ def assumed_workload(name: str, config: StageConfig, layout: ImageLayout) -> Wor
     )
 
 
-def measured_workload(samples: Sequence[Sample], config: StageConfig, layout: ImageLayout) -> Workload:
+def measured_workload(
+    samples: Sequence[Sample], config: StageConfig, layout: ImageLayout, template: Template
+) -> Workload:
     """Describe a stage by its samples: words times `TOKENS_PER_WORD`, and what the layout says of their images.
 
     Args:
         samples: in LLaVA's format.
         config: of the stage.
+        template: that it writes samples with.
         layout: of the model. Where an image's size matters, it is read from the head of its file, and that of a file
             that cannot be read is the model's own. Where not, a sample has one image or none.
     """
@@ -112,7 +115,7 @@ def measured_workload(samples: Sequence[Sample], config: StageConfig, layout: Im
         sizes = sample_image_sizes(samples, config.data.image_folder, upright=config.data.upright)
         images, tokens = np.array([*map(len, sizes)]), np.array([sum(map(layout.num_tokens, each)) for each in sizes])
         tiles = np.array([sum(map(layout.num_tiles, each)) for each in sizes])
-    system = len((get_template(config.template).system or "").split())
+    system = len((template.system or "").split())
     lengths = np.minimum(tokens + TOKENS_PER_WORD * (np.abs(words) + system), config.data.max_length)
     return Workload(
         samples=len(words),

@@ -24,6 +24,7 @@ from transformers import (
 
 from integrations.llava.config import InjectionConfig, ModelConfig, StageConfig
 from integrations.llava.image_layout import FixedLayout, ImageLayout
+from integrations.llava.prompts import Template, find_template
 from layerfuse.backbones import AnyBackbone
 from layerfuse.encoder import check_fuser_fits
 from layerfuse.errors import InputError, UserError
@@ -82,11 +83,18 @@ class LanguageFiles:
 
 @dataclass(frozen=True)
 class Assembled:
-    """A model, its tokenizer with `<image>`, and the id of that token."""
+    """A model, and what belongs to it.
+
+    Attributes:
+        tokenizer: with `<image>`.
+        image_token_id: id of that token.
+        template: how the stage that it was assembled for writes prompts; None without a stage.
+    """
 
     model: FusedLlavaForConditionalGeneration
     tokenizer: PreTrainedTokenizerBase
     image_token_id: int
+    template: Template | None = None
 
     @property
     def counts(self) -> Mapping[str, Mapping[str, int]]:
@@ -101,7 +109,8 @@ def assemble(
     files = read_language_files(config)
     assert files.tokenizer is not None
     model = build_recipe_model(config, files, stage, quantized=quantized, seed=seed)
-    return Assembled(model, files.tokenizer, files.image_token_id)
+    template = None if stage is None else find_template(stage.template, files.tokenizer)
+    return Assembled(model, files.tokenizer, files.image_token_id, template)
 
 
 def read_language_files(config: ModelConfig, *, offline: bool = False) -> LanguageFiles:

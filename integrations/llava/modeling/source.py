@@ -6,7 +6,10 @@ import abc
 from dataclasses import replace
 from functools import cached_property
 
+from transformers import PreTrainedTokenizerBase
+
 from integrations.llava.config import AS_MODEL, STAGES, ModelConfig, Recipe, StageConfig
+from integrations.llava.prompts import TOKENIZER, Template, find_template, get_template
 from layerfuse.errors import InputError
 
 from .build import Assembled, LanguageFiles, assemble, build_recipe_model, read_language_files
@@ -24,6 +27,26 @@ class ModelSource(abc.ABC):
     """
 
     has_connector: bool
+
+    @property
+    @abc.abstractmethod
+    def tokenizer(self) -> PreTrainedTokenizerBase | None:
+        """The language model's; None where it is not at hand and nothing is to be downloaded."""
+
+    def template(self, stage: StageConfig) -> Template:
+        """The prompt template of a stage, which fits the tokenizer as far as that is at hand.
+
+        Raises:
+            ValueError: as `find_template`, or if a template cannot be made of a tokenizer that is not at hand.
+        """
+        if self.tokenizer is not None:
+            return find_template(stage.template, self.tokenizer)
+        if stage.template == TOKENIZER:
+            raise InputError(
+                f"template: {TOKENIZER} is made of the language model's tokenizer, which is not at hand, and nothing "
+                "is downloaded here; download it first, or name a template."
+            )
+        return get_template(stage.template)
 
     @property
     @abc.abstractmethod
@@ -73,6 +96,11 @@ class RecipeParts(ModelSource):
     @cached_property
     def _files(self) -> LanguageFiles:
         return read_language_files(self.config, offline=self.offline)
+
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerBase | None:
+        """Read with the language model's config."""
+        return self._files.tokenizer
 
     @property
     def described_by(self) -> str:

@@ -28,7 +28,6 @@ BOS, EOS = "{bos}", "{eos}"
 Message = Mapping[str, str]
 """A turn in LLaVA's format: {"from": "human" | "gpt", "value": text}; in front of all, one from "system"."""
 
-_PATTERNS = ("begin", "system_turn", "user_turn", "prompt", "last_prompt", "answer", "after_answer")
 _ROLES = ("system", "human", "gpt")
 # Fields that 0.1 stored; it wrote all of them.
 _OF_0_1 = {"name", "system", "user", "assistant", "answer_end", "end_token", "caption_only"}

@@ -15,7 +15,7 @@ from tqdm.auto import tqdm
 
 from integrations.llava.config import StageConfig
 from integrations.llava.data import ConversationDataset, Sample, read_samples, select_samples, source_of, usable_indices
-from integrations.llava.prompts import get_template
+from integrations.llava.prompts import Template
 from layerfuse.errors import InputError
 
 from .distributed import on_main
@@ -33,7 +33,7 @@ _log = logging.getLogger(__name__)
 _OTHER = "other"
 
 
-def held_out_samples(config: StageConfig) -> Sequence[Sample] | None:
+def held_out_samples(config: StageConfig, template: Template) -> Sequence[Sample] | None:
     """Open a stage's held-out samples, which the main process checks for all; None if it has none.
 
     Raises:
@@ -47,7 +47,7 @@ def held_out_samples(config: StageConfig) -> Sequence[Sample] | None:
         usable, _ = usable_indices(
             read_samples(validation.path),
             image_folder=validation.image_folder or data.image_folder,
-            template=get_template(config.template),
+            template=template,
             check_images=data.check_images,
             bad_samples=data.bad_samples,
         )

@@ -14,7 +14,6 @@ from transformers import TrainerCallback
 from integrations.llava.checkpoints import Checkpoint, model_source
 from integrations.llava.config import STAGES, Recipe
 from integrations.llava.modeling import ModelSource, check_compiler, check_packing, quantization_config
-from integrations.llava.prompts import get_template
 from layerfuse.errors import InputError, MissingFileError, MissingPackageError, UserError
 from layerfuse.files import file_digest
 
@@ -238,7 +237,7 @@ def check_plan(plan: Plan) -> None:
                 compiled=config.compile,
                 cached=bool(config.feature_cache),
             )
-            captions = get_template(config.template).caption_only
+            captions = plan.source.template(config).caption_only
             check_validation(config, () if captions else plan.scores, num_processes=num_processes)
             check_named_settings(config)
             if config.compile:

@@ -15,7 +15,6 @@ from integrations.llava.modeling import (
     end_answers,
     merge_lora,
 )
-from integrations.llava.prompts import get_template
 from layerfuse.preprocessing import AnyPreprocessing
 
 from .run_folder import RunFolder
@@ -39,7 +38,8 @@ def stage_preprocessing(model: FusedLlavaForConditionalGeneration, config: Stage
 
 def stage_processor(assembled: Assembled, config: StageConfig) -> LlavaProcessor:
     """What prepares texts and images for a stage's model once it is trained; the model is told its template."""
-    model, template = assembled.model, get_template(config.template)
+    model, template = assembled.model, assembled.template
+    assert template is not None
     model.config.prompt_template = template.to_dict()
     return build_processor(model, assembled.tokenizer, stage_preprocessing(model, config), template)
 
@@ -53,13 +53,14 @@ def write_stage_result(
         OSError: if they cannot be written.
     """
     model, tokenizer = assembled.model, assembled.tokenizer
+    assert assembled.template is not None
     save_connector(model, adapter_parts(config), folder.adapter(stage))
     if not whole_model:
         return
     if config.lora.rank:
         save_lora(model, folder.path / stage / "lora")
         merge_lora(model)
-    end_answers(model.generation_config, tokenizer, get_template(config.template))
+    end_answers(model.generation_config, tokenizer, assembled.template)
     model.eval().to("cpu")
     if config.precision == "bf16":
         nn.Module.to(model, torch.bfloat16)

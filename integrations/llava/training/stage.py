@@ -37,7 +37,7 @@ from integrations.llava.modeling import (
     checkpoint_activations,
     compile_vision,
 )
-from integrations.llava.prompts import TextEncoder, get_template
+from integrations.llava.prompts import TextEncoder
 from layerfuse.errors import FileAccessError, InputError
 from layerfuse.files import check_disk_space
 
@@ -70,6 +70,7 @@ class Stage(TrainerCallback):
         self.plan, self.name, self.config = plan, name, plan.recipe.stage(name)
         self.folder, self.is_last = plan.folder.path / name, name == plan.left[-1]
         self.claimed = self.stopped = False
+        self.template = plan.source.template(self.config)
 
     def read(self) -> None:
         """Open the samples, which the main process reads and checks for all.
@@ -85,7 +86,7 @@ class Stage(TrainerCallback):
             usable, _ = usable_indices(
                 samples,
                 image_folder=config.data.image_folder,
-                template=get_template(config.template),
+                template=self.template,
                 check_images=config.data.check_images,
                 bad_samples=config.data.bad_samples,
             )
@@ -98,7 +99,7 @@ class Stage(TrainerCallback):
         usable, self.digest, self.lengths = on_main(look)
         samples = read_samples(config.data.path)
         self.samples, self.num_left_out = select_samples(samples, usable), len(samples) - len(usable)
-        self.held_out = held_out_samples(config)
+        self.held_out = held_out_samples(config, self.template)
 
     def prepare(self) -> None:
         """Build the model and its trainer, from files that an earlier start or stage has left in the folder.
@@ -220,7 +221,7 @@ class Stage(TrainerCallback):
     def _add_validation(self) -> None:
         """Let the stage be measured on what was held out for it; scores ask questions, which captions have not."""
         self.validation: Validation | None = None
-        scores = () if get_template(self.config.template).caption_only else self.plan.scores
+        scores = () if self.template.caption_only else self.plan.scores
         if self.held_out is not None or scores:
             processor = partial(stage_processor, self.assembled, self.config)
             self.validation = Validation(
@@ -350,7 +351,8 @@ def _dataset(
     assembled: Assembled, config: StageConfig, samples: Sequence[Sample], image_folder: str
 ) -> ConversationDataset:
     """A stage's samples, of training or held out, with the maps that its cache has of their images."""
-    model, template = assembled.model, get_template(config.template)
+    model, template = assembled.model, assembled.template
+    assert template is not None
     dataset = ConversationDataset(
         samples,
         image_folder=image_folder,

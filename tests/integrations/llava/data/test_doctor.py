@@ -12,6 +12,7 @@ from PIL import Image
 from integrations.llava.cli.data import main
 from integrations.llava.data import read_samples
 from integrations.llava.data.doctor.findings import KINDS
+from tests.integrations.llava.prompts.published_templates import PUBLISHED, family_tokenizer
 from tests.integrations.llava.tiny_parts import human_and_gpt, make_tokenizer
 
 SOURCES = ("coco/train2017", "gqa/images", "ocr_vqa/images", "textvqa/train_images", "vg/VG_100K")
@@ -253,6 +254,16 @@ def test_a_tokenizer_that_is_not_there_is_named(folder: Path, capsys: pytest.Cap
     with pytest.raises(SystemExit, match="2"):
         run(folder / "clean.jsonl", "--tokenizer", folder / "empty")
     assert "tokenizer" in capsys.readouterr().err
+
+
+def test_a_template_is_made_of_the_tokenizer_that_is_named(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(folder / "clean.jsonl", "--template", "tokenizer") == 1
+    assert "--template tokenizer is made of a tokenizer; name it, too: --tokenizer" in capsys.readouterr().err
+    tokenizer = family_tokenizer(PUBLISHED["qwen2.5"])
+    tokenizer.save_pretrained(folder / "qwen")
+    assert run(folder / "clean.jsonl", "--template", "tokenizer", "--tokenizer", folder / "qwen") == 0
+    assert run(folder / "clean.jsonl", "--template", "gemma", "--tokenizer", folder / "qwen") == 1
+    assert "template 'gemma' writes <start_of_turn>, <end_of_turn>, and" in capsys.readouterr().err
 
 
 def test_a_file_that_is_no_json_fails_with_the_place(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

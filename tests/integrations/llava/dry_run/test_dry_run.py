@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from transformers import AutoTokenizer
 
+from integrations.llava.config import Recipe
 from integrations.llava.config.yaml_io import load_recipe, recipe_names
 from integrations.llava.dry_run import GPUS, dry_run, render
 from integrations.llava.dry_run.report import WIDTH
 from integrations.llava.dry_run.workload import TOKENS_PER_WORD
-from tests.integrations.llava.tiny_parts import human_and_gpt
+from tests.integrations.llava.prompts.published_templates import PUBLISHED
+from tests.integrations.llava.tiny_parts import human_and_gpt, save_llm
 
 
 @pytest.fixture(scope="module")
@@ -109,6 +113,31 @@ def test_lengths_are_words_and_images(data_folder: Path) -> None:
     # <image> Describe. number 0 on a wall
     assert work.text_tokens == pytest.approx(7 * TOKENS_PER_WORD)
     assert work.longest == round(576 + 7 * TOKENS_PER_WORD)
+
+
+def test_a_template_that_does_not_fit_the_language_model_is_said(tiny_recipe: Recipe, tmp_path: Path) -> None:
+    llm = save_llm(tmp_path / "llm")
+    tokenizer = AutoTokenizer.from_pretrained(llm)
+    tokenizer.chat_template = PUBLISHED["mistral-v0.2"].jinja
+    tokenizer.save_pretrained(llm)
+    recipe = replace(tiny_recipe, model=replace(tiny_recipe.model, llm=str(llm)))
+    text = " ".join(render(dry_run(recipe)).split())
+
+    assert "template pretrain: plain, finetune: v1" in text
+    assert (
+        "finetune: template 'v1' and the language model: the tokenizer's own chat template writes '<s>[INST] Is" in text
+    )
+    assert "pretrain: template" not in text
+    own = replace(recipe, finetune=replace(recipe.finetune, template="tokenizer"))
+    assert "and the language model" not in render(dry_run(own))
+    other = replace(recipe, finetune=replace(recipe.finetune, template="chatml"))
+    with pytest.raises(ValueError, match=r"'chatml' writes <\|im_start\|>"):
+        dry_run(other)
+
+
+def test_a_template_of_a_tokenizer_that_is_not_at_hand_is_refused() -> None:
+    with pytest.raises(ValueError, match="made of the language model's tokenizer, which is not at hand"):
+        dry_run(load_recipe("mmfuser_7b", {"finetune.template": "tokenizer"}))
 
 
 def test_small_runs_are_written_in_small_units() -> None:

@@ -156,7 +156,7 @@ def test_a_stage_trains_on_images_of_any_number_of_tokens(
 ) -> None:
     model, processor = load_model(cell_run), load_processor(cell_run)
     see_by_cells(model)
-    assembled = Assembled(model, processor.tokenizer, model.config.image_token_index)
+    assembled = Assembled(model, processor.tokenizer, model.config.image_token_index, TEMPLATES["v1"])
     config = dataclasses.replace(tiny_recipe.finetune, max_steps=2, group_by_modality=True)
     samples = read_samples(data_folder / "train.json")
     trainer = stage_trainer(assembled, config, samples, None, tmp_path / "finetune", num_processes=1, callbacks=[])
@@ -227,7 +227,7 @@ def test_a_dry_run_counts_images_at_the_models_own_size(cell_run: Path) -> None:
 def test_a_dry_run_counts_the_tokens_of_the_images_as_their_files_are(tiny_recipe: Recipe, data_folder: Path) -> None:
     turns = human_and_gpt("<image> or\n<image>?", "b")
     samples = [*read_samples(data_folder / "train.json"), {"image": ["0.png", "gone.png"], "conversations": turns}]
-    work = measured_workload(samples, tiny_recipe.finetune, CellLayout(1, [32, 32]))
+    work = measured_workload(samples, tiny_recipe.finetune, CellLayout(1, [32, 32]), TEMPLATES["v1"])
 
     # As above; of an image without file, as of one of the model's own size.
     tokens = [12, 16, 16, 16, 16, 20, 20, 20, 0, 0, 0, 0, 12 + 16]

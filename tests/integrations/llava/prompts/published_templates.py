@@ -9,7 +9,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-__all__ = ["PUBLISHED", "Published"]
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
+from transformers import PreTrainedTokenizerFast
+
+__all__ = ["PUBLISHED", "Published", "family_tokenizer"]
 
 
 @dataclass(frozen=True)
@@ -221,3 +224,22 @@ PUBLISHED: Mapping[str, Published] = {
     ),
 }
 """Short name -> template."""
+
+
+def family_tokenizer(own: Published) -> PreTrainedTokenizerFast:
+    """A byte-level tokenizer with a family's control tokens, and its way of beginning a text."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE({letter: index for index, letter in enumerate(alphabet)}, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    ends = [token for token in dict.fromkeys((own.bos, own.eos)) if token]
+    tokenizer.add_special_tokens([AddedToken(token, special=True) for token in ends])
+    tokens = [AddedToken(token, special="think" not in token, rstrip=own.eats) for token in own.tokens]
+    tokenizer.add_tokens([token for token in tokens if token.content not in ends])
+    if own.bos and own.adds_bos:
+        single = [(own.bos, tokenizer.token_to_id(own.bos))]
+        tokenizer.post_processor = processors.TemplateProcessing(single=f"{own.bos} $A", special_tokens=single)
+    special = {"bos_token": own.bos} if own.bos else {}
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, eos_token=own.eos, chat_template=own.jinja, padding_side="left", **special
+    )

@@ -4,36 +4,31 @@ from __future__ import annotations
 
 import pytest
 from jinja2.exceptions import TemplateError
-from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
-from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerBase
 
-from integrations.llava.prompts import IGNORE_INDEX, TEMPLATES, Template, TextEncoder, chat_template, render
-from tests.integrations.llava.prompts.published_templates import PUBLISHED, Published
+from integrations.llava.prompts import (
+    IGNORE_INDEX,
+    TEMPLATES,
+    TOKENIZER,
+    Template,
+    TextEncoder,
+    chat_template,
+    find_template,
+    misfits,
+    render,
+    template_of,
+)
+from tests.integrations.llava.prompts.published_templates import PUBLISHED, family_tokenizer
 from tests.integrations.llava.tiny_parts import human_and_gpt
 
 IMAGE = 10_000
-NAMED = [name for name, own in PUBLISHED.items() if own.family]
+# Each family by our template of its name, and by the one made of its tokenizer's chat template.
+BOTH = [(name, own.family or "") for name, own in PUBLISHED.items() if own.family]
+BOTH += [(name, TOKENIZER) for name in PUBLISHED]
 QUESTIONS_AND_ANSWERS = ("What is it?", "A boat.", "  And what\nelse? ", " Water,\n\nand\ta sky. ", "Sure?", "Yes")
 SYSTEM = "Answer in one word."
-
-
-def family_tokenizer(own: Published) -> PreTrainedTokenizerFast:
-    """A byte-level tokenizer with a family's control tokens, and its way of beginning a text."""
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    tokenizer = Tokenizer(models.BPE({letter: index for index, letter in enumerate(alphabet)}, []))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    ends = [token for token in dict.fromkeys((own.bos, own.eos)) if token]
-    tokenizer.add_special_tokens([AddedToken(token, special=True) for token in ends])
-    tokens = [AddedToken(token, special="think" not in token, rstrip=own.eats) for token in own.tokens]
-    tokenizer.add_tokens([token for token in tokens if token.content not in ends])
-    if own.bos and own.adds_bos:
-        single = [(own.bos, tokenizer.token_to_id(own.bos))]
-        tokenizer.post_processor = processors.TemplateProcessing(single=f"{own.bos} $A", special_tokens=single)
-    special = {"bos_token": own.bos} if own.bos else {}
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, eos_token=own.eos, chat_template=own.jinja, padding_side="left", **special
-    )
+# No thoughts, and Llama's day where there is no clock.
+OFF = {"enable_thinking": False, "date_string": "26 Jul 2024"}
 
 
 def as_chat(messages: list[dict[str, str]]) -> list[dict[str, str]]:
@@ -44,7 +39,7 @@ def as_chat(messages: list[dict[str, str]]) -> list[dict[str, str]]:
 def published_text(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]]) -> str:
     """What the family's own template writes, up to the last answer's end."""
     text: str = tokenizer.apply_chat_template(
-        as_chat(messages), tokenize=False, add_generation_prompt=messages[-1]["from"] == "human", enable_thinking=False
+        as_chat(messages), tokenize=False, add_generation_prompt=messages[-1]["from"] == "human", **OFF
     )
     return text
 
@@ -60,10 +55,11 @@ def conversations(name: str, template: Template) -> list[list[dict[str, str]]]:
     return found
 
 
-@pytest.mark.parametrize("name", NAMED)
-def test_a_family_is_written_as_it_is_published(name: str) -> None:
+@pytest.mark.parametrize(("name", "asked"), BOTH)
+def test_a_family_is_written_as_it_is_published(name: str, asked: str) -> None:
     own = PUBLISHED[name]
-    tokenizer, template = family_tokenizer(own), TEMPLATES[own.family or ""]
+    tokenizer = family_tokenizer(own)
+    template = find_template(asked, tokenizer)
     encoder = TextEncoder(tokenizer, template.control_tokens)
     compared = 0
     for messages in conversations(name, template):
@@ -75,18 +71,21 @@ def test_a_family_is_written_as_it_is_published(name: str) -> None:
         assert text.startswith(out.prompt)
         # What stands behind the last answer's end is nothing that a model learns or reads.
         assert text[len(out.prompt) :] in ("", template.after_answer, f"{template.after_answer}{own.eos}")
-        ids = tokenizer.apply_chat_template(as_chat(messages), add_generation_prompt=answer_next, return_dict=False)
+        ids = tokenizer.apply_chat_template(
+            as_chat(messages), add_generation_prompt=answer_next, return_dict=False, **OFF
+        )
         begin = [] if own.bos and text.startswith(own.bos) else encoder.begin
         assert [*begin, *ids][: len(out.input_ids)] == out.input_ids
         compared += 1
     assert compared >= 4
 
 
-@pytest.mark.parametrize("name", NAMED)
-def test_labels_are_the_answers_and_their_end(name: str) -> None:
+@pytest.mark.parametrize(("name", "asked"), BOTH)
+def test_labels_are_the_answers_and_their_end(name: str, asked: str) -> None:
     """The places are looked for in the text that the family's own template writes."""
     own = PUBLISHED[name]
-    tokenizer, template = family_tokenizer(own), TEMPLATES[own.family or ""]
+    tokenizer = family_tokenizer(own)
+    template = find_template(asked, tokenizer)
     encoder = TextEncoder(tokenizer, template.control_tokens)
     messages = human_and_gpt(*QUESTIONS_AND_ANSWERS)
     out = render(messages, template=template, encoder=encoder, image_token_id=IMAGE, num_images=0)
@@ -118,10 +117,11 @@ def test_control_tokens_typed_by_a_person_stay_text(name: str) -> None:
     assert len(ids[0]) < len(ids[1])
 
 
-@pytest.mark.parametrize("name", NAMED)
-def test_the_saved_chat_template_gives_the_ids_of_render(name: str) -> None:
+@pytest.mark.parametrize(("name", "asked"), BOTH)
+def test_the_saved_chat_template_gives_the_ids_of_render(name: str, asked: str) -> None:
     own = PUBLISHED[name]
-    tokenizer, template = family_tokenizer(own), TEMPLATES[own.family or ""]
+    tokenizer = family_tokenizer(own)
+    template = find_template(asked, tokenizer)
     tokenizer.add_special_tokens({"additional_special_tokens": ["<image>"]})
     image = tokenizer.convert_tokens_to_ids("<image>")
     jinja, encoder = chat_template(template, tokenizer), TextEncoder(tokenizer, template.control_tokens)
@@ -200,3 +200,57 @@ def test_what_0_1_stored_is_the_template_of_today() -> None:
     assert Template.from_dict({**old, "answer_end": "", "end_token": True, "caption_only": False}) == TEMPLATES["v1"]
     caption = {"system": "", "answer_end": "\n", "end_token": False, "caption_only": True}
     assert Template.from_dict({**old, **caption, "name": "plain"}) == TEMPLATES["plain"]
+
+
+# Templates made of a tokenizer's chat template
+
+
+def test_what_a_chat_template_says_is_found_in_it() -> None:
+    made = {name: template_of(family_tokenizer(own)) for name, own in PUBLISHED.items()}
+
+    assert (made["qwen2.5"].system or "").startswith("You are Qwen")
+    assert made["qwen3"].last_prompt == "<think>\n\n</think>\n\n"
+    assert "Today Date: 26 Jul 2024" in made["llama-3.2"].system_turn
+    assert made["llama-3.2"].system == ""
+    # Mistral 0.3 writes it into the last question: that is no matter of patterns, and so no system turn is taken.
+    knows = {name for name, template in made.items() if template.takes_system}
+    assert knows == PUBLISHED.keys() - {"mistral", "mistral-v0.2", "gemma-2"}
+
+
+@pytest.mark.parametrize(
+    ("jinja", "reason"),
+    [
+        (None, "takes the tokenizer's own chat template, and it has none; name a template"),
+        ("{% for m in messages %}{{ loop.index }}{{ m['content'] }}<|im_end|>{% endfor %}", "in front of an answer"),
+        ("{% for m in messages %}{{ m['content'] | upper }}<|im_end|>{% endfor %}", "a message of 'user' is missing"),
+        ("{% for m in messages %}{{ m['content'] }}\n{% endfor %}", "no token of the tokenizer ends an answer"),
+        ("{{ strftime_now('%d') }}{% for m in messages %}{{ m['content'] }}<|im_end|>{% endfor %}", "date of the day"),
+        ("{{ raise_exception('never') }}", "it raises TemplateError: never"),
+        (
+            "{% for m in messages %}{{ m['content'] | replace('red', 'blue') }}<|im_end|>{% endfor %}",
+            "it writes 'blue, or <b>blue</b>.*where 'red, or <b>blue</b>",
+        ),
+    ],
+)
+def test_what_is_no_matter_of_patterns_is_refused_by_name(jinja: str | None, reason: str) -> None:
+    tokenizer = family_tokenizer(PUBLISHED["openhermes"])
+    tokenizer.chat_template = jinja
+    with pytest.raises(ValueError, match=reason):
+        template_of(tokenizer)
+
+
+def test_a_named_template_has_to_be_one_of_the_tokenizers_family() -> None:
+    tokenizer = family_tokenizer(PUBLISHED["llama-3"])
+    with pytest.raises(ValueError, match=r"'chatml' writes <\|im_start\|>, <\|im_end\|>, and .* no such tokens.*'v1'"):
+        find_template("chatml", tokenizer)
+    assert find_template("v1", tokenizer) is TEMPLATES["v1"]
+
+
+def test_what_does_not_fit_is_said() -> None:
+    llama, qwen = (family_tokenizer(PUBLISHED[name]) for name in ("llama-3", "qwen2.5"))
+    assert misfits(TEMPLATES["llama-3"], llama) == misfits(template_of(qwen), qwen) == []
+    assert misfits(TEMPLATES["plain"], qwen) == []
+    (other,) = misfits(TEMPLATES["chatml"], qwen)
+    assert "own chat template writes 'system" in other and "template: tokenizer takes that one" in other
+    no_first, other = misfits(TEMPLATES["llama-2"], qwen)
+    assert no_first == "it begins with the tokenizer's first token (bos), which this tokenizer has not"

@@ -15,7 +15,7 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
-from integrations.llava.checkpoints import load_model, load_processor
+from integrations.llava.checkpoints import load_model, load_processor, model_source
 from integrations.llava.cli import train as train_command
 from integrations.llava.config import Recipe, load_recipe
 from integrations.llava.training import RunFolder, train
@@ -73,6 +73,20 @@ def test_what_is_not_said_is_the_model_s_own(brief: Path, data_folder: Path, tmp
     assert ours.tokenizer.get_vocab() == theirs.tokenizer.get_vocab()
     # One finetune, which is what is meant where no stage is said.
     assert RunFolder(folder).finished == ("finetune",)
+
+
+def test_a_template_that_has_no_name_here_is_the_model_s_own(brief: Path, data_folder: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(brief, tmp_path / "model"))
+    config = json.loads((folder / "config.json").read_text())
+    config["prompt_template"]["system"] = "Own."
+    (folder / "config.json").write_text(json.dumps(config))
+    recipe = going_on(folder, data_folder)
+    source = model_source(recipe.model)
+    resolved = source.resolved(recipe)
+
+    assert resolved.finetune.template == "model"
+    assert source.template(resolved.finetune).to_dict() == config["prompt_template"]
+    assert model_source(going_on(brief, data_folder).model).resolved(recipe).finetune.template == "brief"
 
 
 def test_another_template_counts_where_it_is_said_and_a_recipe_s_own_does_not(brief: Path) -> None:
@@ -230,16 +244,16 @@ def _damaged(folder: Path) -> None:
     (folder / "model.safetensors").write_bytes(b"no weights")
 
 
-def _unknown_template(folder: Path) -> None:
+def _no_template(folder: Path) -> None:
     config = json.loads((folder / "config.json").read_text())
-    config["prompt_template"]["system"] = "Own."
+    config["prompt_template"] = {"style": "v1"}
     (folder / "config.json").write_text(json.dumps(config))
 
 
 FAILURES: dict[str, tuple[Callable[[Path], object] | None, list[str], str]] = {
     "no model": (shutil.rmtree, [], "holds no config.json"),
     "damaged weights": (_damaged, [], "not a whole safetensors file"),
-    "a template of its own": (_unknown_template, [], "is none that is known here; say which one to train with"),
+    "no template": (_no_template, [], "is {'style': 'v1'}, which is none"),
     "no such template": (None, ["--finetune.template", "v9"], "prompt template 'v9' is unknown"),
     "no such data": (None, ["--finetune.data.path", "nowhere.json"], "nowhere.json"),
     "bad data": (None, ["--finetune.data.path", "bad.json"], "(1 no conversation)"),
