@@ -40,7 +40,7 @@ from layerfuse.errors import InputError, MissingFileError, UnknownKeyError
 from layerfuse.files import atomic_file, read_safetensors
 from layerfuse.registry import unknown_name_message
 
-__all__ = ["RESAMPLING", "FeatureMaps", "Grid", "as_grid", "resample_tokens"]
+__all__ = ["CELLS", "RESAMPLING", "FeatureMaps", "Grid", "as_grid", "resample_map", "resample_tokens"]
 
 Grid = tuple[int, int]
 
@@ -51,6 +51,9 @@ RESAMPLING: dict[str, dict[str, Any]] = {
     "bicubic": {"mode": "bicubic", "align_corners": True},
     "nearest": {"mode": "nearest-exact"},
 }
+
+# Cells over the pixels that they cover, as convolutions have them.
+CELLS: dict[str, Any] = {"mode": "bilinear", "align_corners": False}
 
 _GEOMETRY = "layerfuse.feature_maps"
 
@@ -319,8 +322,15 @@ def resample_tokens(tokens: torch.Tensor, given: Grid, grid: Grid, way: Mapping[
     """
     if given == grid:
         return tokens
-    image = tokens.transpose(1, 2).unflatten(2, given).to(torch.promote_types(tokens.dtype, torch.float32))
-    return F.interpolate(image, size=grid, **way).flatten(2).transpose(1, 2).to(tokens.dtype)
+    return resample_map(tokens.transpose(1, 2).unflatten(2, given), grid, way).flatten(2).transpose(1, 2)
+
+
+def resample_map(image: torch.Tensor, grid: Grid, way: Mapping[str, Any]) -> torch.Tensor:
+    """Return a map (B, C, H, W) on another grid, as `resample_tokens` does it."""
+    if tuple(image.shape[2:]) == grid:
+        return image
+    precise = image.to(torch.promote_types(image.dtype, torch.float32))
+    return F.interpolate(precise, size=grid, **way).to(image.dtype)
 
 
 _Geometry = tuple[tuple[int, ...], tuple[Grid, ...], tuple[int, ...]]

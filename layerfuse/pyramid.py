@@ -14,13 +14,12 @@ from collections.abc import Sequence
 
 import torch
 from torch import nn
-from torch.nn import functional as F
 
 from layerfuse.backbones import AnyBackbone
 from layerfuse.backbones.base import as_pair
 from layerfuse.encoder import FusedEncoder
 from layerfuse.errors import InputError, InvalidTypeError
-from layerfuse.features import Grid
+from layerfuse.features import CELLS, Grid, resample_map
 
 __all__ = ["STRIDES", "FeaturePyramid", "PyramidEncoder", "resample_pyramid"]
 
@@ -87,7 +86,7 @@ class FeaturePyramid(nn.Module):
         size, given = as_pair(image_size), _each_level(maps, self.strides)
         levels = []
         for stride, level, scale, project in zip(self.strides, given, self.scale, self.project, strict=True):
-            levels.append(project(_resampled(scale(level), _cells(size, stride))))
+            levels.append(project(resample_map(scale(level), _cells(size, stride), CELLS)))
         return tuple(levels)
 
 
@@ -104,7 +103,9 @@ def resample_pyramid(
     """
     size, levels = as_pair(image_size), _as_strides(strides)
     given = _each_level(maps, levels)
-    return tuple([_resampled(level, _cells(size, stride)) for stride, level in zip(levels, given, strict=True)])
+    return tuple(
+        [resample_map(level, _cells(size, stride), CELLS) for stride, level in zip(levels, given, strict=True)]
+    )
 
 
 class PyramidEncoder(nn.Module):
@@ -214,13 +215,6 @@ def _each_level(maps: Maps, strides: tuple[int, ...]) -> list[torch.Tensor]:
 
 def _cells(size: tuple[int, int], stride: int) -> Grid:
     return -(-size[0] // stride), -(-size[1] // stride)
-
-
-def _resampled(level: torch.Tensor, grid: Grid) -> torch.Tensor:
-    if tuple(level.shape[2:]) == grid:
-        return level
-    precise = level.to(torch.promote_types(level.dtype, torch.float32))
-    return F.interpolate(precise, size=grid, mode="bilinear", align_corners=False).to(level.dtype)
 
 
 def _scaling(width: int, doublings: int) -> nn.Sequential:

@@ -24,6 +24,7 @@ RUNS: dict[str, tuple[list[str], list[str]]] = {
         ["--time"],
         ["mmfuser               5,190,592     576      1024", "select                        0", "text_gated"],
     ),
+    "find_anomalies.py": ([], ["channels: (1024, 384)", "planted at row 5, column 2; most unlike: row 5, column 2"]),
     "segment_with_smp.py": (
         ["--steps", "1"],
         ["maps of [(3, 64, 64), (0, 32, 32), (64, 16, 16), (64, 8, 8)", "step 1: loss ", "pictures that are right: "],
