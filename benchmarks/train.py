@@ -2,11 +2,13 @@
 
 python -m benchmarks.train
 
-On the CPU the tiny recipe's finetune, the two in turn; on a GPU both stages of LLaVA-1.5-7B with random weights, one
-after the other, since one alone fills the memory. Both read the same samples. Seconds are counted per position that is
-no padding, steps after the first. "No fuser" is the recipe with `select` of the penultimate layer, which is the model
-that transformers has; the others have MMFuser on top. On a GPU ours keeps as many activations as the dry run says fit,
-and conversations differ in length.
+On the CPU the tiny recipe's finetune, the candidates in turn; on a GPU both stages of LLaVA-1.5-7B with random weights,
+one after the other, since one alone fills the memory. All read the same samples, each in the order of its own sampler:
+ours as the recipe has it, transformers' at random. Conversations differ in length, as real ones do, so that batches
+have padding (`padding` in a row is its share of positions), but for those of "padding-free". Seconds are counted per
+position that is no padding, steps after the first. "No fuser" is the recipe with `select` of the penultimate layer,
+which is the model that transformers has; the others have MMFuser on top. On a GPU ours keeps as many activations as the
+dry run says fit.
 
 MFU = floating point operations of a step, forward and backward, without those that checkpointing repeats and without
 padding (`integrations.llava.dry_run.flops`: 2 per multiply-add of matrix products, attention with T² scores), over the
@@ -47,7 +49,8 @@ from integrations.llava.training.stage import stage_trainer
 __all__ = ["StepClock", "run"]
 
 BENCHMARK = "training, seconds per token"
-OURS, UNFUSED, PLAIN = "layerfuse", "layerfuse, no fuser", "transformers"
+OURS, PACKED, PLAIN = "layerfuse", "layerfuse, padding-free", "transformers"
+UNFUSED = "layerfuse, no fuser, padding-free"
 AS_FAST = "layerfuse, as fast as the dry run allows"
 
 GIB = 2**30
@@ -60,6 +63,7 @@ class StepClock(TrainerCallback):
         self.device = device
         self.ends: list[tuple[float, float]] = []
         self.counts: list[torch.Tensor] = []
+        self.places = 0
         self.loss = float("nan")
         self._now: list[torch.Tensor] = []
         self._hook = model.register_forward_pre_hook(self._count, with_kwargs=True)
@@ -68,6 +72,7 @@ class StepClock(TrainerCallback):
         mask, ids = kwargs.get("attention_mask"), kwargs["input_ids"]
         whole = mask is None or mask.shape != ids.shape
         self._now.append(torch.tensor(ids.numel()) if whole else mask.sum())
+        self.places += ids.numel()
 
     def on_step_end(self, *_: Any, **__: Any) -> None:
         """Note the time, once the device is done."""
@@ -87,6 +92,11 @@ class StepClock(TrainerCallback):
         counts = [int(count) for count in self.counts]
         steps = zip(self.ends, self.ends[1:], counts[1:], strict=False)
         return [((b[0] - a[0]) / count, (b[1] - a[1]) / count) for a, b, count in steps]
+
+    @property
+    def padding(self) -> float:
+        """Share of all positions that are padding."""
+        return 1 - sum(int(count) for count in self.counts) / self.places
 
     @property
     def tokens(self) -> float:
@@ -118,10 +128,9 @@ def run(session: Session) -> None:
         folder = Path(scratch)
         count = session.pick(512 if session.device == "cpu" else 192, 96, 8)
         data = make_dataset(folder / "data", seed=session.seed, num_train=count, num_val=1, num_test=1)
-        if session.goals_of == "cuda":
-            _vary_lengths(session, data / "train.json")
+        _vary_lengths(session, data / "train.json")
         for name in ("finetune",) if session.goals_of == "cpu" else ("pretrain", "finetune"):
-            if session.device == "cuda" and not session.has_time(80, BENCHMARK, OURS, stage=name):
+            if session.device == "cuda" and not session.has_time(100, BENCHMARK, OURS, stage=name):
                 continue
             with session.attempt(BENCHMARK, OURS, stage=name):
                 if session.goals_of == "cpu":
@@ -131,15 +140,16 @@ def run(session: Session) -> None:
 
 
 def _vary_lengths(session: Session, path: Path) -> None:
-    """Give conversations 1 to 80 turns, most of them few (log-uniform), as real ones have; the demo's are all alike.
+    """Give conversations 1 to 80 turns (tiny: 1 to 40), most of them few (log-uniform); the demo's are all alike.
 
-    Turns come from all conversations, so that they need not be about the picture; nobody learns anything here.
+    So the longest come near `max_length`, as in LLaVA's own data. Turns come from all conversations, so that they need
+    not be about the picture; nobody learns anything here.
     """
     draw, samples = random.Random(session.seed), json.loads(path.read_text(encoding="utf-8"))
     turns = [
         sample["conversations"][k : k + 2] for sample in samples for k in range(2, len(sample["conversations"]), 2)
     ]
-    most = session.pick(80, 8, 4)
+    most = session.pick(80 if session.goals_of == "cuda" else 40, 8, 4)
     for sample in samples:
         count = round(math.exp(draw.uniform(0, math.log(most))))
         sample["conversations"] = sample["conversations"][:2] + [
@@ -158,7 +168,7 @@ def _stage(session: Session, name: str, data: Path, folder: Path, *, blocks: int
         data=dataclasses.replace(config.data, path=str(path), image_folder=str(data / "images")),
         micro_batch_size=micro,
         batch_size=micro,
-        max_steps=session.pick(6 if session.device == "cuda" else 7, 3, 2),
+        max_steps=session.pick(6 if session.device == "cuda" else 5, 3, 2),
         save_every=None,
         log_every=1,
         engine="ddp",
@@ -202,22 +212,26 @@ def _alternate(session: Session, stage: Stage) -> None:
     """Train the candidates in turn, each several times, all of them in memory."""
     bare = dataclasses.replace(stage.recipe.model, fuser="select", layers=(-2,), fuser_options={})
     unfused = dataclasses.replace(stage.recipe, model=bare)
-    ours = assemble_ours(session, stage.recipe, stage.config)
+    ours, packed = assemble_ours(session, stage.recipe, stage.config), _changed(stage, padding_free=True).config
     candidates = {
-        OURS: ours,
-        UNFUSED: assemble_ours(session, unfused, stage.config),
+        OURS: (ours, stage.config),
+        PACKED: (ours, packed),
+        UNFUSED: (assemble_ours(session, unfused, stage.config), packed),
     }
     plain, rows = plain_model(session, ours, stage.config), _rows(stage, ours)
     seconds: dict[str, list[tuple[float, float]]] = {label: [] for label in (*candidates, PLAIN)}
-    for number in range(session.pick(3, 1, 1)):
+    padding = {}
+    for number in range(session.pick(2, 1, 1)):
         for label in seconds if number % 2 == 0 else reversed(seconds):
             if label == PLAIN:
                 clock = _train_plain(session, stage, plain, rows, ours)
             else:
-                clock = _train_ours(session, stage, candidates[label], stage.config)
+                clock = _train_ours(session, stage, *candidates[label])
             seconds[label] += clock.per_token()
+            padding[label] = round(clock.padding, 3)
     timings = {label: Timing(*map(tuple, zip(*values, strict=True))) for label, values in seconds.items()}
-    case, facts = f"{stage.recipe.name} {stage.name}", {**_facts(stage), "tokens_per_step": round(clock.tokens)}
+    case = f"{stage.recipe.name} {stage.name}"
+    facts = {**_facts(stage), "tokens_per_step": round(clock.tokens), "padding": padding}
     session.record_timings(BENCHMARK, timings, ours=tuple(candidates), case=case, facts=facts)
 
 
@@ -229,12 +243,15 @@ def _one_after_the_other(session: Session, stage: Stage) -> None:
     rows, blocks = _rows(fast, ours), ours.model.config.get_text_config().num_hidden_layers
     case = f"{stage.recipe.name} {stage.name}, {blocks} blocks"
     try:
-        tokens = _measure(OURS, seconds, peaks, lambda: _train_ours(session, fast, ours, fast.config))
+        clock = _measure(OURS, seconds, peaks, lambda: _train_ours(session, fast, ours, fast.config))
     except torch.OutOfMemoryError as error:
         session.record(BENCHMARK, AS_FAST, case=case, status="failed", error=str(error)[:200], **_facts(fast))
         _free()
         fast = stage
-        tokens = _measure(OURS, seconds, peaks, lambda: _train_ours(session, stage, ours, stage.config))
+        clock = _measure(OURS, seconds, peaks, lambda: _train_ours(session, stage, ours, stage.config))
+    with session.attempt(BENCHMARK, PACKED, stage=stage.name):
+        packed = _changed(fast, padding_free=True).config
+        _measure(PACKED, seconds, peaks, lambda: _train_ours(session, fast, ours, packed))
     ours.model.to("meta")
     _free()
     with session.attempt(BENCHMARK, PLAIN, stage=stage.name):
@@ -242,12 +259,12 @@ def _one_after_the_other(session: Session, stage: Stage) -> None:
         _measure(PLAIN, seconds, peaks, lambda: _train_plain(session, stage, plain, rows, ours))
         plain.to("meta")
     _free()
-    facts = {**_facts(fast), "tokens_per_step": round(tokens)}
-    session.record_timings(BENCHMARK, seconds, ours=(OURS,), case=case, facts=facts)
-    _record_use(session, fast, ours, seconds, tokens)
+    facts = {**_facts(fast), "tokens_per_step": round(clock.tokens), "padding": {OURS: round(clock.padding, 3)}}
+    session.record_timings(BENCHMARK, seconds, ours=(OURS, PACKED), case=case, facts=facts)
+    _record_use(session, fast, ours, seconds, clock.tokens)
     (expected, *_) = _dry(session, fast).memory
     for label, peak in peaks.items():
-        says = round(expected.peak / GIB, 2) if label == OURS else None
+        says = None if label == PLAIN else round(expected.peak / GIB, 2)
         facts = {"unit": "GiB", "dry_run_says": says, **_facts(fast)}
         session.record("training, peak memory", label, case=case, value=round(peak / GIB, 2), **facts)
 
@@ -257,14 +274,14 @@ def _measure(
     seconds: dict[str, Timing],
     peaks: dict[str, float],
     train: Callable[[], StepClock],
-) -> float:
+) -> StepClock:
     on_cuda = torch.cuda.is_available()
     if on_cuda:
         torch.cuda.reset_peak_memory_stats()
     clock = train()
     peaks[label] = torch.cuda.max_memory_allocated() if on_cuda else 0
     seconds[label] = Timing(*map(tuple, zip(*clock.per_token(), strict=True)))
-    return clock.tokens
+    return clock
 
 
 def _free() -> None:
