@@ -122,11 +122,9 @@ def load_content(
 
     `attention` is transformers' name of an implementation; None leaves the choice to transformers.
     """
-    given: dict[str, Any] = {
-        "config": content.model.config,
-        "dtype": dtype,
-        "state_dict": {name: tensor.read().to(dtype) for name, tensor in content.tensors.items()},
-    }
+    # Copied: what is read is the file's mapped memory, and training would change what is read the next time.
+    weights = {name: tensor.read().to(dtype, copy=True) for name, tensor in content.tensors.items()}
+    given: dict[str, Any] = {"config": content.model.config, "dtype": dtype, "state_dict": weights}
     if attention is not None:
         given["attn_implementation"] = attention
     model = _load(None, given, quantize, device)

@@ -137,7 +137,7 @@ class Checkpoint(ModelSource):
         for name, parameter in model.named_parameters():
             # What learns is float32, and was rounded on its way.
             if parameter.requires_grad and dtype != torch.float32 and name in self.content.tensors:
-                parameter.data = self.content.tensors[name].read().float()
+                parameter.data = self.content.tensors[name].read().to(torch.float32, copy=True)
         tokenizer: PreTrainedTokenizerBase = deepcopy(self.content.tokenizer)
         return Assembled(model, tokenizer, model.config.image_token_index, self.template(stage))
 

@@ -55,6 +55,27 @@ def test_the_model_of_a_stage_is_the_converted_one(name: str, request: pytest.Fi
     assert assembled.tokenizer.get_vocab() == processor.tokenizer.get_vocab()
 
 
+@pytest.mark.parametrize("name", ["run", "llava_folder"])
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_model_that_has_learned_changes_neither_the_next_one_nor_the_files(
+    name: str, precision: str, request: pytest.FixtureRequest
+) -> None:
+    folder: Path = request.getfixturevalue(name)
+    before = {file: file.read_bytes() for file in folder.iterdir() if file.is_file()}
+    overrides = {"model.checkpoint": str(folder), "finetune.precision": precision, "finetune.trainable": ["projector"]}
+    recipe = load_recipe(None, overrides)
+    source = model_source(recipe.model)
+    first = source.assemble(recipe.finetune).model
+    expected = {key: tensor.clone() for key, tensor in first.state_dict().items()}
+    with torch.no_grad():
+        for parameter in first.parameters():
+            parameter.add_(1)
+    again = source.assemble(recipe.finetune).model.state_dict()
+
+    assert all(torch.equal(again[key], tensor) for key, tensor in expected.items())
+    assert {file: file.read_bytes() for file in before} == before
+
+
 @pytest.mark.parametrize("name", ["llava_folder", "vip_folder"])
 def test_a_checkpoint_of_another_layout_answers_as_its_conversion(
     name: str, request: pytest.FixtureRequest, tmp_path: Path

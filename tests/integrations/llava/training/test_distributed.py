@@ -20,7 +20,7 @@ import torch
 from safetensors.torch import load_file
 
 from integrations.llava.config.schema import Recipe
-from integrations.llava.config.yaml_io import dump_recipe
+from integrations.llava.config.yaml_io import dump_recipe, load_recipe
 from integrations.llava.training.run_folder import RunFolder
 from integrations.llava.training.signals import EXIT_REQUEUE
 from integrations.llava.training.train import train
@@ -137,6 +137,20 @@ def test_two_processes_give_the_losses_and_weights_of_one(engine: str, runs: Run
     assert ours.keys() == single.keys()
     for name, tensor in single.items():
         torch.testing.assert_close(ours[name], tensor, atol=1e-4, rtol=0, msg=lambda text, name=name: f"{name}: {text}")
+
+
+def test_two_processes_that_share_a_model_go_on_from_one_as_one_process_does(runs: Runs) -> None:
+    """What is saved is built of the model's files again, and gets what was trained in parts."""
+    start = {"model.checkpoint": str(runs / "single")}
+    runs._in_two("run", "fsdp2_from", "fsdp2", None, True, start)
+    recipe = load_recipe(runs.folder / "recipe.yaml", start)
+    one = train(recipe, runs.folder / "single_from", adapter=runs.adapter)
+
+    torch.testing.assert_close(losses(runs.folder / "fsdp2_from"), losses(one), atol=2e-6, rtol=0)
+    two, alone = (load_file(folder / "model.safetensors") for folder in (runs.folder / "fsdp2_from", one))
+    assert two.keys() == alone.keys()
+    for name, tensor in alone.items():
+        torch.testing.assert_close(two[name], tensor, atol=1e-4, rtol=0, msg=lambda text, name=name: f"{name}: {text}")
 
 
 @pytest.mark.parametrize("engine", ENGINES)
