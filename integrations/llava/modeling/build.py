@@ -17,6 +17,7 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
+    LlavaConfig,
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -128,6 +129,11 @@ def read_language_files(config: ModelConfig, *, offline: bool = False) -> Langua
     if config.llm_pretrained:
         with suppress(OSError) if offline else explained_loading(f"the language model {config.llm}", "model.llm"):
             language = AutoConfig.from_pretrained(config.llm, **where)
+    if isinstance(language, LlavaConfig):
+        raise InputError(
+            f"model.llm is {config.llm}, a whole model of images and text, of which a recipe wants the language model "
+            "alone; go on from the model as it is: --from (model.checkpoint)."
+        )
     described = language is None
     if language is None:
         language = _described(config)

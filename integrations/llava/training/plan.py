@@ -203,6 +203,11 @@ def find_origin(plan: Plan, stage: str) -> ConnectorOrigin | None:
 
 
 def _of_file(path: Path, before: str | None = None) -> ConnectorOrigin:
+    if path.is_dir():
+        raise InputError(
+            f"the adapter {path} is a folder; name the file of fuser and projector in it "
+            "(RUN/STAGE/adapter.safetensors), or go on from the whole model (--from)."
+        )
     if not path.is_file():
         raise MissingFileError(f"adapter {path} does not exist; run the stage that writes it first.")
     return ConnectorOrigin(path, f"{file_digest(path).hex()} {path.absolute()}", before)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import shutil
@@ -224,6 +225,16 @@ def test_what_would_change_the_model_is_refused(brief: Path, data_folder: Path) 
         load_recipe().model.__class__(checkpoint=str(brief), fuser="average")
     with pytest.raises(InputError, match="checkpoint_base belongs to a checkpoint, and none is named"):
         load_recipe(None, {"model.checkpoint_base": "base"})
+
+
+def test_a_model_in_the_place_of_an_adapter_or_a_language_model_is_told_what_to_do(
+    tiny_recipe: Recipe, run: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(InputError, match=r"is a folder; name the file .* or go on from the whole model \(--from\)"):
+        train(tiny_recipe, tmp_path / "run", stages=["finetune"], adapter=run)
+    recipe = dataclasses.replace(tiny_recipe, model=dataclasses.replace(tiny_recipe.model, llm=str(run)))
+    with pytest.raises(InputError, match="a whole model of images and text, .*; go on from the model as it is: --from"):
+        train(recipe, tmp_path / "run")
 
 
 def test_a_command_that_says_neither_recipe_nor_model_is_told_so(
