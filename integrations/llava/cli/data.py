@@ -13,7 +13,14 @@ from pathlib import Path
 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from integrations.llava.data import SampleFile, read_samples
+from integrations.llava.data import (
+    SampleFile,
+    SampleSource,
+    convert_samples,
+    read_samples,
+    refuse_existing,
+    usable_indices,
+)
 from integrations.llava.data.doctor import (
     TokenLimit,
     clean_path,
@@ -44,9 +51,22 @@ def main(argv: Sequence[str] | None = None) -> int:
     commands = parser.add_subparsers(dest="command", required=True, metavar="command")
     check = commands.add_parser("check", help="look for faults in a data file and its images")
     _add_check_arguments(check)
-    convert = commands.add_parser("convert", help="write a json file as jsonl, one sample a line")
-    convert.add_argument("--data", type=Path, required=True, help="json file in LLaVA's format")
-    convert.add_argument("--output", type=Path, help="the new file (default: beside the old one, ending in .jsonl)")
+    convert = commands.add_parser("convert", help="write data of any form as LLaVA's jsonl and images")
+    convert.add_argument(
+        "paths", nargs="*", metavar="SOURCE… OUT", help="data of any form, several or shares are mixed; a new folder"
+    )
+    convert.add_argument("--image-folder", type=Path, help="what image names are relative to that are not inside")
+    convert.add_argument(
+        "--template", choices=TEMPLATES, default="v1", help="that samples are checked by (default: v1)"
+    )
+    convert.add_argument(
+        "--bad-samples", choices=("fail", "skip"), default="fail", help="stop at them, or leave them out"
+    )
+    convert.add_argument("--seed", type=int, default=0, help="that samples of a share are drawn by (default: 0)")
+    convert.add_argument(
+        "--data", type=Path, help="instead of SOURCE: a json file, written as jsonl without its images"
+    )
+    convert.add_argument("--output", type=Path, help="that file (default: beside the old one, ending in .jsonl)")
     survey = commands.add_parser("eval", help="say which benchmarks have their data, and what the others lack")
     survey.add_argument("--data", type=Path, required=True, help="folder of all benchmarks' data")
     survey.add_argument(
@@ -70,8 +90,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _add_check_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("--data", type=Path, required=True, help="json or jsonl file in LLaVA's format")
-    add("--image-folder", type=Path, required=True, help="what the image names are relative to")
+    add("--data", nargs="+", required=True, help="samples in any form of docs/data.md; several are mixed")
+    add("--image-folder", type=Path, help="what the image names are relative to; needed unless all images are inside")
     add(
         "--template",
         choices=(*TEMPLATES, TOKENIZER),
@@ -99,43 +119,65 @@ def _add_check_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _check(arguments: argparse.Namespace) -> int:
-    if not arguments.image_folder.is_dir():
-        raise MissingFileError(f"image folder {arguments.image_folder} does not exist; give an existing folder.")
-    target = clean_path(arguments.data)
-    if arguments.fix and target.exists():
+    _refuse_missing(arguments.image_folder)
+    samples, data = read_samples(arguments.data), " ".join(arguments.data)
+    folder = _image_folder(samples, arguments.image_folder)
+    target = clean_path(samples)
+    if arguments.fix and target is None:
+        raise InputError(
+            f"--fix writes one json or jsonl file anew, and {data} is none; write what can be used of it: "
+            f"data convert {data} OUT --bad-samples skip."
+        )
+    if arguments.fix and target is not None and target.exists():
         raise ExistingFileError(f"{target} exists and is left alone; move it away or remove it, or leave out --fix.")
-    for written in ([arguments.report] if arguments.report is not None else []) + ([target] if arguments.fix else []):
-        _refuse_unwritable(written)
-    samples, tokenizer = read_samples(arguments.data), _tokenizer(arguments)
+    for written in (arguments.report, target if arguments.fix else None):
+        if written is not None:
+            _refuse_unwritable(written)
+    tokenizer = _tokenizer(arguments)
     template = _template(arguments, tokenizer)
     found = survey_samples(
         samples,
-        image_folder=arguments.image_folder,
+        image_folder=folder,
         template=template,
         check_images=arguments.images,
         max_pixels=arguments.max_pixels,
         tokens=None if tokenizer is None else _token_limit(arguments, tokenizer, template),
         workers=arguments.workers,
     )
-    print(f"{arguments.data}, images in {arguments.image_folder} ({_DEPTH[arguments.images]})\n")
+    print(f"{data}, images {'inside' if samples.images_inside else f'in {folder}'} ({_DEPTH[arguments.images]})\n")
     print(sources_table(found))
     if found.findings:
         print(f"\n{findings_table(found)}")
     print(f"\n{verdict(found)}")
     if arguments.report is not None:
         settings = {name: str(value) if isinstance(value, Path) else value for name, value in vars(arguments).items()}
+        settings["data"] = data
         with atomic_file(arguments.report) as file:
             file.write(json.dumps(survey_report(found, settings), indent=1).encode())
         print(f"report: {arguments.report}")
-    if found.problems and not arguments.fix:
+    if found.problems and target is None:
+        print(f"data convert {data} OUT --bad-samples skip writes the samples that can be used")
+    elif found.problems and not arguments.fix:
         print(f"--fix writes the samples that can be used to {target}")
     elif found.problems:
+        assert isinstance(samples, SampleFile)
         cleaned = write_clean(samples, found)
         print(
             f"clean file: {cleaned.path} with {cleaned.num_samples:,} samples, {cleaned.num_repaired:,} repaired, "
-            f"{cleaned.num_dropped:,} left out; {arguments.data} is as it was"
+            f"{cleaned.num_dropped:,} left out; {data} is as it was"
         )
     return 1 if found.problems or (arguments.strict and found.findings) else 0
+
+
+def _image_folder(samples: SampleSource, given: Path | None) -> Path:
+    if given is None and not samples.images_inside:
+        raise MissingFileError("image names are relative to a folder, which is missing; give --image-folder FOLDER.")
+    return given or Path()
+
+
+def _refuse_missing(image_folder: Path | None) -> None:
+    if image_folder is not None and not image_folder.is_dir():
+        raise MissingFileError(f"image folder {image_folder} does not exist; give an existing folder.")
 
 
 def _refuse_unwritable(path: Path) -> None:
@@ -206,10 +248,33 @@ def _survey(arguments: argparse.Namespace) -> int:
 
 
 def _convert(arguments: argparse.Namespace) -> int:
-    samples: SampleFile = read_samples(arguments.data)
+    if arguments.data is not None:
+        return _write_lines(arguments.data, arguments.output)
+    if len(arguments.paths) < 2:
+        raise InputError("give the data and a new folder: data convert SOURCE… OUT.")
+    *sources, target = arguments.paths
+    refuse_existing(Path(target))
+    _refuse_missing(arguments.image_folder)
+    samples = read_samples(sources, seed=arguments.seed)
+    folder = _image_folder(samples, arguments.image_folder)
+    usable, problems = usable_indices(
+        samples,
+        image_folder=folder,
+        template=get_template(arguments.template),
+        check_images="decode",
+        bad_samples=arguments.bad_samples,
+    )
+    written = convert_samples(samples, usable, Path(target), image_folder=folder)
+    left_out = f", {len(samples) - len(usable):,} left out" if problems else ""
+    print(f"{written.num_samples:,} samples{left_out}, {written.num_images:,} images: {target}/samples.jsonl, images/")
+    return 0
+
+
+def _write_lines(data: Path, output: Path | None) -> int:
+    samples = SampleFile(data)
     if samples.has_lines:
-        raise ExistingFileError(f"{arguments.data} already has one sample a line; there is nothing to convert.")
-    target = arguments.output or arguments.data.with_suffix(".jsonl")
+        raise ExistingFileError(f"{data} already has one sample a line; there is nothing to convert.")
+    target = output or data.with_suffix(".jsonl")
     _refuse_unwritable(target)
     write_lines(samples, target)
     print(f"{len(samples):,} samples: {target}")

@@ -85,7 +85,12 @@ def _parser() -> argparse.ArgumentParser:
         help="folder of a model to go on from: a finished run, or a checkpoint of any layout that convert reads",
     )
     add("--output", help="folder of the run (default: runs/RECIPE, or runs/MODEL)")
-    add("--data", nargs="+", help="LLaVA json or jsonl: one file for all stages, or one a stage")
+    add(
+        "--data",
+        nargs="+",
+        help="samples in any form of docs/data.md: for both stages one source, or one each; for one stage, several are "
+        "mixed, and a.json:0.5 is a share",
+    )
     add("--image-folder", nargs="+", help="folder of the images: one for all stages, or one a stage")
     _add_evaluation_options(parser)
     add(
@@ -166,6 +171,8 @@ def _data_overrides(arguments: argparse.Namespace, asked: Sequence[str]) -> dict
     }
     for option, key in options.items():
         values = getattr(arguments, option) or []
+        if option == "data" and len(stages) == 1 and len(values) > 1:
+            values = [values]
         if len(values) == 1:
             values = values * len(stages)
         if len(values) not in (0, len(stages)):

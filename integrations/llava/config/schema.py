@@ -62,8 +62,9 @@ class DataConfig(Checked):
     """Samples and images of a stage, and how images are brought to the backbone's size.
 
     Attributes:
-        path: json or jsonl file in LLaVA's format.
-        image_folder: folder that the samples' image names are relative to.
+        path: file or folder of samples, in any form that docs/data.md lists; a list mixes several, and `a.json:0.5` is
+            a share of one, drawn by the stage's seed.
+        image_folder: folder that the samples' image names are relative to; none where all images are inside.
         image_mode: pad to a square with the mean colour, crop the centre, or squash; "model" for what the checkpoint
             does that a run goes on from.
         max_length: tokens, images expanded; longer samples are cut.
@@ -73,7 +74,7 @@ class DataConfig(Checked):
         bad_samples: "fail" stops at a sample that cannot be used; "skip" leaves it out, counts it and says so.
     """
 
-    path: str = ""
+    path: str | tuple[str, ...] = ""
     image_folder: str = ""
     image_mode: ImageMode = "pad"
     max_length: Count = 2048

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from .collate import Collator
+from .converting import convert_samples, refuse_existing
 from .dataset import BadSampleError, ConversationDataset
 from .doctor import Survey, survey_samples, usable_indices
 from .doctor.findings import Finding
 from .doctor.policy import check_samples, usable_samples
 from .feature_cache import FeatureCache, open_feature_cache, tile_bytes
-from .files import SampleFile, read_samples
+from .files import SampleFile
 from .image_sizes import grouping_lengths, sample_image_sizes
 from .images import read_image, read_image_size
+from .opening import SampleMix, read_samples
 from .places import is_outside
 from .samplers import ModalityLengthSampler, ShuffleSampler
 from .samples import Sample, image_names, linked_media, unread_media
@@ -26,12 +28,14 @@ __all__ = [
     "ModalityLengthSampler",
     "Sample",
     "SampleFile",
+    "SampleMix",
     "SampleSource",
     "Selection",
     "ShuffleSampler",
     "Survey",
     "UncachedImage",
     "check_samples",
+    "convert_samples",
     "grouping_lengths",
     "image_names",
     "is_outside",
@@ -41,6 +45,7 @@ __all__ = [
     "read_image",
     "read_image_size",
     "read_samples",
+    "refuse_existing",
     "sample_image_sizes",
     "sample_lengths",
     "select_samples",

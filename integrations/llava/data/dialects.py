@@ -70,9 +70,11 @@ def with_label(sample: Any, label: str) -> Any:
 
 def _is_foreign(row: Mapping[str, Any]) -> bool:
     """Whether a row with `conversations` is not LLaVA's own."""
-    turns = row["conversations"]
+    turns, image = row["conversations"], row.get("image")
+    if any(isinstance(name, Mapping) for name in (image if isinstance(image, list) else [image])):
+        return True
     has_roles = isinstance(turns, list) and any(isinstance(turn, Mapping) and "role" in turn for turn in turns)
-    return has_roles or bool(row.get("system")) or (bool(row.get("images")) and row.get("image") is None)
+    return has_roles or bool(row.get("system")) or (bool(row.get("images")) and image is None)
 
 
 def _name(given: Any) -> Any:

@@ -48,8 +48,11 @@ class StoredImage:
         return os.path.splitext(self.name)[1]
 
     def is_file(self) -> bool:
-        """Whether it is there."""
-        return self.store.read_image_bytes(self.name) is not None
+        """Whether it is there; what cannot be read is, and reading it says why not."""
+        try:
+            return self.store.read_image_bytes(self.name) is not None
+        except OSError:
+            return True
 
     def read_bytes(self) -> bytes:
         """Content; a FileNotFoundError if it is not there."""

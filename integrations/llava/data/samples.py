@@ -17,6 +17,7 @@ __all__ = [
     "Sample",
     "count_words",
     "image_names",
+    "is_media_key",
     "is_video",
     "linked_media",
     "sample_id",
@@ -77,6 +78,12 @@ def linked_media(name: str) -> str | None:
     if found is None:
         return None
     return "is the picture itself (data:)" if found[1].lower() == "data:" else "is a URL"
+
+
+def is_media_key(key: str) -> bool:
+    """Whether a key looks as if it held media."""
+    letters = re.sub(r"[^a-z]", "", key.lower())
+    return _IMAGE_KEY.fullmatch(letters) is not None or _OTHER_KEY.fullmatch(letters) is not None
 
 
 def is_video(name: str) -> bool:

@@ -122,7 +122,7 @@ def _stage_report(
 ) -> StageReport:
     facts, template = model_facts(model), source.template(config)
     if config.data.path:
-        samples = read_samples(config.data.path)
+        samples = read_samples(config.data.path, seed=config.seed)
         survey = survey_samples(
             samples,
             image_folder=config.data.image_folder,

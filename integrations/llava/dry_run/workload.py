@@ -108,7 +108,8 @@ def measured_workload(
         layout: of the model. Where an image's size matters, it is read from the head of its file, and that of a file
             that cannot be read is the model's own. Where not, a sample has one image or none.
     """
-    words = sample_lengths(samples)
+    words, own = sample_lengths(samples), config.data.path
+    paths = [own] if isinstance(own, str) else own
     images, tokens = (words > 0).astype(int), layout.num_tokens() * (words > 0)
     tiles = images * layout.num_tiles()
     if layout.depends_on_size:
@@ -123,7 +124,7 @@ def measured_workload(
         image_tokens=float(tokens.mean()),
         text_tokens=float((lengths - tokens).mean()),
         longest=round(float(lengths.max())),
-        origin=f"measured on {config.data.path}, {TOKENS_PER_WORD} tokens a word",
+        origin=f"measured on {' and '.join(paths)}, {TOKENS_PER_WORD} tokens a word",
         tiles=float(tiles.mean()),
     )
 

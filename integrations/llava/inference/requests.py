@@ -18,7 +18,7 @@ from typing import Any
 
 from integrations.llava._files import is_writable_text
 from integrations.llava._text import bulleted, printable
-from integrations.llava.data import is_outside, linked_media, read_samples, unread_media
+from integrations.llava.data import SampleFile, is_outside, linked_media, unread_media
 from integrations.llava.data.doctor import find_broken_images
 from integrations.llava.image_layout import ImageSize
 from layerfuse.errors import InputError, UserError
@@ -59,7 +59,7 @@ def read_requests(path: str | Path) -> list[Request]:
         FileNotFoundError: if there is no such file.
         ValueError: if the file is empty, a row is no question, or an id occurs twice; the rows at fault are listed.
     """
-    rows = read_samples(path)
+    rows = SampleFile(path)
     requests: list[Request] = []
     problems: list[str] = []
     # By their spelling: 1 and "1" would be one question to whoever reads the answers, and to the seed of sampling.

@@ -23,7 +23,8 @@ from integrations.llava.data import (
     Collator,
     ConversationDataset,
     Sample,
-    SampleFile,
+    SampleMix,
+    SampleSource,
     grouping_lengths,
     read_samples,
     sample_lengths,
@@ -82,7 +83,9 @@ class Stage(TrainerCallback):
 
         def look() -> tuple[np.ndarray, str, list[int] | None]:
             # The first to open a file writes its index, which the others read.
-            samples = read_samples(config.data.path)
+            samples = read_samples(config.data.path, seed=config.seed)
+            if isinstance(samples, SampleMix):
+                _log.info("stage %s: %s", self.name, samples.counts)
             usable, _ = usable_indices(
                 samples,
                 image_folder=config.data.image_folder,
@@ -97,7 +100,7 @@ class Stage(TrainerCallback):
             return usable, digest, lengths
 
         usable, self.digest, self.lengths = on_main(look)
-        samples = read_samples(config.data.path)
+        samples = read_samples(config.data.path, seed=config.seed)
         self.samples, self.num_left_out = select_samples(samples, usable), len(samples) - len(usable)
         self.held_out = held_out_samples(config, self.template)
 
@@ -369,8 +372,8 @@ def _dataset(
     return dataset
 
 
-def _digest(samples: SampleFile, usable: np.ndarray) -> str:
-    """Digest of samples as they are written, in their order: about a second for a gigabyte.
+def _digest(samples: SampleSource, usable: np.ndarray) -> str:
+    """Digest of samples as they are written, in their order: about a second for a gigabyte of text.
 
     Size and time of change would not do: an edit can keep both, a copy changes the time alone.
     """

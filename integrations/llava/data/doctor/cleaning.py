@@ -15,6 +15,7 @@ from layerfuse.errors import ExistingFileError, InputError
 from layerfuse.files import atomic_file
 
 from ..files import SampleFile
+from ..source import SampleSource
 from .findings import Finding
 from .survey import Survey
 
@@ -34,9 +35,11 @@ class Cleaned:
     num_dropped: int
 
 
-def clean_path(path: Path) -> Path:
-    """Name of the cleaned file, beside the original: `X.clean.jsonl`."""
-    return path.with_name(f"{path.stem}.clean.jsonl")
+def clean_path(samples: SampleSource) -> Path | None:
+    """Name of the cleaned file, beside the original: `X.clean.jsonl`; None if it is no json or jsonl file by itself."""
+    if type(samples) is not SampleFile or samples.images_inside:
+        return None
+    return samples.path.with_name(f"{samples.path.stem}.clean.jsonl")
 
 
 def write_clean(samples: SampleFile, survey: Survey) -> Cleaned:
@@ -45,7 +48,7 @@ def write_clean(samples: SampleFile, survey: Survey) -> Cleaned:
     A sample whose only problems are endings of image names is repaired; one with any other problem is left out.
 
     Args:
-        samples: the original.
+        samples: the original, for which there is a `clean_path`.
         survey: of the original.
 
     Raises:
@@ -63,7 +66,8 @@ def write_clean(samples: SampleFile, survey: Survey) -> Cleaned:
     kept = [index for index in range(len(samples)) if index not in problems or index in repairs]
     if not kept:
         raise InputError(f"no sample of {samples.path} can be used, so there is nothing to write.")
-    target = clean_path(samples.path)
+    target = clean_path(samples)
+    assert target is not None
 
     def line(index: int) -> bytes:
         if index not in repairs:

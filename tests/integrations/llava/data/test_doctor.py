@@ -237,7 +237,7 @@ def test_convert_writes_one_sample_a_line(folder: Path, capsys: pytest.CaptureFi
     [
         (["check", "--data", "nowhere.json", "--image-folder", "."], "nowhere.json does not exist"),
         (["check", "--data", "nowhere.json", "--image-folder", "nowhere"], "image folder nowhere does not exist"),
-        (["check", "--data", "a.json"], "required: --image-folder"),
+        (["check", "--data", "a.json"], "a.json does not exist"),
         (["check", "--data", "a", "--image-folder", ".", "--template", "v2"], "invalid choice: 'v2'"),
         (["convert", "--data", "a.jsonl"], "a.jsonl does not exist"),
         ([], "required: command"),
