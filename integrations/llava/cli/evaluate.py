@@ -32,6 +32,8 @@ from integrations.llava.evaluation.tables import (
 from integrations.llava.inference import find_shard
 from layerfuse.errors import InputError, UserError
 
+from .options import add_stop_option
+
 __all__ = ["main"]
 
 _BUSY = "other processes have questions left; the last one scores"
@@ -136,6 +138,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--shard", metavar="INDEX/COUNT", help="answer a share (default: torchrun's RANK/WORLD_SIZE); the last scores")
     add("--batch-size", type=int, default=32)
     add("--max-new-tokens", type=int, help="longest answer (default: the task's, or 32)")
+    add_stop_option(add)
     add("--device", help="torch device (default: CUDA if there is one, else the CPU)")
     add("--num-workers", type=int, help="processes that prepare images (default: 4 with CUDA, else 0: threads)")
     add("--compile", action="store_true", help="compile decoding (CUDA): a slow start, then faster tokens")
@@ -156,6 +159,7 @@ def _evaluate(arguments: argparse.Namespace, task: Task | None) -> Evaluation | 
         output=_output(arguments),
         batch_size=arguments.batch_size,
         max_new_tokens=arguments.max_new_tokens,
+        stop=arguments.stop,
         device=arguments.device,
         overwrite=arguments.overwrite,
         shard=find_shard(arguments.shard),
@@ -180,6 +184,7 @@ def _tables(arguments: argparse.Namespace) -> str:
         judge=None if arguments.judge is None else judge,
         batch_size=arguments.batch_size,
         max_new_tokens=arguments.max_new_tokens,
+        stop=arguments.stop,
         device=arguments.device,
         overwrite=arguments.overwrite,
         shard=find_shard(arguments.shard),

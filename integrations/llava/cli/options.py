@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 import io
 import sys
+from collections.abc import Callable
+from dataclasses import fields
 from typing import Any
 
 import torch
@@ -16,6 +18,7 @@ from integrations.llava.modeling import QUANTIZATIONS
 __all__ = [
     "add_model_options",
     "add_sampling_options",
+    "add_stop_option",
     "loading_options",
     "print_anything",
     "quiet_bars",
@@ -44,11 +47,18 @@ def add_sampling_options(parser: argparse.ArgumentParser) -> None:
     add("--top-p", type=float, default=default.top_p, help="sample among the likeliest tokens only")
     add("--num-beams", type=int, default=default.num_beams, help="width of beam search")
     add("--seed", type=int, default=default.seed, help="of sampling")
+    add_stop_option(add)
+
+
+def add_stop_option(add: Callable[..., object]) -> None:
+    """Add the option that names texts at which answers end."""
+    help = "an answer ends in front of this text; repeat for more of them"
+    add("--stop", action="append", metavar="TEXT", default=[], help=help)
 
 
 def read_sampling(arguments: argparse.Namespace) -> SamplingParams:
     """Read the options of `add_sampling_options`; a ValueError if a value is not possible."""
-    return SamplingParams(**{name: getattr(arguments, name) for name in SamplingParams().to_dict()})
+    return SamplingParams(**{field.name: getattr(arguments, field.name) for field in fields(SamplingParams)})
 
 
 def print_anything() -> None:

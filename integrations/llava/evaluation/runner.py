@@ -34,6 +34,7 @@ def evaluate(
     output: str | Path | None = None,
     batch_size: int = 32,
     max_new_tokens: int | None = None,
+    stop: Sequence[str] = (),
     device: str | None = None,
     overwrite: bool = False,
     shard: Shard | None = None,
@@ -51,6 +52,7 @@ def evaluate(
             written if None.
         batch_size: questions at a time.
         max_new_tokens: longest answer, in tokens; None takes the task's, or 32 where it says none.
+        stop: texts in front of which answers end.
         device: torch device; CUDA if there is one, else the CPU.
         overwrite: ask anew whatever `output` holds.
         shard: which of several processes this is, that answer a share each; None is the only one.
@@ -81,6 +83,7 @@ def evaluate(
         output=output,
         batch_size=batch_size,
         max_new_tokens=max_new_tokens,
+        stop=stop,
         device=device,
         overwrite=overwrite,
         shard=shard,
@@ -98,6 +101,7 @@ def evaluate_loaded(
     output: str | Path | None,
     batch_size: int = 32,
     max_new_tokens: int | None = None,
+    stop: Sequence[str] = (),
     device: str | None = None,
     overwrite: bool = False,
     shard: Shard | None = None,
@@ -120,7 +124,7 @@ def evaluate_loaded(
             model_folder,
             folder / "answers.jsonl",
             image_folder=image_folder,
-            sampling=SamplingParams(longest),
+            sampling=SamplingParams(longest, stop=tuple(stop)),
             batch_size=batch_size,
             device=device,
             compile=compile,

@@ -14,7 +14,14 @@ from typing import Any
 
 import torch
 from torch.utils.data import Dataset
-from transformers import CompileConfig, LlavaProcessor, LogitsProcessorList, StaticCache, StoppingCriteriaList
+from transformers import (
+    CompileConfig,
+    LlavaProcessor,
+    LogitsProcessorList,
+    StaticCache,
+    StoppingCriteria,
+    StoppingCriteriaList,
+)
 
 from integrations.llava.checkpoints import load_config, load_model, load_processor
 from integrations.llava.data import Collator
@@ -27,7 +34,7 @@ from .loading import load_batches
 from .memory import CACHE_ARGUMENT, ConversationMemory, new_static_cache
 from .prompt_builder import Images, PreparedPrompts, Preparer, Prompt
 from .sampling import SamplingParams, SeededSampling, generate_settings
-from .streaming import StopWhenSet, WholeTextStreamer, stream_text
+from .streaming import StopAtTexts, StopWhenSet, WholeTextStreamer, before_texts, stream_text
 
 __all__ = ["Predictor", "default_dtype", "load_predictor", "usable_device"]
 
@@ -66,7 +73,7 @@ class Predictor:
         self._compile_config = compile if isinstance(compile, CompileConfig) else None
         # For the rows of a batch: a cache of fixed size, and the positions for which it has room.
         self._fixed: tuple[int, StaticCache, int] | None = None
-        # Threads take turns: what transformers keeps for a compiled model, and for stop strings, is one for all.
+        # Threads take turns: what transformers keeps for a compiled model is one for all.
         self._turn = threading.Lock()
         self.collate = Collator(processor.tokenizer.pad_token_id, side="left")
         self.join = partial(join_prompts, collate=self.collate, layout=self.prepare.layout)
@@ -183,7 +190,10 @@ class Predictor:
         def generate(streamer: WholeTextStreamer, stop: StopWhenSet) -> None:
             self.answer_batch(batch, ["0"], sampling, streamer=streamer, stop=stop, memory=memory)
 
-        return stream_text(generate, WholeTextStreamer(self.processor.tokenizer, self._text))
+        stops = self._stops(sampling)
+        return stream_text(
+            generate, WholeTextStreamer(self.processor.tokenizer, partial(self._text, stop=stops), stops)
+        )
 
     @torch.inference_mode()
     def answer_batch(
@@ -206,11 +216,10 @@ class Predictor:
             stop: ends the answers.
             memory: that the batch, of one prompt, was resumed from.
         """
-        device, template = self.model.device, self.prepare.template
+        device, stops = self.model.device, self._stops(sampling)
         prompts = {name: batch[name].to(device, non_blocking=True) for name in ("input_ids", "attention_mask")}
         length = prompts["input_ids"].shape[1]
         draw = [SeededSampling(sampling, keys, device)] if sampling.temperature else []
-        ends_with_text = bool(template.answer_end and not template.end)
         settings = generate_settings(
             sampling,
             prompt_length=length,
@@ -218,7 +227,8 @@ class Predictor:
             padding=self.processor.tokenizer.pad_token_id,
             forbidden=[self.prepare.image_token_id],
         )
-        settings["stop_strings"] = [template.answer_end] if ends_with_text else None
+        criteria: list[StoppingCriteria] = [StopAtTexts(stops, length, self._written)] if stops else []
+        criteria += [stop] if stop else []
         encode = batch.get("encoded") or EncodedImages(self.model, self.prepare.preprocessing, most_bytes=0)
         with self._turn:
             settings |= self._cache_settings(len(prompts["input_ids"]), length, sampling, memory)
@@ -226,14 +236,13 @@ class Predictor:
                 **prompts,
                 **encode(batch),
                 **settings,
-                tokenizer=self.processor.tokenizer if ends_with_text else None,
                 logits_processor=LogitsProcessorList(draw),
-                stopping_criteria=StoppingCriteriaList([stop] if stop else []),
+                stopping_criteria=StoppingCriteriaList(criteria),
                 streamer=streamer,
             )
         if memory:
             memory.hold(ids[0].tolist())
-        return [self._text(row) for row in ids[:, length:].tolist()]
+        return [self._text(row, stop=stops) for row in ids[:, length:].tolist()]
 
     def _cache_settings(
         self, rows: int, length: int, sampling: SamplingParams, memory: ConversationMemory | None
@@ -255,15 +264,21 @@ class Predictor:
         cache.reset()
         return settings | {CACHE_ARGUMENT: cache}
 
-    def _text(self, ids: Sequence[int]) -> str:
+    def _stops(self, sampling: SamplingParams) -> list[str]:
+        """Texts that end an answer: those asked for, and that of a template whose answers end with no token."""
         template = self.prepare.template
+        return [*sampling.stop, *([template.answer_end] if template.answer_end and not template.end else [])]
+
+    def _written(self, ids: Sequence[int]) -> str:
         # The end is dropped by name: a template's token need not be one of the tokenizer's special ones.
         written = itertools.takewhile(lambda token: token != self.prepare.end, ids)
         text: str = self.processor.tokenizer.decode([*written], skip_special_tokens=True)
+        return text
+
+    def _text(self, ids: Sequence[int], *, stop: Sequence[str] = ()) -> str:
+        text, template = before_texts(self._written(ids), stop), self.prepare.template
         if template.answer_end and template.end:
             text = text.rstrip().removesuffix(template.answer_end)
-        elif template.answer_end:
-            text = text.partition(template.answer_end)[0]
         return text.strip()
 
 

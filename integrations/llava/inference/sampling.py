@@ -39,6 +39,7 @@ class SamplingParams:
         top_p: sample among the likeliest tokens that together have this probability.
         num_beams: width of beam search; 1 is none.
         seed: of sampling.
+        stop: texts at the first of which an answer ends, without it.
     """
 
     max_new_tokens: int = 128
@@ -46,8 +47,12 @@ class SamplingParams:
     top_p: float = 1.0
     num_beams: int = 1
     seed: int = 0
+    stop: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
+        if isinstance(self.stop, str) or not all(isinstance(text, str) and text for text in self.stop):
+            raise InputError(f"stop={self.stop!r} is no list of texts; give texts of at least one character each.")
+        object.__setattr__(self, "stop", tuple(self.stop))
         for name in ("max_new_tokens", "num_beams"):
             if getattr(self, name) < 1:
                 raise InputError(f"{name}={getattr(self, name)} is too small; give at least 1.")
@@ -64,8 +69,10 @@ class SamplingParams:
             )
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON-able values by name."""
-        return asdict(self)
+        """JSON-able values by name; without texts to stop at, none are named, as in files of answers from before."""
+        values = asdict(self)
+        stop = list(values.pop("stop"))
+        return values | ({"stop": stop} if stop else {})
 
 
 def generate_settings(

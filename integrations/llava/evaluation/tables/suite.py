@@ -76,6 +76,7 @@ def evaluate_tasks(
     judge: JudgeMaker | None = None,
     batch_size: int = 32,
     max_new_tokens: int | None = None,
+    stop: Sequence[str] = (),
     device: str | None = None,
     overwrite: bool = False,
     shard: Shard | None = None,
@@ -97,6 +98,7 @@ def evaluate_tasks(
         judge: None leaves judged tasks without a score, and writes what a judge elsewhere takes.
         batch_size: questions at a time.
         max_new_tokens: longest answer; None takes each task's.
+        stop: texts in front of which answers end.
         device: torch device.
         overwrite: ask anew whatever `output` holds of these.
         shard: which of several processes this is.
@@ -142,6 +144,7 @@ def evaluate_tasks(
                 output=place,
                 batch_size=batch_size,
                 max_new_tokens=max_new_tokens,
+                stop=stop,
                 device=device,
                 overwrite=overwrite,
                 shard=shard,

@@ -56,6 +56,7 @@ def test_decoding_and_loading_are_options(run: Path, data_folder: Path, capsys: 
     assert ask(run, *sampled, 1, capsys=capsys) != ask(run, *sampled, 2, capsys=capsys)
     assert ask(run, *question, "--num-beams", 3, capsys=capsys) != greedy
     assert ask(run, *question, "--compile", capsys=capsys) == greedy
+    assert ask(run, *question, "--stop", "§", "--stop", greedy[0][4:6], capsys=capsys) == [greedy[0][:4].strip()]
     assert ask(run, *question, "--dtype", "bf16", "--device", "cpu", capsys=capsys)
 
 

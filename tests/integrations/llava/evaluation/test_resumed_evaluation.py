@@ -65,6 +65,22 @@ def run_it(run: Path, questions: Path, images: Path, output: Path, **options: An
     return evaluation
 
 
+def test_an_evaluation_with_stop_strings_is_another(
+    run: Path, questions: Path, data_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    run_it(run, questions, data_folder, out)
+    text = read_predictions(out / "predictions.jsonl")[0]["prediction"]
+    run_it(run, questions, data_folder, out, stop=(text[1:3],), overwrite=True)
+    assert read_predictions(out / "predictions.jsonl")[0]["prediction"] == text[:1]
+    command = ["--model", run, "--questions", questions, "--image-folder", data_folder, "--output", out]
+    command += ["--max-new-tokens", "4", "--device", "cpu", "--stop"]
+    assert main([*map(str, command), text[1:3]]) == 0
+    with pytest.raises(SystemExit, match="2"):
+        main([*map(str, command), "other"])
+    assert "was answered by another model or under other settings" in capsys.readouterr().err
+
+
 def test_a_killed_evaluation_keeps_its_answers_and_asks_only_what_is_left(
     run: Path, questions: Path, data_folder: Path, tmp_path: Path, counter: Counter
 ) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import re
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from transformers import PreTrainedModel
 
 from integrations.llava.inference.predictor import Predictor, load_predictor
 from integrations.llava.inference.sampling import SamplingParams, SeededSampling
+from integrations.llava.inference.streaming import WholeTextStreamer, before_texts
 from integrations.llava.prompts import get_template, render
 from tests.integrations.llava.inference.answering_parts import PROMPTS, SAMPLED, save_run
 from tests.integrations.llava.tiny_parts import human_and_gpt
@@ -168,6 +170,69 @@ def test_a_template_without_end_token_ends_at_its_text(
     assert predictor.prepare.template == get_template("plain")
     assert predictor(pictures[:1], [""], max_new_tokens=20) == [predictor.processor.tokenizer.decode([300]).strip()]
     assert next(said) == 301
+
+
+# Stop strings
+
+STOPS = ("END", "\n\nUSER:", "STOP")
+
+
+@pytest.mark.parametrize("sampling", [SamplingParams(max_new_tokens=20), SAMPLED], ids=["greedy", "sampled"])
+def test_answers_end_in_front_of_a_stop_string_alone_in_batches_and_streamed(
+    predictor: Predictor, mixture: list[Any], sampling: SamplingParams
+) -> None:
+    keys = ["0"] * len(PROMPTS)  # that of a stream
+    whole = predictor(mixture, PROMPTS, sampling=sampling, keys=keys)
+    # From inside words and over the blank between two, of some answers; and one that none has.
+    stops = [*[answer[3:8] for answer in whole if len(answer) > 12][:3], "nowhere"]
+    stopping = dataclasses.replace(sampling, stop=tuple(stops))
+    expected = [re.split("|".join(map(re.escape, stops)), answer)[0].strip() for answer in whole]
+
+    assert sum(one != other for one, other in zip(whole, expected, strict=True)) >= 3
+    for size in (1, 3, 8):
+        assert predictor(mixture, PROMPTS, sampling=stopping, keys=keys, batch_size=size) == expected
+    for images, prompt, answer in zip(mixture, PROMPTS, expected, strict=True):
+        assert "".join(predictor.stream(images, prompt, sampling=stopping)) == answer
+
+
+def test_a_stop_string_ends_the_generation_and_the_prompt_does_not(
+    predictor: Predictor, pictures: list[Image.Image]
+) -> None:
+    whole = predictor(pictures[:1], ["What?"], max_new_tokens=20)[0]
+    steps: list[int] = []
+    hook = predictor.model.lm_head.register_forward_hook(lambda *_: steps.append(1))
+    early = predictor(pictures[:1], ["What?"], sampling=SamplingParams(20, stop=(whole[4:6],)))
+    hook.remove()
+
+    assert early == [whole[:4].strip()]
+    assert len(steps) < 10
+    # "ASSISTANT:" ends the prompt, and no answer.
+    assert predictor(pictures[:1], ["What?"], sampling=SamplingParams(20, stop=("T:", f":{whole[:2]}"))) == [whole]
+
+
+def test_no_part_of_a_stop_string_is_ever_shown(predictor: Predictor) -> None:
+    tokenizer = predictor.processor.tokenizer
+    streamer = WholeTextStreamer(tokenizer, lambda ids: before_texts("".join(map(chr, ids)), STOPS).strip(), STOPS)
+    streamer.next_tokens_are_prompt = False
+    shown = []
+    for letter in "a STO b END c\n\nUSER: d":
+        streamer.put(torch.tensor([ord(letter)]))
+        while not streamer.text_queue.empty():
+            shown.append(streamer.text_queue.get())
+    assert "".join(shown) == "a STO b"
+    streamer.end()
+    assert streamer.text_queue.get() == ""  # nothing was held back
+
+
+@pytest.mark.parametrize("stop", ["text", ("",), (1,)])
+def test_what_is_no_stop_string_is_refused(stop: Any) -> None:
+    with pytest.raises(ValueError, match="is no list of texts; give texts of at least one character each"):
+        SamplingParams(stop=stop)
+
+
+def test_settings_without_stop_strings_are_those_of_before() -> None:
+    assert "stop" not in SamplingParams().to_dict()
+    assert SamplingParams(stop=["a"]).to_dict()["stop"] == ["a"]  # type: ignore[arg-type]
 
 
 # Streaming
