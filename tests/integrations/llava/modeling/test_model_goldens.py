@@ -167,7 +167,7 @@ def test_the_goldens_checkpoint_without_its_scales_is_refused(
     with pytest.raises(ValueError, match=message):
         convert(source, tmp_path / "ours")
     assert not (tmp_path / "ours").exists()
-    with pytest.raises(ValueError, match="holds a 'llava_llama' model; .* convert"):
+    with pytest.raises(ValueError, match=message):
         load_model(source)
     adapter = tmp_path / "mm_projector.safetensors"
     save_file({name: tensor for name, tensor in weights.items() if "mm_projector" in name}, adapter)

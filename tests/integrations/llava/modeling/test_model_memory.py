@@ -19,7 +19,7 @@ from integrations.llava.config.schema import STAGES, Recipe
 from integrations.llava.modeling import model as model_module
 from integrations.llava.modeling.build import assemble, build_model
 from integrations.llava.modeling.model import FusedLlavaForConditionalGeneration
-from integrations.llava.training.plan import Plan, check_plan
+from integrations.llava.training.plan import Plan, check_plan, open_source
 from integrations.llava.training.run_folder import RunFolder
 from integrations.llava.training.signals import StopRequest
 from layerfuse.backbones import MODULES, Backbone, create_backbone
@@ -158,5 +158,7 @@ def test_config_and_tokenizer_of_the_language_model_are_read_once(
 
     read.clear()
     process = PartialState(cpu=True)
-    check_plan(Plan(tiny_recipe, RunFolder(tmp_path), STAGES, STAGES, None, False, (), StopRequest(), process))
+    folder = RunFolder(tmp_path)
+    source = open_source(tiny_recipe, folder)
+    check_plan(Plan(tiny_recipe, source, folder, STAGES, STAGES, None, False, (), StopRequest(), process))
     assert sorted(read) == ["AutoConfig", "AutoTokenizer"]
