@@ -272,8 +272,10 @@ class FeatureMaps:
         )
         return replace(parts[0], maps=maps, prefix=prefix)
 
-    def save(self, path: str | Path) -> None:
+    def save(self, path: str | Path, metadata: Mapping[str, str] | None = None) -> None:
         """Write tensors and geometry to one safetensors file, whole or not at all; a file of that name is replaced.
+
+        ``metadata`` goes into the file, too.
 
         Raises:
             OSError: if it cannot be written.
@@ -288,11 +290,11 @@ class FeatureMaps:
             for index, tokens in enumerate(group)
         }
         with atomic_file(Path(path)) as file:
-            file.write(save(tensors, {"format": "pt", _GEOMETRY: json.dumps(_geometry(self))}))
+            file.write(save(tensors, {**(metadata or {}), "format": "pt", _GEOMETRY: json.dumps(_geometry(self))}))
 
     @classmethod
-    def load(cls, path: str | Path) -> FeatureMaps:
-        """Return the feature maps of a file that `save` wrote, on the CPU.
+    def load(cls, path: str | Path, images: slice | None = None) -> FeatureMaps:
+        """Return the feature maps of a file that `save` wrote, on the CPU; of ``images`` of the batch only, if given.
 
         Raises:
             FileNotFoundError: if there is no such file.
@@ -300,7 +302,7 @@ class FeatureMaps:
         """
         if not Path(path).is_file():
             raise MissingFileError(f"{path} is no file; give one that FeatureMaps.save wrote.")
-        stored, metadata = read_safetensors(path)
+        stored, metadata = read_safetensors(path, images)
         if _GEOMETRY not in metadata:
             raise InputError(f"{path} holds tensors but no feature maps; give a file that FeatureMaps.save wrote.")
         maps, prefix = (

@@ -15,7 +15,7 @@ import uuid
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 from layerfuse.errors import ExistingFileError, FileAccessError, InputError
 
@@ -32,6 +32,8 @@ __all__ = [
     "interrupted_save",
     "process_is_alive",
     "read_safetensors",
+    "read_safetensors_metadata",
+    "remove_scratch_files",
     "write_text",
 ]
 
@@ -65,8 +67,14 @@ def atomic_file(path: Path, *, flush: bool = True, tidy: bool = False) -> Iterat
     finally:
         scratch.unlink(missing_ok=True)
     if tidy:
-        for left in _left_behind(path.parent, f".{path.name}."):
+        for left in _left_behind(path.parent, glob.escape(f".{path.name}.")):
             left.unlink(missing_ok=True)
+
+
+def remove_scratch_files(folder: Path) -> None:
+    """Remove what processes of this machine left of files in a folder that were killed while they wrote them."""
+    for left in _left_behind(folder, ".*."):
+        left.unlink(missing_ok=True)
 
 
 def write_text(path: Path, text: str) -> None:
@@ -200,9 +208,9 @@ def _own_mark() -> str:
     return f"{socket.gethostname()}-{os.getpid()}-"
 
 
-def _left_behind(folder: Path, prefix: str) -> Iterator[Path]:
-    """Scratch files or folders of processes of this machine that are gone."""
-    for path in folder.glob(f"{glob.escape(prefix + socket.gethostname())}-*-*"):
+def _left_behind(folder: Path, pattern: str) -> Iterator[Path]:
+    """Scratch files or folders of processes of this machine that are gone; their names begin with a pattern."""
+    for path in folder.glob(f"{pattern}{glob.escape(socket.gethostname())}-*-*"):
         process = path.name.rsplit("-", 2)[1]
         if process.isdigit() and not process_is_alive(int(process)):
             yield path
@@ -211,7 +219,7 @@ def _left_behind(folder: Path, prefix: str) -> Iterator[Path]:
 def _remove_leftovers(folder: Path, moved: set[Path]) -> None:
     """Remove what processes of this machine that are gone left behind, but nothing that was not written anew."""
     for prefix in (_SAVING, _REPLACED):
-        for path in _left_behind(folder, prefix):
+        for path in _left_behind(folder, glob.escape(prefix)):
             kept = {file.relative_to(path) for file in path.rglob("*") if not file.is_dir()}
             # Of an earlier model, this may be the only copy, as when a new save wrote no model.
             whole = Path(_CONFIGS[0]) in moved
@@ -270,19 +278,32 @@ def file_digest(path: str | Path) -> bytes:
     return digest.digest()
 
 
-def read_safetensors(path: str | Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
-    """Read all tensors of a safetensors file, on the CPU, and its metadata.
+def read_safetensors(path: str | Path, rows: slice | None = None) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+    """Read all tensors of a safetensors file, on the CPU, and its metadata; of ``rows``, each tensor's first dimension.
 
     Raises:
         FileNotFoundError: if there is no such file.
         ValueError: if it is damaged.
     """
+    with _open_safetensors(path) as file:
+        names = list(file.keys())
+        tensors = {name: file.get_tensor(name) if rows is None else file.get_slice(name)[rows] for name in names}
+        return tensors, file.metadata() or {}
+
+
+def read_safetensors_metadata(path: str | Path) -> dict[str, str]:
+    """Read the metadata of a safetensors file and no tensor; errors are those of `read_safetensors`."""
+    with _open_safetensors(path) as file:
+        return file.metadata() or {}
+
+
+@contextmanager
+def _open_safetensors(path: str | Path) -> Iterator[Any]:
     from safetensors import SafetensorError, safe_open  # brings torch, which a folder of files does not need
 
     try:
         with safe_open(path, framework="pt") as file:
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (this is no dictionary)
-            return tensors, file.metadata() or {}
+            yield file
     except SafetensorError as error:
         raise InputError(f"{path} is not a whole safetensors file ({error}); write or download it anew.") from error
 

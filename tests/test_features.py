@@ -19,6 +19,7 @@ from torch.utils import _pytree as pytree
 
 from layerfuse import FeatureMaps
 from layerfuse.errors import InputError
+from layerfuse.files import read_safetensors_metadata
 from layerfuse.testing import random_features, random_images, tiny_backbone
 
 
@@ -199,6 +200,16 @@ def test_eleven_maps_come_back_in_their_order(tmp_path: Path) -> None:
     features = random_features(2, num_layers=11, grids=(1, 1))
     features.save(tmp_path / "maps.safetensors")
     torch.testing.assert_close(FeatureMaps.load(tmp_path / "maps.safetensors").maps, features.maps, rtol=0, atol=0)
+
+
+def test_some_images_of_a_file_are_read_alone_beside_maps_without_prefix_tokens(tmp_path: Path) -> None:
+    features = random_features(4, num_layers=2, batch_size=5, num_prefix_tokens=1)
+    features = replace(features, prefix=(features.prefix[0], features.prefix[1][:, :0]), sources=(0, 1))
+    features.save(tmp_path / "maps.safetensors", metadata={"of": "noise"})
+    loaded = FeatureMaps.load(tmp_path / "maps.safetensors", images=slice(2, 4))
+    expected = features.map(lambda tokens: tokens[2:4])
+    torch.testing.assert_close((*loaded.maps, *loaded.prefix), (*expected.maps, *expected.prefix), rtol=0, atol=0)
+    assert read_safetensors_metadata(tmp_path / "maps.safetensors")["of"] == "noise"
 
 
 def test_a_save_that_fails_leaves_the_earlier_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

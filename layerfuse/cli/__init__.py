@@ -15,6 +15,7 @@ __all__ = ["main"]
 _COMMANDS = {
     "models": ("layerfuse.cli.models", "list backbones by name: layerfuse models 'timm:*clip*336*'"),
     "inspect": ("layerfuse.cli.inspect", "depth, width, grid of a backbone, and what fusers cost on it"),
+    "extract": ("layerfuse.cli.extract", "feature maps of a folder of pictures, into a store on disk"),
 }
 
 
