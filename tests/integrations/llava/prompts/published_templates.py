@@ -6,11 +6,14 @@ in the comment, since nothing here gives any.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
+
+from tests.integrations.llava.tiny_parts import make_tokenizer
 
 __all__ = ["PUBLISHED", "Published", "family_tokenizer"]
 
@@ -226,12 +229,20 @@ PUBLISHED: Mapping[str, Published] = {
 """Short name -> template."""
 
 
-def family_tokenizer(own: Published) -> PreTrainedTokenizerFast:
-    """A byte-level tokenizer with a family's control tokens, and its way of beginning a text."""
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    tokenizer = Tokenizer(models.BPE({letter: index for index, letter in enumerate(alphabet)}, []))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
+def family_tokenizer(own: Published, *, sentencepiece: bool = False) -> PreTrainedTokenizerFast:
+    """A tokenizer with a family's control tokens, and its way of beginning a text.
+
+    It is byte-level, as GPT-2's, and knows no unknown token; or of SentencePiece's kind, and does.
+    """
+    if sentencepiece:
+        description = json.loads(make_tokenizer("llama").backend_tokenizer.to_str())
+        description.update(post_processor=None, added_tokens=[])
+        tokenizer = Tokenizer.from_str(json.dumps(description))
+    else:
+        alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+        tokenizer = Tokenizer(models.BPE({letter: index for index, letter in enumerate(alphabet)}, []))
+        tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        tokenizer.decoder = decoders.ByteLevel()
     ends = [token for token in dict.fromkeys((own.bos, own.eos)) if token]
     tokenizer.add_special_tokens([AddedToken(token, special=True) for token in ends])
     tokens = [AddedToken(token, special="think" not in token, rstrip=own.eats) for token in own.tokens]
@@ -239,7 +250,7 @@ def family_tokenizer(own: Published) -> PreTrainedTokenizerFast:
     if own.bos and own.adds_bos:
         single = [(own.bos, tokenizer.token_to_id(own.bos))]
         tokenizer.post_processor = processors.TemplateProcessing(single=f"{own.bos} $A", special_tokens=single)
-    special = {"bos_token": own.bos} if own.bos else {}
+    special = ({"bos_token": own.bos} if own.bos else {}) | ({"unk_token": "<unk>"} if sentencepiece else {})
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, eos_token=own.eos, chat_template=own.jinja, padding_side="left", **special
     )
