@@ -84,7 +84,7 @@ def _parser() -> argparse.ArgumentParser:
         metavar="MODEL",
         help="folder of a model to go on from: a finished run, or a checkpoint of any layout that convert reads",
     )
-    add("--output", help="folder of the run (default: runs/RECIPE, or runs/MODEL)")
+    add("--output", help="folder of the run (default: runs/RECIPE, or runs/from_MODEL)")
     add(
         "--data",
         nargs="+",
@@ -135,7 +135,8 @@ def _asked(arguments: argparse.Namespace, overrides: Mapping[str, Any]) -> tuple
         )
     start = {"model.checkpoint": checkpoint} if checkpoint else {}
     plain = load_recipe(recipe, start)
-    output = arguments.output or f"runs/{plain.name or Path(plain.model.checkpoint).resolve().name}"
+    start_name = Path(plain.model.checkpoint).resolve().name
+    output = arguments.output or f"runs/{f'from_{start_name}' if plain.model.checkpoint else plain.name}"
     stages = arguments.stages or default_stages(plain, RunFolder(output))
     return load_recipe(recipe, {**start, **_data_overrides(arguments, stages), **overrides}), stages, output
 

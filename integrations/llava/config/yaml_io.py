@@ -55,8 +55,8 @@ def load_recipe(recipe: str | Path | None = None, overrides: Mapping[str, Any] |
     Args:
         recipe: name of a recipe of this package, or path of a YAML file; None for the defaults alone.
         overrides: dotted key -> value, such as {"finetune.learning_rate": 1e-5}; they win over the file.
-            {"model.checkpoint": folder} goes on from a model: of the file, the settings of its stages count, but
-            neither its model nor its templates and image modes, which are the checkpoint's own.
+            {"model.checkpoint": folder} goes on from a model: of a file for another one, the settings of its stages
+            count, but neither its model nor its templates and image modes, which are the checkpoint's own.
 
     Raises:
         ValueError: if the recipe, a key or a value is not allowed; keys are suggested.
@@ -68,7 +68,7 @@ def load_recipe(recipe: str | Path | None = None, overrides: Mapping[str, Any] |
     start = (overrides or {}).get("model.checkpoint") or _checkpoint(values)
     if start:
         _refuse_parts(overrides or {})
-        values = values if _checkpoint(values) else _settings_of_stages(values)
+        values = values if _checkpoint(values) == start else _settings_of_stages(values)
         defaults = _nest(defaults, dict.fromkeys(STAGES, _OWN), Recipe)
     merged = _merge(defaults, values)
     options = tuple(f"model.{name}" for name in _BELONG_TO)

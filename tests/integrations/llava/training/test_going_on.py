@@ -108,6 +108,9 @@ def test_a_recipe_file_may_name_its_model_and_what_it_says_besides_counts(brief:
 
     assert recipe.model.checkpoint == str(tmp_path / "model") and recipe.finetune.template == "v1"
     assert recipe.pretrain.template == "model" and recipe.finetune.precision == "bf16"
+    other = load_recipe(file, {"model.checkpoint": str(brief)})
+    assert other.model.checkpoint == str(brief) and other.finetune.template == "model"
+    assert other.finetune.precision == "bf16"
 
 
 @pytest.mark.parametrize("quantize", ["none", "int8", "nf4"])
@@ -242,6 +245,26 @@ def test_a_command_that_says_neither_recipe_nor_model_is_told_so(
 ) -> None:
     assert train_command.main(["--output", str(tmp_path / "run")]) == 2
     assert "nothing says what to train; name a recipe (--recipe)" in capsys.readouterr().err
+
+
+def test_a_run_has_a_folder_that_is_not_its_model_s(
+    brief: Path, data_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(brief, tmp_path / "runs" / "mine")
+    again = [
+        "--recipe",
+        "mmfuser_7b",
+        "--from",
+        "runs/mine",
+        "--finetune.precision",
+        "fp32",
+        "--finetune.num_workers",
+        "0",
+    ]
+    assert train_command.main(command(data_folder, *again, "--finetune.micro_batch_size", "4")) == 0
+    assert RunFolder("runs/from_mine").finished == ("finetune",)
+    assert content(tmp_path / "runs" / "mine") == content(brief)
 
 
 def test_a_dry_run_knows_the_model(brief: Path, data_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
