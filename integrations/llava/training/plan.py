@@ -242,6 +242,8 @@ def check_plan(plan: Plan) -> None:
                 compiled=config.compile,
                 cached=bool(config.feature_cache),
             )
+            if not config.data.path:
+                raise InputError(f"no data; give --{name}.data.path FILE and --{name}.data.image_folder FOLDER.")
             captions = plan.source.template(config).caption_only
             check_validation(config, () if captions else plan.scores, num_processes=num_processes)
             check_named_settings(config)
@@ -250,8 +252,6 @@ def check_plan(plan: Plan) -> None:
             quantization = quantization_config(config.lora.quantize, torch.float32)
             if quantization and not (recipe.model.llm_pretrained or plan.source.has_connector):
                 raise InputError("quantised weights need a pretrained language model; set model.llm_pretrained.")
-            if not config.data.path:
-                raise InputError(f"no data; give --{name}.data.path FILE and --{name}.data.image_folder FOLDER.")
     for name in plan.left:
         with _named(name):
             config = recipe.stage(name)
