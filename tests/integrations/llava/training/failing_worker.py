@@ -34,14 +34,14 @@ PLACES: dict[str, tuple[tuple[str, str, int], tuple[str, str, int]]] = {
         ("integrations.llava.training.stage", "usable_indices", 1),
         ("integrations.llava.training.stage", "read_samples", 1),
     ),
-    "build": (("integrations.llava.training.stage", "assemble", 1),) * 2,
+    "build": (("integrations.llava.modeling.source", "assemble", 1),) * 2,
     "step": (("integrations.llava.data.dataset.ConversationDataset", "__getitem__", 3),) * 2,
     "checkpoint": (
         ("integrations.llava.training.resume", "save_file", 2),
         ("integrations.llava.training.trainer.LlavaTrainer", "_save_rng_state", 1),
     ),
     "finish": (
-        ("integrations.llava.training.stage", "save_model", 1),
+        ("integrations.llava.training.result", "save_model", 1),
         ("integrations.llava.training.stage", "forget_engine", 2),
     ),
 }
