@@ -144,7 +144,7 @@ def _asked(arguments: argparse.Namespace, overrides: Mapping[str, Any]) -> tuple
 def _add_evaluation_options(parser: argparse.ArgumentParser) -> None:
     """Add the options that say what a stage is measured on while it trains."""
     add = parser.add_argument_group("evaluation while training").add_argument
-    add("--eval-data", nargs="+", metavar="FILE", help="held-out samples: one file for all stages, or one a stage")
+    add("--eval-data", nargs="+", metavar="FILE", help="held-out samples, in the forms of --data")
     add("--eval-image-folder", nargs="+", metavar="DIR", help="folder of their images (default: that of the data)")
     add("--eval-every", type=int, metavar="STEPS", help="steps between evaluations (default: a tenth of a stage's)")
     add("--eval-task", metavar="NAME", help="a task whose score is measured, too, in stages that ask questions")
@@ -172,7 +172,7 @@ def _data_overrides(arguments: argparse.Namespace, asked: Sequence[str]) -> dict
     }
     for option, key in options.items():
         values = getattr(arguments, option) or []
-        if option == "data" and len(stages) == 1 and len(values) > 1:
+        if option in ("data", "eval_data") and len(stages) == 1 and len(values) > 1:
             values = [values]
         if len(values) == 1:
             values = values * len(stages)

@@ -14,7 +14,7 @@ class ValidationConfig(Checked):
     """Held-out samples on which a stage is measured while it trains, and what follows from the numbers.
 
     Attributes:
-        path: data file of held-out samples, in a form that `data.path` may have; empty: none.
+        path: held-out samples, in a form that `data.path` may have, or several; empty: none.
         image_folder: folder that their images' names are relative to; empty: that of the stage's own data.
         every: optimizer steps between two evaluations; None: a tenth of the stage's steps. The last step is evaluated
             in any case.
@@ -25,7 +25,7 @@ class ValidationConfig(Checked):
             does before its last step.
     """
 
-    path: str = ""
+    path: str | tuple[str, ...] = ""
     image_folder: str = ""
     every: Count | None = None
     at_start: bool = False

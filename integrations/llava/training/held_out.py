@@ -45,7 +45,7 @@ def held_out_samples(config: StageConfig, template: Template) -> Sequence[Sample
 
     def look() -> np.ndarray:
         usable, _ = usable_indices(
-            read_samples(validation.path),
+            read_samples(validation.path, seed=config.seed),
             image_folder=validation.image_folder or data.image_folder,
             template=template,
             check_images=data.check_images,
@@ -56,8 +56,8 @@ def held_out_samples(config: StageConfig, template: Template) -> Sequence[Sample
     try:
         usable = on_main(look)
     except InputError as error:
-        raise InputError(f"held-out samples, {validation.path}: {error}") from error
-    return select_samples(read_samples(validation.path), usable)
+        raise InputError(f"held-out samples (validation.path): {error}") from error
+    return select_samples(read_samples(validation.path, seed=config.seed), usable)
 
 
 @torch.no_grad()

@@ -58,10 +58,18 @@ def finetuned(recipe: Recipe, **changes: Any) -> Recipe:
 
 
 def watched(
-    recipe: Recipe, path: Path | str = "", *, changes: Mapping[str, Any] | None = None, **settings: Any
+    recipe: Recipe,
+    path: Path | str | tuple[str, ...] = "",
+    *,
+    changes: Mapping[str, Any] | None = None,
+    **settings: Any,
 ) -> Recipe:
     """The recipe with these settings of its finetune's validation."""
-    return finetuned(recipe, validation=ValidationConfig(path=str(path), **settings), **(changes or {}))
+    return finetuned(
+        recipe,
+        validation=ValidationConfig(path=path if isinstance(path, tuple) else str(path), **settings),
+        **(changes or {}),
+    )
 
 
 def finetune(recipe: Recipe, folder: Path, *callbacks: TrainerCallback, scores: Sequence[Score] = ()) -> Path:
@@ -128,14 +136,23 @@ def test_losses_are_the_same_bits_with_and_without_validation(recipe: Recipe, he
     assert_same_weights(seen, plain)
 
 
-@pytest.mark.parametrize("padding_free", [False, True])
+@pytest.mark.parametrize(("padding_free", "in_files"), [(False, False), (True, True)])
 def test_the_loss_is_the_mean_over_all_supervised_tokens_and_over_those_of_each_source(
-    padding_free: bool, recipe: Recipe, held_out: Path, data_folder: Path, tmp_path: Path
+    padding_free: bool, in_files: bool, recipe: Recipe, held_out: Path, data_folder: Path, tmp_path: Path
 ) -> None:
+    """A source is what samples name, or else the file that they are in."""
     from integrations.llava.data import Collator, ConversationDataset, read_samples
     from integrations.llava.prompts import TextEncoder, get_template
 
-    folder = finetune(watched(recipe, held_out, every=3, changes={"padding_free": padding_free}), tmp_path / "run")
+    path: str | tuple[str, ...] = str(held_out)
+    if in_files:
+        path = tuple(str(tmp_path / name) for name in ("seen", "read"))
+        for name in ("seen", "read"):
+            own = [sample for sample in json.loads(held_out.read_text()) if sample["source"] == name]
+            (tmp_path / name).write_text(
+                json.dumps([{k: v for k, v in sample.items() if k != "source"} for sample in own])
+            )
+    folder = finetune(watched(recipe, path, every=3, changes={"padding_free": padding_free}), tmp_path / "run")
     assert list(evaluations(folder)) == [3, 4]
 
     model, tokenizer = load_model(folder).eval(), _tokenizer(folder)
@@ -346,7 +363,7 @@ def test_a_score_is_refused_where_no_process_has_the_whole_model(recipe: Recipe)
 def test_faults_of_held_out_samples_are_said_before_a_step_is_made(recipe: Recipe, tmp_path: Path) -> None:
     file = tmp_path / "held_out.json"
     file.write_text(json.dumps([{"id": "x", "image": "none.png", "conversations": human_and_gpt("<image>\nHm?", "a")}]))
-    with pytest.raises(ValueError, match=rf"held-out samples, {file}: 1 problems in the data .*"):
+    with pytest.raises(ValueError, match=r"held-out samples \(validation.path\): 1 problems in the data .*"):
         finetune(watched(recipe, file), tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
