@@ -13,6 +13,7 @@ from integrations.llava.data import read_samples, survey_samples
 from integrations.llava.data.dialects import as_sample, with_label
 from integrations.llava.prompts import get_template
 from tests.integrations.llava.tiny_parts import human_and_gpt
+from tests.source_support import ROOT
 
 ONE = {"id": 1, "image": "a.png", "conversations": human_and_gpt("<image>\nWhat?", "A.")}
 TWO = {"id": 1, "image": ["a.png", "b.png"], "conversations": human_and_gpt("<image>\nand\n<image>\nWhat?", "A.")}
@@ -141,3 +142,18 @@ def test_a_text_about_video_tags_is_no_video(tmp_path: Path) -> None:
     sample = {"conversations": human_and_gpt("How do I use <video> in HTML?\n<video>x</video>", "<video>")}
 
     assert not survey_samples([sample], image_folder=tmp_path, template=get_template("v1"), workers=1).findings
+
+
+def test_the_pages_ways_to_write_a_sample_are_read(tmp_path: Path) -> None:
+    page = (ROOT / "docs" / "data.md").read_text(encoding="utf-8")
+    rows = [json.loads(line) for line in page.partition("```json\n")[2].partition("```")[0].splitlines()]
+    (tmp_path / "coco").mkdir()
+    Image.new("RGB", (9, 9)).save(tmp_path / "coco" / "1.jpg")
+    (tmp_path / "a.json").write_text(json.dumps(rows))
+    samples = read_samples(tmp_path / "a.json")
+    survey = survey_samples(samples, image_folder=tmp_path, template=get_template("v1"), warnings=False, workers=1)
+
+    assert len(rows) == 6 and not survey.findings
+    assert all(sample["image"] == "coco/1.jpg" for sample in samples)
+    asked = {sample["conversations"][-2]["value"] for sample in samples}
+    assert asked == {"<image>\nWhat is this?", "<image>"}
