@@ -83,6 +83,11 @@ class DataConfig(Checked):
     check_images: Literal["decode", "size", "none"] = "size"
     bad_samples: Literal["fail", "skip"] = "fail"
 
+    @property
+    def sources(self) -> tuple[str, ...]:
+        """What `path` names, one or several."""
+        return (self.path,) if isinstance(self.path, str) else self.path
+
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.cache_images:

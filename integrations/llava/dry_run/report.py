@@ -263,7 +263,7 @@ def _data(report: Report) -> Iterator[str]:
         if stage.survey is None:
             yield f"  {stage.name}: not given; --data FILE --image-folder FOLDER checks them"
             continue
-        yield f"  {stage.name}: {stage.config.data.path}: {verdict(stage.survey)}"
+        yield f"  {stage.name}: {' '.join(stage.config.data.sources)}: {verdict(stage.survey)}"
         if stage.survey.findings:
             yield textwrap.indent(findings_table(stage.survey), "  ")
 

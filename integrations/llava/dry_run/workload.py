@@ -108,8 +108,7 @@ def measured_workload(
         layout: of the model. Where an image's size matters, it is read from the head of its file, and that of a file
             that cannot be read is the model's own. Where not, a sample has one image or none.
     """
-    words, own = sample_lengths(samples), config.data.path
-    paths = [own] if isinstance(own, str) else own
+    words = sample_lengths(samples)
     images, tokens = (words > 0).astype(int), layout.num_tokens() * (words > 0)
     tiles = images * layout.num_tiles()
     if layout.depends_on_size:
@@ -124,7 +123,7 @@ def measured_workload(
         image_tokens=float(tokens.mean()),
         text_tokens=float((lengths - tokens).mean()),
         longest=round(float(lengths.max())),
-        origin=f"measured on {' and '.join(paths)}, {TOKENS_PER_WORD} tokens a word",
+        origin=f"measured on {' '.join(config.data.sources)}, {TOKENS_PER_WORD} tokens a word",
         tiles=float(tiles.mean()),
     )
 

@@ -169,7 +169,8 @@ class _Book:
             self._sample_of.append(index)
         if self.warnings and checked.has_id:
             first = self._first_use.setdefault(checked.sample_id, index)
-            if first != index:
+            # Of a mix, a sample may come twice, with its place.
+            if first != index and self.samples.place(first) != self.samples.place(index):
                 fault = Fault("duplicate_id", f"has the id of {self.samples.place(first)}")
                 self._add(index, checked.sample_id, checked.source, fault)
 

@@ -288,6 +288,8 @@ def test_the_doctor_checks_mixes_and_says_what_fix_cannot_do(
     said = capsys.readouterr().out
     assert "data.tar     " in said and "300 of 300 samples can be used" in said
     assert "data.parquet, row" in said and "has the id of data.tar, sample" in said
+    assert main(["check", "--data", f"{tar}:2.5"]) == 0
+    assert "500 samples, nothing found" in capsys.readouterr().out  # what comes twice is no second use of an id
     assert main(["check", "--data", tar, "--fix"]) == 1
     assert "--fix writes one json or jsonl file anew, and" in (said := capsys.readouterr().err)
     assert f"data convert {tar} OUT --bad-samples skip" in said

@@ -8,12 +8,13 @@ import random
 import signal
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from integrations.llava.cli import train as train_command
 from integrations.llava.config.schema import Recipe
-from integrations.llava.config.yaml_io import dump_recipe, load_recipe
+from integrations.llava.config.yaml_io import dump_recipe, load_recipe, parse_overrides
 from integrations.llava.training import train
 from integrations.llava.training.signals import RunInterrupted
 from tests.integrations.llava.data.forms_support import FORMS, samples_about
@@ -109,7 +110,7 @@ def test_an_edit_of_images_inside_a_file_is_noticed(tiny_recipe: Recipe, tmp_pat
 
 
 def test_several_data_of_one_stage_are_a_mix_and_their_numbers_are_said(
-    tiny_recipe: Recipe, written: dict[str, Path], tmp_path: Path, caplog: pytest.LogCaptureFixture
+    tiny_recipe: Recipe, written: dict[str, Path], tmp_path: Path, caplog: pytest.LogCaptureFixture, capsys: Any
 ) -> None:
     (tmp_path / "recipe.yaml").write_text(dump_recipe(recipe_on(tiny_recipe, written, "json", steps=2)))
     common = ["--recipe", str(tmp_path / "recipe.yaml"), "--stages", "pretrain"]
@@ -121,8 +122,22 @@ def test_several_data_of_one_stage_are_a_mix_and_their_numbers_are_said(
     assert f"stage pretrain: {said}" in caplog.messages
     stage = load_recipe(tmp_path / "run" / "recipe.yaml").pretrain
     assert stage.data.path == tuple(mix)
-    # A run that was begun by the command line goes on by its recipe.
     assert len(rows(tmp_path / "run")) == 2
+    assert train_command.main([*common, "--data", *mix, "--dry-run"]) == 0
+    said = " ".join(capsys.readouterr().out.split())
+    assert f"pretrain: {' '.join(mix)}:" in said and "520 of 520 samples can be used" in said
+
+
+def test_a_recipe_lists_a_mix(tmp_path: Path) -> None:
+    (tmp_path / "a.yaml").write_text("base: mmfuser_7b\npretrain: {data: {path: [./a.json:0.5, b.tar]}}\n")
+    paths = (f"{tmp_path.resolve()}/a.json:0.5", "b.tar")
+    given = parse_overrides(["--finetune.data.path", "a.json:0.5", "b.tar", "--pretrain.data.path", "a.json"])
+
+    assert load_recipe(tmp_path / "a.yaml").pretrain.data.path == paths
+    recipe = load_recipe("mmfuser_7b", given)
+    assert (recipe.finetune.data.path, recipe.pretrain.data.path) == (("a.json:0.5", "b.tar"), "a.json")
+    (tmp_path / "b.yaml").write_text(dump_recipe(recipe))
+    assert load_recipe(tmp_path / "b.yaml") == recipe
 
 
 def test_several_data_for_both_stages_are_one_each(tiny_recipe: Recipe, tmp_path: Path) -> None:
