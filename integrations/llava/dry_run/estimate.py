@@ -132,7 +132,7 @@ def _stage_report(
         workload = measured_workload(samples, config, model.config.layout, template)
     else:
         survey, workload = None, assumed_workload(name, config, model.config.layout, template)
-    tiles, tokens, longest = workload.tiles, workload.tokens, workload.longest
+    tiles, tokens, longest = workload.tiles, workload.tokens + (workload.padding or 0.0), workload.longest
     flops = sample_flops(
         model,
         facts,

@@ -34,8 +34,9 @@ _PUBLISHED_TOKENS = 576
 _ASSUMPTIONS = (
     "Operations: 2 per weight and token forward; backward 2 for gradients passed on and 2 for weights that learn; "
     "attention 4 T² per channel, twice that backward; checkpointing repeats the language model's blocks. A frozen "
-    "language model still passes gradients on to projector and fuser. Padding is not counted. All text has labels, and "
-    "with cross_entropy chunked only text has logits, which are computed twice.",
+    "language model still passes gradients on to projector and fuser. Padding is counted where data are given, as "
+    "micro batches on one GPU have it. All text has labels, and with cross_entropy chunked only text has logits, which "
+    "are computed twice.",
     "Memory: a micro batch of the longest samples; trained parameters, gradients and AdamW's two states in float32, "
     "frozen parameters in the computing precision. Copies are bf16 weights that autocast or an engine makes. The peak "
     "is the largest moment of a step, not the sum of the columns.",
@@ -148,13 +149,13 @@ def _parameters(report: Report) -> Iterator[str]:
 
 def _steps(report: Report) -> Iterator[str]:
     yield _title("Samples and steps")
-    rows = [["stage", "samples", "tokens", "image", "text", "longest", "epochs", "batch", "steps"]]
+    rows = [["stage", "samples", "tokens", "image", "text", "padding", "longest", "epochs", "batch", "steps"]]
     origins: dict[str, list[str]] = {}
     for stage in report.stages:
         config, work = stage.config, stage.workload
-        lengths = (work.samples, work.tokens, work.image_tokens, work.text_tokens, work.longest)
+        lengths = (work.samples, work.tokens, work.image_tokens, work.text_tokens, work.padding, work.longest)
         epochs = f"{config.epochs:g}" if config.max_steps is None else "–"
-        numbers = [f"{length:,.0f}" for length in lengths]
+        numbers = ["–" if length is None else f"{length:,.0f}" for length in lengths]
         rows.append([stage.name, *numbers, epochs, f"{config.batch_size:,}", f"{stage.steps:,}"])
         origins.setdefault(work.origin, []).append(stage.name)
     yield from _table(rows)

@@ -20,7 +20,13 @@ from dataclasses import dataclass
 import numpy as np
 
 from integrations.llava.config import StageConfig
-from integrations.llava.data import Sample, sample_image_sizes, sample_lengths
+from integrations.llava.data import (
+    ModalityLengthSampler,
+    Sample,
+    ShuffleSampler,
+    sample_image_sizes,
+    sample_lengths,
+)
 from integrations.llava.image_layout import ImageLayout
 from integrations.llava.prompts import Template
 
@@ -57,6 +63,8 @@ class Workload:
         longest: tokens of the longest sample, images included, after cutting to `max_length`.
         origin: where these numbers come from.
         tiles: per sample, on average: pictures that the backbone sees, one an image unless the layout cuts it.
+        padding: per sample, on average: positions that fill its micro batch up to the longest sample, of the first
+            epoch on one GPU; None where lengths are assumed and batches have padding.
     """
 
     samples: int
@@ -66,6 +74,7 @@ class Workload:
     longest: int
     origin: str
     tiles: float
+    padding: float | None
 
     @property
     def tokens(self) -> float:
@@ -93,6 +102,7 @@ def assumed_workload(name: str, config: StageConfig, layout: ImageLayout, templa
         origin=f"{'published number of samples' if steps is None else 'samples of max_steps'}, assumed lengths"
         + ("" if size is None else f", each with an image of {size[0]} x {size[1]} pixels, the most tokens there are"),
         tiles=float(layout.num_tiles(size)),
+        padding=0.0 if config.padding_free else None,
     )
 
 
@@ -125,7 +135,23 @@ def measured_workload(
         longest=round(float(lengths.max())),
         origin=f"measured on {' '.join(config.data.sources)}, {TOKENS_PER_WORD} tokens a word",
         tiles=float(tiles.mean()),
+        padding=0.0 if config.padding_free else _padding(lengths, words, config),
     )
+
+
+def _padding(lengths: np.ndarray, words: np.ndarray, config: StageConfig) -> float:
+    """Count the positions of an average sample's micro batch that are beyond its own."""
+    micro_batch, accumulation = config.batches()
+    sampler = ShuffleSampler(len(lengths), seed=config.seed)
+    if config.group_by_modality:
+        # Nothing is as short as 0, which would say neither that there is an image nor that there is none.
+        grouped = np.maximum(lengths, 1) * np.where(words < 0, -1, 1)
+        sampler = ModalityLengthSampler(
+            grouped.tolist(), batch_size=micro_batch, world_size=accumulation, seed=config.seed
+        )
+    ordered = lengths[list(sampler)]
+    longest = np.maximum.reduceat(ordered, np.arange(0, len(ordered), micro_batch))
+    return float((np.repeat(longest, micro_batch)[: len(ordered)] - ordered).mean())
 
 
 def optimizer_steps(samples: int, config: StageConfig, *, num_processes: int = 1) -> int:

@@ -6,6 +6,7 @@ import json
 import re
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from transformers import AutoTokenizer
@@ -138,6 +139,42 @@ def test_a_template_that_does_not_fit_the_language_model_is_said(tiny_recipe: Re
 def test_a_template_of_a_tokenizer_that_is_not_at_hand_is_refused() -> None:
     with pytest.raises(ValueError, match="made of the language model's tokenizer, which is not at hand"):
         dry_run(load_recipe("mmfuser_7b", {"finetune.template": "tokenizer"}))
+
+
+def test_padding_is_that_of_the_samplers_batches_and_gone_without_it(data_folder: Path, tmp_path: Path) -> None:
+    """Operations grow with it; memory, of a micro batch of the longest samples, does not."""
+    samples = json.loads((data_folder / "pretrain.json").read_text())[:4]
+    for sample, count in zip(samples, (10, 20, 30, 40), strict=True):
+        sample["conversations"] = human_and_gpt("<image>", " ".join(["one"] * (count - 1)))
+    file = tmp_path / "lengths.json"
+    file.write_text(json.dumps(samples))
+    values: dict[str, Any] = {"data.path": str(file), "data.image_folder": str(data_folder), "batch_size": 4}
+
+    def stage(**changes: Any) -> Any:
+        given = {f"pretrain.{key}": value for key, value in (values | changes).items()}
+        return dry_run(load_recipe("mmfuser_7b", given), stages=["pretrain"], num_gpus=[1]).stages[0]
+
+    whole, dealt, free = (
+        stage(micro_batch_size=4),
+        stage(micro_batch_size=2, group_by_modality=True),
+        stage(micro_batch_size=4, padding_free=True),
+    )
+    assert whole.workload.padding == pytest.approx(15 * TOKENS_PER_WORD)
+    # The published sampler gives both micro batches as many words: the longest goes with the shortest.
+    assert dealt.workload.padding == pytest.approx(10 * TOKENS_PER_WORD)
+    assert free.workload.padding == 0
+    assert free.run_flops < whole.run_flops and free.flops["backbone"] == whole.flops["backbone"]
+    longer = (whole.workload.tokens + whole.workload.padding) / free.workload.tokens
+    assert whole.flops["llm"].forward / free.flops["llm"].forward == pytest.approx(longer, rel=2e-3)
+    assert [memory.peak for memory in free.memory] == [memory.peak for memory in whole.memory]
+
+
+def test_padding_of_assumed_lengths_is_not_known() -> None:
+    values = {"pretrain.padding_free": True}
+    page = render(dry_run(load_recipe("mmfuser_7b", values)))
+
+    assert rows(page, "Samples and steps")["pretrain"][4] == "0"
+    assert rows(page, "Samples and steps")["finetune"][4] == "–"
 
 
 def test_small_runs_are_written_in_small_units() -> None:
