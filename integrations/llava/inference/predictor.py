@@ -223,7 +223,7 @@ class Predictor:
         settings = generate_settings(
             sampling,
             prompt_length=length,
-            end=self.prepare.end,
+            ends=self.prepare.ends,
             padding=self.processor.tokenizer.pad_token_id,
             forbidden=[self.prepare.image_token_id],
         )
@@ -271,7 +271,7 @@ class Predictor:
 
     def _written(self, ids: Sequence[int]) -> str:
         # The end is dropped by name: a template's token need not be one of the tokenizer's special ones.
-        written = itertools.takewhile(lambda token: token != self.prepare.end, ids)
+        written = itertools.takewhile(lambda token: token not in self.prepare.ends, ids)
         text: str = self.processor.tokenizer.decode([*written], skip_special_tokens=True)
         return text
 

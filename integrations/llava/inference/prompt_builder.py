@@ -70,8 +70,8 @@ class Preparer:
         assert isinstance(config.text_config, PreTrainedConfig)
         self.template = Template.from_dict(config.prompt_template)
         self.encoder = TextEncoder(processor.tokenizer, self.template.control_tokens)
-        # What ends an answer; of a template whose answers end with a text, what ends any text.
-        (self.end,) = self.encoder.control(self.template.end or EOS)
+        # What ends an answer, and what ends any text, as `end_answers` tells transformers.
+        self.ends = [*dict.fromkeys(self.encoder.control(self.template.end or EOS) + self.encoder.control(EOS))]
         self.preprocessing = preprocessing_from_dict(processor.image_processor.preprocessing, upright=True)
         self.layout = config.layout
         self.with_condition = config.reads_questions
@@ -83,7 +83,7 @@ class Preparer:
         tokenizer = processor.tokenizer
         # Truncation and padding are states of a tokenizer that was used; no prompt is written with them.
         spelling = json.loads(tokenizer.backend_tokenizer.to_str()) | {"truncation": None, "padding": None}
-        numbers = [self.image_token_id, self.layout.num_tokens(), self.encoder.begin, self.end]
+        numbers = [self.image_token_id, self.layout.num_tokens(), self.encoder.begin, self.ends[0]]
         read = [self.template.to_dict(), self.preprocessing.to_dict(), numbers, sorted(tokenizer.all_special_ids)]
         read += [self.layout.config] if self.layout.depends_on_size else []
         return hashlib.sha256(json.dumps([read, spelling], sort_keys=True).encode()).hexdigest()[:12]

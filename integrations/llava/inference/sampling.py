@@ -76,7 +76,7 @@ class SamplingParams:
 
 
 def generate_settings(
-    sampling: SamplingParams, *, prompt_length: int, end: int, padding: int, forbidden: Sequence[int]
+    sampling: SamplingParams, *, prompt_length: int, ends: Sequence[int], padding: int, forbidden: Sequence[int]
 ) -> dict[str, Any]:
     """Write out every setting of transformers' `generate`, so that none of a language model's own config acts.
 
@@ -92,7 +92,7 @@ def generate_settings(
         # Not `max_new_tokens`: with the default `max_length`, transformers would warn in every batch.
         "max_length": prompt_length + sampling.max_new_tokens,
         "num_beams": sampling.num_beams,
-        "eos_token_id": end,
+        "eos_token_id": [*ends],
         "pad_token_id": padding,
         "suppress_tokens": list(forbidden) or None,
         "renormalize_logits": sampling.num_beams > 1,

@@ -184,7 +184,8 @@ def test_a_family_trains_on_its_own_spans_and_answers_end_where_it_was_taught(
     predictor = load_predictor(folder)
     asked = predictor.prepare(picture, "What number is it?")
     assert torch.equal(batch["input_ids"][0], asked["input_ids"])
-    assert predictor.prepare.end == end
+    assert predictor.prepare.ends[0] == end
+    assert {*predictor.prepare.ends} == {*(taught if isinstance(taught, list) else [taught])}
 
     word = tokenizer("x", add_special_tokens=False).input_ids[-1]
     answer = model.generate(**batch, max_new_tokens=9, logits_processor=LogitsProcessorList([Says(word, end)]))
