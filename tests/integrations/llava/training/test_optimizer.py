@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from packaging.version import Version
 from safetensors.torch import load_file
 from torch import nn
 from transformers import Trainer, TrainingArguments
@@ -24,6 +26,9 @@ from tests.integrations.llava.training.test_resume import StopAt, rows
 from tests.integrations.llava.training.test_run_starts import changed
 
 CPU = torch.device("cpu")
+eight_bits_on_cpu = pytest.mark.skipif(
+    Version(metadata.version("bitsandbytes")) < Version("0.50"), reason="bitsandbytes before 0.50 has it on GPUs only"
+)
 
 
 def arguments(**given: Any) -> TrainingArguments:
@@ -88,7 +93,12 @@ def test_layer_decay_needs_a_backbone_that_learns(tiny_recipe: Recipe) -> None:
 
 @pytest.mark.parametrize(
     ("name", "options", "each"),
-    [("adamw_torch", {}, 8), ("sgd", {"momentum": 0.9}, 4), ("adafactor", {}, 0.125), ("adamw_8bit", {}, 2.5)],
+    [
+        ("adamw_torch", {}, 8),
+        ("sgd", {"momentum": 0.9}, 4),
+        ("adafactor", {}, 0.125),
+        pytest.param("adamw_8bit", {}, 2.5, marks=eight_bits_on_cpu),
+    ],
 )
 def test_an_optimizer_of_transformers_goes_on_from_a_checkpoint_as_it_was(
     name: str, options: dict[str, Any], each: float, tiny_recipe: Recipe
@@ -208,7 +218,7 @@ EIGHT_BITS = {
 }
 
 
-@pytest.mark.parametrize("settings", [ADAFACTOR, EIGHT_BITS])
+@pytest.mark.parametrize("settings", [ADAFACTOR, pytest.param(EIGHT_BITS, marks=eight_bits_on_cpu)])
 def test_a_run_with_an_optimizer_and_options_of_transformers_goes_on_with_the_same_bits(
     settings: dict[str, Any], tiny_recipe: Recipe, tmp_path: Path
 ) -> None:
