@@ -198,6 +198,18 @@ def test_evaluations_come_at_intervals_and_at_the_end(
     assert [(row["step"], "loss" in row) for row in read_rows(folder) if row["step"] == 4] == [(4, True), (4, False)]
 
 
+def test_evaluations_go_to_reporters_under_their_step(recipe: Recipe, held_out: Path, tmp_path: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    folder = finetune(watched(recipe, held_out, every=2, at_start=True), tmp_path / "run")
+    events = EventAccumulator(str(folder / "logs" / "finetune")).Reload()
+    assert {"eval/loss", "eval/loss/seen", "eval/loss/read"} <= set(events.Tags()["scalars"])
+    told = {event.step: event.value for event in events.Scalars("eval/loss")}
+    assert told == pytest.approx(evaluations(folder), rel=1e-6)
+    assert list(told) == [0, 2, 4]
+    assert [event.step for event in events.Scalars("train/loss")] == [1, 2, 3, 4]
+
+
 def test_the_best_weights_are_what_the_stage_leaves(
     recipe: Recipe, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
