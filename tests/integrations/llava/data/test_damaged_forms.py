@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 import tarfile
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,8 @@ import pytest
 from PIL import Image
 from pyarrow import parquet
 
-from integrations.llava.data import BadSampleError, image_names, read_samples, source_of
+from integrations.llava.data import BadSampleError, image_names, read_samples, source_of, tables
+from integrations.llava.data.source import image_places
 from tests.integrations.llava.data.forms_support import (
     FORMS,
     asked,
@@ -153,6 +155,44 @@ def test_pages_of_a_table_that_are_damaged_are_named_by_row_and_image(tmp_path: 
     assert [own[:2] for own in found(path, tmp_path)] == [("broken_image", "row 2")]
     with pytest.raises(BadSampleError, match="sample s1: image .*a.parquet: 1-0 cannot be read"):
         dataset(read_samples(path), tmp_path)[1]
+
+
+def test_texts_of_a_table_that_are_damaged_are_named_by_row(tmp_path: Path) -> None:
+    rows = [{"question": f"What is {number}?" * 9, "answer": "A."} for number in range(2)]
+    path = write_table(rows, tmp_path / "a.parquet", row_group_size=1, compression="none", use_dictionary=False)
+    data = bytearray(path.read_bytes())
+    start = data.index(b"What is 1?")
+    data[start - 4 : start] = bytes([255] * 4)
+    path.write_bytes(data)
+    [(kind, place, said)] = found(path, tmp_path)
+
+    assert (kind, place) == ("unreadable_sample", "row 2") and said.startswith("cannot be read (")
+    with pytest.raises(ValueError, match="a.parquet, row 2 cannot be read"):
+        _ = read_samples(path)[1]
+
+
+def test_row_groups_are_forgotten_and_read_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    samples = samples_about(tmp_path, 9)
+    rows = [{**sample, "image": (tmp_path / sample["image"]).read_bytes()} for sample in samples]
+    path = write_table(rows, tmp_path / "a.parquet", row_group_size=2)
+    monkeypatch.setattr(tables, "_KEEP", 1)
+    read = read_samples(path)
+
+    assert "row groups of up to 0.0 GiB, and each row is read with its group; write smaller ones" in caplog.text
+    for index in (8, 0, 5, 0, 8, 3):
+        [name] = image_names(read[index])
+        assert (image_places(read, "") / name).read_bytes() == rows[index]["image"]
+        assert read[index]["conversations"] == samples[index]["conversations"]
+
+
+def test_what_reads_a_table_may_be_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = write_table([{"caption": "A."}], tmp_path / "a.parquet")
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+
+    with pytest.raises(ImportError, match=r"needs pyarrow, which is not installed; `pip install layerfuse\[parquet\]`"):
+        read_samples(path)
 
 
 @pytest.mark.parametrize(

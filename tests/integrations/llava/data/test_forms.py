@@ -144,7 +144,9 @@ def test_shares_are_drawn_by_seed_and_number_alone(written: dict[str, Path]) -> 
         f"data.parquet, row {int(ids[349][1:]) + 1}",
         "data.tar, sample 1 (000000)",
     )
-    assert [source_of(mixed, index) for index in (0, 100, 350)] == ["data.json", "data.parquet", "data.tar"]
+    copy = pickle.loads(pickle.dumps(mixed))
+    assert copy == mixed and copy.counts == mixed.counts
+    assert [source_of(copy, index) for index in (0, 100, 350)] == ["data.json", "data.parquet", "data.tar"]
 
 
 @pytest.mark.parametrize(("share", "number"), [("0.5", 4), ("0.08", 1), ("2", 14), (".36", 3), ("1.5", 11), ("1.", 7)])
