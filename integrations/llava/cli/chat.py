@@ -13,7 +13,15 @@ from integrations.llava.data import read_image
 from integrations.llava.inference import Conversation, load_predictor
 from layerfuse.errors import InputError, UserError
 
-from .options import add_model_options, add_sampling_options, loading_options, print_anything, quiet_bars, read_sampling
+from .options import (
+    CommandParser,
+    add_model_options,
+    add_sampling_options,
+    loading_options,
+    print_anything,
+    quiet_bars,
+    read_sampling,
+)
 
 __all__ = ["main", "print_answer"]
 
@@ -25,7 +33,7 @@ _HELP = """/image PATH   show an image with the next message; several times for 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Chat until the input ends."""
-    parser = argparse.ArgumentParser(
+    parser = CommandParser(
         prog="python -m integrations.llava chat",
         description="Talk with a trained model about images.",
         epilog=f"in the conversation:\n{_HELP}",

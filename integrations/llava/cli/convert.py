@@ -12,7 +12,7 @@ from integrations.llava.prompts import TEMPLATES
 from layerfuse.errors import UserError
 from layerfuse.preprocessing import Mode
 
-from .options import quiet_bars
+from .options import CommandParser, quiet_bars
 
 __all__ = ["main"]
 
@@ -28,7 +28,7 @@ The source may have any of them; its files tell which.
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Convert a checkpoint."""
-    parser = argparse.ArgumentParser(
+    parser = CommandParser(
         prog="python -m integrations.llava convert",
         description="Convert checkpoints between layouts, one tensor at a time; numbers and types stay as they are.",
         epilog=_LAYOUTS,

@@ -39,12 +39,14 @@ from integrations.llava.prompts import TEMPLATES, TOKENIZER, Template, TextEncod
 from layerfuse.errors import ExistingFileError, FileAccessError, InputError, MissingFileError, UserError
 from layerfuse.files import atomic_file
 
+from .options import CommandParser
+
 __all__ = ["main"]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a subcommand; return 0 if the data are sound, 1 if they have problems. Wrong usage exits with 2."""
-    parser = argparse.ArgumentParser(
+    parser = CommandParser(
         prog="python -m integrations.llava data",
         description="Check, clean and convert data in LLaVA's format; look at the data of benchmarks.",
     )

@@ -13,7 +13,7 @@ from integrations.llava.study import DemoResults, DemoSettings, conclude, estima
 from integrations.llava.training import RunInterrupted
 from layerfuse.errors import UserError
 
-from .options import quiet_bars
+from .options import CommandParser, quiet_bars
 
 __all__ = ["main"]
 
@@ -68,7 +68,7 @@ def _cell(values: Sequence[float]) -> str:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = CommandParser(
         prog="python -m integrations.llava demo",
         description="Make data, train a small LLaVA in both stages with each fuser, compare them, write report.html. "
         "Parts that were finished with the same settings are used again.",

@@ -32,7 +32,7 @@ from integrations.llava.evaluation.tables import (
 from integrations.llava.inference import find_shard
 from layerfuse.errors import InputError, UserError
 
-from .options import add_stop_option
+from .options import CommandParser, add_stop_option
 
 __all__ = ["main"]
 
@@ -93,7 +93,7 @@ def _run(arguments: argparse.Namespace) -> str:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = CommandParser(
         prog="python -m integrations.llava evaluate",
         description="Ask checkpoints the questions of tasks, and write the paper's tables; or ask one trained model "
         "every question of a file or a task, and score its answers by kind.",

@@ -19,7 +19,15 @@ from integrations.llava.inference import (
 )
 from layerfuse.errors import InputError, UserError
 
-from .options import add_model_options, add_sampling_options, loading_options, print_anything, quiet_bars, read_sampling
+from .options import (
+    CommandParser,
+    add_model_options,
+    add_sampling_options,
+    loading_options,
+    print_anything,
+    quiet_bars,
+    read_sampling,
+)
 
 __all__ = ["main"]
 
@@ -53,7 +61,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = CommandParser(
         prog="python -m integrations.llava generate",
         description="Answer questions about images.",
         epilog=_EXAMPLES,

@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import argparse
+import difflib
 import io
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import fields
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from transformers.utils import logging as transformers_logging
 
 from integrations.llava.inference import SamplingParams
 from integrations.llava.modeling import QUANTIZATIONS
+from layerfuse.errors import InputError
 
 __all__ = [
+    "CommandParser",
     "add_model_options",
     "add_sampling_options",
     "add_stop_option",
@@ -23,9 +26,32 @@ __all__ = [
     "print_anything",
     "quiet_bars",
     "read_sampling",
+    "refuse_near_options",
 ]
 
 _DTYPES = {"auto": None, "bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+
+
+class CommandParser(argparse.ArgumentParser):
+    """A parser that says what is wrong in a line, and where all options are listed, instead of listing them."""
+
+    def error(self, message: str) -> NoReturn:
+        """End with exit code 2."""
+        self.exit(2, f"{self.prog}: error: {message}\n{self.prog} --help lists all options\n")
+
+
+def refuse_near_options(words: Sequence[str], options: Iterable[str], *, known: Iterable[str]) -> None:
+    """Refuse a word that is nearly an option, such as `--dryrun`, with an InputError that says which was meant.
+
+    Args:
+        words: what the parser did not know.
+        options: names of its options, without dashes in front.
+        known: what else may stand behind two dashes.
+    """
+    for name in (word[2:].partition("=")[0] for word in words if word.startswith("--")):
+        near = difflib.get_close_matches(name, options, n=1, cutoff=0.8)
+        if near and "." not in name and name not in known:
+            raise InputError(f"--{name} is no option; did you mean --{near[0]}?")
 
 
 def add_model_options(parser: argparse.ArgumentParser) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -11,12 +10,14 @@ from integrations.llava.training import find_runs
 from layerfuse.errors import FileAccessError, InputError, UserError
 from layerfuse.files import write_text
 
+from .options import CommandParser
+
 __all__ = ["main"]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Draw the losses of runs."""
-    parser = argparse.ArgumentParser(
+    parser = CommandParser(
         prog="python -m integrations.llava plot",
         description="Draw the losses of runs beside each other, a panel per stage: each step's, faint; smoothed; and a "
         "mark for each evaluation.",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -11,6 +10,8 @@ from integrations.llava._text import aligned, printable
 from integrations.llava.training import RunStatus, find_runs
 from layerfuse.errors import UserError
 
+from .options import CommandParser
+
 __all__ = ["main"]
 
 _HEAD = ["run", "state", "stage", "step", "loss", "evaluation", "age"]
@@ -18,7 +19,7 @@ _HEAD = ["run", "state", "stage", "step", "loss", "evaluation", "age"]
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Print how runs stand."""
-    parser = argparse.ArgumentParser(
+    parser = CommandParser(
         prog="python -m integrations.llava runs",
         description="Say of each run in a folder, and in those below it, whether it is running, finished, stopped or "
         "failed, with its last loss and evaluation, and the time since its log last grew. Nothing is changed.",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import logging
 import sys
 from collections.abc import Mapping, Sequence
@@ -25,7 +26,7 @@ from integrations.llava.training import (
 )
 from layerfuse.errors import InputError, UserError
 
-from .options import quiet_bars
+from .options import CommandParser, quiet_bars, refuse_near_options
 
 __all__ = ["main"]
 
@@ -37,6 +38,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     quiet_bars()
     try:
+        options = [name.replace("_", "-") for name in {*vars(arguments), "from"}]
+        refuse_near_options(rest, options, known=[field.name for field in dataclasses.fields(Recipe)])
         recipe, stages, output = _asked(arguments, parse_overrides(rest))
         if arguments.dry_run:
             print(render(dry_run(recipe, gpu=arguments.gpu, stages=stages)))
@@ -69,7 +72,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = CommandParser(
         prog="python -m integrations.llava train",
         description="Train a recipe. Every value of it can be overridden: --finetune.learning_rate 2e-5. A run that "
         "was interrupted goes on when the same command is started again.",
@@ -92,6 +95,8 @@ def _parser() -> argparse.ArgumentParser:
         "mixed, and a.json:0.5 is a share",
     )
     add("--image-folder", nargs="+", help="folder of the images: one for all stages, or one a stage")
+    add("--bad-samples", choices=("fail", "skip"), help="stop at samples that cannot be used, or leave them out")
+    add("--max-samples", type=int, metavar="N", help="train on N samples a stage, spread evenly over its data")
     _add_evaluation_options(parser)
     add(
         "--stages",
@@ -109,7 +114,7 @@ def _parser() -> argparse.ArgumentParser:
         action="store_true",
         help="say what the run would take and what is wrong with its data; train nothing",
     )
-    add("--gpu", choices=GPUS, default="h100", help="the GPU a dry run reckons with (default: h100)")
+    add("--gpu", type=str.lower, choices=GPUS, default="h100", help="the GPU a dry run reckons with (default: h100)")
     add(
         "--overwrite",
         action="store_true",
@@ -172,6 +177,7 @@ def _data_overrides(arguments: argparse.Namespace, asked: Sequence[str]) -> dict
     }
     for option, key in options.items():
         values = getattr(arguments, option) or []
+        _refuse_settings(option, values)
         if option in ("data", "eval_data") and len(stages) == 1 and len(values) > 1:
             values = [values]
         if len(values) == 1:
@@ -185,4 +191,18 @@ def _data_overrides(arguments: argparse.Namespace, asked: Sequence[str]) -> dict
             overrides[f"{stage}.{key}"] = value
     if arguments.eval_every is not None:
         overrides |= {f"{stage}.validation.every": arguments.eval_every for stage in stages}
+    for option in ("bad_samples", "max_samples"):
+        if (given := getattr(arguments, option)) is not None:
+            overrides |= {f"{stage}.data.{option}": given for stage in stages}
     return overrides
+
+
+def _refuse_settings(option: str, values: Sequence[str]) -> None:
+    """Refuse a setting that stands where paths are listed."""
+    for value in values:
+        key, equals, given = value.partition("=")
+        if equals and not Path(value).exists():
+            raise InputError(
+                f"--{option.replace('_', '-')} names {value!r}, which is no path; a setting has two dashes in front: "
+                f"--finetune.{key} {given} (or, for all stages, --bad-samples skip, --max-samples 100)."
+            )

@@ -72,6 +72,8 @@ class DataConfig(Checked):
         cache_images: without effect; taken so that old recipes load.
         check_images: decode every image before training starts; "size" only reads headers, "none" trusts the files.
         bad_samples: "fail" stops at a sample that cannot be used; "skip" leaves it out, counts it and says so.
+        max_samples: train on so many samples, taken at equal distances from all of them, whatever the seed; only these
+            are checked. None: on all.
     """
 
     path: str | tuple[str, ...] = ""
@@ -82,6 +84,7 @@ class DataConfig(Checked):
     cache_images: Natural = 0
     check_images: Literal["decode", "size", "none"] = "size"
     bad_samples: Literal["fail", "skip"] = "fail"
+    max_samples: Count | None = None
 
     @property
     def sources(self) -> tuple[str, ...]:

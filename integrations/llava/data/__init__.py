@@ -16,7 +16,7 @@ from .opening import SampleMix, read_samples
 from .places import is_outside
 from .samplers import ModalityLengthSampler, ShuffleSampler
 from .samples import Sample, image_names, linked_media, unread_media
-from .source import SampleSource, Selection, sample_lengths, select_samples, source_of
+from .source import SampleSource, Selection, drawn_evenly, sample_lengths, select_samples, source_of
 from .uncached_images import UncachedImage, prepare_uncached, uncached_images
 
 __all__ = [
@@ -36,6 +36,7 @@ __all__ = [
     "UncachedImage",
     "check_samples",
     "convert_samples",
+    "drawn_evenly",
     "grouping_lengths",
     "image_names",
     "is_outside",

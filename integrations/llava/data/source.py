@@ -31,6 +31,7 @@ __all__ = [
     "Selection",
     "UnreadableSampleError",
     "as_source",
+    "drawn_evenly",
     "file_index",
     "image_places",
     "sample_lengths",
@@ -277,6 +278,12 @@ def as_source(samples: Sequence[Sample]) -> SampleSource:
 def select_samples(samples: Sequence[Sample], indices: Sequence[int] | np.ndarray) -> Sequence[Sample]:
     """Take some samples, in the order of the indices; if that is all of them, they are returned as they are."""
     return samples if np.array_equal(indices, np.arange(len(samples))) else Selection(samples, indices)
+
+
+def drawn_evenly(count: int, most: int | None) -> np.ndarray:
+    """Indices (int64, in order) of at most so many of `count` samples, at equal distances; of all if `most` is None."""
+    number = count if most is None else min(most, count)
+    return np.arange(number, dtype=np.int64) * count // max(number, 1)
 
 
 def file_index(samples: Sequence[Sample], index: int) -> int:

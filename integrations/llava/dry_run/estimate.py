@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 from integrations.llava.checkpoints import model_source
 from integrations.llava.config import STAGES, Recipe, StageConfig
-from integrations.llava.data import read_samples
+from integrations.llava.data import drawn_evenly, read_samples, select_samples
 from integrations.llava.data.doctor import Survey, survey_samples
 from integrations.llava.modeling import FusedLlavaForConditionalGeneration, ModelSource
 from integrations.llava.prompts import misfits
@@ -122,7 +122,8 @@ def _stage_report(
 ) -> StageReport:
     facts, template = model_facts(model), source.template(config)
     if config.data.path:
-        samples = read_samples(config.data.path, seed=config.seed)
+        every = read_samples(config.data.path, seed=config.seed)
+        samples = select_samples(every, drawn_evenly(len(every), config.data.max_samples))
         survey = survey_samples(
             samples,
             image_folder=config.data.image_folder,

@@ -18,11 +18,10 @@ from integrations.llava.data import ConversationDataset, Sample, read_samples, s
 from integrations.llava.prompts import Template
 from layerfuse.errors import InputError
 
-from .distributed import on_main
 from .signals import start_deaf
 from .trainer import LlavaTrainer, num_supervised
 
-__all__ = ["LOSS", "held_out_losses", "held_out_samples"]
+__all__ = ["LOSS", "find_held_out", "held_out_losses", "open_held_out"]
 
 LOSS = "loss"
 """Name of the loss on all held-out samples; on those of one source it is followed by a slash and the source."""
@@ -33,8 +32,8 @@ _log = logging.getLogger(__name__)
 _OTHER = "other"
 
 
-def held_out_samples(config: StageConfig, template: Template) -> Sequence[Sample] | None:
-    """Open a stage's held-out samples, which the main process checks for all; None if it has none.
+def find_held_out(config: StageConfig, template: Template) -> np.ndarray | None:
+    """Indices of a stage's held-out samples in their file, which one process checks for all; None if it has none.
 
     Raises:
         ValueError: if they are at fault, and shall not be left out.
@@ -43,7 +42,7 @@ def held_out_samples(config: StageConfig, template: Template) -> Sequence[Sample
     if not validation.path:
         return None
 
-    def look() -> np.ndarray:
+    try:
         usable, _ = usable_indices(
             read_samples(validation.path, seed=config.seed),
             image_folder=validation.image_folder or data.image_folder,
@@ -51,13 +50,16 @@ def held_out_samples(config: StageConfig, template: Template) -> Sequence[Sample
             check_images=data.check_images,
             bad_samples=data.bad_samples,
         )
-        return usable
-
-    try:
-        usable = on_main(look)
     except InputError as error:
         raise InputError(f"held-out samples (validation.path): {error}") from error
-    return select_samples(read_samples(validation.path, seed=config.seed), usable)
+    return usable
+
+
+def open_held_out(config: StageConfig, indices: np.ndarray | None) -> Sequence[Sample] | None:
+    """Open the held-out samples that the main process has found; None if there are none."""
+    if indices is None:
+        return None
+    return select_samples(read_samples(config.validation.path, seed=config.seed), indices)
 
 
 @torch.no_grad()

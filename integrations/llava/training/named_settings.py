@@ -15,7 +15,7 @@ from integrations.llava.config import StageConfig, decode
 from layerfuse.errors import InputError
 from layerfuse.registry import unknown_name_message
 
-__all__ = ["check_named_settings"]
+__all__ = ["check_optimizer_name", "check_scheduler", "check_trainer_options"]
 
 # They wait for the numbers of an evaluation.
 _NEED_EVALUATION = {"reduce_lr_on_plateau", "greedy"}
@@ -62,22 +62,26 @@ _KEYS: Mapping[str, str] = {
 # Argument of TrainingArguments -> key of a recipe, where they differ.
 
 
-def check_named_settings(config: StageConfig) -> None:
-    """Refuse a stage's scheduler, optimizer or trainer_options that transformers or this trainer does not know.
-
-    Raises:
-        ValueError: naming what is known, or the recipe's own key.
-    """
-    _check_scheduler(config)
+def check_optimizer_name(config: StageConfig) -> None:
+    """Refuse an optimizer that transformers has no name for with a ValueError that lists its names."""
     known = [kind.value for kind in OptimizerNames]
     if config.optimizer not in known:
         raise InputError(unknown_name_message("optimizer", config.optimizer, known))
+
+
+def check_trainer_options(config: StageConfig) -> None:
+    """Refuse trainer_options that are no arguments of transformers', or not followed by this trainer.
+
+    Raises:
+        ValueError: naming what is taken, or the recipe's own key.
+    """
     kinds = typing.get_type_hints(TrainingArguments)
     for name, value in config.trainer_options.items():
         _check_option(name, value, kinds)
 
 
-def _check_scheduler(config: StageConfig) -> None:
+def check_scheduler(config: StageConfig) -> None:
+    """Refuse a schedule that transformers has not, or cannot make with these options, with a ValueError."""
     known = {kind.value for kind in SchedulerType} - _NEED_EVALUATION
     name, options = config.scheduler, dict(config.scheduler_options)
     if name not in known:

@@ -1,37 +1,29 @@
-"""The plan of a start: which stages it runs, whether they can be, and what fuser and projector of each begin from."""
+"""The plan of a start: which stages it runs, and what fuser and projector of each begin from."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import torch
 from accelerate import PartialState
 from transformers import TrainerCallback
 
 from integrations.llava.checkpoints import Checkpoint, model_source
 from integrations.llava.config import STAGES, Recipe
-from integrations.llava.modeling import ModelSource, check_compiler, check_packing, quantization_config
-from layerfuse.errors import InputError, MissingFileError, MissingPackageError, UserError
+from integrations.llava.modeling import ModelSource
+from layerfuse.errors import InputError, MissingFileError
 from layerfuse.files import file_digest
 
 from .distributed import on_main
-from .engines import check_engine, forget_engine
-from .metrics_log import check_reporters
-from .named_settings import check_named_settings
-from .optimizer import check_optimizer
 from .run_folder import RunFolder
 from .signals import StopRequest
-from .trainer import training_arguments
-from .validation import Score, check_validation
+from .validation import Score
 
 __all__ = [
     "RANDOM",
     "ConnectorOrigin",
     "Plan",
-    "check_plan",
     "default_stages",
     "find_origin",
     "in_order",
@@ -215,65 +207,3 @@ def _of_file(path: Path, before: str | None = None) -> ConnectorOrigin:
 
 def _words(note: str) -> str:
     return _WORDS.get(note) or note.partition(" ")[2]
-
-
-def check_plan(plan: Plan) -> None:
-    """Look for faults in every stage before data are read: names, packages, settings; nothing is written.
-
-    All are built on the meta device and their TrainingArguments are made, so that a fault in the second stage is not
-    found after the hours of the first.
-
-    Raises:
-        ValueError: if something in the recipe is not possible; the stage is named.
-        ImportError: if a package is missing.
-    """
-    recipe, num_processes = plan.recipe, plan.process.num_processes
-    check_reporters(recipe.report_to)
-    for name in plan.left:
-        with _named(name):
-            config = recipe.stage(name)
-            config.batches(num_processes)
-            cpu, quantized = plan.process.device.type == "cpu", config.lora.quantize != "none"
-            check_engine(
-                config.engine,
-                num_processes=num_processes,
-                cpu=cpu,
-                quantized=quantized,
-                compiled=config.compile,
-                cached=bool(config.feature_cache),
-            )
-            if not config.data.path:
-                raise InputError(f"no data; give --{name}.data.path FILE and --{name}.data.image_folder FOLDER.")
-            captions = plan.source.template(config).caption_only
-            check_validation(config, () if captions else plan.scores, num_processes=num_processes)
-            check_named_settings(config)
-            if config.compile:
-                check_compiler(plan.process.device)
-            quantization = quantization_config(config.lora.quantize, torch.float32)
-            if quantization and not (recipe.model.llm_pretrained or plan.source.has_connector):
-                raise InputError("quantised weights need a pretrained language model; set model.llm_pretrained.")
-    for name in plan.left:
-        with _named(name):
-            config = recipe.stage(name)
-            model = plan.source.on_meta(config)
-            if config.padding_free:
-                check_packing(model.model.language_model)
-            try:
-                args = training_arguments(config, plan.folder.path / name, model, num_processes)
-                check_optimizer(config, args, plan.process.device, num_processes=num_processes)
-            except UserError:
-                raise
-            except (ValueError, ImportError) as error:
-                raise InputError(f"transformers cannot train with these settings: {error}") from error
-            finally:
-                forget_engine()
-
-
-@contextmanager
-def _named(stage: str) -> Iterator[None]:
-    """Put the stage's name in front of an error."""
-    try:
-        yield
-    except (MissingPackageError, InputError) as error:
-        kind = MissingPackageError if isinstance(error, MissingPackageError) else InputError
-        raise kind(f"stage {stage}: {error}") from error

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import errno
 import gc
-import hashlib
 import logging
 from collections.abc import Mapping, Sequence
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -23,13 +22,7 @@ from integrations.llava.data import (
     Collator,
     ConversationDataset,
     Sample,
-    SampleMix,
-    SampleSource,
     grouping_lengths,
-    read_samples,
-    sample_lengths,
-    select_samples,
-    usable_indices,
 )
 from integrations.llava.modeling import (
     Assembled,
@@ -38,7 +31,7 @@ from integrations.llava.modeling import (
     checkpoint_activations,
     compile_vision,
 )
-from integrations.llava.prompts import TextEncoder
+from integrations.llava.prompts import Template, TextEncoder
 from layerfuse.errors import FileAccessError, InputError
 from layerfuse.files import check_disk_space
 
@@ -46,11 +39,13 @@ from .best import BestWeights
 from .distributed import any_process, on_main
 from .engines import forget_engine, set_precision, shards
 from .feature_pass import fill_feature_cache
-from .held_out import held_out_samples
+from .held_out import find_held_out, open_held_out
 from .metrics_log import RunLog
 from .plan import ConnectorOrigin, Plan, find_origin
+from .problems import Problems
 from .result import CONNECTOR, adapter_parts, stage_preprocessing, stage_processor, write_stage_result
 from .resume import checkpoints, load_trained, state_bytes, trained_state
+from .samples import FoundSamples, find_samples, open_samples
 from .signals import RunInterrupted
 from .trainer import LlavaTrainer, training_arguments
 from .validation import Validation
@@ -61,7 +56,7 @@ _log = logging.getLogger(__name__)
 
 
 class Stage(TrainerCallback):
-    """A stage of a run: `read`, then `prepare`, `run` and `save` once the stages before it are finished.
+    """A stage of a run: its samples, then `prepare`, `run` and `save` once the stages before it are finished.
 
     It is also the callback that makes the folder this run's after the first step (a run that never makes one changes
     nothing), and that ends training with a log entry and a checkpoint when any process was asked to stop.
@@ -71,38 +66,27 @@ class Stage(TrainerCallback):
         self.plan, self.name, self.config = plan, name, plan.recipe.stage(name)
         self.folder, self.is_last = plan.folder.path / name, name == plan.left[-1]
         self.claimed = self.stopped = False
-        self.template = plan.source.template(self.config)
 
-    def read(self) -> None:
-        """Open the samples, which the main process reads and checks for all.
+    @cached_property
+    def template(self) -> Template:
+        """How samples are written out."""
+        return self.plan.source.template(self.config)
 
-        Raises:
-            ValueError: if they are at fault, or the stage began with others.
-        """
-        config = self.config
-
-        def look() -> tuple[np.ndarray, str, list[int] | None]:
-            # The first to open a file writes its index, which the others read.
-            samples = read_samples(config.data.path, seed=config.seed)
-            if isinstance(samples, SampleMix):
-                _log.info("stage %s: %s", self.name, samples.counts)
-            usable, _ = usable_indices(
-                samples,
-                image_folder=config.data.image_folder,
-                template=self.template,
-                check_images=config.data.check_images,
-                bad_samples=config.data.bad_samples,
-            )
-            digest = _digest(samples, usable)
+    def find_samples(self, problems: Problems) -> tuple[FoundSamples | None, np.ndarray | None]:
+        """Read and check the samples, and those held out, which the main process does for all."""
+        found = held_out = None
+        with problems.of(self.name):
+            found = find_samples(self.config, self.template)
             if not self.plan.overwrite:
-                self.plan.folder.check_samples(self.name, len(usable), digest)
-            lengths = sample_lengths(select_samples(samples, usable)).tolist() if config.group_by_modality else None
-            return usable, digest, lengths
+                self.plan.folder.check_samples(self.name, len(found.indices), found.digest)
+        with problems.of(self.name):
+            held_out = find_held_out(self.config, self.template)
+        return found, held_out
 
-        usable, self.digest, self.lengths = on_main(look)
-        samples = read_samples(config.data.path, seed=config.seed)
-        self.samples, self.num_left_out = select_samples(samples, usable), len(samples) - len(usable)
-        self.held_out = held_out_samples(config, self.template)
+    def open_samples(self, found: FoundSamples, held_out: np.ndarray | None) -> None:
+        """Open the samples that the main process has found."""
+        self.samples, self.digest, self.lengths = open_samples(self.config, found), found.digest, found.lengths
+        self.num_left_out, self.held_out = found.num_left_out, open_held_out(self.config, held_out)
 
     def prepare(self) -> None:
         """Build the model and its trainer, from files that an earlier start or stage has left in the folder.
@@ -370,15 +354,3 @@ def _dataset(
     if config.feature_cache:
         fill_feature_cache(model, dataset, config)
     return dataset
-
-
-def _digest(samples: SampleSource, usable: np.ndarray) -> str:
-    """Digest of samples as they are written, in their order: about a second for a gigabyte of text.
-
-    Size and time of change would not do: an edit can keep both, a copy changes the time alone.
-    """
-    digest = hashlib.blake2b(digest_size=16)
-    for index in usable.tolist():
-        raw = samples.raw(index)
-        digest.update(len(raw).to_bytes(8, "little") + raw)
-    return digest.hexdigest()

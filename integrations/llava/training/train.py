@@ -19,11 +19,12 @@ from integrations.llava.config import Recipe
 from layerfuse.errors import UserError
 
 from .distributed import on_main, shared_failures
-from .plan import Plan, check_plan, default_stages, find_origin, in_order, noted_source, open_source
+from .plan import Plan, default_stages, in_order, noted_source, open_source
 from .run_folder import RunFolder
 from .run_status import noted_end
 from .signals import RunInterrupted, stop_requests
 from .stage import Stage
+from .start import check_start
 from .validation import Score
 
 __all__ = ["train"]
@@ -61,8 +62,8 @@ def train(
         The run's folder.
 
     Raises:
-        ValueError: if something in the recipe is not possible, the data are at fault, or the folder already holds
-            another or a finished run, or is in use.
+        ValueError: if something in the recipe is not possible, or the data are at fault (all of it in one message), or
+            the folder already holds another or a finished run, or is in use.
         FileNotFoundError: if a file of data or the adapter does not exist.
         ImportError: if a package is missing that the recipe needs.
         OSError: if the disk has no room for what the run will write.
@@ -79,11 +80,9 @@ def train(
             recipe = noted_source(source.resolved(recipe), source)
             left = on_main(lambda: folder.open(recipe, asked, overwrite=overwrite))
             plan = Plan(recipe, source, folder, asked, left, adapter, overwrite, callbacks, request, process, scores)
-            on_main(lambda: check_plan(plan))
-            on_main(lambda: find_origin(plan, left[0]))
             ahead = [Stage(plan, name) for name in left]
-            for stage in ahead:
-                stage.read()
+            for stage, found in zip(ahead, on_main(lambda: check_start(plan, ahead)), strict=True):
+                stage.open_samples(*found)
         for stage in ahead:
             stage.prepare()
             stage.run()

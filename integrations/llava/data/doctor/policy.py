@@ -15,7 +15,7 @@ from integrations.llava.prompts import Template
 from layerfuse.errors import InputError
 
 from ..samples import Sample
-from ..source import select_samples
+from ..source import as_source, select_samples
 from .findings import KINDS, Finding
 from .images import CheckImages
 from .survey import survey_samples
@@ -50,25 +50,36 @@ def usable_indices(
 
     Raises:
         ValueError: listing the samples and image files at fault, and what is wrong with each, if they shall not be
-            skipped or no sample is left.
+            skipped or no sample is left; or if there is no image folder, and samples name images.
     """
+    no_folder = not Path(image_folder).is_dir()
     checked = survey_samples(
         samples,
         image_folder=image_folder,
         template=template,
-        check_images=check_images,
+        check_images="none" if no_folder else check_images,
         warnings=False,
-        texts_first=bad_samples == "fail",
     )
+    names_images = any(source.num_images for source in checked.sources.values())
+    lacking = ""
+    if no_folder and names_images and not as_source(samples).images_inside:
+        lacking = (
+            f"the image folder {image_folder} does not exist, so no image was looked at; give an existing one "
+            "(--image-folder)."
+        )
     usable, problems = checked.usable, checked.problems
     counts = Counter(KINDS[problem.kind].title for problem in problems)
     kinds = ", ".join(f"{count:,} {title}" for title, count in counts.most_common())
     if problems and (bad_samples == "fail" or not len(usable)):
-        raise InputError(
-            f"{len(problems)} problems in the data ({kinds}), images in {image_folder}; correct or remove these "
-            f"samples (`python -m integrations.llava data check` lists all, --fix writes a clean file), or set "
-            f"data.bad_samples=skip to leave them out:{bulleted(problems)}"
+        where = image_folder or "the working folder, since no image folder was given (--image-folder)"
+        told = (
+            f"{len(problems):,} problems in the data ({kinds}), images in {where}; correct or remove these samples "
+            "(`python -m integrations.llava data check` lists all, --fix writes a clean file), or leave them out "
+            f"(--bad-samples skip; in a recipe data.bad_samples: skip):{bulleted(problems)}"
         )
+        raise InputError(f"{lacking} And: {told}" if lacking else told)
+    if lacking:
+        raise InputError(lacking)
     if problems:
         left_out = f"{len(samples) - len(usable):,} of {len(samples):,} samples are left out"
         _log.warning("%s: %s; first: %s", left_out, kinds, problems[0])

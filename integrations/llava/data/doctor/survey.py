@@ -79,7 +79,6 @@ def survey_samples(
     tokens: TokenLimit | None = None,
     workers: int | None = None,
     warnings: bool = True,
-    texts_first: bool = False,
 ) -> Survey:
     """Check every sample, and every image once.
 
@@ -92,7 +91,6 @@ def survey_samples(
         tokens: check lengths in tokens too.
         workers: processes; None takes one per CPU, 1 checks in this process.
         warnings: also look for what is harmless.
-        texts_first: leave the images alone if a text has a problem.
     """
     samples, places = as_source(samples), image_places(samples, image_folder)
     check = partial(_check_text, samples=samples, places=places, template=template, tokens=tokens, warnings=warnings)
@@ -102,7 +100,7 @@ def survey_samples(
     book = _Book(samples, warnings)
     for index, checked in enumerate(texts):
         book.add_text(index, checked)
-    if check_images != "none" and not (texts_first and any(finding.is_problem for finding in book.findings)):
+    if check_images != "none":
         look = partial(image_faults, places, how=check_images, max_pixels=max_pixels)
         faults = in_parallel(
             look, list(book.images), size=_IMAGES_PER_TASK, workers=workers, what="checking images", unit="image"
@@ -124,7 +122,7 @@ class _CheckedText(NamedTuple):
 def _check_text(
     index: int,
     *,
-    samples: Sequence[Sample],
+    samples: SampleSource,
     places: ImagePlaces,
     template: Template,
     tokens: TokenLimit | None,
@@ -134,7 +132,7 @@ def _check_text(
         sample = samples[index]
     except UnreadableSampleError as error:
         fault = Fault(error.kind, error.reason)
-        return _CheckedText(str(index), False, _UNCLEAR, (), (fault,))
+        return _CheckedText(str(samples.file_index(index)), False, _UNCLEAR, (), (fault,))
     faults = list(conversation_faults(sample, template, places))
     # No image of a sample with one of these faults is looked at.
     sound = _UNNAMED.isdisjoint(fault.kind for fault in faults)
@@ -146,7 +144,7 @@ def _check_text(
             faults += sample_warnings(sample)
     source = source_name(images[0] if images else None) if sound else _UNCLEAR
     has_id = isinstance(sample, Mapping) and sample.get("id") is not None
-    return _CheckedText(sample_id(sample, index), has_id, source, images, faults)
+    return _CheckedText(sample_id(sample, samples.file_index(index)), has_id, source, images, faults)
 
 
 class _Book:
@@ -179,7 +177,9 @@ class _Book:
         for image, index in zip(self._image_of, self._sample_of, strict=True):
             for fault in faults[image]:
                 sample = self.samples[index]
-                self._add(index, sample_id(sample, index), source_name(image_names(sample)[0]), fault)
+                self._add(
+                    index, sample_id(sample, self.samples.file_index(index)), source_name(image_names(sample)[0]), fault
+                )
 
     def close(self) -> Survey:
         num_images = Counter(source_name(name) for name in self.images)

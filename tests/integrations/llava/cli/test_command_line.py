@@ -8,6 +8,7 @@ import pytest
 
 from integrations.llava import __main__ as command_line
 from integrations.llava.cli.train import main as train_main
+from integrations.llava.config import parse_overrides
 from tests.integrations.llava.tiny_parts import tiny_overrides
 
 
@@ -52,6 +53,14 @@ def test_train_runs_a_recipe_with_overrides(
         (["--recipe", "mmfuser_7b", "--finetune.learning_rat", "1"], "did you mean 'finetune.learning_rate'"),
         (["--recipe", "mmfuser_7b", "stray"], "'stray' is not a key"),
         (["--recipe", "mmfuser_7b"], "stage pretrain: no data"),
+        (["--recipe", "mmfuser_7b", "--dryrun"], "--dryrun is no option; did you mean --dry-run?"),
+        (["--recipe", "mmfuser_7b", "--max_samples=3"], "--max_samples is no option; did you mean --max-samples?"),
+        (["--recipe", "mmfuser_7b", "--max-samples", "0"], "max_samples=0 is too small"),
+        (
+            ["--recipe", "mmfuser_7b", "--image-folder", ".", "data.bad_samples=skip"],
+            "--image-folder names 'data.bad_samples=skip', which is no path; a setting has two dashes in front: "
+            "--finetune.data.bad_samples skip",
+        ),
     ],
 )
 def test_train_explains_what_is_wrong(
@@ -59,6 +68,30 @@ def test_train_explains_what_is_wrong(
 ) -> None:
     assert train_main(["--output", str(tmp_path / "run"), *arguments]) == 2
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("layers", ["3,8,13", "-22,-17,-2", "3, 8"])
+def test_layers_on_the_command_line_may_have_commas(layers: str, tmp_path: Path) -> None:
+    overrides = parse_overrides(["--model.layers", layers])
+    assert overrides == {"model.layers": [int(layer) for layer in layers.split(",")]}
+
+
+def test_the_name_of_a_gpu_may_be_written_in_capitals(capsys: pytest.CaptureFixture[str]) -> None:
+    assert train_main(["--recipe", "mmfuser_7b", "--dry-run", "--gpu", "A100-80"]) == 0
+    assert "Dry run of mmfuser_7b on a100-80" in capsys.readouterr().out
+
+
+WRONG = {"data": ["check"], "demo": ["--fusers"], "train": ["--stages"], "runs": ["--nonsense"]}
+
+
+@pytest.mark.parametrize("name", command_line._COMMANDS)
+def test_wrong_usage_is_told_in_two_lines_without_a_list_of_all_options(
+    name: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        command_line.main([name, *WRONG.get(name, [])])
+    said = capsys.readouterr().err.splitlines()
+    assert len(said) == 2 and " error: " in said[0] and said[1].endswith("--help lists all options")
 
 
 def test_the_package_offers_its_public_names() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,9 @@ from PIL import Image
 from integrations.llava.data import (
     Selection,
     check_samples,
+    drawn_evenly,
     read_samples,
+    select_samples,
     survey_samples,
     usable_indices,
     usable_samples,
@@ -286,7 +289,7 @@ def test_a_long_list_of_problems_is_shortened(data_folder: Path) -> None:
     with pytest.raises(ValueError, match=r"25 problems in the data \(25 no conversation\)") as error:
         check([{}] * 25, data_folder)
     assert "… and 5 more" in str(error.value)
-    assert "data.bad_samples=skip" in str(error.value)
+    assert "leave them out (--bad-samples skip; in a recipe data.bad_samples: skip)" in str(error.value)
 
 
 # What training does
@@ -308,9 +311,40 @@ def test_bad_samples_can_be_skipped(tmp_path: Path, caplog: pytest.LogCaptureFix
         usable_samples(read_samples(tmp_path / "a.jsonl"), **options)
 
 
-def test_failing_looks_at_no_image_while_texts_are_at_fault(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="1 problems in the data"):
+def test_texts_and_images_are_told_in_one_round(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"2 problems in the data \(1 no conversation, 1 image missing\)"):
         check([{}, about("nowhere.png")], tmp_path)
+
+
+def test_an_image_folder_that_is_not_there_is_said_as_that_beside_what_the_texts_lack(tmp_path: Path) -> None:
+    lacking = f"the image folder {tmp_path / 'imgs'} does not exist, so no image was looked at; give an existing"
+    with pytest.raises(ValueError, match=lacking) as error:
+        check([GOOD, about("1.png"), about("2.png")], tmp_path / "imgs")
+    assert "1.png" not in str(error.value)
+    with pytest.raises(ValueError, match=rf"{lacking}.* And: 1 problems in the data \(1 no conversation\)"):
+        check([{}, about("1.png")], tmp_path / "imgs")
+    check([GOOD], tmp_path / "imgs")  # nothing is looked for there
+
+
+def test_images_that_are_missing_where_no_folder_was_given_are_told_with_the_option() -> None:
+    with pytest.raises(ValueError, match=r"images in the working folder, since no image folder was given .--image-f"):
+        check([about("nowhere.png")], "")  # type: ignore[arg-type]
+
+
+def test_faults_of_drawn_samples_are_told_by_their_place_in_the_file(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(sample) + "\n" for sample in [GOOD, {}, GOOD, {}]))
+    samples = read_samples(tmp_path / "a.jsonl")
+    drawn = drawn_evenly(len(samples), 2)
+    assert drawn.tolist() == [0, 2]
+    found = survey_samples(select_samples(samples, [1, 2]), image_folder=tmp_path, template=TEMPLATES["v1"], workers=1)
+    assert [(finding.place, finding.sample_id) for finding in found.findings] == [("line 2", "1")]
+
+
+@pytest.mark.parametrize(
+    ("count", "most", "drawn"), [(12, 3, [0, 4, 8]), (5, 3, [0, 1, 3]), (2, 5, [0, 1]), (3, None, [0, 1, 2])]
+)
+def test_samples_are_drawn_at_equal_distances(count: int, most: int | None, drawn: list[int]) -> None:
+    assert drawn_evenly(count, most).tolist() == drawn
 
 
 def test_indices_are_all_that_other_processes_need(tmp_path: Path) -> None:

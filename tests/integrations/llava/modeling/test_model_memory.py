@@ -14,14 +14,16 @@ from torch.nn.modules.module import register_module_parameter_registration_hook
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoConfig, AutoTokenizer
 
+from integrations.llava.checkpoints import model_source
 from integrations.llava.checkpoints.model_io import load_model
 from integrations.llava.config.schema import STAGES, Recipe
 from integrations.llava.modeling import model as model_module
 from integrations.llava.modeling.build import assemble, build_model
 from integrations.llava.modeling.model import FusedLlavaForConditionalGeneration
-from integrations.llava.training.plan import Plan, check_plan, open_source
+from integrations.llava.training.plan import Plan
 from integrations.llava.training.run_folder import RunFolder
 from integrations.llava.training.signals import StopRequest
+from integrations.llava.training.start import check_start
 from layerfuse.backbones import MODULES, Backbone, create_backbone
 from layerfuse.fusers import create_fuser
 from layerfuse.testing import random_images
@@ -158,7 +160,7 @@ def test_config_and_tokenizer_of_the_language_model_are_read_once(
 
     read.clear()
     process = PartialState(cpu=True)
-    folder = RunFolder(tmp_path)
-    source = open_source(tiny_recipe, folder)
-    check_plan(Plan(tiny_recipe, source, folder, STAGES, STAGES, None, False, (), StopRequest(), process))
+    source = model_source(tiny_recipe.model)
+    plan = Plan(tiny_recipe, source, RunFolder(tmp_path), STAGES, STAGES, None, False, (), StopRequest(), process)
+    check_start(plan, [])
     assert sorted(read) == ["AutoConfig", "AutoTokenizer"]

@@ -21,7 +21,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from integrations.llava.__main__ import main
 from integrations.llava.config.yaml_io import load_recipe
 from integrations.llava.modeling import compilation
-from integrations.llava.training import plan as starting
+from integrations.llava.training import start as starting
 from integrations.llava.training import train
 from integrations.llava.training.signals import RunInterrupted
 

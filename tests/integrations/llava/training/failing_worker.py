@@ -31,8 +31,8 @@ ERRORS = {
 # Phase -> for each rank, what it calls there: module, name, and which of the calls fails.
 PLACES: dict[str, tuple[tuple[str, str, int], tuple[str, str, int]]] = {
     "data check": (
-        ("integrations.llava.training.stage", "usable_indices", 1),
-        ("integrations.llava.training.stage", "read_samples", 1),
+        ("integrations.llava.training.samples", "usable_indices", 1),
+        ("integrations.llava.training.samples", "read_samples", 1),
     ),
     "build": (("integrations.llava.modeling.source", "assemble", 1),) * 2,
     "step": (("integrations.llava.data.dataset.ConversationDataset", "__getitem__", 3),) * 2,

@@ -16,7 +16,7 @@ from transformers import Trainer, TrainingArguments
 
 from integrations.llava.config.schema import Recipe
 from integrations.llava.training import train
-from integrations.llava.training.named_settings import check_named_settings
+from integrations.llava.training.named_settings import check_optimizer_name, check_scheduler, check_trainer_options
 from integrations.llava.training.optimizer import check_optimizer, parameter_groups, state_bytes_each
 from integrations.llava.training.signals import RunInterrupted
 from layerfuse.backbones import BackboneGroup, TransformersBackbone
@@ -155,7 +155,8 @@ def test_names_that_transformers_or_this_trainer_does_not_know_are_refused(
     changes: dict[str, Any], message: str, tiny_recipe: Recipe
 ) -> None:
     with pytest.raises(InputError, match=message):
-        check_named_settings(changed(tiny_recipe, "finetune", **changes).finetune)
+        for check in (check_scheduler, check_optimizer_name, check_trainer_options):
+            check(changed(tiny_recipe, "finetune", **changes).finetune)
 
 
 @pytest.mark.parametrize(

@@ -59,14 +59,13 @@ def test_torchs_own_compiler_gives_the_losses_of_plain_parts(
     torch.testing.assert_close(steps(compiled), steps(run_folder), atol=1e-5, rtol=0)
 
 
-def test_a_missing_compiler_is_said_before_data_are_read(
+def test_a_missing_compiler_is_said_at_the_start(
     tiny_recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def missing(*_: Any) -> Any:
         raise FileNotFoundError("g++ is nowhere")
 
     monkeypatch.setattr(compilation, "_BACKEND", missing)
-    monkeypatch.setattr("integrations.llava.training.stage.read_samples", None)
     message = r"stage finetune: compile needs a compiler, .* for cpu here \(.*g\+\+ is nowhere.*; install it"
     with pytest.raises(InputError, match=message):
         train(finetuned(tiny_recipe, compile=True), tmp_path / "run")
