@@ -164,6 +164,8 @@ class StageConfig(Checked):
         keep_checkpoints: the newest checkpoints that stay while a stage runs.
         num_workers: processes that prepare samples; 0 prepares them in the training process.
         log_every: steps between two log entries; losses are kept for every step.
+        trial: let the longest batch go through the model before the first step, so that what does not fit into memory
+            is said at once, with the micro batch that does; losses stay the same. None: where a GPU computes.
         trainer_options: other arguments of transformers' TrainingArguments, such as {"neftune_noise_alpha": 5}.
         seed: of the order of samples, dropout and new adapters; `pretrain`'s is also that of the model's parts that are
             not loaded, in both stages.
@@ -202,6 +204,7 @@ class StageConfig(Checked):
     keep_checkpoints: Count = 1
     num_workers: Natural = 0
     log_every: Count = 10
+    trial: bool | None = None
     trainer_options: dict[str, Any] = field(default_factory=dict)
     seed: Seed = 42
 

@@ -55,6 +55,7 @@ _FREE = {
     "log_every",
     "cache_images",
     "cross_entropy",
+    "trial",
     "padding_free",
     # Where the model lies that the run goes on from; its digest tells what it is.
     "checkpoint",

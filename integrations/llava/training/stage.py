@@ -48,6 +48,7 @@ from .resume import checkpoints, load_trained, state_bytes, trained_state
 from .samples import FoundSamples, find_samples, open_samples
 from .signals import RunInterrupted
 from .trainer import LlavaTrainer, training_arguments
+from .trial import try_longest
 from .validation import Validation
 
 __all__ = ["Stage", "stage_trainer"]
@@ -167,6 +168,12 @@ class Stage(TrainerCallback):
         forget_engine()
         on_main(lambda: self._finish(trained, anew=anew))
         del self.assembled, self.trainer, self.validation
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """Try the longest batch, so that what does not fit is said before the first step."""
+        asked = args.device.type == "cuda" if self.config.trial is None else self.config.trial
+        if asked and state.global_step < state.max_steps:
+            try_longest(self.trainer, self.config, self.name, resumed=self.checkpoint is not None)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Note samples and origin in the folder after the first step; agree with all processes whether to stop."""

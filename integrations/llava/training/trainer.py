@@ -32,6 +32,7 @@ from .distributed import any_process
 from .engines import engine_arguments
 from .loss_guard import BrokenBatch, Later, NonFiniteLossError, OptimizerStep
 from .optimizer import build_optimizer, parameter_groups
+from .out_of_memory import naming_batch
 from .resume import CheckpointingTrainer
 from .signals import start_deaf
 
@@ -178,6 +179,11 @@ class LlavaTrainer(CheckpointingTrainer):
                     self._stop_if_loss_broke(self._step)
         return (loss, outputs) if return_outputs else loss
 
+    def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> torch.Tensor:
+        """Go forward and backward with a micro batch, and name it if there is no memory for it."""
+        with naming_batch(lambda: self._step, len(self._step.losses), inputs["input_ids"].shape):
+            return super().training_step(model, inputs, num_items_in_batch)
+
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
         """Norm of the gradients, for which Trainer asks just before the step; one that may not be made stops here."""
         norm = super()._get_grad_norm(model, grad_norm=grad_norm)
@@ -192,7 +198,8 @@ class LlavaTrainer(CheckpointingTrainer):
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """Train as Trainer does, and look at the last step's gradients."""
-        output = super().train(*args, **kwargs)
+        with naming_batch(lambda: self._step):
+            output = super().train(*args, **kwargs)
         self.stop_if_gradients_broke()
         return output
 
