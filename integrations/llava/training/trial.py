@@ -162,7 +162,8 @@ def _way_out(trainer: LlavaTrainer, config: StageConfig, stage: str, batch: _Pre
     )
     if resumed:
         return (
-            f"{told}. The run goes on with the micro batches it began with; take a larger GPU, or of {less} the first."
+            f"{told}. The run goes on with the micro batches it began with: take a larger GPU, "
+            f"--{stage}.gradient_checkpointing true, or more processes with --{stage}.engine fsdp2."
         )
     longest = sorted(batch, key=lambda sample: len(sample["input_ids"]), reverse=True)
     size = trainer.args.per_device_train_batch_size
