@@ -341,7 +341,7 @@ def weights_fingerprint(folder: str | Path) -> str:
 
     All are read, as they are again when the model is loaded: two checkpoints may differ in few rows of an embedding.
     """
-    names = ("config.json", "*.safetensors", "pytorch_model*.bin")
+    names = ("config.json", "*.safetensors", "pytorch_model*.bin", "adapter_model.bin", "non_lora_trainables.bin")
     files = [path for name in names for path in sorted(Path(folder).glob(name))]
     # Threads: hashing and reading run outside of Python's lock.
     with ThreadPoolExecutor(4) as pool:

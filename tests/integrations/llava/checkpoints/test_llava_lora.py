@@ -19,6 +19,7 @@ from integrations.llava.checkpoints.tensors import stored_model
 from integrations.llava.cli import train as train_command
 from integrations.llava.cli.convert import main
 from integrations.llava.inference import load_predictor
+from integrations.llava.inference.results import weights_fingerprint
 from tests.integrations.llava.checkpoints.foreign import save_published
 from tests.integrations.llava.tiny_parts import RunsCode
 
@@ -109,6 +110,9 @@ def test_a_lora_folder_answers_and_goes_back_to_the_published_layout(base: Path,
     assert load_predictor(tmp_path / "lora")([None], ["What number?"]) == own([None], ["What number?"])
     torch.testing.assert_close(logits(load_model(back)), logits(own.model))
     assert (back / "tokenizer.model").read_bytes() == (base / "tokenizer.model").read_bytes()
+    other = Path(shutil.copytree(tmp_path / "lora", tmp_path / "other"))
+    _another_model_s(other)
+    assert weights_fingerprint(other) != weights_fingerprint(tmp_path / "lora"), "answers of both never mix"
     assert load_processor(tmp_path / "lora").chat_template == load_processor(tmp_path / "ours").chat_template
 
 
