@@ -122,6 +122,8 @@ def _add_check_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _check(arguments: argparse.Namespace) -> int:
     _refuse_missing(arguments.image_folder)
+    if arguments.report is not None:
+        _refuse_unwritable(arguments.report)
     samples, data = read_samples(arguments.data), " ".join(arguments.data)
     folder = _image_folder(samples, arguments.image_folder)
     target = clean_path(samples)
@@ -132,9 +134,8 @@ def _check(arguments: argparse.Namespace) -> int:
         )
     if arguments.fix and target is not None and target.exists():
         raise ExistingFileError(f"{target} exists and is left alone; move it away or remove it, or leave out --fix.")
-    for written in (arguments.report, target if arguments.fix else None):
-        if written is not None:
-            _refuse_unwritable(written)
+    if arguments.fix and target is not None:
+        _refuse_unwritable(target)
     tokenizer = _tokenizer(arguments)
     template = _template(arguments, tokenizer)
     found = survey_samples(
