@@ -15,6 +15,7 @@ __all__ = ["main"]
 _COMMANDS = {
     "models": ("layerfuse.cli.models", "list backbones by name: layerfuse models 'timm:*clip*336*'"),
     "inspect": ("layerfuse.cli.inspect", "depth, width, grid of a backbone, and what fusers cost on it"),
+    "similarity": ("layerfuse.cli.similarity", "how alike layers are, of one backbone or of two"),
     "extract": ("layerfuse.cli.extract", "feature maps of a folder of pictures, into a store on disk"),
 }
 
@@ -24,7 +25,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="layerfuse",
         description="Look at backbones and their layers.",
-        epilog="commands:\n" + "\n".join(f"  {name:<10}{what}" for name, (_, what) in _COMMANDS.items()),
+        epilog="commands:\n" + "\n".join(f"  {name:<12}{what}" for name, (_, what) in _COMMANDS.items()),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("command", choices=_COMMANDS, metavar="command", help="one of those below; each knows --help")

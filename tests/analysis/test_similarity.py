@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from layerfuse.analysis import layer_similarity, linear_cka
+from layerfuse.analysis import layer_similarity, linear_cka, mean_cosine
 from layerfuse.features import FeatureMaps
 from layerfuse.testing import random_features
 
@@ -51,3 +51,31 @@ def test_layer_similarity_of_different_grids_is_an_error() -> None:
     assert isinstance(features, FeatureMaps)
     with pytest.raises(ValueError, match="tap layers of one grid"):
         layer_similarity(features)
+
+
+def test_cosine_is_the_mean_over_tokens() -> None:
+    first = torch.tensor([[1.0, 0.0], [2.0, 0.0]])
+    second = torch.tensor([[5.0, 0.0], [0.0, 1.0]])
+    assert_close(mean_cosine(first, second), torch.tensor(0.5, dtype=torch.float64))
+
+
+def test_cosine_of_other_widths_points_to_cka() -> None:
+    with pytest.raises(ValueError, match=r"mean_cosine got shapes .* \(measure='cka'\)"):
+        layer_similarity(random_features((4, 6), grids=(3, 5)), measure="cosine")
+
+
+def test_layers_of_two_backbones_are_rows_and_columns() -> None:
+    features, others = random_features((4, 6), grids=(3, 5)), random_features((8, 4, 4), grids=(3, 5), seed=1)
+    similarity = layer_similarity(features, others)
+    assert similarity.shape == (2, 3)
+    assert_close(similarity[1, 0], linear_cka(features.maps[1].flatten(0, 1), others.maps[0].flatten(0, 1)))
+
+
+def test_other_numbers_of_images_are_an_error() -> None:
+    with pytest.raises(ValueError, match="1 and 3 images; .* FeatureMaps.resample"):
+        layer_similarity(random_features((4,), batch_size=1), random_features((4,), batch_size=3))
+
+
+def test_an_unknown_measure_is_an_error() -> None:
+    with pytest.raises(ValueError, match="measure 'cosin' is unknown; did you mean 'cosine'"):
+        layer_similarity(random_features((4,)), measure="cosin")

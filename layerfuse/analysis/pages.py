@@ -1,0 +1,106 @@
+"""Figures as PNG, and the page that shows them: one HTML file that needs nothing beside it."""
+
+from __future__ import annotations
+
+import base64
+import html
+import io
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
+
+import torch
+
+from layerfuse.errors import MissingPackageError
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+__all__ = ["heat_map", "html_page", "new_figure", "png_of_figure"]
+
+_STYLE = (
+    "body{font:15px/1.5 system-ui,sans-serif;max-width:70em;margin:2em auto;padding:0 1em}"
+    "img{max-width:100%;height:auto}td,th{padding:.1em .8em;text-align:right}.warning{background:#fd8;padding:.6em}"
+)
+
+
+def new_figure(width: float, height: float) -> Figure:
+    """Return an empty figure of matplotlib, without its global state; ``width`` and ``height`` are in inches.
+
+    Raises:
+        ModuleNotFoundError: if matplotlib is not installed.
+    """
+    try:
+        from matplotlib.figure import Figure
+    except ModuleNotFoundError as error:
+        raise MissingPackageError(
+            "figures are drawn with matplotlib, which is not installed; install the extra: pip install 'layerfuse[viz]'"
+        ) from error
+    return Figure(figsize=(width, height), layout="constrained")
+
+
+def png_of_figure(figure: Figure, *, dpi: int = 90) -> bytes:
+    """Return a figure of matplotlib as PNG, with ``dpi`` pixels an inch."""
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=dpi)
+    return buffer.getvalue()
+
+
+def heat_map(
+    matrices: Mapping[str, torch.Tensor],
+    *,
+    rows: Sequence[object],
+    columns: Sequence[object],
+    labels: tuple[str, str] = ("layer", "layer"),
+) -> bytes:
+    """Draw matrices beside each other as PNG, with their numbers where there is room for them.
+
+    Args:
+        matrices: title -> (R, C') numbers, in colours from the lowest, at most 0, to 1.
+        rows: names of the R rows.
+        columns: names of the C' columns.
+        labels: of the vertical and the horizontal axis.
+
+    Raises:
+        ModuleNotFoundError: if matplotlib is not installed.
+    """
+    cell = 0.42 if len(columns) <= 16 else 0.24
+    figure = new_figure((1.7 + cell * len(columns)) * len(matrices), 1.1 + cell * len(rows))
+    for axes, (title, matrix) in zip(
+        figure.subplots(1, len(matrices), squeeze=False)[0], matrices.items(), strict=True
+    ):
+        low = min(0.0, float(matrix.min()))
+        image = axes.imshow(matrix.numpy(), vmin=low, vmax=1, cmap="viridis")
+        figure.colorbar(image, ax=axes, fraction=0.046)
+        axes.set_title(title)
+        axes.set_xticks(range(len(columns)), [str(name) for name in columns])
+        axes.set_yticks(range(len(rows)), [str(name) for name in rows])
+        axes.set_ylabel(labels[0])
+        axes.set_xlabel(labels[1])
+        if len(columns) > 16:
+            continue
+        for i, line in enumerate(matrix.tolist()):
+            for j, value in enumerate(line):
+                ink = "black" if value - low > 0.65 * (1 - low) else "white"
+                axes.text(j, i, f"{value:.2f}", ha="center", va="center", fontsize=7, color=ink)
+    return png_of_figure(figure)
+
+
+def html_page(title: str, parts: Sequence[str | tuple[str, bytes]], *, warning: str = "") -> str:
+    """Return an HTML page.
+
+    Args:
+        title: stands at its head.
+        parts: in order, a paragraph of text, its lines kept, or a picture as (what it shows, PNG).
+        warning: stands before all parts, if any.
+    """
+    body = [f"<h1>{html.escape(title)}</h1>"]
+    if warning:
+        body.append(f'<p class="warning">{html.escape(warning)}</p>')
+    for part in parts:
+        if isinstance(part, str):
+            body.append(f"<p>{html.escape(part)}</p>".replace("\n", "<br>\n"))
+        else:
+            text, picture = html.escape(part[0], quote=True), base64.b64encode(part[1]).decode()
+            body.append(f'<p>{text}<br>\n<img alt="{text}" src="data:image/png;base64,{picture}"></p>')
+    head = f'<meta charset="utf-8"><title>{html.escape(title)}</title><style>{_STYLE}</style>'
+    return "\n".join(["<!DOCTYPE html>", f'<html lang="en"><head>{head}</head><body>', *body, "</body></html>", ""])

@@ -1,0 +1,91 @@
+"""The command that draws how alike the layers of a backbone are, or those of two."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+
+from layerfuse.analysis import heat_map, layer_similarity
+from layerfuse.features import FeatureMaps
+
+from ._looking import add_looking_arguments, backbone_with_layers, gather_maps, picture_files, say, write_results
+
+__all__ = ["main"]
+
+# Patch tokens that are compared, of all pictures together: many more than channels, and they fit into memory.
+_TOKENS = 8192
+
+
+def main(argv: Sequence[str]) -> None:
+    """Write heat maps of cosine and CKA between layers."""
+    parser = argparse.ArgumentParser(
+        prog="layerfuse similarity",
+        description="Draw how alike the layers of a backbone are: the mean cosine of their patch tokens, and linear "
+        "CKA (arXiv:1905.00414). With a second backbone, CKA between the layers of the two.",
+        epilog="example: layerfuse similarity timm:vit_base_patch14_dinov2.lvd142m photos --output similarity",
+    )
+    add = parser.add_argument
+    add("model", help="family:name, as in `layerfuse models`; or transformers:FOLDER")
+    add("images", nargs="+", help="pictures, and folders of them")
+    add("--with", dest="second", metavar="MODEL2", help="compare with the layers of this backbone")
+    add_looking_arguments(parser, "similarity")
+    arguments = parser.parse_args(argv)
+    files = picture_files(arguments.images)
+    heat_map({"": torch.ones(1, 1)}, rows=[0], columns=[0])  # a missing matplotlib is told before the work
+    share = max(1, _TOKENS // len(files))
+    first = backbone_with_layers(arguments.model, arguments)
+    grid = first.grids()[0]
+    features = gather_maps(files, first, arguments.batch_size, lambda maps: _some_tokens(maps, share))
+    measures, others, names = ("cosine", "cka"), None, features.layers
+    notes = []
+    if arguments.second:
+        second = backbone_with_layers(arguments.second, arguments)
+        if (first.preprocessing.mode, first.image_size) != (second.preprocessing.mode, second.image_size):
+            notes.append(
+                "The two see pictures of other sizes or cuts, so that cells lie over one another only roughly: "
+                "--image-size brings both to one size."
+            )
+            say(notes[-1])
+        others = gather_maps(files, second, arguments.batch_size, lambda maps: _some_tokens(maps.resample(grid), share))
+        measures, names = ("cka",), others.layers
+    titles = {"cosine": "cosine of tokens", "cka": "linear CKA"}
+    matrices = {measure: layer_similarity(features, others, measure=measure) for measure in measures}
+    labels = (_axis(arguments.model), _axis(arguments.second or arguments.model))
+    drawn = heat_map(
+        {titles[measure]: matrix for measure, matrix in matrices.items()},
+        rows=features.layers,
+        columns=names,
+        labels=labels,
+    )
+    num_tokens = features.batch_size * features.maps[0].shape[1]
+    about = f"{len(files)} pictures, grid {grid[0]}×{grid[1]}, {num_tokens:,} patch tokens; layer 0 is the embeddings."
+    if num_tokens < 2 * max(*features.channels, *(others.channels if others else ())):
+        notes.append("CKA is biased upwards: there are fewer than two tokens for each channel. Take more pictures.")
+    title = f"Layers of {arguments.model}" + (f" and of {arguments.second}" if arguments.second else "")
+    numbers = {measure: matrix.tolist() for measure, matrix in matrices.items()}
+    write_results(
+        arguments,
+        title,
+        [about, *notes, ("How alike every two layers are: 1 is the same.", drawn)],
+        {"rows": list(features.layers), "columns": list(names), "tokens": num_tokens, "notes": notes, **numbers},
+        {"similarity.png": drawn},
+    )
+
+
+def _axis(model: str) -> str:
+    """Return the end of a model's name, for an axis."""
+    short = model.rstrip("/").rpartition("/")[2].partition(":")
+    return f"layer of {short[2] or short[0]}"
+
+
+def _some_tokens(features: FeatureMaps, count: int) -> FeatureMaps:
+    """Return at most ``count`` tokens of each picture, the same cells in every layer, spread over the grid."""
+    total = features.maps[0].shape[1]
+    count = min(count, total)
+    # Seeded: two backbones must give the same cells. Regular steps would fall on the same columns in every row.
+    cells = torch.randperm(total, generator=torch.Generator().manual_seed(total))[:count].sort().values
+    maps = tuple(tokens[:, cells] for tokens in features.maps)
+    return replace(features, maps=maps, prefix=(), grids=((1, count),) * len(maps))

@@ -1,0 +1,64 @@
+"""Commands that look at pictures: what they write, and what they refuse before any work."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from layerfuse.cli import main
+from tests.analysis.looking_support import BACKBONE, write_pictures
+
+
+def test_similarity_writes_picture_numbers_and_page(tmp_path: Path) -> None:
+    folder = write_pictures(tmp_path / "photos", 3)
+    assert main(["similarity", BACKBONE, str(folder), "--output", str(tmp_path / "out")]) == 0
+    told = json.loads((tmp_path / "out" / "numbers.json").read_text())
+    assert told["rows"] == told["columns"] == [0, 1, 2, 3, 4, 5, 6]
+    assert told["tokens"] == 3 * 64
+    for measure in ("cosine", "cka"):
+        assert [row[i] for i, row in enumerate(told[measure])] == pytest.approx([1] * 7)
+        assert told[measure][0][6] < told[measure][5][6]  # neighbours are nearer than the ends
+    page = (tmp_path / "out" / "index.html").read_text()
+    assert "data:image/png;base64," in page and "RANDOM" not in page
+    with Image.open(tmp_path / "out" / "similarity.png") as drawn:
+        assert drawn.width > 400
+
+
+def test_two_backbones_are_compared_by_cka_alone_and_random_weights_are_said(tmp_path: Path) -> None:
+    folder = write_pictures(tmp_path / "photos", 2)
+    pair = (BACKBONE, str(folder), "--with", "timm:vit_tiny_patch16_224", "--image-size", "64")
+    assert main(["similarity", *pair, "--pretrained", "false", "--output", str(tmp_path / "out")]) == 0
+    told = json.loads((tmp_path / "out" / "numbers.json").read_text())
+    assert "cosine" not in told
+    assert (len(told["cka"]), len(told["cka"][0])) == (7, 13)
+    assert any("fewer than two tokens" in note for note in told["notes"])
+    assert "WEIGHTS ARE RANDOM" in (tmp_path / "out" / "index.html").read_text()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (("nowhere",), "neither a picture nor a folder"),
+        (("{}", "--image-size", "1", "2", "3"), "give one edge, or height and width"),
+        (("{}", "--batch-size", "0"), "--batch-size is 0; give at least 1"),
+    ],
+)
+def test_bad_input_of_similarity_is_told_in_one_line(
+    arguments: tuple[str, ...], says: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = write_pictures(tmp_path, 1)
+    assert main(["similarity", BACKBONE, *(text.format(folder) for text in arguments)]) == 2
+    assert says in capsys.readouterr().err
+
+
+def test_a_missing_matplotlib_is_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = write_pictures(tmp_path, 1)
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    assert main(["similarity", BACKBONE, str(folder)]) == 2
+    assert "pip install 'layerfuse[viz]'" in capsys.readouterr().err
