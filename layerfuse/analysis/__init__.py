@@ -1,17 +1,27 @@
-"""Looking into layers: similarity, linear probes, feature-map pictures."""
+"""Looking into layers: similarity, probes, which layers to tap, pictures of feature maps, and pages of these."""
 
 from __future__ import annotations
 
-from layerfuse.analysis.pages import heat_map, html_page, new_figure, png_of_figure
+from layerfuse.analysis.cross_validation import LayerProbes, LayerScores, bootstrap_means, cross_validate_layers
+from layerfuse.analysis.edges import edge_labels, edge_strength
+from layerfuse.analysis.pages import heat_map, html_page, new_figure, png_of_figure, score_plot
 from layerfuse.analysis.pictures import REDUCTIONS, colorize, fusion_maps, png_bytes, reduce_map
 from layerfuse.analysis.probes import LinearProbe, fit_probe, probe_layers
 from layerfuse.analysis.similarity import SIMILARITIES, layer_similarity, linear_cka, mean_cosine
+from layerfuse.analysis.suggestion import LayerSuggestion, suggest_layers
 
 __all__ = [
     "REDUCTIONS",
     "SIMILARITIES",
+    "LayerProbes",
+    "LayerScores",
+    "LayerSuggestion",
     "LinearProbe",
+    "bootstrap_means",
     "colorize",
+    "cross_validate_layers",
+    "edge_labels",
+    "edge_strength",
     "fit_probe",
     "fusion_maps",
     "heat_map",
@@ -24,4 +34,6 @@ __all__ = [
     "png_of_figure",
     "probe_layers",
     "reduce_map",
+    "score_plot",
+    "suggest_layers",
 ]

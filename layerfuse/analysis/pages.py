@@ -10,12 +10,13 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from layerfuse.analysis.cross_validation import LayerScores
 from layerfuse.errors import MissingPackageError
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-__all__ = ["heat_map", "html_page", "new_figure", "png_of_figure"]
+__all__ = ["heat_map", "html_page", "new_figure", "png_of_figure", "score_plot"]
 
 _STYLE = (
     "body{font:15px/1.5 system-ui,sans-serif;max-width:70em;margin:2em auto;padding:0 1em}"
@@ -82,6 +83,30 @@ def heat_map(
             for j, value in enumerate(line):
                 ink = "black" if value - low > 0.65 * (1 - low) else "white"
                 axes.text(j, i, f"{value:.2f}", ha="center", va="center", fontsize=7, color=ink)
+    return png_of_figure(figure)
+
+
+def score_plot(scores: LayerScores, *, chosen: Sequence[int] = ()) -> bytes:
+    """Draw the share of right labels by layer as PNG: 95% intervals, chance, shuffled labels, chosen layers filled.
+
+    Raises:
+        ModuleNotFoundError: if matplotlib is not installed.
+    """
+    figure = new_figure(max(4.5, 1.5 + 0.35 * len(scores.layers)), 3.2)
+    axes = figure.subplots()
+    for layer, right, (low, high) in zip(scores.layers, scores.accuracy, scores.intervals, strict=True):
+        axes.plot((layer, layer), (low, high), color="tab:blue", linewidth=1)
+        axes.plot(layer, right, "o", color="tab:blue", markerfacecolor="tab:blue" if layer in chosen else "white")
+    axes.plot(scores.layers, scores.accuracy, color="tab:blue", linewidth=0.8, zorder=0)
+    axes.axhline(scores.chance, color="grey", linestyle=":", label="commonest class")
+    axes.axhline(
+        float(scores.shuffled.quantile(0.95)), color="tab:orange", linestyle="--", label="shuffled labels, 95% below"
+    )
+    axes.set_xticks(scores.layers)
+    axes.set_xlabel("layer")
+    axes.set_ylabel("right")
+    axes.yaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
+    axes.legend(fontsize=8)
     return png_of_figure(figure)
 
 

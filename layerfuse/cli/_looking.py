@@ -7,11 +7,11 @@ import json
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image
 
 from layerfuse.analysis import html_page
 from layerfuse.backbones import Backbone, create_backbone
@@ -119,19 +119,19 @@ def device_of(arguments: argparse.Namespace) -> str | None:
 
 
 def batches_of(
-    files: dict[str, Path], model: torch.nn.Module, batch_size: int
-) -> Iterator[tuple[list[Image.Image], FeatureMaps]]:
-    """Give batch after batch the pictures and their feature maps, in float32 on the CPU; progress is shown."""
+    files: dict[str, Path], backbone: Backbone, batch_size: int
+) -> Iterator[tuple[torch.Tensor, FeatureMaps]]:
+    """Give batch after batch what the backbone sees and its feature maps, in float32 on the CPU; progress is shown."""
     if batch_size < 1:
         raise InputError(f"--batch-size is {batch_size}; give at least 1.")
-    backbone: Any = model
     paths, report = list(files.values()), Progress()
     report(0, len(paths))
     for start in range(0, len(paths), batch_size):
         pictures = [read_picture(path) for path in paths[start : start + batch_size]]
         with torch.inference_mode():
-            features = backbone(backbone.prepare(pictures))
-        yield pictures, features.to("cpu", torch.float32)
+            images = backbone.prepare(pictures)
+            features = backbone(images)
+        yield images.to("cpu", torch.float32), features.to("cpu", torch.float32)
         report(start + len(pictures), len(paths))
 
 
@@ -140,6 +140,16 @@ def gather_maps(
 ) -> FeatureMaps:
     """Return what is kept of the maps of all pictures, as one batch."""
     return FeatureMaps.cat([keep(features) for _, features in batches_of(files, backbone, batch_size)])
+
+
+def some_tokens(features: FeatureMaps, count: int) -> tuple[FeatureMaps, torch.Tensor]:
+    """Return at most ``count`` tokens of each picture, the same cells in every layer, and which cells these are."""
+    total = features.maps[0].shape[1]
+    count = min(count, total)
+    # Seeded: two backbones must give the same cells. Regular steps would fall on the same columns in every row.
+    cells = torch.randperm(total, generator=torch.Generator().manual_seed(total))[:count].sort().values
+    maps = tuple(tokens[:, cells] for tokens in features.maps)
+    return replace(features, maps=maps, prefix=(), grids=((1, count),) * len(maps)), cells
 
 
 def write_results(

@@ -4,14 +4,20 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
-from dataclasses import replace
 
 import torch
 
 from layerfuse.analysis import heat_map, layer_similarity
-from layerfuse.features import FeatureMaps
 
-from ._looking import add_looking_arguments, backbone_with_layers, gather_maps, picture_files, say, write_results
+from ._looking import (
+    add_looking_arguments,
+    backbone_with_layers,
+    gather_maps,
+    picture_files,
+    say,
+    some_tokens,
+    write_results,
+)
 
 __all__ = ["main"]
 
@@ -38,8 +44,8 @@ def main(argv: Sequence[str]) -> None:
     share = max(1, _TOKENS // len(files))
     first = backbone_with_layers(arguments.model, arguments)
     grid = first.grids()[0]
-    features = gather_maps(files, first, arguments.batch_size, lambda maps: _some_tokens(maps, share))
-    measures, others, names = ("cosine", "cka"), None, features.layers
+    features = gather_maps(files, first, arguments.batch_size, lambda maps: some_tokens(maps, share)[0])
+    others, names = None, features.layers
     notes = []
     if arguments.second:
         second = backbone_with_layers(arguments.second, arguments)
@@ -49,9 +55,12 @@ def main(argv: Sequence[str]) -> None:
                 "--image-size brings both to one size."
             )
             say(notes[-1])
-        others = gather_maps(files, second, arguments.batch_size, lambda maps: _some_tokens(maps.resample(grid), share))
-        measures, names = ("cka",), others.layers
+        others = gather_maps(
+            files, second, arguments.batch_size, lambda maps: some_tokens(maps.resample(grid), share)[0]
+        )
+        names = others.layers
     titles = {"cosine": "cosine of tokens", "cka": "linear CKA"}
+    measures = ("cosine", "cka") if others is None else ("cka",)
     matrices = {measure: layer_similarity(features, others, measure=measure) for measure in measures}
     labels = (_axis(arguments.model), _axis(arguments.second or arguments.model))
     drawn = heat_map(
@@ -79,13 +88,3 @@ def _axis(model: str) -> str:
     """Return the end of a model's name, for an axis."""
     short = model.rstrip("/").rpartition("/")[2].partition(":")
     return f"layer of {short[2] or short[0]}"
-
-
-def _some_tokens(features: FeatureMaps, count: int) -> FeatureMaps:
-    """Return at most ``count`` tokens of each picture, the same cells in every layer, spread over the grid."""
-    total = features.maps[0].shape[1]
-    count = min(count, total)
-    # Seeded: two backbones must give the same cells. Regular steps would fall on the same columns in every row.
-    cells = torch.randperm(total, generator=torch.Generator().manual_seed(total))[:count].sort().values
-    maps = tuple(tokens[:, cells] for tokens in features.maps)
-    return replace(features, maps=maps, prefix=(), grids=((1, count),) * len(maps))

@@ -62,3 +62,34 @@ def test_a_missing_matplotlib_is_named(
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     assert main(["similarity", BACKBONE, str(folder)]) == 2
     assert "pip install 'layerfuse[viz]'" in capsys.readouterr().err
+
+
+def test_suggest_and_probe_take_folders_for_classes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for seed, (name, brightness) in enumerate({"dark": 0, "light": 120}.items()):
+        write_pictures(tmp_path / "photos" / name, 8, brightness=brightness, seed=seed)
+    arguments = (BACKBONE, str(tmp_path / "photos"), "--labels", "--output", str(tmp_path / "out"))
+    assert main(["probe", *arguments]) == 0
+    assert "layer   right" in capsys.readouterr().out
+    told = json.loads((tmp_path / "out" / "numbers.json").read_text())
+    assert told["classes"] == ["dark", "light"]
+    assert list(told["accuracy"]) == ["0", "1", "2", "3", "4", "5", "6"]
+    assert min(told["accuracy"].values()) > 0.9  # brightness is there in all of them, so that
+    assert main(["suggest", *arguments]) == 0
+    assert "cannot tell" in capsys.readouterr().out
+    assert "cannot tell" in (tmp_path / "out" / "index.html").read_text()
+
+
+def test_suggest_without_labels_reads_edges(tmp_path: Path) -> None:
+    folder = write_pictures(tmp_path / "photos", 6)
+    assert main(["suggest", BACKBONE, str(folder), "--output", str(tmp_path / "out")]) == 0
+    assert "more edge than half of all patches" in (tmp_path / "out" / "index.html").read_text()
+    assert (tmp_path / "out" / "suggestion.png").stat().st_size > 1000
+
+
+def test_labels_need_two_folders_and_nothing_beside_them(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_pictures(tmp_path / "one", 1)
+    assert main(["probe", BACKBONE, str(tmp_path), "--labels"]) == 2
+    assert "1 folder with pictures was found" in capsys.readouterr().err
+    write_pictures(tmp_path, 1)
+    assert main(["probe", BACKBONE, str(tmp_path), "--labels"]) == 2
+    assert "stands beside them" in capsys.readouterr().err
