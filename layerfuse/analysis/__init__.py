@@ -7,6 +7,7 @@ from layerfuse.analysis.edges import edge_labels, edge_strength
 from layerfuse.analysis.pages import heat_map, html_page, new_figure, png_of_figure, score_plot
 from layerfuse.analysis.pictures import REDUCTIONS, colorize, fusion_maps, png_bytes, reduce_map
 from layerfuse.analysis.probes import LinearProbe, fit_probe, probe_layers
+from layerfuse.analysis.sheets import map_sheet, point_sheet, rgb_map
 from layerfuse.analysis.similarity import SIMILARITIES, layer_similarity, linear_cka, mean_cosine
 from layerfuse.analysis.suggestion import LayerSuggestion, suggest_layers
 
@@ -28,12 +29,15 @@ __all__ = [
     "html_page",
     "layer_similarity",
     "linear_cka",
+    "map_sheet",
     "mean_cosine",
     "new_figure",
     "png_bytes",
     "png_of_figure",
+    "point_sheet",
     "probe_layers",
     "reduce_map",
+    "rgb_map",
     "score_plot",
     "suggest_layers",
 ]

@@ -15,7 +15,7 @@ import torch
 from layerfuse.errors import InputError, MissingPackageError
 from layerfuse.features import FeatureMaps, Grid
 
-__all__ = ["REDUCTIONS", "colorize", "fusion_maps", "png_bytes", "reduce_map"]
+__all__ = ["REDUCTIONS", "check_map_tokens", "colorize", "fusion_maps", "png_bytes", "reduce_map"]
 
 REDUCTIONS = ("norm", "component", "mean")
 
@@ -36,12 +36,7 @@ def reduce_map(tokens: torch.Tensor, grid: Grid, *, reduction: str = "component"
     Raises:
         ValueError: if the grid does not fit or the reduction is unknown.
     """
-    height, width = grid
-    if tokens.ndim != 3 or tokens.shape[1] != height * width:
-        raise InputError(
-            f"tokens have shape {tuple(tokens.shape)}, which does not fit the grid {height}x{width}; expected "
-            f"(B, {height * width}, C)."
-        )
+    check_map_tokens(tokens, grid)
     if reduction not in REDUCTIONS:
         raise InputError(f"reduction {reduction!r} is unknown; known: {', '.join(REDUCTIONS)}.")
     values = tokens.detach().float().cpu()
@@ -51,7 +46,21 @@ def reduce_map(tokens: torch.Tensor, grid: Grid, *, reduction: str = "component"
         cells = values.mean(-1)
     else:
         cells = torch.stack([_first_component(image) for image in values])
-    return cells.unflatten(1, (height, width))
+    return cells.unflatten(1, grid)
+
+
+def check_map_tokens(tokens: torch.Tensor, grid: Grid) -> None:
+    """Refuse tokens that are not (B, N, C) of a grid (H, W).
+
+    Raises:
+        ValueError: if they are not.
+    """
+    height, width = grid
+    if tokens.ndim != 3 or tokens.shape[1] != height * width:
+        raise InputError(
+            f"tokens have shape {tuple(tokens.shape)}, which does not fit the grid {height}x{width}; expected "
+            f"(B, {height * width}, C)."
+        )
 
 
 def _first_component(tokens: torch.Tensor) -> torch.Tensor:

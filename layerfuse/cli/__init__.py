@@ -16,6 +16,7 @@ _COMMANDS = {
     "models": ("layerfuse.cli.models", "list backbones by name: layerfuse models 'timm:*clip*336*'"),
     "inspect": ("layerfuse.cli.inspect", "depth, width, grid of a backbone, and what fusers cost on it"),
     "similarity": ("layerfuse.cli.similarity", "how alike layers are, of one backbone or of two"),
+    "maps": ("layerfuse.cli.maps", "maps of layers and fusers, beside and over pictures"),
     "probe": ("layerfuse.cli.probe", "what each layer tells about the pictures of a folder"),
     "suggest": ("layerfuse.cli.suggest", "which layers to tap for the pictures of a folder, and how sure that is"),
     "extract": ("layerfuse.cli.extract", "feature maps of a folder of pictures, into a store on disk"),

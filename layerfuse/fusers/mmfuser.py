@@ -104,6 +104,25 @@ class MMFuser(Fuser):
         fused: torch.Tensor = query + self.output_scale(refined)
         return fused
 
+    def sampling_points(self, features: FeatureMaps) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return where each cell of the query map reads the other maps, and how much each place counts.
+
+        Args:
+            features: L maps, as in ``forward``.
+
+        Returns:
+            (B, N, M, L - 1, K, 2) places (x, y), where 0 and 1 are the outer edges of the map, and
+            (B, N, M, L - 1, K) weights; without gradient.
+
+        Raises:
+            ValueError: if number or widths of the maps are not what the fuser was built for.
+        """
+        self._check_maps(features)
+        query = features.maps[self.query_index].to(self.query_norm.weight.dtype)
+        grids = all_but(features.grids, self.query_index)
+        with torch.no_grad():
+            return self.cross_attn.sampling_points(self.query_norm(query), features.grids[self.query_index], grids)
+
     def out_grid(self, grids: Sequence[Grid]) -> Grid:
         """Return the query map's grid."""
         return grids[self.query_index]

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+import layerfuse
 from layerfuse.cli import main
 from tests.analysis.looking_support import BACKBONE, write_pictures
 
@@ -93,3 +94,43 @@ def test_labels_need_two_folders_and_nothing_beside_them(tmp_path: Path, capsys:
     write_pictures(tmp_path, 1)
     assert main(["probe", BACKBONE, str(tmp_path), "--labels"]) == 2
     assert "stands beside them" in capsys.readouterr().err
+
+
+def test_maps_draws_a_sheet_for_each_picture_and_a_new_fuser_is_called_new(tmp_path: Path) -> None:
+    folder = write_pictures(tmp_path / "photos", 3)
+    arguments = (BACKBONE, str(folder), "--layers", "1", "0.5", "-1", "--fuser", "average", "--batch-size", "2")
+    assert main(["maps", *arguments, "--output", str(tmp_path / "out")]) == 0
+    sheets = sorted(path.name for path in (tmp_path / "out").glob("*.png"))
+    assert sheets == ["000-0-maps.png", "001-1-maps.png", "002-2-maps.png"]
+    told = json.loads((tmp_path / "out" / "numbers.json").read_text())
+    assert (told["layers"], told["fuser"]) == ([1, 3, 6], "average")
+    assert "is new: what it makes of the maps was not learned" in (tmp_path / "out" / "index.html").read_text()
+
+
+@pytest.mark.parametrize(("fuser", "sheet"), [("mmfuser", "points"), ("depth_attention", "depth")])
+def test_maps_of_a_trained_encoder_show_what_its_fuser_reads(fuser: str, sheet: str, tmp_path: Path) -> None:
+    encoder = layerfuse.create_encoder(BACKBONE, layers=(1, 3, -1), fuser=fuser)
+    encoder.save_pretrained(tmp_path / "encoder")
+    folder = write_pictures(tmp_path / "photos", 1)
+    arguments = ("maps", str(tmp_path / "encoder"), str(folder), "--reduction", "norm")
+    assert main([*arguments, "--output", str(tmp_path / "out")]) == 0
+    assert {path.name for path in (tmp_path / "out").glob("*.png")} == {"000-0-maps.png", f"000-0-{sheet}.png"}
+    assert "as it was trained" in (tmp_path / "out" / "index.html").read_text()
+
+
+def test_a_trained_encoder_keeps_its_layers_and_size(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    layerfuse.create_encoder(BACKBONE, layers=(1, -1), fuser="average").save_pretrained(tmp_path / "encoder")
+    folder = write_pictures(tmp_path / "photos", 1)
+    arguments = ("maps", str(tmp_path / "encoder"), str(folder))
+    assert main([*arguments, "--layers", "1", "--image-size", "96"]) == 2
+    assert "leave --layers, --image-size out" in capsys.readouterr().err
+    assert main([*arguments, "--pretrained", "false"]) == 2
+    assert "leave --pretrained false out" in capsys.readouterr().err
+
+
+def test_maps_of_several_backbones_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pair = layerfuse.create_encoder([BACKBONE, BACKBONE], layers=[(1,), (2,)], fuser="average", resample="bilinear")
+    pair.save_pretrained(tmp_path / "encoder")
+    folder = write_pictures(tmp_path / "photos", 1)
+    assert main(["maps", str(tmp_path / "encoder"), str(folder)]) == 2
+    assert "has several backbones" in capsys.readouterr().err

@@ -88,16 +88,27 @@ class MultiScaleDeformableAttention(nn.Module):
         Grids are (H, W), in patches.
         """
         value = self.value_proj(values).unflatten(-1, (self.num_heads, -1))
+        locations, weights = self.sampling_points(query, query_grid, value_grids)
+        attended = deformable_attention(value, value_grids, locations, weights, implementation=self.implementation)
+        projected: torch.Tensor = self.output_proj(attended)
+        return projected
+
+    def sampling_points(
+        self, query: torch.Tensor, query_grid: tuple[int, int], value_grids: Sequence[tuple[int, int]]
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return where each query reads, and how much each place counts; arguments as in ``forward``.
+
+        Returns:
+            (B, Q, M, L, K, 2) places (x, y), where 0 and 1 are the outer edges of the map, and (B, Q, M, L, K) weights,
+            which sum to 1 over L and K; both float32 at least.
+        """
         offsets = self.sampling_offsets(query)
         # A location in bfloat16 is off by up to half a cell on a 128-wide grid, so places are float32 at least.
         precision = torch.promote_types(offsets.dtype, torch.float32)
         offsets = offsets.to(precision).unflatten(-1, (self.num_heads, self.num_levels, self.num_points, 2))
         locations = _locations(query_grid, value_grids, offsets)
         logits = self.attention_weights(query).unflatten(-1, (self.num_heads, -1))
-        weights = logits.softmax(-1, dtype=precision).unflatten(-1, (self.num_levels, self.num_points))
-        attended = deformable_attention(value, value_grids, locations, weights, implementation=self.implementation)
-        projected: torch.Tensor = self.output_proj(attended)
-        return projected
+        return locations, logits.softmax(-1, dtype=precision).unflatten(-1, (self.num_levels, self.num_points))
 
     def matmul_flops(self, num_queries: int, num_values: int) -> int:
         """Count floating point operations of the four projections per image, as 2 * multiply-adds."""
