@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import struct
-import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,26 +13,12 @@ from PIL import Image
 from integrations.llava._text import printable
 from integrations.llava.image_layout import ImageSize
 from layerfuse.errors import InputError, MissingFileError, UserError
+from layerfuse.pictures import PICTURE_ERRORS
 from layerfuse.preprocessing.pixels import MAX_EDGE, check_picture, image_size, to_rgb
 
 from .places import ImagePlace, StoredImage
 
 __all__ = ["UnreadableImageError", "open_image", "read_image", "read_image_size"]
-
-# What Pillow raises on a file that it cannot open or decode; MemoryError, too, where the picture is large.
-_IMAGE_ERRORS = (
-    OSError,  # UnidentifiedImageError is one
-    SyntaxError,
-    ValueError,
-    TypeError,
-    AttributeError,
-    LookupError,
-    ArithmeticError,
-    RuntimeError,
-    EOFError,
-    struct.error,
-    zlib.error,
-)
 
 # A process that has no room for a picture of fewer pixels is short of memory; that is no fault of the picture.
 _LARGE = 2**24
@@ -82,7 +67,7 @@ def open_image(path: str | ImagePlace) -> Iterator[Image.Image]:
         if num_pixels < _LARGE:
             raise
         raise UnreadableImageError(path, "large_image", f"no memory for its {num_pixels:,} pixels") from error
-    except _IMAGE_ERRORS as error:
+    except PICTURE_ERRORS as error:
         cut = "truncated" in str(error).lower() or _is_short_riff(path)
         what = str(error) or type(error).__name__
         raise UnreadableImageError(path, "truncated_image" if cut else "broken_image", what) from error
