@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import json
 import sys
 import time
@@ -13,9 +14,9 @@ from typing import Any
 
 import torch
 
-from layerfuse.analysis import html_page
+from layerfuse.analysis import html_page, new_figure
 from layerfuse.backbones import Backbone, create_backbone
-from layerfuse.errors import InputError, MissingFileError
+from layerfuse.errors import ExistingFileError, InputError, MissingFileError
 from layerfuse.features import FeatureMaps
 from layerfuse.files import write_text
 from layerfuse.pictures import picture_names, read_picture
@@ -86,6 +87,22 @@ def picture_files(given: Sequence[str]) -> dict[str, Path]:
                 f"{text} is neither a picture nor a folder; give files of pictures, or their folder."
             )
     return files
+
+
+def prepare_output(arguments: argparse.Namespace) -> None:
+    """Make the output folder, so that what cannot be drawn or written is told before the work.
+
+    Raises:
+        FileExistsError: if a file has its name.
+        ModuleNotFoundError: if matplotlib is not installed.
+    """
+    new_figure(1, 1)
+    folder = Path(arguments.output)
+    if folder.exists() and not folder.is_dir():
+        raise ExistingFileError(
+            errno.EEXIST, f"--output {folder} is a file; give a folder, or a name that is not taken"
+        )
+    folder.mkdir(parents=True, exist_ok=True)
 
 
 def image_size_of(arguments: argparse.Namespace) -> tuple[int, int] | None:
@@ -161,7 +178,6 @@ def write_results(
 ) -> None:
     """Write pictures, numbers as JSON and the page into the output folder, and say where."""
     folder = Path(arguments.output)
-    folder.mkdir(parents=True, exist_ok=True)
     warning = "" if arguments.pretrained == "true" else RANDOM
     for name, picture in pictures.items():
         (folder / name).write_bytes(picture)

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from layerfuse.analysis import map_sheet, new_figure, point_sheet, reduce_map, rgb_map
+from layerfuse.analysis import map_sheet, point_sheet, reduce_map, rgb_map
 from layerfuse.backbones import Backbone
 from layerfuse.encoder import FusedEncoder
 from layerfuse.errors import InputError
@@ -28,6 +28,7 @@ from ._looking import (
     device_of,
     layer_choice,
     picture_files,
+    prepare_output,
     write_results,
 )
 
@@ -53,7 +54,7 @@ def main(argv: Sequence[str]) -> None:
     add("--reduction", choices=(_COLOURS, "norm", "component"), default=_COLOURS, help="(default: colours)")
     add_looking_arguments(parser, "maps")
     arguments = parser.parse_args(argv)
-    new_figure(1, 1)  # a missing matplotlib is told before the work
+    prepare_output(arguments)
     files = picture_files(arguments.images)
     backbone, fuser = _model(arguments)
     parts: list[str | tuple[str, bytes]] = [_about(arguments, backbone, fuser)]

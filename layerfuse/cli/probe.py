@@ -5,10 +5,10 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 
-from layerfuse.analysis import cross_validate_layers, new_figure, score_plot
+from layerfuse.analysis import cross_validate_layers, score_plot
 
 from ._labelling import add_label_arguments, labelled_maps, labelled_pictures
-from ._looking import add_looking_arguments, backbone_with_layers, write_results
+from ._looking import add_looking_arguments, backbone_with_layers, prepare_output, write_results
 
 __all__ = ["main"]
 
@@ -23,7 +23,7 @@ def main(argv: Sequence[str]) -> None:
     add_label_arguments(parser)
     add_looking_arguments(parser, "probes")
     arguments = parser.parse_args(argv)
-    new_figure(1, 1)  # a missing matplotlib is told before the work
+    prepare_output(arguments)
     files, classes = labelled_pictures(arguments)
     labelled = labelled_maps(arguments, files, classes, backbone_with_layers(arguments.model, arguments))
     scores = cross_validate_layers(labelled.features, labelled.labels)

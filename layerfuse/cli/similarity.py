@@ -5,8 +5,6 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 
-import torch
-
 from layerfuse.analysis import heat_map, layer_similarity
 
 from ._looking import (
@@ -14,6 +12,7 @@ from ._looking import (
     backbone_with_layers,
     gather_maps,
     picture_files,
+    prepare_output,
     say,
     some_tokens,
     write_results,
@@ -40,7 +39,7 @@ def main(argv: Sequence[str]) -> None:
     add_looking_arguments(parser, "similarity")
     arguments = parser.parse_args(argv)
     files = picture_files(arguments.images)
-    heat_map({"": torch.ones(1, 1)}, rows=[0], columns=[0])  # a missing matplotlib is told before the work
+    prepare_output(arguments)
     share = max(1, _TOKENS // len(files))
     first = backbone_with_layers(arguments.model, arguments)
     grid = first.grids()[0]

@@ -5,10 +5,10 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 
-from layerfuse.analysis import new_figure, score_plot, suggest_layers
+from layerfuse.analysis import score_plot, suggest_layers
 
 from ._labelling import add_label_arguments, labelled_maps, labelled_pictures
-from ._looking import add_looking_arguments, backbone_with_layers, write_results
+from ._looking import add_looking_arguments, backbone_with_layers, prepare_output, write_results
 
 __all__ = ["main"]
 
@@ -26,7 +26,7 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument("--max-layers", type=int, default=5, help="as many layers at most (default: 5)")
     add_looking_arguments(parser, "suggestion")
     arguments = parser.parse_args(argv)
-    new_figure(1, 1)  # a missing matplotlib is told before the work
+    prepare_output(arguments)
     files, classes = labelled_pictures(arguments)
     labelled = labelled_maps(arguments, files, classes, backbone_with_layers(arguments.model, arguments))
     found = suggest_layers(labelled.features, labelled.labels, max_layers=arguments.max_layers)

@@ -52,7 +52,10 @@ def test_bad_input_of_similarity_is_told_in_one_line(
     arguments: tuple[str, ...], says: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder = write_pictures(tmp_path, 1)
-    assert main(["similarity", BACKBONE, *(text.format(folder) for text in arguments)]) == 2
+    assert (
+        main(["similarity", BACKBONE, "--output", str(tmp_path / "out"), *(text.format(folder) for text in arguments)])
+        == 2
+    )
     assert says in capsys.readouterr().err
 
 
@@ -61,7 +64,8 @@ def test_a_missing_matplotlib_is_named(
 ) -> None:
     folder = write_pictures(tmp_path, 1)
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    assert main(["similarity", BACKBONE, str(folder)]) == 2
+    assert main(["similarity", BACKBONE, str(folder), "--output", str(tmp_path / "out")]) == 2
+    assert not (tmp_path / "out").exists()
     assert "pip install 'layerfuse[viz]'" in capsys.readouterr().err
 
 
@@ -89,10 +93,10 @@ def test_suggest_without_labels_reads_edges(tmp_path: Path) -> None:
 
 def test_labels_need_two_folders_and_nothing_beside_them(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write_pictures(tmp_path / "one", 1)
-    assert main(["probe", BACKBONE, str(tmp_path), "--labels"]) == 2
+    assert main(["probe", BACKBONE, str(tmp_path), "--labels", "--output", str(tmp_path / "out")]) == 2
     assert "1 folder with pictures was found" in capsys.readouterr().err
     write_pictures(tmp_path, 1)
-    assert main(["probe", BACKBONE, str(tmp_path), "--labels"]) == 2
+    assert main(["probe", BACKBONE, str(tmp_path), "--labels", "--output", str(tmp_path / "out")]) == 2
     assert "stands beside them" in capsys.readouterr().err
 
 
@@ -121,7 +125,7 @@ def test_maps_of_a_trained_encoder_show_what_its_fuser_reads(fuser: str, sheet: 
 def test_a_trained_encoder_keeps_its_layers_and_size(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     layerfuse.create_encoder(BACKBONE, layers=(1, -1), fuser="average").save_pretrained(tmp_path / "encoder")
     folder = write_pictures(tmp_path / "photos", 1)
-    arguments = ("maps", str(tmp_path / "encoder"), str(folder))
+    arguments = ("maps", str(tmp_path / "encoder"), str(folder), "--output", str(tmp_path / "out"))
     assert main([*arguments, "--layers", "1", "--image-size", "96"]) == 2
     assert "leave --layers, --image-size out" in capsys.readouterr().err
     assert main([*arguments, "--pretrained", "false"]) == 2
@@ -132,5 +136,16 @@ def test_maps_of_several_backbones_are_refused(tmp_path: Path, capsys: pytest.Ca
     pair = layerfuse.create_encoder([BACKBONE, BACKBONE], layers=[(1,), (2,)], fuser="average", resample="bilinear")
     pair.save_pretrained(tmp_path / "encoder")
     folder = write_pictures(tmp_path / "photos", 1)
-    assert main(["maps", str(tmp_path / "encoder"), str(folder)]) == 2
+    assert main(["maps", str(tmp_path / "encoder"), str(folder), "--output", str(tmp_path / "out")]) == 2
     assert "has several backbones" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", ["similarity", "maps", "probe", "suggest"])
+def test_an_output_that_is_a_file_is_told_before_the_work(
+    command: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = write_pictures(tmp_path / "photos", 1)
+    (tmp_path / "out").write_text("mine")
+    assert main([command, "timm:none", str(folder), "--output", str(tmp_path / "out")]) == 2
+    assert "is a file; give a folder" in capsys.readouterr().err
+    assert (tmp_path / "out").read_text() == "mine"
