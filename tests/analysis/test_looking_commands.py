@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 from pathlib import Path
 
@@ -149,3 +150,15 @@ def test_an_output_that_is_a_file_is_told_before_the_work(
     assert main([command, "timm:none", str(folder), "--output", str(tmp_path / "out")]) == 2
     assert "is a file; give a folder" in capsys.readouterr().err
     assert (tmp_path / "out").read_text() == "mine"
+
+
+def test_a_model_without_weights_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder, model = write_pictures(tmp_path / "photos", 1), tmp_path / "model"
+    model.mkdir()
+    for name in ("config.json", "preprocessor_config.json"):
+        shutil.copy(Path(BACKBONE.removeprefix("transformers:")) / name, model)
+    arguments = ("similarity", f"transformers:{model}", str(folder), "--output", str(tmp_path / "out"))
+    assert main(arguments) == 2
+    assert "finds no weights" in capsys.readouterr().err
+    assert main([*arguments, "--pretrained", "false"]) == 0
+    assert json.loads((tmp_path / "out" / "numbers.json").read_text())["pretrained"] is False
