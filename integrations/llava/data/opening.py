@@ -14,6 +14,7 @@ from __future__ import annotations
 import glob
 import json
 import math
+import os
 import re
 from collections.abc import Sequence
 from itertools import count
@@ -110,10 +111,11 @@ def _split(path: str | Path) -> tuple[str, float]:
     return (str(path), 1.0) if found is None or Path(path).exists() else (found[1], float(found[2]))
 
 
-def _labels(paths: Sequence[str]) -> list[str]:
+def _labels(paths: Sequence[str | Path]) -> list[str]:
     """Names of files, with as many folders in front as tell them apart."""
-    parts = [Path(path).resolve().parts for path in paths]
-    depth = next(depth for depth in count(1) if len({own[-depth:] for own in parts}) == len(parts))
+    # As they are written: what a link points to may be called anything.
+    parts = [Path(os.path.abspath(path)).parts for path in paths]
+    depth = next(depth for depth in count(1) if len({own[-depth:] for own in parts}) == len({*parts}))
     return ["/".join(own[-depth:]).lstrip("/") for own in parts]
 
 
@@ -150,7 +152,9 @@ def _open_file(path: Path, label: str) -> SampleSource:
 def _join(paths: Sequence[Path], label: str) -> SampleSource:
     if len(paths) == 1:
         return _open_file(paths[0], label)
-    return JoinedSamples([_open_file(path, f"{label}/{path.name}") for path in paths], label)
+    # Files of one name in several folders have images of one name, too.
+    named = zip(paths, _labels(paths), strict=True)
+    return JoinedSamples([_open_file(path, f"{label}/{own}") for path, own in named], label)
 
 
 def _open_folder(folder: Path, label: str) -> SampleSource:

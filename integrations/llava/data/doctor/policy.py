@@ -52,7 +52,7 @@ def usable_indices(
         ValueError: listing the samples and image files at fault, and what is wrong with each, if they shall not be
             skipped or no sample is left; or if there is no image folder, and samples name images.
     """
-    no_folder = not Path(image_folder).is_dir()
+    no_folder = not as_source(samples).images_inside and not Path(image_folder).is_dir()
     checked = survey_samples(
         samples,
         image_folder=image_folder,
@@ -62,7 +62,7 @@ def usable_indices(
     )
     names_images = any(source.num_images for source in checked.sources.values())
     lacking = ""
-    if no_folder and names_images and not as_source(samples).images_inside:
+    if no_folder and names_images:
         lacking = (
             f"the image folder {image_folder} does not exist, so no image was looked at; give an existing one "
             "(--image-folder)."

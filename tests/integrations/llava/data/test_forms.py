@@ -185,6 +185,43 @@ def test_files_of_one_name_are_told_apart(tmp_path: Path) -> None:
     assert not torch.equal(data[0]["pixel_values"], data[1]["pixel_values"])
 
 
+def test_one_pattern_over_folders_tells_files_of_one_name_apart(tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        Image.new("RGB", (9, 9), name.replace("a", "red").replace("b", "blue")).save(tmp_path / name / "0.png")
+        sample = {"id": name, "image": "0.png", "conversations": human_and_gpt("<image>\nWhat?", "A.")}
+        FORMS["parquet"]([sample], tmp_path / name, tmp_path / name)
+    joined = read_samples(str(tmp_path / "*" / "data.parquet"))
+    data = dataset(joined, tmp_path)
+
+    assert [joined.place(index) for index in range(2)] == [
+        f"data.parquet/{name}/data.parquet, row 1" for name in ("a", "b")
+    ]
+    for index, name in enumerate(("a", "b")):
+        own = dataset(read_samples(tmp_path / name / "data.parquet"), tmp_path)[0]
+        torch.testing.assert_close(data[index]["pixel_values"], own["pixel_values"], rtol=0, atol=0)
+
+
+def test_a_link_is_called_by_its_own_name(tmp_path: Path) -> None:
+    samples = samples_about(tmp_path, 4)
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+        FORMS["json"](samples, tmp_path, tmp_path / name).rename(tmp_path / name / "blob")
+        (tmp_path / f"{name}.json").symlink_to(tmp_path / name / "blob")
+    mixed = read_samples([tmp_path / "one.json", tmp_path / "two.json"])
+
+    assert [source_of(mixed, index) for index in (0, 4)] == ["one.json", "two.json"]
+
+
+def test_images_inside_are_looked_at_whatever_the_image_folder(tmp_path: Path) -> None:
+    samples = samples_about(tmp_path, 4)
+    (tmp_path / "2.png").write_bytes(b"")
+    path = FORMS["parquet"](samples, tmp_path, tmp_path)
+
+    with pytest.raises(ValueError, match="zero bytes"):
+        usable_samples(read_samples(path), image_folder=tmp_path / "nowhere", template=get_template("v1"))
+
+
 def test_a_path_that_exists_is_no_share(tmp_path: Path) -> None:
     path = FORMS["json"](samples_about(tmp_path, 4), tmp_path, tmp_path)
     path.rename(tmp_path / "a.json:0.5")
