@@ -162,9 +162,9 @@ class RunLog(TrainerCallback):
             getattr(reporter, event)(args, state, TrainerControl(), model=self.trainer.model, **given)
 
     def _rewind(self, step: int) -> None:
-        """Remove this stage's lines behind a step, and a last line that was cut off while it was written."""
+        """Remove this stage's lines behind a step, or all where it begins anew, and a last one that was cut off."""
         rows = [row for _, row in json_lines(self.file, growing=True)] if self.file.is_file() else []
-        kept = [row for row in rows if row["stage"] != self.stage or row["step"] <= step]
+        kept = [row for row in rows if row["stage"] != self.stage or 0 < step >= row["step"]]
         rewound = "".join(map(_line, kept))
         if self.file.is_file() and rewound.encode() != self.file.read_bytes():
             write_text(self.file, rewound)

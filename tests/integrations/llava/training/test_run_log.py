@@ -64,7 +64,9 @@ def test_losses_are_written_with_all_their_digits(uninterrupted: list[dict[str, 
 
 def test_a_stage_that_begins_anew_drops_its_own_lines_only(tmp_path: Path) -> None:
     other = {"stage": "pretrain", "step": 7, "loss": 1.5}
-    (tmp_path / "metrics.jsonl").write_text(json.dumps(other) + "\n" + json.dumps(other | {"stage": "tiny"}) + "\n")
+    # An evaluation before the first step is made again, too.
+    logged = [other, {"stage": "tiny", "step": 0, "eval_loss": 2.5}, other | {"stage": "tiny"}]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in logged))
     trainer(tmp_path, 1).train()
 
     rows = read_rows(tmp_path)
