@@ -206,7 +206,7 @@ def _nest(below: Mapping[str, Any], above: Mapping[str, Any], kind: Any) -> dict
 def _anchor(value: Any, folder: Path) -> Any:
     if isinstance(value, Mapping):
         return {key: _anchor(entry, folder) for key, entry in value.items()}
-    if isinstance(value, list):
+    if isinstance(value, list | tuple):
         return [_anchor(entry, folder) for entry in value]
     if isinstance(value, str) and value.startswith(("./", "../")):
         return str((folder / value).resolve())
@@ -261,9 +261,10 @@ def _read_word(key: str, word: str, kind: Any) -> Any:
 
 
 def dump_recipe(recipe: Recipe) -> str:
-    """YAML of a recipe with every value spelled out; `load_recipe` reads it back as the same recipe.
+    """YAML of a recipe with every value spelled out; `load_recipe` reads it back as the same recipe, from any folder.
 
-    Of the model there are those that count: its parts, or the checkpoint that it goes on from.
+    Of the model there are those that count: its parts, or the checkpoint that it goes on from. Paths that begin with
+    `./` or `../` are meant from the working folder, and are written whole: in a file they would be its own folder's.
     """
     values = dataclasses.asdict(recipe)
     of_checkpoint = {*OF_CHECKPOINT, "attention"}
@@ -271,4 +272,4 @@ def dump_recipe(recipe: Recipe) -> str:
         values["model"] = {key: value for key, value in values["model"].items() if key in of_checkpoint and value}
     else:
         values["model"] = {key: value for key, value in values["model"].items() if key not in OF_CHECKPOINT}
-    return dump_yaml(values)
+    return dump_yaml(_anchor(values, Path()))

@@ -371,5 +371,11 @@ def _differences(earlier: Any, now: Any, default: Any, key: str) -> Iterator[str
         for name in sorted({*earlier, *now} - _FREE):
             then, asked = (each.get(name, default.get(name)) for each in (earlier, now))
             yield from _differences(then, asked, default.get(name), f"{key}.{name}")
-    elif earlier != now:
+    elif _as_written(earlier) != now:
         yield f"{key} ({earlier!r} then, {now!r} now)"
+
+
+def _as_written(value: Any) -> Any:
+    """A value of a recipe as `dump_recipe` writes it; version 0.1 left paths from the working folder as they were."""
+    begins = isinstance(value, str) and value.startswith(("./", "../"))
+    return str(Path(value).resolve()) if begins else value

@@ -380,3 +380,19 @@ def test_an_old_recipe_with_an_image_cache_loads_with_a_word(caplog: pytest.LogC
 
     assert recipe.pretrain.data.cache_images == 512
     assert "data.cache_images has no effect any more" in caplog.text
+
+
+def test_paths_from_the_working_folder_mean_the_same_in_the_file_of_a_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    work, file = tmp_path / "work", tmp_path / "work" / "run" / "recipe.yaml"
+    file.parent.mkdir(parents=True)
+    monkeypatch.chdir(work)
+    given = {"finetune.data.path": ["./a.json:0.5", "b.json"], "finetune.data.image_folder": "../images"}
+    recipe = load_recipe("tiny", given)
+    file.write_text(dump_recipe(recipe), encoding="utf-8")
+    read = load_recipe(file)
+
+    assert read.finetune.data.path == (str(work.resolve() / "a.json:0.5"), "b.json")
+    assert read.finetune.data.image_folder == str(tmp_path.resolve() / "images")
+    assert dump_recipe(read) == dump_recipe(recipe)

@@ -305,3 +305,22 @@ def _based(name: str) -> str:
 def command(recipe: Recipe, folder: Path, *arguments: str) -> list[str]:
     (folder / "recipe.yaml").write_text(dump_recipe(recipe))
     return ["--recipe", str(folder / "recipe.yaml"), "--output", str(folder / "run"), *arguments]
+
+
+def test_a_run_of_0_1_goes_on_with_the_path_that_it_noted_as_it_was_given(
+    tiny_recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    stage = dataclasses.replace(
+        tiny_recipe.pretrain, data=dataclasses.replace(tiny_recipe.pretrain.data, path="./data.json")
+    )
+    recipe = dataclasses.replace(tiny_recipe, pretrain=stage)
+    (tmp_path / "run.json").write_text(json.dumps({"finished": ["pretrain"]}))
+    file = tmp_path / "recipe.yaml"
+    file.write_text(dump_recipe(recipe).replace(str(tmp_path.resolve() / "data.json"), "./data.json"))
+    assert "./data.json" in file.read_text()
+
+    assert RunFolder(tmp_path).open(recipe, ["pretrain", "finetune"]) == ("finetune",)
+    other = dataclasses.replace(stage, data=dataclasses.replace(stage.data, path="./other.json"))
+    with pytest.raises(InputError, match=r"pretrain\.data\.path \('\./data\.json' then"):
+        RunFolder(tmp_path).open(dataclasses.replace(recipe, pretrain=other), ["pretrain", "finetune"])
