@@ -44,8 +44,8 @@ class FoundSamples:
     num_left_out: int
 
 
-def find_samples(config: StageConfig, template: Template) -> FoundSamples:
-    """Read and check a stage's samples, written out with a template; one process does it for all.
+def find_samples(stage: str, config: StageConfig, template: Template) -> FoundSamples:
+    """Read and check the samples of a stage, written out with a template; one process does it for all.
 
     Raises:
         ValueError: if they are at fault.
@@ -53,7 +53,7 @@ def find_samples(config: StageConfig, template: Template) -> FoundSamples:
     """
     data, samples = config.data, read_samples(config.data.path, seed=config.seed)
     if isinstance(samples, SampleMix):
-        _log.info("data: %s", samples.counts)
+        _log.info("stage %s: %s", stage, samples.counts)
     drawn = drawn_evenly(len(samples), data.max_samples)
     usable, _ = usable_indices(
         select_samples(samples, drawn),

@@ -77,7 +77,7 @@ class Stage(TrainerCallback):
         """Read and check the samples, and those held out, which the main process does for all."""
         found = held_out = None
         with problems.of(self.name):
-            found = find_samples(self.config, self.template)
+            found = find_samples(self.name, self.config, self.template)
             if not self.plan.overwrite:
                 self.plan.folder.check_samples(self.name, len(found.indices), found.digest)
         with problems.of(self.name):
