@@ -52,7 +52,9 @@ class SampleFile(FileSource):
             raise MissingFileError(f"data file {path} does not exist; give a json or jsonl file in LLaVA's format.")
         super().__init__(path, label)
         self.images = images
-        self.stores = {} if images is None else {self.label: images}
+        # With the name of the file: a folder of images that another source of a mix names may be called as this one is.
+        self._store = f"{self.label}/{self.path.name}"
+        self.stores = {} if images is None else {self._store: images}
         if self._state[0] == 0:
             raise InputError(f"data file {self.path} is empty; it has to hold at least one sample.")
         with self.path.open("rb") as file:
@@ -72,7 +74,7 @@ class SampleFile(FileSource):
 
     def _look_up(self, index: int) -> Sample:
         sample: Sample = as_sample(self.row(index))
-        return sample if self.images is None else with_label(sample, self.label)
+        return sample if self.images is None else with_label(sample, self._store)
 
     def row(self, index: int) -> Any:
         """An entry of the file, whatever it is.

@@ -202,6 +202,19 @@ def test_one_pattern_over_folders_tells_files_of_one_name_apart(tmp_path: Path) 
         torch.testing.assert_close(data[index]["pixel_values"], own["pixel_values"], rtol=0, atol=0)
 
 
+def test_a_folder_of_samples_hides_no_images_of_a_folder_that_is_called_as_it_is(tmp_path: Path) -> None:
+    for name, color in (("pictures/coco", "red"), ("own/coco/images", "blue")):
+        (tmp_path / name).mkdir(parents=True)
+        Image.new("RGB", (9, 9), color).save(tmp_path / name / "0.png")
+    turns = human_and_gpt("<image>\nWhat?", "A.")
+    for file, image in (("mix.json", "coco/0.png"), ("own/coco/samples.json", "0.png")):
+        (tmp_path / file).write_text(json.dumps([{"id": file, "image": image, "conversations": turns}]))
+    data = dataset(read_samples([tmp_path / "mix.json", tmp_path / "own" / "coco"]), tmp_path / "pictures")
+
+    for item, file in zip(data, ("pictures/coco/0.png", "own/coco/images/0.png"), strict=True):
+        torch.testing.assert_close(item["pixel_values"], data.pixels(str(tmp_path / file))[0], rtol=0, atol=0)
+
+
 def test_a_link_is_called_by_its_own_name(tmp_path: Path) -> None:
     samples = samples_about(tmp_path, 4)
     for name in ("one", "two"):
