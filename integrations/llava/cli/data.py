@@ -43,6 +43,9 @@ from .options import CommandParser
 
 __all__ = ["main"]
 
+# A stage's own, if its recipe says none.
+_SEED = 42
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a subcommand; return 0 if the data are sound, 1 if they have problems. Wrong usage exits with 2."""
@@ -64,11 +67,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     convert.add_argument(
         "--bad-samples", choices=("fail", "skip"), default="fail", help="stop at them, or leave them out"
     )
-    convert.add_argument("--seed", type=int, default=0, help="that samples of a share are drawn by (default: 0)")
     convert.add_argument(
         "--data", type=Path, help="instead of SOURCE: a json file, written as jsonl without its images"
     )
     convert.add_argument("--output", type=Path, help="that file (default: beside the old one, ending in .jsonl)")
+    for command in (check, convert):
+        command.add_argument(
+            "--seed", type=int, default=_SEED, help=f"that samples of a share are drawn by (default: {_SEED})"
+        )
     survey = commands.add_parser("eval", help="say which benchmarks have their data, and what the others lack")
     survey.add_argument("--data", type=Path, required=True, help="folder of all benchmarks' data")
     survey.add_argument(
@@ -124,7 +130,7 @@ def _check(arguments: argparse.Namespace) -> int:
     _refuse_missing(arguments.image_folder)
     if arguments.report is not None:
         _refuse_unwritable(arguments.report)
-    samples, data = read_samples(arguments.data), " ".join(arguments.data)
+    samples, data = read_samples(arguments.data, seed=arguments.seed), " ".join(arguments.data)
     folder = _image_folder(samples, arguments.image_folder)
     target = clean_path(samples)
     if arguments.fix and target is None:

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import asdict
+from pathlib import Path
+from typing import Any
 
 from integrations.llava._text import aligned, printable
 from integrations.llava.training import RunStatus, find_runs
@@ -33,7 +36,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except UserError as error:
         parser.error(str(error))
     if arguments.json:
-        print(json.dumps([asdict(run) | {"folder": str(run.folder)} for run in runs], indent=2))
+        print(json.dumps([_plain(asdict(run)) for run in runs], indent=2))
     elif not runs:
         print(f"no runs in {arguments.folder}")
     else:
@@ -62,3 +65,12 @@ def _age(seconds: float) -> str:
         if seconds >= 2 * size:
             return f"{seconds / size:.0f} {unit}"
     return f"{seconds:.0f} s"
+
+
+def _plain(value: Any) -> Any:
+    """A value as JSON has it, which knows neither paths nor numbers that are none (NaN): null."""
+    if isinstance(value, dict):
+        return {key: _plain(entry) for key, entry in value.items()}
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return str(value) if isinstance(value, Path) else value

@@ -101,7 +101,9 @@ def held_out_losses(trainer: LlavaTrainer, *, in_step: bool = False) -> dict[str
     sums = torch.zeros(len(names), 2, dtype=torch.float64)
     sources = torch.tensor([source for source, _ in share], dtype=torch.int64)
     sums.index_add_(0, sources, torch.stack(found)[: len(share)].cpu().double())
-    if size > 1:
+    # Processes have to decide alike by these numbers, also those of an engine in step, which all have the same ones but
+    # for rounding.
+    if trainer.args.world_size > 1:
         sums = trainer.accelerator.reduce(sums.to(trainer.args.device), reduction="sum").cpu()
     total, count = sums.sum(dim=0).tolist()
     if not count:

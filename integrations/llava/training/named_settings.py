@@ -22,6 +22,7 @@ _NEED_EVALUATION = {"reduce_lr_on_plateau", "greedy"}
 # transformers leaves their options out without a word.
 _WITHOUT_OPTIONS = {"constant", "constant_with_warmup"}
 
+# Arguments that the trainer follows, and a recipe has no key for.
 _OPTIONS = (
     "neftune_noise_alpha",
     "torch_empty_cache_steps",
@@ -31,8 +32,7 @@ _OPTIONS = (
     "ddp_bucket_cap_mb",
     "ddp_broadcast_buffers",
 )
-# Arguments that the trainer follows, and a recipe has no key for.
-
+# Argument of TrainingArguments -> key of a recipe, where they differ.
 _KEYS: Mapping[str, str] = {
     "output_dir": "--output",
     "per_device_train_batch_size": "micro_batch_size",
@@ -59,7 +59,6 @@ _KEYS: Mapping[str, str] = {
     "data_seed": "seed",
     "report_to": "report_to, beside the stages",
 } | dict.fromkeys(("optim_args", "adam_beta1", "adam_beta2", "adam_epsilon"), "optimizer_options")
-# Argument of TrainingArguments -> key of a recipe, where they differ.
 
 
 def check_optimizer_name(config: StageConfig) -> None:

@@ -160,9 +160,8 @@ class RunFolder:
     def finish(self, stage: str, *, best: Mapping[str, float] | None = None) -> None:
         """Note that a stage is finished, and its best evaluation; remove its checkpoints and the best weights."""
         finished = [name for name in STAGES if name in {*self.finished, stage}]
-        self._note("run.json", {"finished": finished, "ended": None})
-        if best is not None:
-            self._note("run.json", {"best": {**self.noted("run.json").get("best", {}), stage: best}})
+        bests = {**self.noted("run.json").get("best", {}), **({} if best is None else {stage: best})}
+        self._note("run.json", {"finished": finished, "ended": None, **({"best": bests} if bests else {})})
         for folder in (*checkpoints(self.path / stage), self.path / stage / "best"):
             shutil.rmtree(folder, ignore_errors=not folder.exists())
 

@@ -33,7 +33,7 @@ def test_data_tries_the_place_of_its_result_before_it_reads(
     arguments: list[str], data: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     if arguments[0] == "check":
-        monkeypatch.setattr(data_command, "read_samples", lambda _: pytest.fail("data were read"))
+        monkeypatch.setattr(data_command, "read_samples", lambda *_, **__: pytest.fail("data were read"))
 
     with pytest.raises(SystemExit, match="2"):
         data_command.main([given.format(data=data, folder=data.parent) for given in arguments])

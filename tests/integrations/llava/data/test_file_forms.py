@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from integrations.llava.cli import data as data_command
 from integrations.llava.data import read_samples
 from tests.integrations.llava.tiny_parts import human_and_gpt
 
@@ -44,3 +45,19 @@ def test_samples_over_several_lines_are_said_once(tmp_path: Path) -> None:
         (tmp_path / name).write_text("\n".join(json.dumps(sample, indent=2) for sample in SAMPLES))
         with pytest.raises(ValueError, match="samples that are written over several lines, and is no list; write one"):
             read_samples(tmp_path / name)
+
+
+def test_a_share_is_checked_by_the_samples_that_training_draws(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = [{"id": str(index), "conversations": human_and_gpt("a", "b")} for index in range(4)]
+    rows[2]["conversations"] = []
+    (tmp_path / "data.json").write_text(json.dumps(rows))
+    half = f"{tmp_path / 'data.json'}:0.5"
+    found = {}
+    for seed in range(6):
+        has_fault = "2" in [sample["id"] for sample in read_samples(half, seed=seed)]
+        assert data_command.main(["check", "--data", half, "--seed", str(seed)]) == int(has_fault)
+        found[has_fault] = seed
+    assert len(found) == 2
+    capsys.readouterr()

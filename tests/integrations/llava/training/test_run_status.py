@@ -104,7 +104,7 @@ def test_the_command_shows_the_last_evaluation_and_the_age_of_the_log(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     log = _write(tmp_path, steps={"pretrain": 1200}, best={"pretrain": {"step": 7}}) / "metrics.jsonl"
-    row = {"stage": "pretrain", "step": 7, "eval_loss": 1.25, "eval_pope": 0.5}
+    row = {"stage": "pretrain", "step": 7, "eval_loss": 1.25, "eval_pope": 0.5, "eval_mme": float("nan")}
     log.write_text(log.read_text() + json.dumps(row) + "\n")
     os.utime(log, (0, time.time() - 3 * 3600))
     assert runs_command([str(tmp_path)]) == 0
@@ -114,7 +114,7 @@ def test_the_command_shows_the_last_evaluation_and_the_age_of_the_log(
 
     assert runs_command([str(tmp_path), "--json"]) == 0
     (run,) = json.loads(capsys.readouterr().out)
-    assert run["evaluation"] == {"loss": 1.25, "pope": 0.5}
+    assert run["evaluation"] == {"loss": 1.25, "pope": 0.5, "mme": None}  # JSON has no NaN
     assert (run["best_step"], run["folder"], run["state"]) == (7, str(tmp_path), "stopped")
 
 
