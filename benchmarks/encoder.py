@@ -208,7 +208,7 @@ def _compiled(session: Session, tower: nn.Module, encoder: FusedEncoder, dtype: 
         session.not_measured(benchmark, _ENCODER, "there is no C++ compiler, which torch.compile needs on the CPU")
         return
     # On the CPU what comes behind takes two minutes more.
-    if not session.has_time(270 if session.device == "cpu" else 120, benchmark, _ENCODER):
+    if not session.has_time(210 if session.device == "cpu" else 120, benchmark, _ENCODER):
         return
     images = _images(session, 1, dtype)
     compiled = {

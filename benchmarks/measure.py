@@ -30,12 +30,15 @@ class Pace:
         fewest: rounds that are made however long they take.
         most: rounds that are made at most.
         warm: all candidates have run before, and take long: the fewest rounds are made, and all count.
+        repeated: a short call is repeated until a sample is long enough; else a sample is one call, which finds no
+            memory of its own in a cache.
     """
 
     seconds: float
     fewest: int = 3
     most: int = 25
     warm: bool = False
+    repeated: bool = True
 
 
 @dataclass(frozen=True)
@@ -83,10 +86,11 @@ def time_in_turn(calls: dict[str, Call], *, device: str, pace: Pace) -> dict[str
     repeats, rounds = dict.fromkeys(calls, 1), pace.fewest
     if not pace.warm:
         seconds = {label: _first(call, device) for label, call in calls.items()}
-        repeats = {
-            label: max(1, min(_MOST_CALLS, math.ceil(_SHORTEST_SAMPLE[device] / max(once, 1e-7))))
-            for label, once in seconds.items()
-        }
+        if pace.repeated or device == "cuda":
+            repeats = {
+                label: max(1, min(_MOST_CALLS, math.ceil(_SHORTEST_SAMPLE[device] / max(once, 1e-7))))
+                for label, once in seconds.items()
+            }
         one_round = sum(repeats[label] * once for label, once in seconds.items())
         rounds = max(pace.fewest, min(pace.most, int(pace.seconds / max(one_round, 1e-9))))
     for number in range(rounds):

@@ -6,6 +6,7 @@ python -m benchmarks.scaling
 from __future__ import annotations
 
 import ctypes
+import dataclasses
 import itertools
 import platform
 from collections.abc import Sequence
@@ -77,7 +78,8 @@ def _axes(session: Session, *, dense: bool) -> dict[str, list[Point]]:
 def _fit(session: Session, name: str, axis: str, points: Sequence[Point], channels: int) -> None:
     """Time all points in turn, so that the machine's moods do not bend the line."""
     calls = {str(index): _call(session, name, point, channels) for index, point in enumerate(points)}
-    timings = time_in_turn(calls, device=session.device, pace=session.pace(2.0, fewest=3))
+    pace = dataclasses.replace(session.pace(2.0, fewest=3), repeated=False)
+    timings = time_in_turn(calls, device=session.device, pace=pace)
     seconds = [timings[str(index)].median for index in range(len(points))]
     sizes = [_size(axis, point) for point in points]
     facts = {"axis": axis, "fuser": name, "channels": channels, "sizes": sizes, "seconds": seconds}

@@ -41,6 +41,9 @@ def test_short_calls_are_repeated_until_a_sample_is_long_enough() -> None:
     timings = time_in_turn({"a": lambda: order.append("a")}, device="cpu", pace=Pace(0.0, fewest=2, most=2))
     assert len(order) == 2 + 2 * 100  # as often as is allowed
     assert timings["a"].median < 1e-3
+    order.clear()
+    time_in_turn({"a": lambda: order.append("a")}, device="cpu", pace=Pace(0.0, fewest=2, most=2, repeated=False))
+    assert len(order) == 2 + 2
 
 
 def test_what_is_warm_is_called_no_more_often_than_told() -> None:
