@@ -45,13 +45,28 @@ def draw_scaling(rows: Sequence[Mapping[str, Any]], folder: Path) -> list[Path]:
         return []
     figure, panels = _figure(len(_AXES))
     for panel, (axis, label) in zip(panels, _AXES.items(), strict=True):
-        for row in sorted((row for row in found if row["axis"] == axis), key=lambda row: row["fuser"]):
-            panel.loglog(row["sizes"], row["seconds"], marker="o", label=f"{row['fuser']} ({row['value']:.2f})")
+        own = sorted((row for row in found if row["axis"] == axis), key=lambda row: row["fuser"])
+        for marker, row in zip(_MARKERS, own, strict=False):
+            panel.loglog(row["sizes"], row["seconds"], marker=marker, label=f"{row['fuser']} ({row['value']:.2f})")
         panel.set_xlabel(label)
-        if panel.lines:
-            panel.legend(fontsize=6, title="fuser (exponent)", title_fontsize=6)
+        if own:
+            panel.set_xticks(own[0]["sizes"], labels=[f"{size:,}" for size in own[0]["sizes"]])
+            panel.minorticks_off()
+            # Below, where it covers no line.
+            panel.legend(
+                fontsize=6,
+                title="fuser (exponent)",
+                title_fontsize=6,
+                ncols=3,
+                loc="upper center",
+                bbox_to_anchor=(0.5, -0.2),
+            )
     panels[0].set_ylabel("seconds")
     return [_save(figure, folder / "scaling.svg")]
+
+
+# One for each fuser: there are more of them than colours.
+_MARKERS = "osD^v<>pPX*hH8d"
 
 
 def draw_op(rows: Sequence[Mapping[str, Any]], folder: Path) -> list[Path]:
@@ -87,7 +102,7 @@ def _figure(count: int) -> tuple[Any, Any]:
     matplotlib.rcParams.update({"svg.fonttype": "none", "svg.hashsalt": "layerfuse"})  # small, and the same each time
     from matplotlib import pyplot
 
-    return pyplot.subplots(1, count, figsize=(4.2 * count, 3.6), layout="constrained")
+    return pyplot.subplots(1, count, figsize=(4.2 * count, 4.2), layout="constrained")
 
 
 def _save(figure: Any, path: Path) -> Path:
