@@ -113,12 +113,17 @@ def image_size_of(arguments: argparse.Namespace) -> tuple[int, int] | None:
     return None if size is None else (size[0], size[-1])
 
 
-def backbone_with_layers(model: str, arguments: argparse.Namespace, layers: object = None) -> Backbone:
-    """Build a backbone that taps ``layers``, all of them if None, as the arguments say."""
+def backbone_with_layers(
+    model: str, arguments: argparse.Namespace, layers: object = None, *, random: str = RANDOM
+) -> Backbone:
+    """Build a backbone that taps ``layers``, all of them if None, as the arguments say.
+
+    Random weights are the same ones in each call, and ``random`` warns of them.
+    """
     pretrained = arguments.pretrained == "true"
     if not pretrained:
         torch.manual_seed(0)
-        say(RANDOM)
+        say(random)
     choice: Any = layers if layers is not None else lambda depth: range(depth + 1)
     backbone = create_backbone(
         model,

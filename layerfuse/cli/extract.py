@@ -7,16 +7,16 @@ from collections.abc import Sequence
 
 import torch
 
-from layerfuse.backbones import create_backbone
 from layerfuse.errors import InputError
 from layerfuse.pictures import picture_names
 from layerfuse.store import FeatureStore, extract_folder
 
-from ._looking import Progress, device_of, image_size_of, layer_choice, say
+from ._looking import Progress, backbone_with_layers, layer_choice
 
 __all__ = ["main"]
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+_RANDOM = "WEIGHTS ARE RANDOM (--pretrained false): these features say nothing about the pictures."
 
 
 def main(argv: Sequence[str]) -> None:
@@ -47,29 +47,18 @@ def main(argv: Sequence[str]) -> None:
     add("--device", help="such as cuda:1; the first GPU if there is one, else the CPU")
     add("--pretrained", choices=("true", "false"), default="true", help="false: random weights, to try things out")
     arguments = parser.parse_args(argv)
-    size = image_size_of(arguments)
     total = len(picture_names(arguments.folder))  # before the model, which may have to be downloaded
-    pretrained = arguments.pretrained == "true"
-    if not pretrained:
-        # The same ones in each call, or nobody could go on with a store.
-        torch.manual_seed(0)
-        say("WEIGHTS ARE RANDOM (--pretrained false): these features say nothing about the pictures.")
-    backbone = create_backbone(
-        arguments.model,
-        layers=arguments.layers,
-        pretrained=pretrained,
-        image_size=size,
-        device=device_of(arguments),
-    )
+    # Random weights have to be the same ones in each call, or nobody could go on with a store.
+    backbone = backbone_with_layers(arguments.model, arguments, arguments.layers, random=_RANDOM)
     bad = extract_folder(
         arguments.folder,
-        backbone.freeze(),
+        backbone,
         arguments.out,
         dtype=_DTYPES.get(arguments.dtype),
         batch_size=arguments.batch_size,
         shard_size=arguments.shard_size,
         num_workers=arguments.workers,
-        notes={"model": arguments.model, "pretrained": pretrained},
+        notes={"model": arguments.model, "pretrained": arguments.pretrained == "true"},
         report=Progress(),
     )
     print(f"{len(FeatureStore(arguments.out)):,} pictures in {arguments.out}, layers {backbone.layers}")

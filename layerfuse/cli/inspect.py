@@ -11,9 +11,11 @@ from typing import Any
 import torch
 
 from layerfuse.backbones import Backbone, create_backbone
-from layerfuse.errors import InputError, UserError
+from layerfuse.errors import UserError
 from layerfuse.fusers import FUSERS, create_fuser, list_fusers, source_layers
 from layerfuse.layers import resolve_layers, spread
+
+from ._looking import image_size_of
 
 __all__ = ["main"]
 
@@ -37,19 +39,16 @@ def main(argv: Sequence[str]) -> None:
     add("--image-size", nargs="+", type=int, metavar="PIXELS", help="edge, or height and width, if not its own")
     add("--json", action="store_true", help="print JSON")
     arguments = parser.parse_args(argv)
-    told = _facts(arguments.model, arguments.fuser, arguments.layers, arguments.image_size)
+    told = _facts(arguments.model, arguments.fuser, arguments.layers, image_size_of(arguments))
     print(json.dumps(told, indent=2) if arguments.json else _written(told))
 
 
-def _facts(model: str, fuser: str, layers: Sequence[int] | None, size: Sequence[int] | None) -> dict[str, Any]:
+def _facts(model: str, fuser: str, layers: Sequence[int] | None, size: tuple[int, int] | None) -> dict[str, Any]:
     """Return everything that is told, as JSON has it."""
-    if size is not None and len(size) > 2:
-        raise InputError(f"--image-size names {len(size)} numbers; give one edge, or height and width.")
     if fuser != _EVERY:
         FUSERS.get(fuser)  # before the backbone, which may have to ask the hub
     with torch.device("meta"):
-        image_size = None if size is None else (size[0], size[-1])
-        backbone = create_backbone(model, layers=-1, pretrained=False, image_size=image_size)
+        backbone = create_backbone(model, layers=-1, pretrained=False, image_size=size)
         costs = [_cost(name, backbone, layers, alone=fuser != _EVERY) for name in _names(fuser)]
     return {
         "model": model,

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
+from integrations.llava.config import StageConfig
 from integrations.llava.data import (
     SampleFile,
     SampleSource,
@@ -43,9 +44,6 @@ from .options import CommandParser
 
 __all__ = ["main"]
 
-# A stage's own, if its recipe says none.
-_SEED = 42
-
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a subcommand; return 0 if the data are sound, 1 if they have problems. Wrong usage exits with 2."""
@@ -73,7 +71,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     convert.add_argument("--output", type=Path, help="that file (default: beside the old one, ending in .jsonl)")
     for command in (check, convert):
         command.add_argument(
-            "--seed", type=int, default=_SEED, help=f"that samples of a share are drawn by (default: {_SEED})"
+            "--seed",
+            type=int,
+            default=StageConfig.seed,
+            help="that samples of a share are drawn by (default: a stage's own, %(default)s)",
         )
     survey = commands.add_parser("eval", help="say which benchmarks have their data, and what the others lack")
     survey.add_argument("--data", type=Path, required=True, help="folder of all benchmarks' data")

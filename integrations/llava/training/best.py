@@ -6,7 +6,6 @@ checkpoint does.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -15,7 +14,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from layerfuse.errors import MissingFileError
-from layerfuse.files import check_disk_space, read_safetensors
+from layerfuse.files import atomic_folder, check_disk_space, read_safetensors
 
 from .distributed import on_main
 from .resume import checkpoints, state_bytes, trained_state
@@ -50,15 +49,11 @@ class BestWeights:
 
     def _write(self, state: dict[str, torch.Tensor], step: int, needed: Callable[[Sequence[int]], set[int]]) -> None:
         check_disk_space(self.stage_folder, sum(value.nbytes for value in state.values()), "the best weights")
-        self.folder.mkdir(parents=True, exist_ok=True)
-        scratch = self.file(step).with_suffix(".part")
-        save_file(state, scratch)
-        with scratch.open("rb+") as file:
-            os.fsync(file.fileno())
-        os.replace(scratch, self.file(step))
+        with atomic_folder(self.folder) as scratch:
+            save_file(state, scratch / self.file(step).name)
         steps = [int(path.name.rpartition("-")[2]) for path in checkpoints(self.stage_folder)]
         kept = {self.file(own).name for own in {step, *needed(steps)}}
-        for path in self.folder.iterdir():
+        for path in self.folder.glob("step-*.safetensors"):
             if path.name not in kept:
                 path.unlink()
 
