@@ -11,6 +11,14 @@ from torch import nn
 
 from layerfuse.backbones import BACKBONES, Backbone
 from layerfuse.testing import randomise_parameters
+from tools.model_table.hidden_states import (
+    beit_hidden_states,
+    hugging_face_hidden_states,
+    naflex_hidden_states,
+    open_clip_hidden_states,
+    siglip2_hidden_states,
+    timm_hidden_states,
+)
 
 NUM_BLOCKS = 3
 WIDTH = 32
@@ -55,31 +63,6 @@ def timm_model(name: str, **options: Any) -> Callable[[], nn.Module]:
     return build
 
 
-def timm_hidden_states(model: Any, images: torch.Tensor) -> list[torch.Tensor]:
-    # timm has no name for what enters block 1; these are the lines of its forward_features before the blocks.
-    embedded = model._pos_embed(model.patch_embed(images))
-    embedded = embedded[0] if isinstance(embedded, tuple) else embedded
-    embedded = model.norm_pre(embedded) if hasattr(model, "norm_pre") else embedded
-    return [embedded, *timm_blocks(model, images)]
-
-
-def beit_hidden_states(model: Any, images: torch.Tensor) -> list[torch.Tensor]:
-    patches = model.patch_embed(images)
-    embedded = torch.cat([model.cls_token.expand(len(images), -1, -1), patches], dim=1)
-    return [embedded if model.pos_embed is None else embedded + model.pos_embed, *timm_blocks(model, images)]
-
-
-def naflex_hidden_states(model: Any, images: torch.Tensor) -> list[torch.Tensor]:
-    return [model.norm_pre(model.embeds(images)[0]), *timm_blocks(model, images)]
-
-
-def timm_blocks(model: Any, images: torch.Tensor) -> list[torch.Tensor]:
-    found = model.forward_intermediates(
-        images, indices=NUM_BLOCKS, return_prefix_tokens=True, intermediates_only=True, output_fmt="NLC"
-    )
-    return [torch.cat([item[1], item[0]], dim=1) if isinstance(item, tuple) else item for item in found]
-
-
 def open_clip_native(**vision: Any) -> Callable[[], nn.Module]:
     def build() -> nn.Module:
         import open_clip
@@ -105,17 +88,6 @@ def open_clip_timm(trunk: Callable[[], nn.Module]) -> Callable[[], nn.Module]:
     return build
 
 
-def open_clip_hidden_states(model: Any, images: torch.Tensor) -> list[torch.Tensor]:
-    found = model.forward_intermediates(
-        images, indices=NUM_BLOCKS, output_fmt="NLC", output_extra_tokens=True, intermediates_only=True
-    )
-    maps = found["image_intermediates"]
-    prefix = found.get("image_intermediates_prefix", [maps[0][:, :0]] * len(maps))
-    blocks = [torch.cat(pair, dim=1) for pair in zip(prefix, maps, strict=True)]
-    embedded = timm_hidden_states(model.trunk, images)[0] if hasattr(model, "trunk") else model._embeds(images)
-    return [embedded, *blocks]
-
-
 def hugging_face(kind: str, **options: Any) -> Callable[[], nn.Module]:
     def build() -> nn.Module:
         from transformers import AutoConfig, AutoModel
@@ -125,27 +97,6 @@ def hugging_face(kind: str, **options: Any) -> Callable[[], nn.Module]:
         return AutoModel.from_config(config)
 
     return build
-
-
-def hugging_face_hidden_states(model: Any, images: torch.Tensor) -> list[torch.Tensor]:
-    return list(model(images, output_hidden_states=True).hidden_states)
-
-
-def siglip2_hidden_states(model: Any, images: torch.Tensor) -> list[torch.Tensor]:
-    # The image processor's own function cuts the patches.
-    import numpy as np
-    from transformers.models.siglip2.image_processing_pil_siglip2 import convert_image_to_patches
-
-    edge = model.config.patch_size
-    rows, columns = images.shape[2] // edge, images.shape[3] // edge
-    patches = torch.from_numpy(np.stack([convert_image_to_patches(image.numpy(), edge) for image in images]))
-    outputs = model(
-        patches,
-        pixel_attention_mask=torch.ones(patches.shape[:2], dtype=torch.long),
-        spatial_shapes=torch.tensor([[rows, columns]] * len(images)),
-        output_hidden_states=True,
-    )
-    return list(outputs.hidden_states)
 
 
 SIGLIP = timm_model("vit_base_patch16_siglip_224", img_size=48)

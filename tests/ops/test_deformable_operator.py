@@ -184,3 +184,17 @@ def test_a_layer_is_exported_for_batches_of_any_size(implementation: str, strict
     for size in (1, 3):
         more = torch.randn(size, 12, 32)
         torch.testing.assert_close(program.module()(more), module(more))
+
+
+def test_what_onnx_is_given_holds_no_operator_of_ours(monkeypatch: pytest.MonkeyPatch) -> None:
+    layer, tokens = _layer()
+    module = _Attending(layer).eval()
+
+    def operators() -> list[str]:
+        program = torch.export.export(module, (tokens,), strict=False)
+        torch.testing.assert_close(program.module()(tokens), module(tokens))
+        return [str(node.target) for node in program.graph.nodes if str(node.target).startswith("layerfuse")]
+
+    assert operators() == ["layerfuse.deformable_attention.default"]
+    monkeypatch.setattr(torch.onnx, "is_in_onnx_export", lambda: True)
+    assert operators() == []

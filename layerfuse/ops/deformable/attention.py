@@ -87,6 +87,9 @@ def _choose(implementation: str, device_type: str) -> str:
         return "gather"
     # What can run cannot be asked while a graph is taken; the operator asks it then, each time that it runs.
     if torch.compiler.is_compiling():
+        # ONNX knows grid_sample, and no operator of ours.
+        if torch.onnx.is_in_onnx_export():
+            return "reference"
         return implementation if device_type in KERNELS[implementation].DEVICES else "gather"
     return implementation if can_run(implementation, device_type) else "gather"
 
