@@ -8,6 +8,7 @@ from typing import Any
 
 from huggingface_hub import snapshot_download
 
+from layerfuse._hub import FETCH_ERRORS, why_not_fetched
 from layerfuse.errors import InputError, MissingFileError
 from layerfuse.files import explain_missing_config
 
@@ -45,11 +46,10 @@ def fetch_encoder(
             allow_patterns=[CONFIG_FILE, WEIGHTS_FILE],
         )
         return Path(fetched)
-    except (OSError, ValueError) as error:  # no such name, no network, nothing in the cache
+    except (*FETCH_ERRORS, ValueError) as error:
         raise MissingFileError(
-            f"{folder_or_name} is no folder, and it could not be fetched from the hub; give a "
-            "folder written by FusedEncoder.save_pretrained, or the name of a repository. huggingface_hub "
-            f"says: {error}"
+            f"{folder_or_name} is no folder, and it could not be fetched from the hub: {why_not_fetched(error)}. Give "
+            "a folder written by FusedEncoder.save_pretrained, or the name of a repository."
         ) from error
 
 

@@ -12,6 +12,7 @@ from typing import Any
 
 from torch import nn
 
+from layerfuse._hub import FETCH_ERRORS, why_not_fetched
 from layerfuse.backbones._timm_facts import cut_timm_tail, resize_timm_model, timm_facts
 from layerfuse.backbones.base import BACKBONES, Backbone, BackboneFacts, as_pair
 from layerfuse.errors import InputError, MissingFileError, MissingPackageError
@@ -217,7 +218,13 @@ def _read_scheme(name: str) -> tuple[dict[str, Any], dict[str, Any]]:
     if scheme == "hf-hub":
         from huggingface_hub import hf_hub_download
 
-        file = Path(hf_hub_download(place, _CONFIG_FILE))
+        try:
+            file = Path(hf_hub_download(place, _CONFIG_FILE))
+        except FETCH_ERRORS as error:
+            raise InputError(
+                f"open_clip cannot get {_CONFIG_FILE} of {place!r}: {why_not_fetched(error)}. Check the name, fill the "
+                "cache where there is a network, or give a folder (open_clip:local-dir:FOLDER)."
+            ) from error
     else:
         file = Path(place) / _CONFIG_FILE
     if not file.is_file():
@@ -272,11 +279,12 @@ def _load(
             embed_dim=recipe["embed_dim"],
             quick_gelu=recipe["quick_gelu"],
         )
-    except RuntimeError as error:
+    except (*FETCH_ERRORS, RuntimeError) as error:
         tags = open_clip.list_pretrained_tags_by_model(base)
         raise InputError(
-            f"open_clip cannot load {tag!r} into {base!r}: {error} Known tags: {', '.join(tags) or 'none'}; a file of "
-            "weights is given by its path."
+            f"open_clip cannot load {tag or base!r} into {base!r}: {why_not_fetched(error)}. Known tags: "
+            f"{', '.join(tags) or 'none'}; a file of weights is given by its path; or pass pretrained=False "
+            "(--pretrained false)."
         ) from error
     tower: nn.Module = clip.visual
     return tower

@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import nn
 
+from layerfuse._hub import FETCH_ERRORS, why_not_fetched
 from layerfuse.backbones._timm_facts import cut_timm_tail, resize_timm_model, timm_facts
 from layerfuse.backbones.base import BACKBONES, Backbone, as_pair
 from layerfuse.errors import InputError
@@ -114,6 +115,13 @@ def _create(name: str, *, pretrained: bool, options: Mapping[str, Any]) -> nn.Mo
         raise InputError(
             f"timm model {name!r} cannot be built with the options {dict(options)}: {error}. Options are the model's "
             "constructor arguments; see help(timm.create_model) and the model's class."
+        ) from error
+    except FETCH_ERRORS as error:
+        # A hub's or a folder's name needs a config, too, which no random weights replace.
+        without = "" if ":" in name else ", or pass pretrained=False (--pretrained false)"
+        raise InputError(
+            f"timm cannot load {name!r}: {why_not_fetched(error)}. Check the name (`layerfuse models` lists some), "
+            f"fill the cache where there is a network, or give a folder (timm:local-dir:FOLDER){without}."
         ) from error
 
 

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from layerfuse._hub import FETCH_ERRORS, why_not_fetched
 from layerfuse.backbones._transformers_facts import (
     CLASS_TOKENS,
     read_preprocessing,
@@ -117,7 +118,7 @@ class TransformersBackbone(Backbone):
             model = transformers.AutoModel.from_config(config, **how)
         described: dict[str, Any] = {}
         if pretrained or name not in transformers.CONFIG_MAPPING:
-            with suppress(OSError):
+            with suppress(*FETCH_ERRORS):
                 described, _ = transformers.ImageProcessingMixin.get_image_processor_dict(name, **where)
             if not described:
                 logger.warning(
@@ -236,11 +237,11 @@ def _read_config(
     else:
         try:
             config = transformers.AutoConfig.from_pretrained(name, **where)
-        except (OSError, ValueError) as error:
+        except (*FETCH_ERRORS, ValueError) as error:
             types = "" if pretrained else " or a model type, such as 'clip_vision_model'"
             raise InputError(
                 f"transformers finds no model {name!r}; give a hub name, a local folder with config.json{types}. "
-                f"It says: {error}"
+                f"It says: {why_not_fetched(error)}."
             ) from error
     config = getattr(config, "vision_config", config)
     fields = {key: value for key, value in options.items() if key not in _LOADING}
@@ -266,10 +267,10 @@ def _load(transformers: ModuleType, name: str, config: Any, arguments: Mapping[s
             f"the weights of {name!r} are no whole file of tensors ({type(error).__name__}); download them again, as "
             "safetensors, or pass pretrained=False."
         ) from error
-    except OSError as error:
+    except FETCH_ERRORS as error:
         raise InputError(
             f"transformers finds no weights for {name!r}; give a name on the hub or a folder with weights in "
-            f"safetensors, or pass pretrained=False. It says: {error}"
+            f"safetensors, or pass pretrained=False (--pretrained false). It says: {why_not_fetched(error)}."
         ) from error
     except RuntimeError as error:  # weights of other shapes
         raise InputError(
