@@ -17,6 +17,7 @@ from .estimate import Report, StageReport
 from .flops import PartFlops, hours
 from .gpus import Gpu
 from .memory import GIB, RESERVE, SLACK, engines_for
+from .recommendation import recommend
 
 __all__ = ["WIDTH", "render"]
 
@@ -50,7 +51,8 @@ def render(report: Report) -> str:
     sections = (_model, _parameters, _steps, _compute, _hours, _memory, _data, _assumptions)
     name = report.recipe.name or report.recipe.model.checkpoint
     head = f"Dry run of {name} on {report.gpu.name}: an estimate; nothing was trained or downloaded."
-    return "\n\n".join([head, *("\n".join(section(report)) for section in sections)]) + "\n"
+    first = "\n".join([head, *_wrapped(f"Verdict: {recommend(report)}", bullet="")])
+    return "\n\n".join([first, *("\n".join(section(report)) for section in sections)]) + "\n"
 
 
 def _title(text: str) -> str:

@@ -50,6 +50,27 @@ def test_the_page_states_parameters_tokens_and_steps(page: str) -> None:
     assert steps["finetune"][0] == "665,298" and steps["finetune"][-2:] == ["128", "5,198"]
 
 
+def test_the_page_begins_with_how_many_gpus_to_take(page: str) -> None:
+    verdict = re.search(
+        r"^Verdict: needs at least 2 x a100-80, take 4: pretrain ([\d.]+), finetune ([\d.]+) of 79.2", page, re.M
+    )
+
+    assert verdict is not None and page.index("Verdict") < page.index("Model")
+    # The peaks of its engines on four GPUs, and 1 GiB for CUDA.
+    for said, row in zip(verdict.groups(), re.findall(r"^  4     \w+ \*.* ([\d.]+) +yes$", page, re.M), strict=True):
+        assert float(said) == pytest.approx(float(row) + 1, abs=0.11)
+    took = rows(page, "Hours at 40%")
+    total = float(took["pretrain"][2]) + float(took["finetune"][2])
+    assert f"{total:.1f} hours." in flat(page)[:400] or f"{total - 0.1:.1f} hours." in flat(page)[:400]
+
+
+def test_the_verdict_names_the_engine_that_would_fit() -> None:
+    recipe = load_recipe("mmfuser_7b", {"finetune.engine": "ddp"})
+    verdict = flat(render(dry_run(recipe, gpu="a100-80", stages=["finetune"])))
+
+    assert "does not fit on 8 x a100-80, nor on fewer. With --finetune.engine zero2 (2 GPUs) it does. Model" in verdict
+
+
 def test_the_page_compares_hours_with_the_published_ones(page: str) -> None:
     hours = rows(page, "Hours at 40% of 312 TFLOP/s")
     reached = [int(share) for share in re.findall(r"(\d+)% of their peak", page)]
@@ -76,6 +97,7 @@ def test_the_page_says_how_to_make_a_stage_fit() -> None:
     page = flat(render(dry_run(load_recipe("mmfuser_7b"), gpu="rtx4090", stages=["finetune"])))
 
     assert "To fit, set --finetune.micro_batch_size: 4 on 8 GPUs." in page
+    assert "Verdict: needs 8 x rtx4090 with --finetune.micro_batch_size 4;" in page
     assert "On 1, 2, 4 GPUs not even one sample at a time fits." in page
     assert "pretrain" not in page
 
@@ -180,6 +202,7 @@ def test_padding_of_assumed_lengths_is_not_known() -> None:
 def test_small_runs_are_written_in_small_units() -> None:
     page = render(dry_run(load_recipe("tiny"), gpu="rtx3090"))
 
+    assert "Verdict: one rtx3090 is enough:" in page
     assert "Operations of a sample, GFLOP" in page and "Memory of one GPU in pretrain, MiB" in page
     assert "pretrain computes in fp32" in page and "No published hours" in page
     assert rows(page, "Samples and steps")["finetune"][-3:] == ["–", "32", "250"]
@@ -202,6 +225,7 @@ def test_batches_that_no_number_of_gpus_can_share_are_said_so() -> None:
     assert {memory.num_gpus for memory in one.stages[0].memory} == {1}
     none = flat(render(dry_run(recipe, stages=["finetune"], num_gpus=[2, 4])))
     assert "batch_size=3 cannot be divided among these numbers of GPUs" in none
+    assert "Verdict: no number of GPUs that was looked at can share the batches of all stages." in none
 
 
 @pytest.mark.parametrize(
