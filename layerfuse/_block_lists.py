@@ -10,7 +10,7 @@ import inspect
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import nn
@@ -19,7 +19,6 @@ from layerfuse.errors import InputError
 
 __all__ = [
     "BlockList",
-    "check_depth",
     "count_blocks",
     "cut_blocks",
     "cut_submodules",
@@ -27,6 +26,8 @@ __all__ = [
     "first_argument",
     "first_parameter",
     "get_blocks",
+    "is_left",
+    "refuse_lost_depth",
 ]
 
 BlockList = nn.ModuleList | nn.Sequential
@@ -79,12 +80,11 @@ def count_blocks(blocks: BlockList) -> int:
 def cut_blocks(blocks: BlockList, depth: int) -> None:
     """Remove the blocks behind a depth from the list, in place: the parent may hold it under several names.
 
-    Of depth 0, a block that does nothing stays for a place where layer 0 is tapped. Raises as `check_depth`.
+    Of depth 0, a block that does nothing stays for a place where layer 0 is tapped.
     """
-    check_depth(blocks, depth)
     setattr(blocks, _DEPTH_MARK, count_blocks(blocks))
     del blocks[max(depth, 1) :]
-    if depth == 0:
+    if depth == 0 and is_left(blocks):
         blocks[0] = _NoBlock(first_parameter(blocks[0]))
 
 
@@ -102,15 +102,17 @@ def cut_submodules(model: nn.Module, paths: Sequence[str]) -> None:
         model.set_submodule(path, nn.Identity())
 
 
-def check_depth(blocks: BlockList, depth: int) -> None:
-    """Raise InputError if an earlier backbone cut off the deepest layer that is wanted."""
-    left = 0 if isinstance(blocks[0], _NoBlock) else len(blocks)
-    if depth > left:
-        raise InputError(
-            f"layer {depth} is gone: a backbone that was made from this model before cut it after block {left} of "
-            f"{count_blocks(blocks)}. Build the model again (or copy.deepcopy it before the first backbone), or ask "
-            f"for layers 0..{left}."
-        )
+def is_left(blocks: BlockList) -> bool:
+    """Tell whether block 1 of a list still stands where it stood, be the list cut or not."""
+    return not isinstance(blocks[0], _NoBlock)
+
+
+def refuse_lost_depth(depth: int, left: int, total: int) -> NoReturn:
+    """Raise InputError for the deepest layer that is wanted, since an earlier backbone left fewer blocks."""
+    raise InputError(
+        f"layer {depth} is gone: a backbone that was made from this model before cut it after block {left} of "
+        f"{total}. Build the model again (or copy.deepcopy it before the first backbone), or ask for layers 0..{left}."
+    )
 
 
 def first_parameter(block: nn.Module) -> str | None:

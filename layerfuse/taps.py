@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from types import TracebackType
 from typing import Any
 
@@ -11,14 +11,12 @@ import torch
 from torch import nn
 
 from layerfuse._block_lists import (
-    BlockList,
-    check_depth,
-    count_blocks,
     find_blocks,
     first_argument,
     first_parameter,
     get_blocks,
 )
+from layerfuse._block_stages import Blocks
 from layerfuse._tapped_layers import (
     TappedLayer,
     check_gradients,
@@ -49,7 +47,7 @@ def split_prefix(hidden: torch.Tensor, num_prefix_tokens: int) -> tuple[torch.Te
 
 
 def as_features(
-    hidden_states: Sequence[torch.Tensor], layers: tuple[int, ...], *, grid: Grid, num_prefix_tokens: int
+    hidden_states: Sequence[torch.Tensor], layers: tuple[int, ...], *, grids: Sequence[Grid], num_prefix_tokens: int
 ) -> FeatureMaps:
     """Return feature maps made of the hidden states (B, P + N, C) of L layers: maps (B, N, C), and prefix (B, P, C).
 
@@ -60,7 +58,7 @@ def as_features(
     return FeatureMaps(
         maps=tuple(patches for _, patches in pairs),
         layers=layers,
-        grids=(grid,) * len(pairs),
+        grids=tuple(grids),
         prefix=tuple(prefix for prefix, _ in pairs) if num_prefix_tokens else (),
     )
 
@@ -162,21 +160,29 @@ class BlockTaps:
     nothing.
 
     Args:
-        blocks: the block list; every block takes the hidden states (B, P + N, C) first and returns them, or a tuple
-            that begins with them.
+        blocks: in order; every block takes the hidden states (B, P + N, C) first and returns them, or a tuple that
+            begins with them.
         layers: resolved layer numbers, 0..len(blocks), in the order wanted.
+        borders: layers between which and the next block the model may do something, since a stage ends there.
         stop_early: leave the forward pass after the deepest tapped block; only `tap` can catch that.
     """
 
-    def __init__(self, blocks: BlockList, layers: Sequence[int], *, stop_early: bool = False) -> None:
+    def __init__(
+        self,
+        blocks: Iterable[nn.Module],
+        layers: Sequence[int],
+        *,
+        borders: Collection[int] = (),
+        stop_early: bool = False,
+    ) -> None:
         self.layers = tuple(layers)
         self.stop_early = stop_early
         self._deepest = max(self.layers)
         # The layer before the deepest is watched even if nobody wants it: where one block does not receive what the
-        # one before it put out (a residual sum outside the blocks), no entry of the list is a block.
+        # one before it put out (a residual sum outside the blocks), no entry of the list is a block. At the border of
+        # a stage nothing can be told, so it is the last one before that.
         watched = set(self.layers)
-        if self._deepest > 1:
-            watched.add(self._deepest - 1)
+        watched |= set([layer for layer in range(1, self._deepest) if layer not in borders][-1:])
         modules = list(blocks)
         with _REGISTRATION:
             self._handles = [
@@ -185,7 +191,7 @@ class BlockTaps:
             self._handles += [
                 modules[layer].register_forward_pre_hook(_EntranceHook(self, layer, modules[layer]), with_kwargs=True)
                 for layer in watched
-                if layer < len(modules)
+                if layer < len(modules) and layer not in borders
             ]
 
     def run(self, forward: Callable[..., object], *inputs: Any, copy_maps: bool = False) -> tuple[torch.Tensor, ...]:
@@ -266,7 +272,7 @@ class TappedModel:
     """
 
     def __init__(
-        self, model: nn.Module, layers: tuple[int, ...], blocks: BlockList, *, stop_early: bool, copy_maps: bool
+        self, model: nn.Module, layers: tuple[int, ...], blocks: Blocks, *, stop_early: bool, copy_maps: bool
     ) -> None:
         self.model = model
         self.layers = layers
@@ -279,7 +285,8 @@ class TappedModel:
     def __enter__(self) -> TappedModel:
         if self._call is not None:
             raise TapError("this model is tapped already; leave the first 'with' block, or call tap() again.")
-        taps = BlockTaps(self._blocks, self.layers, stop_early=self._stop_early)
+        blocks, borders = self._blocks.modules, self._blocks.borders
+        taps = BlockTaps(blocks, self.layers, borders=borders, stop_early=self._stop_early)
         self._call = taps.begin(copy_maps=self._copy_maps)
         return self
 
@@ -303,7 +310,8 @@ class TappedModel:
         Raises:
             ValueError: if grid and prefix tokens do not add up to the number of tokens.
         """
-        return as_features(self.hidden_states, self.layers, grid=grid, num_prefix_tokens=num_prefix_tokens)
+        grids = (grid,) * len(self.hidden_states)
+        return as_features(self.hidden_states, self.layers, grids=grids, num_prefix_tokens=num_prefix_tokens)
 
 
 def tap(
@@ -325,7 +333,8 @@ def tap(
     Args:
         model: any module with a list of blocks.
         layers: layer numbers or shares of the depth, see `resolve_layers`.
-        blocks: dotted path of the block list; found by structure if there is just one.
+        blocks: dotted path of the block list, found by structure if there is just one; of the lists of several
+            stages with ``*`` for the number of a stage, ``"layers.*.blocks"``.
         stop_early: do not run what comes after the deepest tapped block; this also leaves the ``with`` block there,
             so make the model's call the last line in it.
         copy_maps: copy each tensor when it is tapped, for a model that changes its hidden states in place; without it
@@ -337,7 +346,7 @@ def tap(
     Raises:
         ValueError: if the block list is not found, or a layer is out of range or repeated.
     """
-    block_list = get_blocks(model, blocks if blocks is not None else find_blocks(model))
-    resolved = resolve_layers(layers, count_blocks(block_list))
-    check_depth(block_list, max(resolved))
-    return TappedModel(model, resolved, block_list, stop_early=stop_early, copy_maps=copy_maps)
+    found = Blocks(model, blocks if blocks is not None else find_blocks(model))
+    resolved = resolve_layers(layers, len(found))
+    found.check_depth(max(resolved))
+    return TappedModel(model, resolved, found, stop_early=stop_early, copy_maps=copy_maps)

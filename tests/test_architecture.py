@@ -29,6 +29,7 @@ FOUNDATION = {
     "layerfuse.argument_types": {"layerfuse.errors"},
     "layerfuse.layers": {"layerfuse.errors"},
     "layerfuse._block_lists": {"layerfuse.errors"},
+    "layerfuse._block_stages": {"layerfuse.errors", "layerfuse._block_lists"},
     "layerfuse._tapped_layers": {"layerfuse.errors"},
     "layerfuse.taps": {
         "layerfuse.errors",
@@ -36,6 +37,7 @@ FOUNDATION = {
         "layerfuse.layers",
         "layerfuse.registry",
         "layerfuse._block_lists",
+        "layerfuse._block_stages",
         "layerfuse._tapped_layers",
     },
     "layerfuse.ops": {"layerfuse.errors", "layerfuse.features", "layerfuse.registry", "layerfuse.ops"},

@@ -53,9 +53,14 @@ class AnyBackbone(nn.Module, abc.ABC):
         """Recompute block activations in the backward pass instead of keeping them."""
 
     @property
+    @abc.abstractmethod
     def map_channels(self) -> tuple[int, ...]:
         """Width C_l of each map."""
-        return tuple(self.members[source].embed_dim for source, _ in self.taps)
+
+    @property
+    @abc.abstractmethod
+    def strides(self) -> tuple[tuple[int, int], ...]:
+        """The (height, width) of a cell of each map, in pixels of the image that its backbone sees."""
 
     @property
     def fuser_channels(self) -> int | list[int]:

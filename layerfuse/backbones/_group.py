@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from numbers import Integral
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
@@ -23,6 +23,7 @@ from layerfuse.registry import unknown_name_message
 
 __all__ = ["BackboneGroup"]
 
+_T = TypeVar("_T")
 _KEYS = {"backbones", "resample", "grid", "order"}
 
 
@@ -63,7 +64,7 @@ class BackboneGroup(AnyBackbone):
         self.resample = resample
         self.grid = _as_grid(grid, resample)
         self.order = _as_order(order, sum(len(backbone.layers) for backbone in backbones))
-        self.layers = tuple(layer for _, layer in self.taps)
+        self.layers = self._in_order([backbone.layers for backbone in backbones])
         self.in_channels = sum(backbone.in_channels for backbone in backbones)
         heights, widths = zip(*(backbone.image_size for backbone in backbones), strict=True)
         self.image_size = (max(heights), max(widths))
@@ -110,8 +111,27 @@ class BackboneGroup(AnyBackbone):
     @property
     def taps(self) -> tuple[tuple[int, int], ...]:
         """Of each map the position of its backbone among `members`, and its layer."""
-        taps = super().taps
-        return taps if self.order is None else tuple([taps[place] for place in self.order])
+        return self._in_order(
+            [[(source, layer) for layer in member.layers] for source, member in enumerate(self.members)]
+        )
+
+    @property
+    def map_channels(self) -> tuple[int, ...]:
+        """Width C_l of each map."""
+        return self._in_order([member.map_channels for member in self.members])
+
+    @property
+    def strides(self) -> tuple[tuple[int, int], ...]:
+        """The (height, width) of a cell of each map, in pixels of the image that its backbone sees.
+
+        Of a map that was resampled, rounded to whole pixels.
+        """
+        if self.resample is None:
+            return self._in_order([member.strides for member in self.members])
+        grid = self.grids()[0]
+        sizes = [member.image_size for member in self.members]
+        cells = [(max(1, round(height / grid[0])), max(1, round(width / grid[1]))) for height, width in sizes]
+        return self._in_order([[cell] * len(member.layers) for cell, member in zip(cells, self.members, strict=True)])
 
     @property
     def preprocessing(self) -> AnyPreprocessing:  # type: ignore[override]  # an attribute of the base class
@@ -179,10 +199,15 @@ class BackboneGroup(AnyBackbone):
         says why a backbone cannot take it.
         """
         given = None if size is None or as_pair(size) == self.image_size else size
-        own = [member.grids(given)[0] for member in self.members]
+        own = [member.grids(given) for member in self.members]
         if self.resample is not None:
-            own = [self.grid or own[0]] * len(own)
-        return tuple(own[source] for source, _ in self.taps)
+            own = [(self.grid or own[0][0],) * len(grids) for grids in own]
+        return self._in_order(own)
+
+    def _in_order(self, own: Iterable[Sequence[_T]]) -> tuple[_T, ...]:
+        """Return what each backbone has of each of its maps, in the order of the maps."""
+        flat = [each for of_member in own for each in of_member]
+        return tuple(flat if self.order is None else [flat[place] for place in self.order])
 
     def set_gradient_checkpointing(self, enable: bool = True) -> None:
         """Recompute block activations in the backward pass instead of keeping them.

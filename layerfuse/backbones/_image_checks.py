@@ -7,19 +7,21 @@ from collections.abc import Mapping
 import torch
 from torch import nn
 
+from layerfuse._block_stages import Blocks
+from layerfuse.backbones._stages import Stage
 from layerfuse.errors import InputError, InvalidTypeError, TapError
 from layerfuse.features import Grid
 
 __all__ = ["check_images", "check_tokens", "find_patch_embedding"]
 
 
-def find_patch_embedding(model: nn.Module, blocks: str, patch_size: tuple[int, int]) -> tuple[str, int | None]:
+def find_patch_embedding(model: nn.Module, blocks: Blocks, patch_size: tuple[int, int]) -> tuple[str, int | None]:
     """Return the path of the module that the images meet first, and the image channels that it takes.
 
-    It does not lie in the block list. The path is that of the model itself, ``""``, if none is found; channels are
+    It does not lie in a block. The path is that of the model itself, ``""``, if none is found; channels are
     known of a convolution, else None.
     """
-    outside = [(path, module) for path, module in model.named_modules() if not f"{path}.".startswith(f"{blocks}.")]
+    outside = [(path, module) for path, module in model.named_modules() if not blocks.hold(path)]
     convolutions = [(path, module) for path, module in outside if isinstance(module, nn.Conv2d)]
     for path, module in convolutions:
         if module.kernel_size == module.stride == tuple(patch_size):
@@ -58,24 +60,28 @@ def check_images(images: object, in_channels: int) -> None:
 
 
 def check_tokens(
-    hidden: Mapping[int, torch.Tensor], num_images: int, num_prefix_tokens: int, grid: Grid, embed_dim: int
+    layer: int, states: torch.Tensor, stage: Stage, *, num_images: int, num_prefix_tokens: int, grid: Grid
 ) -> None:
-    """Raise TapError unless the hidden states of every layer are (B, P + N, C); it says what their shape points to."""
-    num_patches = grid[0] * grid[1]
-    expected = (num_images, num_prefix_tokens + num_patches, embed_dim)
-    for layer, states in hidden.items():
-        if states.shape != expected:
-            raise TapError(
-                f"layer {layer} put out a tensor of shape {tuple(states.shape)}; expected (B, P + H * W, C) = "
-                f"{expected} for {num_prefix_tokens} prefix tokens, a grid of {grid[0]}x{grid[1]} patches and width "
-                f"{embed_dim}. {_explain(tuple(states.shape), expected, num_patches)}"
-            )
+    """Raise TapError unless a layer put out the shape that its stage has; it says what the shape points to."""
+    expected = stage.shape(num_images, num_prefix_tokens, grid)
+    if states.shape != expected:
+        letters = "B, P + H * W, C" if stage.layout == "NLC" else ", ".join(stage.layout.replace("N", "B"))
+        raise TapError(
+            f"layer {layer} put out a tensor of shape {tuple(states.shape)}; expected ({letters}) = {expected} for "
+            f"{num_prefix_tokens} prefix tokens, a grid of {grid[0]}x{grid[1]} patches and width {stage.embed_dim}. "
+            f"{_explain(tuple(states.shape), expected, grid[0] * grid[1])}"
+        )
 
 
-def _explain(shape: tuple[int, ...], expected: tuple[int, int, int], num_patches: int) -> str:
-    num_images, num_tokens, embed_dim = expected
+def _explain(shape: tuple[int, ...], expected: tuple[int, ...], num_patches: int) -> str:
+    if len(expected) != 3:
+        return "Check layout, embed_dim and stride of the stage."
     if len(shape) != 3:
-        return "The blocks do not work on (B, tokens, C): layerfuse cannot tap them."
+        return (
+            "The blocks do not work on (B, tokens, C): if they do on (B, H, W, C) or (B, C, H, W), say so with "
+            "layout='NHWC' or 'NCHW'; else layerfuse cannot tap them."
+        )
+    num_images, num_tokens, embed_dim = expected
     if shape == (num_tokens, num_images, embed_dim):
         return "The blocks take (tokens, B, C): build the model with batch_first=True, or transpose inside its blocks."
     if shape[0] != num_images:

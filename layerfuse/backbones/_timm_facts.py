@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import nn
 
+from layerfuse.backbones._timm_stages import STAGED, stage_facts
 from layerfuse.backbones.base import BackboneFacts, as_pair, checked_multiple
 from layerfuse.errors import InputError
 from layerfuse.preprocessing import Mode, Preprocessing, interpolation_name
@@ -18,15 +19,21 @@ _CROP_MODES: dict[str, Mode] = {"center": "crop", "squash": "squash", "border": 
 
 
 def timm_facts(model: Any, *, path: str = "") -> BackboneFacts:
-    """Return the facts of a timm model: a VisionTransformer, Eva, Beit, NaFlexVit or one built alike.
+    """Return the facts of a timm model: a plain Vision Transformer, or a windowed or hierarchical one.
 
     ``path`` is where it lies inside the module that is tapped, ending in a dot.
 
     Raises:
-        ValueError: if this is no plain Vision Transformer with one list of blocks over (B, P + N, C).
+        ValueError: if this is no Vision Transformer whose blocks are known to give maps.
     """
     from timm.data import resolve_model_data_config
 
+    layout = STAGED.get(type(model).__module__.rpartition(".")[2])
+    if layout is not None:
+        facts = stage_facts(model, layout)
+        facts["blocks"], facts["tail"] = path + facts["blocks"], tuple(path + name for name in facts["tail"])
+        preprocessing = preprocessing_of(resolve_model_data_config(model), facts["image_size"])
+        return BackboneFacts(preprocessing=preprocessing, **facts)
     blocks = getattr(model, "blocks", None)
     plain = isinstance(blocks, (nn.ModuleList, nn.Sequential)) and hasattr(model, "num_prefix_tokens")
     # TNT and XCiT have blocks of other shapes behind embeddings without a grid.
@@ -59,7 +66,7 @@ def resize_timm_model(model: nn.Module, facts: BackboneFacts, image_size: tuple[
     """
     if image_size == facts.image_size:
         return facts
-    checked_multiple(image_size, facts.patch_size)
+    checked_multiple(image_size, facts)
     setter = getattr(model, "set_input_size", None)
     if setter is not None:
         setter(img_size=image_size)
@@ -74,7 +81,9 @@ def resize_timm_model(model: nn.Module, facts: BackboneFacts, image_size: tuple[
 def cut_timm_tail(model: Any) -> None:
     """Cut final norm, pooling and classifier off a model, so that its ``forward`` ends with the last block's tokens."""
     model.reset_classifier(0, "")
-    for name in ("norm", "fc_norm", "head_drop"):
+    # Some heads have a norm of their own; SAM's neck makes one map of another width.
+    whole = next(model.head.parameters(), None) is not None if hasattr(model, "head") else False
+    for name in ("norm", "fc_norm", "head_drop", "neck", *(("head",) if whole else ())):
         if isinstance(getattr(model, name, None), nn.Module):
             setattr(model, name, nn.Identity())
 

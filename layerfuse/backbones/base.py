@@ -17,10 +17,12 @@ from typing import Any, ClassVar
 import torch
 from torch import nn
 
-from layerfuse._block_lists import count_blocks, cut_blocks, cut_submodules, get_blocks
+from layerfuse._block_lists import cut_submodules
+from layerfuse._block_stages import Blocks
 from layerfuse.backbones._any_backbone import AnyBackbone
 from layerfuse.backbones._facts import BackboneFacts, as_pair, checked_multiple, grid_of
 from layerfuse.backbones._image_checks import check_images, check_tokens, find_patch_embedding
+from layerfuse.backbones._stages import Stage, stages_of_layers
 from layerfuse.errors import InputError, InvalidTypeError
 from layerfuse.features import FeatureMaps, Grid
 from layerfuse.layers import LayerChoice, resolve_layers
@@ -28,7 +30,7 @@ from layerfuse.preprocessing import Preprocessing
 from layerfuse.registry import Registry
 from layerfuse.taps import BlockTaps, as_features
 
-__all__ = ["BACKBONES", "Backbone", "BackboneFacts", "as_pair", "checked_multiple"]
+__all__ = ["BACKBONES", "Backbone", "BackboneFacts", "Stage", "as_pair", "checked_multiple"]
 
 
 class Backbone(AnyBackbone):
@@ -54,8 +56,8 @@ class Backbone(AnyBackbone):
         model: the shortened model.
         layers: resolved layer numbers (>= 0), in the order asked.
         num_blocks: number of blocks before shortening.
-        embed_dim: C; this and ``patch_size``, ``num_prefix_tokens``, ``image_size``, ``any_size``, ``in_channels`` and
-            ``preprocessing`` (which may be replaced) are those of `BackboneFacts`.
+        embed_dim: C, of the first stage; this and ``patch_size``, ``num_prefix_tokens``, ``image_size``, ``any_size``,
+            ``in_channels`` and ``preprocessing`` (which may be replaced) are those of `BackboneFacts`.
         copy_maps: copy each tensor when it is tapped, for a model that changes its hidden states in place; without it
             such a change is an error. May be set.
 
@@ -75,26 +77,32 @@ class Backbone(AnyBackbone):
         recipe: Mapping[str, Any] | None,
     ) -> None:
         super().__init__()
-        blocks = get_blocks(model, facts.blocks)
+        blocks = Blocks(model, facts.blocks)
         self.model = model
-        self.num_blocks = count_blocks(blocks)
+        self.num_blocks = len(blocks)
         self.layers = resolve_layers(layers, self.num_blocks)
+        stages = facts.stages or (Stage(self.num_blocks, facts.embed_dim, facts.patch_size),)
+        of_layer = stages_of_layers(stages, self.num_blocks)
+        self._stages = tuple(of_layer[layer] for layer in self.layers)
         self.embed_dim = facts.embed_dim
         self.patch_size = facts.patch_size
         self.num_prefix_tokens = facts.num_prefix_tokens
         self.image_size = facts.image_size
         self.any_size = facts.any_size
+        self._size_step = facts.size_step or facts.patch_size
         self.preprocessing: Preprocessing = facts.preprocessing
         self._recipe = None if recipe is None else dict(recipe)
         self._blocks = facts.blocks
         self.copy_maps = False
-        cut_submodules(model, facts.tail)
-        cut_blocks(blocks, max(self.layers))
+        deepest = max(self.layers)
+        blocks.check_depth(deepest)
+        cut_submodules(model, [blocks.in_last_stage(path, deepest) for path in facts.tail])
+        blocks.cut(deepest)
         self.cut_tail(model)
-        self._patch_embedding, channels = find_patch_embedding(model, facts.blocks, facts.patch_size)
+        self._patch_embedding, channels = find_patch_embedding(model, blocks, facts.patch_size)
         self.in_channels = facts.in_channels or channels or 3
         self._batch_first_seen = False
-        self._taps = BlockTaps(blocks, self.layers)
+        self._taps = BlockTaps(blocks.modules, self.layers, borders=blocks.borders)
         stored = model.state_dict().keys()
         self._lost_buffers = [name for name, buffer in model.named_buffers() if buffer.is_meta and name not in stored]
         self.register_load_state_dict_post_hook(_fill_lost_buffers)
@@ -192,7 +200,7 @@ class Backbone(AnyBackbone):
     @property
     def blocks(self) -> tuple[nn.Module, ...]:
         """The blocks that are left, in order: as many as the deepest tapped layer's number, at least one."""
-        return tuple(get_blocks(self.model, self._blocks))
+        return tuple(Blocks(self.model, self._blocks).modules)
 
     @property
     def config(self) -> dict[str, Any]:
@@ -237,31 +245,37 @@ class Backbone(AnyBackbone):
             TapError: (a ValueError) if what the layers put out cannot be told for certain.
         """
         check_images(images, self.in_channels)
-        grid = self.grid(images.shape[2], images.shape[3])
-        hidden = self._hidden_states(images.to(self.dtype), (self.num_prefix_tokens, grid))
-        return as_features(hidden, self.layers, grid=grid, num_prefix_tokens=self.num_prefix_tokens)
+        grids = self.grids(images.shape[2:])
+        hidden = self._hidden_states(images.to(self.dtype), grids)
+        return as_features(hidden, self.layers, grids=grids, num_prefix_tokens=self.num_prefix_tokens)
 
-    def _hidden_states(self, images: torch.Tensor, tokens: tuple[int, Grid]) -> Sequence[torch.Tensor]:
-        num_images, num_tokens = images.shape[0], tokens[0] + tokens[1][0] * tokens[1][1]
-        eager = not torch.compiler.is_compiling()
+    def _hidden_states(self, images: torch.Tensor, grids: Sequence[Grid]) -> Sequence[torch.Tensor]:
+        num_images, prefix = images.shape[0], self.num_prefix_tokens
+        shapes = [stage.shape(num_images, prefix, grid) for stage, grid in zip(self._stages, grids, strict=True)]
+        undecided = not (torch.compiler.is_compiling() or self._batch_first_seen)
         # With as many images as tokens, blocks over (N, B, C) would put out the shape of blocks over (B, N, C). Until
         # a batch of another size has told which they are, such a batch is run in two parts.
-        if eager and num_images == num_tokens > 1 and not self._batch_first_seen:
-            parts = [self._hidden_states(part, tokens) for part in images.tensor_split(2)]
+        ambiguous = undecided and any(len(shape) == 3 and shape[1] == num_images for shape in shapes)
+        if ambiguous and num_images > 1:
+            parts = [self._hidden_states(part, grids) for part in images.tensor_split(2)]
             return [torch.cat(states) for states in zip(*parts, strict=True)]
         hidden = self._taps.run(self.run, images, copy_maps=self.copy_maps)
-        check_tokens(dict(zip(self.layers, hidden, strict=True)), num_images, *tokens, self.embed_dim)
-        if eager and not self._batch_first_seen:
-            self._batch_first_seen = num_images != num_tokens
-        return hidden
+        tokens = []
+        for layer, states, stage, grid in zip(self.layers, hidden, self._stages, grids, strict=True):
+            check_tokens(layer, states, stage, num_images=num_images, num_prefix_tokens=prefix, grid=grid)
+            tokens.append(stage.tokens(states, grid))
+        if undecided:
+            self._batch_first_seen = not ambiguous
+        return tokens
 
     def grid(self, height: int, width: int) -> Grid:
-        """Return the grid (H, W), in patches, of an image size in pixels.
+        """Return the grid (H, W), in patches, of an image size in pixels; that of the first stage, see `grids`.
 
         Raises:
             ValueError: if the backbone cannot take that size.
         """
-        return grid_of((height, width), self.patch_size, native=self.image_size, any_size=self.any_size)
+        how: dict[str, Any] = {"native": self.image_size, "any_size": self.any_size, "step": self._size_step}
+        return grid_of((height, width), self.patch_size, **how)
 
     def grids(self, size: int | Sequence[int] | None = None) -> tuple[Grid, ...]:
         """Return the grids of all maps, as a fuser wants them: L pairs (H, W), in patches.
@@ -269,7 +283,18 @@ class Backbone(AnyBackbone):
         ``size`` is that of the images, in pixels: one edge, or (height, width); the native size if None. A ValueError
         says why the backbone cannot take it.
         """
-        return (self.grid(*(self.image_size if size is None else as_pair(size))),) * len(self.layers)
+        patches = self.grid(*(self.image_size if size is None else as_pair(size)))
+        return tuple(stage.grid(patches, self.patch_size) for stage in self._stages)
+
+    @property
+    def map_channels(self) -> tuple[int, ...]:
+        """Width C_l of each map."""
+        return tuple(stage.embed_dim for stage in self._stages)
+
+    @property
+    def strides(self) -> tuple[tuple[int, int], ...]:
+        """The (height, width) of a cell of each map, in pixels."""
+        return tuple(stage.stride for stage in self._stages)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -294,11 +319,8 @@ class Backbone(AnyBackbone):
         """
         described = {key: self.config[key] for key in ("family", "recipe")}
         digest = hashlib.sha256(json.dumps(described, sort_keys=True).encode())
-        outside = {
-            name: weight for name, weight in self.model.state_dict().items() if not name.startswith(f"{self._blocks}.")
-        }
         found = []
-        for weights in (outside, *(block.state_dict() for block in get_blocks(self.model, self._blocks))):
+        for weights in Blocks(self.model, self._blocks).weights(self.model):
             for name, weight in sorted(weights.items()):
                 digest.update(f"{name} {weight.dtype} {tuple(weight.shape)}".encode())
                 digest.update(weight.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())

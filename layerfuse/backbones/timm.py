@@ -1,4 +1,4 @@
-"""Backbones from timm: CLIP, SigLIP, EVA02, DINOv2, DINOv3, AIMv2, Perception Encoder, BEiT and more."""
+"""Backbones from timm: CLIP, SigLIP, EVA02, DINOv2, DINOv3, AIMv2, BEiT, Swin, Hiera, SAM and more."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from torch import nn
 
 from layerfuse._hub import FETCH_ERRORS, why_not_fetched
 from layerfuse.backbones._timm_facts import cut_timm_tail, resize_timm_model, timm_facts
+from layerfuse.backbones._timm_stages import STAGED
 from layerfuse.backbones.base import BACKBONES, Backbone, as_pair
 from layerfuse.errors import InputError
 from layerfuse.layers import LayerChoice
@@ -19,13 +20,15 @@ __all__ = ["TimmBackbone"]
 
 # Where weights come from is no part of the architecture.
 _SOURCES = ("checkpoint_path", "cache_dir", "pretrained_cfg", "pretrained_cfg_overlay")
-# Of timm.models, where Vision Transformers with one list of blocks are.
-_MODULES = ("beit", "deit", "eva", "naflexvit", "vision_transformer")
+# Of timm.models, where Vision Transformers are that can be tapped.
+_MODULES = ("beit", "deit", "eva", "naflexvit", "vision_transformer", *STAGED)
 
 
 @BACKBONES.register("timm")
 class TimmBackbone(Backbone):
-    """A timm VisionTransformer, Eva, Beit, NaFlexVit or one built alike. Other arguments and errors are `Backbone`'s.
+    """A timm VisionTransformer, Eva, Beit, NaFlexVit or one built alike, or a hierarchical one: Swin, Hiera, SAM, ….
+
+    Other arguments and errors are `Backbone`'s.
 
     Args:
         model: from ``timm.create_model``.
@@ -33,7 +36,7 @@ class TimmBackbone(Backbone):
         preprocessing: from the model's ``pretrained_cfg`` if None.
 
     Raises:
-        ValueError: if the model is no plain Vision Transformer, or the size is not possible.
+        ValueError: if the model is no Vision Transformer that can be tapped, or the size is not possible.
     """
 
     family = "timm"

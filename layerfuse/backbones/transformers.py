@@ -81,7 +81,7 @@ class TransformersBackbone(Backbone):
                     f"{type(model).__name__} takes only {facts.image_size[0]}x{facts.image_size[1]} pixels, so "
                     f"image_size={image_size} is not possible; leave image_size out."
                 )
-            facts = replace(facts, image_size=checked_multiple(as_pair(image_size), facts.patch_size))
+            facts = replace(facts, image_size=checked_multiple(as_pair(image_size), facts))
         facts = replace(facts, preprocessing=replace(preprocessing or facts.preprocessing, size=facts.image_size))
         # AutoModel chooses the class by the config, so the config is all that is needed to build the model again.
         config: Any = model.config

@@ -160,8 +160,7 @@ def test_the_weights_of_the_tag_are_asked_of_timm(monkeypatch: pytest.MonkeyPatc
         ("resnet18", {}, "ResNet is no Vision Transformer with one list of blocks"),
         ("tnt_s_patch16_224", {}, "TNT is no Vision Transformer with one list of blocks"),
         ("xcit_nano_12_p8_224", {}, "Xcit is no Vision Transformer with one list of blocks"),
-        ("samvit_base_patch16", {}, "VisionTransformerSAM is no Vision Transformer with one list of blocks"),
-        ("swin_tiny_patch4_window7_224", {}, "SwinTransformer is no Vision Transformer with one list of blocks"),
+        ("twins_pcpvt_small", {}, "Twins is no Vision Transformer with one list of blocks"),
     ],
 )
 def test_what_cannot_be_built_says_why(name: str, options: dict[str, Any], message: str) -> None:

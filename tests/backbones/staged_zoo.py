@@ -1,0 +1,152 @@
+"""Tiny windowed and hierarchical models, each with its library's own maps, which have several grids and widths."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from itertools import accumulate
+from typing import Any
+
+import torch
+from torch import nn
+
+from layerfuse.backbones import Backbone, create_backbone
+from layerfuse.testing import random_images, randomise_parameters
+
+Maps = dict[int, torch.Tensor]
+
+
+@dataclass(frozen=True)
+class StagedCase:
+    """One tiny model.
+
+    ``depths``, ``widths``, ``strides`` are those of its stages. ``library`` gives the maps (B, C, H, W) of layers that
+    the library has a way to, at least those at the ends of the stages.
+    """
+
+    name: str
+    build: Callable[[], nn.Module]
+    library: Callable[[Any, torch.Tensor], Maps]
+    depths: tuple[int, ...]
+    widths: tuple[int, ...]
+    strides: tuple[int, ...]
+    size: int = 64
+
+    def model(self) -> nn.Module:
+        torch.manual_seed(0)
+        return randomise_parameters(self.build(), std=0.1).eval()
+
+    def backbone(self, model: nn.Module | None = None, layers: Any = lambda depth: range(depth + 1)) -> Backbone:
+        return create_backbone(self.model() if model is None else model, layers=layers)
+
+    def images(self, batch_size: int = 2) -> torch.Tensor:
+        return random_images(batch_size, size=self.size)
+
+    @property
+    def ends(self) -> tuple[int, ...]:
+        return tuple(accumulate(self.depths))
+
+    def of_layers(self, of_stages: tuple[int, ...]) -> tuple[int, ...]:
+        blocks = [each for each, depth in zip(of_stages, self.depths, strict=True) for _ in range(depth)]
+        return (blocks[0], *blocks)
+
+    def __str__(self) -> str:
+        return self.name
+
+
+def timm_model(name: str, **options: Any) -> Callable[[], nn.Module]:
+    def build() -> nn.Module:
+        import timm
+
+        return timm.create_model(name, pretrained=False, **options)
+
+    return build
+
+
+def timm_maps(model: Any, images: torch.Tensor) -> Maps:
+    of_blocks: Mapping[str, Any] = {}
+    if "coarse" in inspect.signature(model.forward_intermediates).parameters:
+        of_blocks = {"coarse": False}
+    found = model.forward_intermediates(images, intermediates_only=True, **of_blocks)
+    stages = getattr(model, "layers", getattr(model, "stages", None))
+    ends = range(1, len(found) + 1) if stages is None else accumulate(len(stage.blocks) for stage in stages)
+    return dict(zip(ends, found, strict=True))
+
+
+def maps_before_the_norm(model: Any, images: torch.Tensor) -> Maps:
+    # PVT normalises each map behind the blocks of its stage, and gives no other.
+    found: Maps = {}
+    ends = list(accumulate(len(stage.blocks) for stage in model.stages))
+    edges = [images.shape[2] // info["reduction"] for info in model.feature_info]
+
+    def keep(end: int, edge: int) -> Callable[..., None]:
+        return lambda module, args: found.update({end: args[0].transpose(1, 2).unflatten(2, (edge, edge))})
+
+    hooks = [
+        stage.norm.register_forward_pre_hook(keep(end, edge))
+        for stage, end, edge in zip(model.stages, ends, edges, strict=True)
+    ]
+    model(images)
+    for hook in hooks:
+        hook.remove()
+    return found
+
+
+SWIN = {"img_size": 64, "embed_dim": 16, "depths": (2, 2, 2), "num_heads": (2, 2, 4), "window_size": 4}
+
+TIMM_CASES = (
+    StagedCase(
+        "swin", timm_model("swin_tiny_patch4_window7_224", **SWIN), timm_maps, (2, 2, 2), (16, 32, 64), (4, 8, 16)
+    ),
+    StagedCase("swinv2", timm_model("swinv2_tiny_window8_256", **SWIN), timm_maps, (2, 2, 2), (16, 32, 64), (4, 8, 16)),
+    StagedCase(
+        "hiera",
+        timm_model("hiera_tiny_224", img_size=64, embed_dim=16, num_heads=1, stages=(1, 2, 2, 1)),
+        timm_maps,
+        (1, 2, 2, 1),
+        (16, 32, 64, 128),
+        (4, 8, 16, 32),
+    ),
+    StagedCase(
+        "sam",
+        timm_model(
+            "samvit_base_patch16",
+            img_size=64,
+            embed_dim=32,
+            depth=3,
+            num_heads=2,
+            window_size=3,
+            global_attn_indexes=(1,),
+        ),
+        timm_maps,
+        (3,),
+        (32,),
+        (16,),
+    ),
+    StagedCase(
+        "sam2_hiera",
+        timm_model("sam2_hiera_tiny", embed_dim=16, num_heads=1, stages=(1, 2, 2, 1), global_att_blocks=(4,)),
+        timm_maps,
+        (1, 2, 2, 1),
+        (16, 32, 64, 128),
+        (4, 8, 16, 32),
+    ),
+    StagedCase(
+        "mvitv2",
+        timm_model("mvitv2_tiny", img_size=64),
+        timm_maps,
+        (1, 2, 5, 2),
+        (96, 192, 384, 768),
+        (4, 8, 16, 32),
+    ),
+    StagedCase(
+        "pvt_v2",
+        timm_model("pvt_v2_b0", depths=(1, 2, 1, 1), embed_dims=(16, 32, 32, 64), num_heads=(1, 1, 1, 1)),
+        maps_before_the_norm,
+        (1, 2, 1, 1),
+        (16, 32, 32, 64),
+        (4, 8, 16, 32),
+    ),
+)
+CASES = TIMM_CASES
