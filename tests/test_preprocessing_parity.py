@@ -15,8 +15,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from layerfuse.backbones import _timm_facts, open_clip
-from layerfuse.preprocessing import CLIP_MEAN, CLIP_STD, Preprocessing
+from layerfuse.backbones import _timm_facts, _transformers_facts, open_clip
+from layerfuse.preprocessing import CLIP_MEAN, CLIP_STD, HALF, Preprocessing
 from layerfuse.preprocessing import preprocessing as module
 
 SIZES = [(24, 24), (21, 21), (24, 16)]
@@ -76,6 +76,55 @@ def test_the_published_example_is_cropped_as_timm_crops_it() -> None:
     for prepare, left in ((shifted, 56), (replace(shifted, geometry="transformers"), 55)):
         expected = scaled.crop((left, 0, left + 224, 224))
         np.testing.assert_array_equal(np.asarray(prepare.fit(image)), np.asarray(expected))
+
+
+def published(
+    timm_name: str, open_clip_name: str, tag: str, processor: dict[str, Any], kind: str
+) -> list[Preprocessing]:
+    """What timm, open_clip and transformers say of one published checkpoint."""
+    import open_clip as library
+    from timm.data import resolve_data_config
+    from timm.models import get_pretrained_cfg
+
+    found = resolve_data_config({}, pretrained_cfg=get_pretrained_cfg(timm_name).to_dict())
+    size = found["input_size"][1:]
+    return [
+        _timm_facts.preprocessing_of(found, size),
+        open_clip.preprocessing_of(library.get_pretrained_cfg(open_clip_name, tag), size),
+        _transformers_facts.read_preprocessing(processor, kind=kind, size=size),
+    ]
+
+
+def test_one_published_checkpoint_is_prepared_alike_in_three_libraries() -> None:
+    processor = {"image_mean": CLIP_MEAN, "image_std": CLIP_STD, "resample": 3}  # openai/clip-vit-large-patch14-336
+    processor |= {"size": 336, "crop_size": 336, "do_center_crop": True, "do_resize": True, "do_normalize": True}
+    timm, clip, transformers = published(
+        "vit_large_patch14_clip_quickgelu_336.openai",
+        "ViT-L-14-336-quickgelu",
+        "openai",
+        processor,
+        "clip_vision_model",
+    )
+    for image in pictures(6, least=80):
+        np.testing.assert_array_equal(timm(image), clip(image))
+        # Where the crop's offset is a half, one rounds it up and the other down.
+        aligned = replace(transformers, geometry="torchvision")
+        np.testing.assert_array_equal(timm(image), aligned(image))
+        square = image.resize((200, 200))
+        np.testing.assert_array_equal(timm(square), transformers(square))
+
+
+def test_what_the_libraries_say_of_siglip_differs_as_the_docs_say() -> None:
+    processor = {"image_mean": HALF, "image_std": HALF, "resample": 3, "do_resize": True}
+    processor |= {"size": {"height": 384, "width": 384}}  # google/siglip-so400m-patch14-384
+    timm, clip, transformers = published(
+        "vit_so400m_patch14_siglip_384.webli", "ViT-SO400M-14-SigLIP-384", "webli", processor, "siglip_vision_model"
+    )
+    assert (timm.mode, timm.crop_pct) == ("crop", 0.9)
+    for image in pictures(3, least=80):
+        np.testing.assert_array_equal(clip(image), transformers(image))
+        assert np.abs(np.asarray(timm(image)) - np.asarray(clip(image))).max() > 0.1
+        np.testing.assert_array_equal(timm.changed(mode="squash", crop_pct=1.0)(image), clip(image))
 
 
 def test_configs_of_old_checkpoints_keep_their_meaning() -> None:

@@ -95,7 +95,10 @@ def _geometry(model: Any) -> tuple[tuple[int, int], tuple[int, int], bool]:
         return patch_size, (rows * patch_size[0], columns * patch_size[1]), True
     height, width = as_pair(model.patch_embed.img_size)
     rows, columns = model.patch_embed.grid_size
-    return (height // rows, width // columns), (height, width), bool(getattr(model, "dynamic_img_size", False))
+    # Asked of the embedding: an image that leaves a rest (45 pixels are three patches of 14) does not tell.
+    ratio = getattr(model.patch_embed, "feat_ratio", None)
+    patch_size = (height // rows, width // columns) if ratio is None else as_pair(ratio(as_scalar=False))
+    return patch_size, (height, width), bool(getattr(model, "dynamic_img_size", False))
 
 
 def preprocessing_of(config: Mapping[str, Any], size: tuple[int, int]) -> Preprocessing:

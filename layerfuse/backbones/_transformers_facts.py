@@ -34,7 +34,9 @@ __all__ = [
 _BLOCK_PATHS = ("encoder.layers", "encoder.layer", "model.layer", "layers", "layer", "vision_model.encoder.layers")
 # Class tokens before the patches; models with register tokens say so in their config.
 CLASS_TOKENS = {
+    "beit": 1,
     "clip_vision_model": 1,
+    "deit": 2,  # a token of distillation, too
     "dinov2": 1,
     "dinov2_with_registers": 1,
     "dinov3_vit": 1,
@@ -59,6 +61,7 @@ _DEFAULTS: dict[str, tuple[Any, ...]] = {
     "siglip_vision_model": (HALF, HALF, "bicubic", "squash", 1.0),
     "siglip2_vision_model": (HALF, HALF, "bilinear", "squash", 1.0),
     "vit": (HALF, HALF, "bilinear", "squash", 1.0),
+    "beit": (HALF, HALF, "bilinear", "squash", 1.0),
     "ijepa": (HALF, HALF, "bilinear", "squash", 1.0),
     "dinov3_vit": (IMAGENET_MEAN, IMAGENET_STD, "bilinear", "squash", 1.0),
     "internvl_vision": (IMAGENET_MEAN, IMAGENET_STD, "bicubic", "squash", 1.0),

@@ -1,4 +1,4 @@
-"""Backbones from transformers: CLIP, SigLIP, SigLIP2, DINOv2, DINOv3, AIMv2, ViT, InternViT, MLCD."""
+"""Backbones from transformers: CLIP, SigLIP, SigLIP2, DINOv2, DINOv3, AIMv2, ViT, DeiT, BEiT, InternViT, MLCD."""
 
 from __future__ import annotations
 

@@ -142,7 +142,7 @@ def test_bfloat16_weights_give_bfloat16_maps_from_float32_images(case: Case) -> 
 
 def test_the_promised_models_are_all_here() -> None:
     names = {str(case) for case in CASES}
-    assert len(names) == len(CASES) == 27
+    assert len(names) == len(CASES) == 29
     promised = {
         *(f"timm-{name}" for name in ("clip", "siglip", "eva02_clip", "dinov2_reg", "dinov3")),
         *(f"open_clip-{name}" for name in ("clip", "eva02_clip", "siglip")),

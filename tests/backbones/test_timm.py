@@ -217,3 +217,10 @@ def test_patch_dropout_is_refused_in_training_and_off_in_evaluation() -> None:
     assert backbone(images).grids == ((4, 4),) * 2
     with pytest.raises(ValueError, match="Tokens were dropped on the way.*patch dropout, which eval mode"):
         backbone.train()(images)
+
+
+def test_the_patch_size_is_told_by_the_embedding_where_the_image_leaves_a_rest() -> None:
+    """120 pixels are eight patches of 14 and a rest, not eight of 15."""
+    backbone = tiny("vit_so400m_patch14_siglip_384", img_size=120)
+    assert backbone.patch_size == (14, 14)
+    assert backbone.grid(120, 120) == (8, 8)

@@ -139,13 +139,14 @@ def test_prepared_images_equal_the_librarys_own_processor(processor: str, kind: 
 
 
 @pytest.mark.parametrize(
-    "kind", ["clip", "siglip", "vit", "ijepa", "dinov2", "dinov2_reg", "dinov3", "internvl", "siglip2_naflex"]
+    "kind",
+    ["clip", "siglip", "vit", "deit", "beit", "ijepa", "dinov2", "dinov2_reg", "dinov3", "internvl", "siglip2_naflex"],
 )
 def test_non_square_sizes_equal_the_librarys_own_resizing(kind: str) -> None:
     case = next(case for case in CASES if case.family == "transformers" and case.name == kind)
     model: Any = case.model()
     images = random_images(2, size=(32, 80))
-    call = {"interpolate_pos_encoding": True} if kind in ("clip", "siglip", "vit", "ijepa") else {}
+    call = {"interpolate_pos_encoding": True} if kind in ("clip", "siglip", "vit", "deit", "beit", "ijepa") else {}
     with torch.no_grad():
         if kind == "siglip2_naflex":
             expected = case.hidden_states(model, images)

@@ -199,5 +199,15 @@ CASES = (
     Case(
         "mlcd", "transformers", hugging_face("mlcd_vision_model", patch_size=16), hugging_face_hidden_states, 1, 16, 48
     ),
+    Case(
+        "beit",
+        "transformers",
+        hugging_face("beit", patch_size=16, use_relative_position_bias=True),
+        hugging_face_hidden_states,
+        1,
+        16,
+        48,
+    ),
+    Case("deit", "transformers", hugging_face("deit", patch_size=16), hugging_face_hidden_states, 2, 16, 48),
     Case("ijepa", "transformers", hugging_face("ijepa", patch_size=16), hugging_face_hidden_states, 0, 16, 48),
 )
