@@ -189,11 +189,13 @@ def test_the_command_says_that_weights_are_random_and_which_pictures_are_bad(
     (pictures / "bad.png").write_bytes(b"no picture")
     out = str(tmp_path / "store")
     command = ["extract", str(pictures), "--out", out, *OPTIONS, "--dtype", "bf16"]
-    assert main(command) == 2
+    assert main(command) == 0
     said = capsys.readouterr()
     assert "WEIGHTS ARE RANDOM" in said.err and "8 of 8 pictures" in said.err
-    assert "1 of 8 pictures could not be read: bad.png." in said.err
+    assert "1 of 8 pictures cannot be read and were left out: bad.png\n" in said.err
     assert f"7 pictures in {out}, layers (1, 12)" in said.out
+    assert main([*command, "--bad-images", "fail"]) == 2
+    assert "1 of 8 pictures could not be read: bad.png. The others are in the store" in capsys.readouterr().err
     (pictures / "bad.png").unlink()
     assert main(command) == 0
     assert FeatureStore(out)["000.png"][0].dtype == torch.bfloat16

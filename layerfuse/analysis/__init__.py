@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from layerfuse.analysis.cross_validation import LayerProbes, LayerScores, bootstrap_means, cross_validate_layers
 from layerfuse.analysis.edges import edge_labels, edge_strength
+from layerfuse.analysis.label_images import IGNORED_CLASS, patch_labels
+from layerfuse.analysis.legibility import Legibility, probe_letters
+from layerfuse.analysis.lettering import LETTERS, Lettering, write_letters
 from layerfuse.analysis.pages import heat_map, html_page, new_figure, png_of_figure, score_plot
 from layerfuse.analysis.pictures import REDUCTIONS, colorize, fusion_maps, png_bytes, reduce_map
 from layerfuse.analysis.probes import LinearProbe, fit_probe, probe_layers
@@ -12,11 +15,15 @@ from layerfuse.analysis.similarity import SIMILARITIES, layer_similarity, linear
 from layerfuse.analysis.suggestion import LayerSuggestion, suggest_layers
 
 __all__ = [
+    "IGNORED_CLASS",
+    "LETTERS",
     "REDUCTIONS",
     "SIMILARITIES",
     "LayerProbes",
     "LayerScores",
     "LayerSuggestion",
+    "Legibility",
+    "Lettering",
     "LinearProbe",
     "bootstrap_means",
     "colorize",
@@ -32,12 +39,15 @@ __all__ = [
     "map_sheet",
     "mean_cosine",
     "new_figure",
+    "patch_labels",
     "png_bytes",
     "png_of_figure",
     "point_sheet",
     "probe_layers",
+    "probe_letters",
     "reduce_map",
     "rgb_map",
     "score_plot",
     "suggest_layers",
+    "write_letters",
 ]

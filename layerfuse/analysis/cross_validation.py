@@ -93,6 +93,8 @@ class LayerProbes:
         if penalty <= 0:
             raise InputError(f"penalty={penalty} is not positive; without one the closed form need not exist. Try 1.")
         self._random = torch.Generator().manual_seed(seed)
+        if not (labels >= 0).any():
+            raise InputError("no image or cell has a label (all are -1); a probe needs some of at least two classes.")
         self.layers, self.penalty = features.layers, penalty
         tables = _as_tables(features, labels)
         images, cells = self._chosen(labels.reshape(len(labels), -1), max_samples)

@@ -1,25 +1,36 @@
-"""Pictures with labels, for the commands that probe layers: folders as classes, or edges in the pictures."""
+"""Pictures with labels, for the commands that probe layers: folders as classes, label images, letters, or edges."""
 
 from __future__ import annotations
 
+import abc
 import argparse
-from dataclasses import dataclass, replace
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+import numpy as np
 import torch
+from PIL import Image
 
-from layerfuse.analysis import edge_labels, edge_strength
+from layerfuse.analysis import LETTERS, Lettering, edge_labels, edge_strength, patch_labels, write_letters
 from layerfuse.backbones import Backbone
-from layerfuse.errors import InputError
-from layerfuse.features import FeatureMaps
+from layerfuse.errors import InputError, MissingFileError
+from layerfuse.features import FeatureMaps, Grid
+from layerfuse.pictures import PICTURE_ERRORS
 
-from ._looking import batches_of, picture_files, some_tokens
+from ._looking import finest, on_finest_grid, some_tokens, take_cells
+from ._reading import Pictures, picture_files, say
 
 __all__: list[str] = []
 
-# Patch tokens that edges are read off, of all pictures together.
+# Patch tokens that are probed, of all pictures together.
 _TOKENS = 1024
 _EDGES = ("flat", "edge")
+# Letters of each height, of all pictures together.
+_LETTERS = 1024
+_HEIGHTS = (6, 8, 11, 16, 22)
+_SHOWN = 5
 
 
 @dataclass(frozen=True)
@@ -31,12 +42,33 @@ class Labelled:
         labels: (B,) of pictures, or (B, N) of tokens.
         classes: names of the classes.
         about: what is read off what, in a sentence.
+        heights: of the letters at the N tokens, in pixels; empty if none were written.
     """
 
     features: FeatureMaps
     labels: torch.Tensor
     classes: tuple[str, ...]
     about: str
+    heights: tuple[int, ...] = field(default=())
+
+
+class Labelling(abc.ABC):
+    """Where labels come from; what is wrong with files is told before a model is built.
+
+    Attributes:
+        pictures: that are probed.
+    """
+
+    def __init__(self, arguments: argparse.Namespace) -> None:
+        self.folder = Path(arguments.folder)
+        self.pictures = Pictures(picture_files([arguments.folder]), arguments)
+
+    @abc.abstractmethod
+    def read(self, backbone: Backbone) -> Labelled:
+        """Run all pictures through the backbone and return what is probed."""
+
+    def _place(self, name: str) -> Path:
+        return self.pictures.files[name].relative_to(self.folder)
 
 
 def add_label_arguments(parser: argparse.ArgumentParser) -> None:
@@ -44,48 +76,236 @@ def add_label_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("model", help="family:name, as in `layerfuse models`; or transformers:FOLDER")
     add("folder", help="of pictures; with --labels, of one folder for each class")
-    add("--labels", action="store_true", help="the folders are classes; else: whether a patch shows an edge")
+    kinds = parser.add_mutually_exclusive_group()
+    kinds.add_argument("--labels", action="store_true", help="the folders are classes")
+    kinds.add_argument(
+        "--patch-labels",
+        metavar="MASKS",
+        help="folder of label images of the pictures' names (PNG, grey or palette: a class number a pixel, 255 for "
+        "none); the commonest class in a patch is its label",
+    )
+    kinds.add_argument("--text", action="store_true", help="write letters into the pictures: which one is in a patch?")
+    add(
+        "--letter-heights",
+        nargs="+",
+        type=int,
+        metavar="PIXELS",
+        help=f"of --text, as the model sees them (default: {' '.join(map(str, _HEIGHTS))}, as far as there is room). "
+        "Without all of these: whether a patch shows an edge",
+    )
 
 
-def labelled_pictures(arguments: argparse.Namespace) -> tuple[dict[str, Path], dict[str, int]]:
-    """Return the pictures of the folder, and with ``--labels`` the class of each; before the model is built.
+def labelling(arguments: argparse.Namespace) -> Labelling:
+    """Return where labels come from, as the arguments say; before the model is built.
 
     Raises:
-        ValueError: with ``--labels``, if pictures stand beside the folders, or there is one class only.
+        ValueError: if pictures, folders or label images cannot be used.
+        FileNotFoundError: if a picture has no label image.
     """
-    files = picture_files([arguments.folder])
-    if not arguments.labels:
-        return files, {}
-    places = {name: path.relative_to(arguments.folder).parts for name, path in files.items()}
-    names = {parts[0] for parts in places.values() if len(parts) > 1}
-    loose = [name for name, parts in places.items() if len(parts) == 1]
-    if loose or len(names) < 2:
-        found = f"{loose[0]} stands beside them" if loose else f"{len(names)} folder with pictures was found"
-        raise InputError(
-            f"--labels takes the folders in {arguments.folder} for classes, and {found}; give two or more folders of "
-            "pictures, or leave --labels out."
+    if arguments.letter_heights and not arguments.text:
+        raise InputError("--letter-heights are those of letters that are written with --text; give that, too.")
+    if arguments.labels:
+        return _Folders(arguments)
+    if arguments.patch_labels is not None:
+        return _LabelImages(arguments)
+    return _Letters(arguments) if arguments.text else _Edges(arguments)
+
+
+class _Folders(Labelling):
+    """The folder of a picture, read off the mean of its tokens."""
+
+    def __init__(self, arguments: argparse.Namespace) -> None:
+        super().__init__(arguments)
+        places = {name: self._place(name).parts for name in self.pictures.files}
+        self._folders = sorted({parts[0] for parts in places.values() if len(parts) > 1})
+        loose = [name for name, parts in places.items() if len(parts) == 1]
+        if loose or len(self._folders) < 2:
+            found = (
+                f"{loose[0]} stands beside them" if loose else f"{len(self._folders)} folder with pictures was found"
+            )
+            raise InputError(
+                f"--labels takes the folders in {arguments.folder} for classes, and {found}; give two or more folders "
+                "of pictures, or leave --labels out."
+            )
+
+    def read(self, backbone: Backbone) -> Labelled:
+        parts, labels = [], []
+        for batch in self.pictures.batches(backbone):
+            means = tuple(tokens.mean(1, keepdim=True) for tokens in batch.features)
+            parts.append(replace(batch.features, maps=means, prefix=(), grids=((1, 1),) * len(means)))
+            labels += [self._folders.index(self._place(name).parts[0]) for name in batch.names]
+        about = "The folder of a picture, read off the mean of its patch tokens."
+        return Labelled(FeatureMaps.cat(parts), torch.tensor(labels), tuple(self._folders), about)
+
+
+class _Edges(Labelling):
+    """Whether a patch shows more edge than half of all patches."""
+
+    def read(self, backbone: Backbone) -> Labelled:
+        parts, strengths = [], []
+        for batch in self.pictures.batches(backbone):
+            features = on_finest_grid(batch.features)
+            some, cells = some_tokens(features, max(1, _TOKENS // len(self.pictures)))
+            parts.append(some)
+            strengths.append(edge_strength(batch.images, features.grids[0])[:, cells])
+        about = "Whether a patch shows more edge than half of all patches, read off its token."
+        return Labelled(FeatureMaps.cat(parts), edge_labels(torch.cat(strengths), len(_EDGES)), _EDGES, about)
+
+
+class _LabelImages(Labelling):
+    """The commonest class of a patch's pixels in a label image beside the picture."""
+
+    def __init__(self, arguments: argparse.Namespace) -> None:
+        super().__init__(arguments)
+        masks = Path(arguments.patch_labels)
+        if not masks.is_dir():
+            raise MissingFileError(f"--patch-labels {masks} is no folder; give one of label images.")
+        self._masks: dict[str, Path] = {}
+        for name in self.pictures.files:
+            place = masks / self._place(name)
+            found = [path for path in (place.with_suffix(".png"), place) if path.is_file()]
+            if found:
+                self._masks[name] = found[0]
+        if missing := [str(self._place(name)) for name in self.pictures.files if name not in self._masks]:
+            shown = ", ".join(missing[:_SHOWN]) + (", …" if len(missing) > _SHOWN else "")
+            raise MissingFileError(
+                f"{len(missing)} of {len(self.pictures)} pictures have no label image in {masks}: {shown}. Give one of "
+                f"the same name for each ({masks / Path(missing[0]).with_suffix('.png')}), or take these pictures out."
+            )
+
+    def read(self, backbone: Backbone) -> Labelled:
+        random, parts, labels = torch.Generator().manual_seed(0), [], []
+        grid, numbers = finest(backbone.grids()), list[torch.Tensor]()
+
+        def prepare(pictures: Mapping[str, Image.Image]) -> torch.Tensor:
+            numbers[:] = [self._numbers(name, picture, backbone, grid) for name, picture in pictures.items()]
+            return backbone.prepare(pictures.values())
+
+        for batch in self.pictures.batches(backbone, prepare):
+            share = max(1, _TOKENS // len(self.pictures))
+            cells = torch.stack([_labelled_first(each, random)[:share] for each in numbers])
+            parts.append(take_cells(on_finest_grid(batch.features), cells))
+            labels.append(torch.stack(numbers).gather(1, cells))
+        found, classes = self._shared(torch.cat(labels))
+        about = "The commonest class of a patch's pixels, read off its token."
+        return Labelled(FeatureMaps.cat(parts), found, tuple(map(str, classes)), about)
+
+    def _numbers(self, name: str, picture: Image.Image, backbone: Backbone, grid: Grid) -> torch.Tensor:
+        path = self._masks[name]
+        try:
+            with Image.open(path) as mask:
+                mask.load()
+        except PICTURE_ERRORS as error:
+            raise InputError(f"the label image {path} cannot be read ({error}); write it anew.") from error
+        if mask.size != picture.size:
+            held, wanted = (f"{each.height}×{each.width}" for each in (mask, picture))
+            raise InputError(
+                f"the label image {path} has {held} pixels, and its picture {name} has {wanted}; give one with a class "
+                "for each pixel of the picture."
+            )
+        # Labels are turned as the picture is.
+        mask.info = {key: value for key, value in picture.info.items() if key != "transparency"}
+        try:
+            return patch_labels(mask, backbone.preprocessing, grid)
+        except InputError as error:
+            raise InputError(f"{path}: {error}") from error
+
+    def _shared(self, labels: torch.Tensor) -> tuple[torch.Tensor, list[int]]:
+        """Return labels counted from 0, without classes that only one picture shows, and the classes' own numbers."""
+        present = sorted(set(labels.flatten().tolist()) - {-1})
+        shared = [number for number in present if int((labels == number).any(1).sum()) > 1]
+        if len(shared) < 2:
+            raise InputError(
+                f"label images have {len(shared)} classes that more than one picture shows ({len(present)} in all); "
+                "give pictures that share two classes or more. 255 counts as no class."
+            )
+        if alone := [number for number in present if number not in shared]:
+            say(f"classes that only one picture shows are left out: {', '.join(map(str, alone))}")
+        counted = torch.full_like(labels, -1)
+        for position, number in enumerate(shared):
+            counted[labels == number] = position
+        return counted, shared
+
+
+class _Letters(Labelling):
+    """Which letter stands in a patch, for letters of several heights that are written into the pictures."""
+
+    def __init__(self, arguments: argparse.Namespace) -> None:
+        super().__init__(arguments)
+        self._heights = tuple(sorted(set(arguments.letter_heights or _HEIGHTS)))
+        self._given = bool(arguments.letter_heights)
+
+    def read(self, backbone: Backbone) -> Labelled:
+        heights = self._fitting(backbone)
+        share = -(-_LETTERS // len(self.pictures))
+        features, labels = zip(*(self._of_height(height, share, backbone) for height in heights), strict=True)
+        about = (
+            f"Which of the letters {LETTERS} stands in a patch, read off its token: the middle one of three that are "
+            f"written into the pictures, {', '.join(map(str, heights))} pixels high."
         )
-    return files, {name: sorted(names).index(parts[0]) for name, parts in places.items()}
+        joined = tuple(torch.cat(maps, dim=1) for maps in zip(*(each.maps for each in features), strict=True))
+        count = len(heights) * share
+        whole = replace(features[0], maps=joined, grids=((1, count),) * len(joined))
+        tall = tuple(height for height in heights for _ in range(share))
+        return Labelled(whole, torch.cat(labels, dim=1), tuple(LETTERS), about, tall)
+
+    def _fitting(self, backbone: Backbone) -> tuple[int, ...]:
+        """Return the heights for which pictures have room; those that a user named are all tried."""
+        blank = Image.new("RGB", backbone.image_size[::-1])
+        fitting = []
+        for height in self._heights:
+            try:
+                _written(blank, height, None, backbone, torch.Generator())
+            except InputError:
+                if self._given or height == self._heights[0]:
+                    raise
+                say(f"letters of {height} pixels have no room in pictures of this size and are left out")
+            else:
+                fitting.append(height)
+        return tuple(fitting)
+
+    def _of_height(self, height: int, share: int, backbone: Backbone) -> tuple[FeatureMaps, torch.Tensor]:
+        """Return tokens and labels of ``share`` letters of a height for each picture, in as many rounds as it takes."""
+        say(f"letters of {height} pixels:")
+        random = torch.Generator().manual_seed(height)
+        tokens, labels, there = [], [], 0
+        while there < share:
+            part = self._round(height, share - there, backbone, random)
+            tokens.append(part[0])
+            labels.append(part[1])
+            there += part[1].shape[1]
+        joined = tuple(torch.cat(maps, dim=1) for maps in zip(*(each.maps for each in tokens), strict=True))
+        return replace(tokens[0], maps=joined, grids=((1, there),) * len(joined)), torch.cat(labels, dim=1)
+
+    def _round(
+        self, height: int, count: int, backbone: Backbone, random: torch.Generator
+    ) -> tuple[FeatureMaps, torch.Tensor]:
+        cells, letters = list[torch.Tensor](), list[torch.Tensor]()
+
+        def prepare(pictures: Mapping[str, Image.Image]) -> torch.Tensor:
+            fitted = (backbone.preprocessing.fit(picture) for picture in pictures.values())
+            written = [_written(picture, height, count, backbone, random) for picture in fitted]
+            cells[:] = [each.cells for each in written]
+            letters.extend(each.letters for each in written)
+            pixels = torch.stack([torch.from_numpy(np.array(each.picture)).permute(2, 0, 1) for each in written])
+            return backbone.preprocessing.normalize(pixels)
+
+        parts = [
+            take_cells(on_finest_grid(batch.features), torch.stack(cells))
+            for batch in self.pictures.batches(backbone, prepare)
+        ]
+        return FeatureMaps.cat(parts), torch.stack(letters)
 
 
-def labelled_maps(
-    arguments: argparse.Namespace, files: dict[str, Path], classes: dict[str, int], backbone: Backbone
-) -> Labelled:
-    """Run all pictures through the backbone and keep what is probed."""
-    parts: list[FeatureMaps] = []
-    strengths: list[torch.Tensor] = []
-    for images, features in batches_of(files, backbone, arguments.batch_size):
-        if classes:
-            means = tuple(tokens.mean(1, keepdim=True) for tokens in features)
-            parts.append(replace(features, maps=means, prefix=(), grids=((1, 1),) * len(means)))
-            continue
-        some, cells = some_tokens(features, max(1, _TOKENS // len(files)))
-        parts.append(some)
-        strengths.append(edge_strength(images, features.grids[0])[:, cells])
-    features = FeatureMaps.cat(parts)
-    if classes:
-        names = tuple(sorted({Path(name).relative_to(arguments.folder).parts[0] for name in files}))
-        labels = torch.tensor([classes[name] for name in files])
-        return Labelled(features, labels, names, "The folder of a picture, read off the mean of its patch tokens.")
-    about = "Whether a patch shows more edge than half of all patches, read off its token."
-    return Labelled(features, edge_labels(torch.cat(strengths), len(_EDGES)), _EDGES, about)
+def _written(
+    picture: Image.Image, height: int, count: int | None, backbone: Backbone, random: torch.Generator
+) -> Lettering:
+    grids = backbone.grids()
+    coarsest = min(grids, key=math.prod)
+    return write_letters(picture, height, grid=finest(grids), coarsest=coarsest, count=count, random=random)
+
+
+def _labelled_first(numbers: torch.Tensor, random: torch.Generator) -> torch.Tensor:
+    """Return all cells in a random order, those without a label last."""
+    order = torch.randperm(len(numbers), generator=random)
+    return torch.cat([order[numbers[order] >= 0], order[numbers[order] < 0]])

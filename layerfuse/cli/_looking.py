@@ -1,13 +1,12 @@
-"""What the commands that look at pictures share: their arguments, how maps are made, progress, and what is written."""
+"""What the commands that look at pictures share: their arguments, the backbone, and what is written."""
 
 from __future__ import annotations
 
 import argparse
 import errno
 import json
-import sys
-import time
-from collections.abc import Callable, Iterator, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,16 +15,16 @@ import torch
 
 from layerfuse.analysis import html_page, new_figure
 from layerfuse.backbones import Backbone, create_backbone
-from layerfuse.errors import ExistingFileError, InputError, MissingFileError
-from layerfuse.features import FeatureMaps
+from layerfuse.errors import ExistingFileError, InputError
+from layerfuse.features import FeatureMaps, Grid
 from layerfuse.files import write_text
-from layerfuse.pictures import picture_names, read_picture
+from layerfuse.layers import spread
+
+from ._reading import add_reading_arguments, say
 
 __all__: list[str] = []
 
 RANDOM = "WEIGHTS ARE RANDOM (--pretrained false): what is shown says nothing about the model of this name."
-# Seconds between two lines of progress where nobody watches.
-_PATIENCE = 10.0
 
 
 def layer_choice(text: str) -> int | float:
@@ -33,29 +32,13 @@ def layer_choice(text: str) -> int | float:
     return float(text) if "." in text else int(text)
 
 
-def say(text: str, end: str = "\n") -> None:
-    """Tell whoever watches the command."""
-    print(text, end=end, file=sys.stderr, flush=True)
+def spread_at_most(count: int) -> Callable[[int], Sequence[int]]:
+    """Return a choice of ``count`` layers, spread over the depth, or of fewer where there are not as many blocks."""
 
+    def choose(depth: int) -> Sequence[int]:
+        return spread(min(count, depth - 1))(depth) if depth > 1 else (depth,)
 
-class Progress:
-    """One line that is written over on a terminal; elsewhere a line now and then."""
-
-    def __init__(self) -> None:
-        self._started = self._shown = time.monotonic()
-        self._before: int | None = None
-
-    def __call__(self, done: int, total: int) -> None:
-        now = time.monotonic()
-        terminal, last = sys.stderr.isatty(), done == total
-        if self._before is None:
-            self._before = done
-        if not (terminal or last or now - self._shown >= _PATIENCE):
-            return
-        self._shown = now
-        speed = (done - self._before) / (now - self._started)
-        left = f", {(total - done) / speed:,.0f} s left" if speed and not last else ""
-        say(f"{chr(13) * terminal}{done:,} of {total:,} pictures{left}   ", end="\n" if last or not terminal else "")
+    return choose
 
 
 def add_looking_arguments(parser: argparse.ArgumentParser, output: str) -> None:
@@ -63,30 +46,9 @@ def add_looking_arguments(parser: argparse.ArgumentParser, output: str) -> None:
     add = parser.add_argument
     add("--output", default=output, help=f"folder for PNG, JSON and one HTML page (default: {output})")
     add("--image-size", nargs="+", type=int, metavar="PIXELS", help="edge, or height and width, if not its own")
-    add("--batch-size", type=int, default=8, help="pictures that the model sees at a time (default: 8)")
+    add_reading_arguments(parser)
     add("--device", help="such as cuda:1; the first GPU if there is one, else the CPU")
     add("--pretrained", choices=("true", "false"), default="true", help="false: random weights, to try things out")
-
-
-def picture_files(given: Sequence[str]) -> dict[str, Path]:
-    """Return the pictures that files and folders name: shown name -> file.
-
-    Raises:
-        FileNotFoundError: if one is neither a file nor a folder.
-        ValueError: if a folder holds no picture.
-    """
-    files: dict[str, Path] = {}
-    for text in given:
-        place = Path(text)
-        if place.is_dir():
-            files.update({str(place / name): place / name for name in picture_names(place)})
-        elif place.is_file():
-            files[text] = place
-        else:
-            raise MissingFileError(
-                f"{text} is neither a picture nor a folder; give files of pictures, or their folder."
-            )
-    return files
 
 
 def prepare_output(arguments: argparse.Namespace) -> None:
@@ -140,53 +102,52 @@ def device_of(arguments: argparse.Namespace) -> str | None:
     return arguments.device or ("cuda" if torch.cuda.is_available() else None)
 
 
-def batches_of(
-    files: dict[str, Path], backbone: Backbone, batch_size: int
-) -> Iterator[tuple[torch.Tensor, FeatureMaps]]:
-    """Give batch after batch what the backbone sees and its feature maps, in float32 on the CPU; progress is shown."""
-    if batch_size < 1:
-        raise InputError(f"--batch-size is {batch_size}; give at least 1.")
-    paths, report = list(files.values()), Progress()
-    report(0, len(paths))
-    for start in range(0, len(paths), batch_size):
-        pictures = [read_picture(path) for path in paths[start : start + batch_size]]
-        with torch.inference_mode():
-            images = backbone.prepare(pictures)
-            features = backbone(images)
-        yield images.to("cpu", torch.float32), features.to("cpu", torch.float32)
-        report(start + len(pictures), len(paths))
+def finest(grids: Sequence[Grid]) -> Grid:
+    """Return the grid with the most cells."""
+    return max(grids, key=math.prod)
 
 
-def gather_maps(
-    files: dict[str, Path], backbone: Backbone, batch_size: int, keep: Callable[[FeatureMaps], FeatureMaps]
-) -> FeatureMaps:
-    """Return what is kept of the maps of all pictures, as one batch."""
-    return FeatureMaps.cat([keep(features) for _, features in batches_of(files, backbone, batch_size)])
+def on_finest_grid(features: FeatureMaps) -> FeatureMaps:
+    """Return the maps on the finest of their grids, where each cell has the token that covers its middle."""
+    return features.resample(finest(features.grids), "nearest")
 
 
 def some_tokens(features: FeatureMaps, count: int) -> tuple[FeatureMaps, torch.Tensor]:
     """Return at most ``count`` tokens of each picture, the same cells in every layer, and which cells these are."""
     total = features.maps[0].shape[1]
-    count = min(count, total)
     # Seeded: two backbones must give the same cells. Regular steps would fall on the same columns in every row.
     cells = torch.randperm(total, generator=torch.Generator().manual_seed(total))[:count].sort().values
-    maps = tuple(tokens[:, cells] for tokens in features.maps)
-    return replace(features, maps=maps, prefix=(), grids=((1, count),) * len(maps)), cells
+    return take_cells(features, cells.expand(features.batch_size, -1)), cells
+
+
+def take_cells(features: FeatureMaps, cells: torch.Tensor) -> FeatureMaps:
+    """Return the tokens of some cells (B, K) of maps of one grid; prefix tokens are left out."""
+    index = cells.unsqueeze(-1)
+    maps = tuple(tokens.gather(1, index.expand(-1, -1, tokens.shape[-1])) for tokens in features.maps)
+    return replace(features, maps=maps, prefix=(), grids=((1, cells.shape[1]),) * len(maps))
 
 
 def write_results(
     arguments: argparse.Namespace,
     title: str,
     parts: Sequence[str | tuple[str, bytes]],
-    numbers: dict[str, Any],
-    pictures: dict[str, bytes],
+    numbers: Mapping[str, Any],
+    pictures: Mapping[str, bytes],
+    *,
+    left_out: Mapping[str, str],
 ) -> None:
-    """Write pictures, numbers as JSON and the page into the output folder, and say where."""
+    """Write pictures, numbers as JSON and the page into the output folder, and say where.
+
+    ``left_out`` says why, of each picture that could not be read.
+    """
     folder = Path(arguments.output)
     warning = "" if arguments.pretrained == "true" else RANDOM
     for name, picture in pictures.items():
         (folder / name).write_bytes(picture)
     told = {"title": title, "pretrained": arguments.pretrained == "true", **numbers}
+    if left_out:
+        told["left_out"] = dict(left_out)
+        parts = [*parts, f"Left out, since they cannot be read: {', '.join(left_out)}."]
     write_text(folder / "numbers.json", json.dumps(told, indent=1) + "\n")
     write_text(folder / "index.html", html_page(title, parts, warning=warning))
     print(f"{folder / 'index.html'}, numbers.json, {', '.join(pictures)}")

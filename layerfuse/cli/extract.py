@@ -11,7 +11,8 @@ from layerfuse.errors import InputError
 from layerfuse.pictures import picture_names
 from layerfuse.store import FeatureStore, extract_folder
 
-from ._looking import Progress, backbone_with_layers, layer_choice
+from ._looking import backbone_with_layers, layer_choice
+from ._reading import Progress, add_reading_arguments, tell_left_out
 
 __all__ = ["main"]
 
@@ -40,7 +41,7 @@ def main(argv: Sequence[str]) -> None:
     )
     add("--out", required=True, help="folder of the store")
     add("--dtype", choices=_DTYPES, help="of the numbers in files, if not the model's own")
-    add("--batch-size", type=int, default=16, help="pictures that the model sees at a time (default: 16)")
+    add_reading_arguments(parser, batch_size=16)
     add("--shard-size", type=int, default=64, help="pictures in a file (default: 64); what a kill loses")
     add("--workers", type=int, default=4, help="threads that read pictures (default: 4)")
     add("--image-size", nargs="+", type=int, metavar="PIXELS", help="edge, or height and width, if not its own")
@@ -62,9 +63,10 @@ def main(argv: Sequence[str]) -> None:
         report=Progress(),
     )
     print(f"{len(FeatureStore(arguments.out)):,} pictures in {arguments.out}, layers {backbone.layers}")
-    if bad:
+    if bad and arguments.bad_images == "fail":
         shown = ", ".join(list(bad)[:10]) + (", …" if len(bad) > 10 else "")
         raise InputError(
             f"{len(bad)} of {total} pictures could not be read: {shown}. The others are in the store; mend or remove "
             "these, then start the same command again."
         )
+    tell_left_out(bad, total)

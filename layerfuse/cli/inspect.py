@@ -13,9 +13,9 @@ import torch
 from layerfuse.backbones import Backbone, create_backbone
 from layerfuse.errors import UserError
 from layerfuse.fusers import FUSERS, create_fuser, list_fusers, source_layers
-from layerfuse.layers import resolve_layers, spread
+from layerfuse.layers import resolve_layers
 
-from ._looking import image_size_of
+from ._looking import image_size_of, spread_at_most
 
 __all__ = ["main"]
 
@@ -73,7 +73,7 @@ def _names(fuser: str) -> list[str]:
 def _cost(name: str, backbone: Backbone, layers: Sequence[int] | None, *, alone: bool) -> dict[str, Any]:
     """Return what a fuser costs, or, where it is one of many, why it cannot be built on these layers."""
     try:
-        wanted = layers or source_layers(FUSERS.get(name), backbone.num_blocks) or spread(_USUAL)
+        wanted = layers or source_layers(FUSERS.get(name), backbone.num_blocks) or spread_at_most(_USUAL)
         resolved = resolve_layers(wanted, backbone.num_blocks)
         fuser = create_fuser(name, in_channels=backbone.embed_dim, num_layers=len(resolved))
         cost = fuser.cost((backbone.grid(*backbone.image_size),) * len(resolved))

@@ -19,18 +19,17 @@ from layerfuse.features import FeatureMaps, Grid
 from layerfuse.fusers import Fuser, create_fuser
 from layerfuse.fusers.depth_attention import DepthAttention
 from layerfuse.fusers.mmfuser import MMFuser
-from layerfuse.layers import spread
 
 from ._looking import (
     add_looking_arguments,
     backbone_with_layers,
-    batches_of,
     device_of,
     layer_choice,
-    picture_files,
     prepare_output,
+    spread_at_most,
     write_results,
 )
+from ._reading import Pictures, picture_files
 
 __all__ = ["main"]
 
@@ -55,27 +54,27 @@ def main(argv: Sequence[str]) -> None:
     add_looking_arguments(parser, "maps")
     arguments = parser.parse_args(argv)
     prepare_output(arguments)
-    files = picture_files(arguments.images)
+    pictures = Pictures(picture_files(arguments.images), arguments)
     backbone, fuser = _model(arguments)
     parts: list[str | tuple[str, bytes]] = [_about(arguments, backbone, fuser)]
     drawn: dict[str, bytes] = {}
-    names = iter(files)
-    for images, features in batches_of(files, backbone, arguments.batch_size):
-        for picture, own in _one_by_one(images, features, backbone):
-            name = next(names)
-            stem = f"{len(drawn):03d}-{Path(name).stem}"
+    count = 0
+    for names, images, features in pictures.batches(backbone):
+        for name, (picture, own) in zip(names, _one_by_one(images, features, backbone), strict=True):
+            stem = f"{count:03d}-{Path(name).stem}"
             for kind, text, sheet in _sheets(picture, own, fuser, arguments.reduction):
                 drawn[f"{stem}-{kind}.png"] = sheet
                 parts.append((f"{name}: {text}", sheet))
+            count += 1
     fused = None if fuser is None else fuser.name
     numbers = {"layers": list(backbone.layers), "grids": [list(grid) for grid in backbone.grids()], "fuser": fused}
-    write_results(arguments, f"Maps of {arguments.model}", parts, numbers, drawn)
+    write_results(arguments, f"Maps of {arguments.model}", parts, numbers, drawn, left_out=pictures.left_out)
 
 
 def _model(arguments: argparse.Namespace) -> tuple[Backbone, Fuser | None]:
     """Return the backbone with its taps, and the fuser behind it if there is one."""
     if not _is_encoder(arguments.model):
-        backbone = backbone_with_layers(arguments.model, arguments, arguments.layers or spread(_USUAL))
+        backbone = backbone_with_layers(arguments.model, arguments, arguments.layers or spread_at_most(_USUAL))
         if arguments.fuser is None:
             return backbone, None
         fuser = create_fuser(arguments.fuser, in_channels=backbone.embed_dim, num_layers=len(backbone.layers))

@@ -6,17 +6,16 @@ import argparse
 from collections.abc import Sequence
 
 from layerfuse.analysis import heat_map, layer_similarity
+from layerfuse.features import FeatureMaps
 
 from ._looking import (
     add_looking_arguments,
     backbone_with_layers,
-    gather_maps,
-    picture_files,
     prepare_output,
-    say,
     some_tokens,
     write_results,
 )
+from ._reading import Pictures, picture_files, say
 
 __all__ = ["main"]
 
@@ -38,12 +37,12 @@ def main(argv: Sequence[str]) -> None:
     add("--with", dest="second", metavar="MODEL2", help="compare with the layers of this backbone")
     add_looking_arguments(parser, "similarity")
     arguments = parser.parse_args(argv)
-    files = picture_files(arguments.images)
+    pictures = Pictures(picture_files(arguments.images), arguments)
     prepare_output(arguments)
-    share = max(1, _TOKENS // len(files))
+    share = max(1, _TOKENS // len(pictures))
     first = backbone_with_layers(arguments.model, arguments)
     grid = first.grids()[0]
-    features = gather_maps(files, first, arguments.batch_size, lambda maps: some_tokens(maps, share)[0])
+    features = FeatureMaps.cat([some_tokens(batch.features, share)[0] for batch in pictures.batches(first)])
     others, names = None, features.layers
     notes = []
     if arguments.second:
@@ -54,8 +53,8 @@ def main(argv: Sequence[str]) -> None:
                 "--image-size brings both to one size."
             )
             say(notes[-1])
-        others = gather_maps(
-            files, second, arguments.batch_size, lambda maps: some_tokens(maps.resample(grid), share)[0]
+        others = FeatureMaps.cat(
+            [some_tokens(batch.features.resample(grid), share)[0] for batch in pictures.batches(second)]
         )
         names = others.layers
     titles = {"cosine": "cosine of tokens", "cka": "linear CKA"}
@@ -69,7 +68,9 @@ def main(argv: Sequence[str]) -> None:
         labels=labels,
     )
     num_tokens = features.batch_size * features.maps[0].shape[1]
-    about = f"{len(files)} pictures, grid {grid[0]}×{grid[1]}, {num_tokens:,} patch tokens; layer 0 is the embeddings."
+    about = (
+        f"{len(pictures)} pictures, grid {grid[0]}×{grid[1]}, {num_tokens:,} patch tokens; layer 0 is the embeddings."
+    )
     if num_tokens < 2 * max(*features.channels, *(others.channels if others else ())):
         notes.append("CKA is biased upwards: there are fewer than two tokens for each channel. Take more pictures.")
     title = f"Layers of {arguments.model}" + (f" and of {arguments.second}" if arguments.second else "")
@@ -80,6 +81,7 @@ def main(argv: Sequence[str]) -> None:
         [about, *notes, ("How alike every two layers are: 1 is the same.", drawn)],
         {"rows": list(features.layers), "columns": list(names), "tokens": num_tokens, "notes": notes, **numbers},
         {"similarity.png": drawn},
+        left_out=pictures.left_out,
     )
 
 

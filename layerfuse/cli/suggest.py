@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from layerfuse.analysis import score_plot, suggest_layers
 
-from ._labelling import add_label_arguments, labelled_maps, labelled_pictures
+from ._labelling import add_label_arguments, labelling
 from ._looking import add_looking_arguments, backbone_with_layers, prepare_output, write_results
 
 __all__ = ["main"]
@@ -27,13 +27,14 @@ def main(argv: Sequence[str]) -> None:
     add_looking_arguments(parser, "suggestion")
     arguments = parser.parse_args(argv)
     prepare_output(arguments)
-    files, classes = labelled_pictures(arguments)
-    labelled = labelled_maps(arguments, files, classes, backbone_with_layers(arguments.model, arguments))
+    source = labelling(arguments)
+    labelled = source.read(backbone_with_layers(arguments.model, arguments))
     found = suggest_layers(labelled.features, labelled.labels, max_layers=arguments.max_layers)
     together = "" if found.together is None else f"Together: {found.together:.1%} right."
     drawn = score_plot(found.scores, chosen=found.layers)
     about = (
-        f"{labelled.about} {len(files)} pictures, {found.scores.num_labels:,} labels, {len(labelled.classes)} classes."
+        f"{labelled.about} {len(source.pictures)} pictures, {found.scores.num_labels:,} labels, "
+        f"{len(labelled.classes)} classes."
     )
     print(found.verdict, *found.reasons, *([together] if together else []), sep="\n")
     write_results(
@@ -50,4 +51,5 @@ def main(argv: Sequence[str]) -> None:
             "p_value": found.scores.p_value,
         },
         {"suggestion.png": drawn},
+        left_out=source.pictures.left_out,
     )

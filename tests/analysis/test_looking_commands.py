@@ -162,3 +162,48 @@ def test_a_model_without_weights_is_refused(tmp_path: Path, capsys: pytest.Captu
     assert "finds no weights" in capsys.readouterr().err
     assert main([*arguments, "--pretrained", "false"]) == 0
     assert json.loads((tmp_path / "out" / "numbers.json").read_text())["pretrained"] is False
+
+
+def _damage(picture: Path) -> None:
+    picture.write_bytes(picture.read_bytes()[:60])
+
+
+@pytest.mark.parametrize("command", ["similarity", "maps", "probe", "suggest"])
+def test_an_unreadable_picture_is_left_out_and_named_or_ends_the_command(
+    command: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = write_pictures(tmp_path / "photos", 7)
+    _damage(folder / "2.png")
+    arguments = (command, BACKBONE, str(folder), "--batch-size", "2", "--output", str(tmp_path / "out"))
+    assert main(arguments) == 0
+    assert f"1 of 7 pictures cannot be read and were left out: {folder / '2.png'}" in capsys.readouterr().err
+    told = json.loads((tmp_path / "out" / "numbers.json").read_text())
+    assert list(told["left_out"]) == [str(folder / "2.png")]
+    assert "cannot be read: " in (tmp_path / "out" / "index.html").read_text()
+    assert main([*arguments, "--bad-images", "fail"]) == 2
+    assert "2.png cannot be read (" in capsys.readouterr().err
+
+
+def test_labels_stay_with_their_pictures_where_some_are_left_out(tmp_path: Path) -> None:
+    for seed, (name, brightness) in enumerate({"dark": 0, "light": 120}.items()):
+        write_pictures(tmp_path / "photos" / name, 8, brightness=brightness, seed=seed)
+    for index in (0, 3):
+        _damage(tmp_path / "photos" / "dark" / f"{index}.png")
+    arguments = (BACKBONE, str(tmp_path / "photos"), "--labels", "--output", str(tmp_path / "out"))
+    assert main(["probe", *arguments, "--batch-size", "3"]) == 0
+    told = json.loads((tmp_path / "out" / "numbers.json").read_text())
+    assert min(told["accuracy"].values()) > 0.9 and told["chance"] == pytest.approx(8 / 14)
+
+
+def test_nothing_but_unreadable_pictures_is_an_error(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = write_pictures(tmp_path / "photos", 2)
+    for path in folder.iterdir():
+        _damage(path)
+    assert main(["maps", BACKBONE, str(folder), "--output", str(tmp_path / "out")]) == 2
+    assert "none of 2 pictures can be read. The first: picture " in capsys.readouterr().err
+
+
+def test_maps_of_a_shallow_backbone_are_of_the_layers_that_it_has(tmp_path: Path) -> None:
+    folder, out = write_pictures(tmp_path / "photos", 1), tmp_path / "out"
+    assert main(["maps", BACKBONE, str(folder), "--output", str(out)]) == 0
+    assert json.loads((out / "numbers.json").read_text())["layers"] == [1, 2, 3, 4, 5]
