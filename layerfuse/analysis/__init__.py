@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+from layerfuse.analysis.contributions import (
+    LayerContributions,
+    WeighsLayers,
+    layer_contributions,
+    mean_features,
+)
 from layerfuse.analysis.cross_validation import LayerProbes, LayerScores, bootstrap_means, cross_validate_layers
 from layerfuse.analysis.edges import edge_labels, edge_strength
 from layerfuse.analysis.label_images import IGNORED_CLASS, patch_labels
 from layerfuse.analysis.legibility import Legibility, probe_letters
 from layerfuse.analysis.lettering import LETTERS, Lettering, write_letters
-from layerfuse.analysis.pages import heat_map, html_page, new_figure, png_of_figure, score_plot
+from layerfuse.analysis.pages import contribution_plot, heat_map, html_page, new_figure, png_of_figure, score_plot
 from layerfuse.analysis.pictures import REDUCTIONS, colorize, fusion_maps, png_bytes, reduce_map
 from layerfuse.analysis.probes import LinearProbe, fit_probe, probe_layers
 from layerfuse.analysis.sheets import map_sheet, point_sheet, rgb_map
@@ -19,14 +25,17 @@ __all__ = [
     "LETTERS",
     "REDUCTIONS",
     "SIMILARITIES",
+    "LayerContributions",
     "LayerProbes",
     "LayerScores",
     "LayerSuggestion",
     "Legibility",
     "Lettering",
     "LinearProbe",
+    "WeighsLayers",
     "bootstrap_means",
     "colorize",
+    "contribution_plot",
     "cross_validate_layers",
     "edge_labels",
     "edge_strength",
@@ -34,10 +43,12 @@ __all__ = [
     "fusion_maps",
     "heat_map",
     "html_page",
+    "layer_contributions",
     "layer_similarity",
     "linear_cka",
     "map_sheet",
     "mean_cosine",
+    "mean_features",
     "new_figure",
     "patch_labels",
     "png_bytes",

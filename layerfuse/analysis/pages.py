@@ -10,13 +10,14 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from layerfuse.analysis.contributions import LayerContributions
 from layerfuse.analysis.cross_validation import LayerScores
 from layerfuse.errors import MissingPackageError
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-__all__ = ["heat_map", "html_page", "new_figure", "png_of_figure", "score_plot"]
+__all__ = ["contribution_plot", "heat_map", "html_page", "new_figure", "png_of_figure", "score_plot"]
 
 _STYLE = (
     "body{font:15px/1.5 system-ui,sans-serif;max-width:70em;margin:2em auto;padding:0 1em}"
@@ -105,6 +106,31 @@ def score_plot(scores: LayerScores, *, chosen: Sequence[int] = ()) -> bytes:
     axes.set_xticks(scores.layers)
     axes.set_xlabel("layer")
     axes.set_ylabel("right")
+    axes.yaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
+    axes.legend(fontsize=8)
+    return png_of_figure(figure)
+
+
+def contribution_plot(found: LayerContributions, titles: Sequence[str]) -> bytes:
+    """Draw what each layer contributes as PNG: how far the fused tokens move without it, and the fuser's own weights.
+
+    ``titles`` name the L layers.
+
+    Raises:
+        ModuleNotFoundError: if matplotlib is not installed.
+    """
+    figure = new_figure(max(4.5, 1.6 + 0.7 * len(titles)), 3.2)
+    axes = figure.subplots()
+    kinds = {"moved without the layer": found.moved}
+    if found.own_shares is not None:
+        kinds["the fuser's own weights"] = found.own_shares
+    width = 0.8 / len(kinds)
+    for number, (label, shares) in enumerate(kinds.items()):
+        middles = [place + (number - (len(kinds) - 1) / 2) * width for place in range(len(titles))]
+        axes.bar(middles, shares.tolist(), width=width, label=label)
+    short = [title.removeprefix("layer ").replace("backbone ", "").replace(", layer ", ": ") for title in titles]
+    axes.set_xticks(range(len(titles)), short)
+    axes.set_xlabel("layer" if short == [title.removeprefix("layer ") for title in titles] else "backbone: layer")
     axes.yaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
     axes.legend(fontsize=8)
     return png_of_figure(figure)

@@ -52,12 +52,16 @@ def rgb_map(tokens: torch.Tensor, grid: Grid) -> torch.Tensor:
 
 
 def map_sheet(
-    picture: np.ndarray, maps: Mapping[str, torch.Tensor], *, common_scale: bool = False, dpi: int = 90
+    picture: np.ndarray | Sequence[np.ndarray],
+    maps: Mapping[str, torch.Tensor],
+    *,
+    common_scale: bool = False,
+    dpi: int = 90,
 ) -> bytes:
     """Draw a picture and its maps side by side, below them the maps over the picture, as PNG.
 
     Args:
-        picture: (height, width, 3) uint8, as the model sees it.
+        picture: (height, width, 3) uint8, as the model sees it; or one for each map, of which the first is shown alone.
         maps: title -> (H, W) numbers, or (H, W, 3) colours in [0, 1].
         common_scale: one scale of colours for all numbers, from 0 to the highest; else each map has its own.
         dpi: pixels an inch.
@@ -68,18 +72,19 @@ def map_sheet(
     """
     if not maps:
         raise InputError("map_sheet got no maps; give at least one (H, W) map.")
-    height, width = picture.shape[:2]
+    pictures = _one_each(picture, len(maps))
+    height, width = pictures[0].shape[:2]
     figure = new_figure(_PANEL * (1 + len(maps)), (_PANEL * height / width + 0.12) * 2 + 0.2)
     panels = figure.subplots(2, 1 + len(maps), squeeze=False)
     for axes in panels.flat:
         axes.set_axis_off()
-    panels[0][0].imshow(picture)
+    panels[0][0].imshow(pictures[0])
     panels[0][0].set_title("as the model sees it", fontsize=8)
     scale = {"vmin": 0, "vmax": max(float(each.max()) for each in maps.values())} if common_scale else {}
-    # Cells are drawn over the pixels that they cover.
-    place = (0, width, height, 0)
-    grey = np.repeat(picture.mean(-1, keepdims=True) / 255, 3, axis=-1)
-    for (above, below), (title, cells) in zip(panels[:, 1:].T, maps.items(), strict=True):
+    for (above, below), seen, (title, cells) in zip(panels[:, 1:].T, pictures, maps.items(), strict=True):
+        # Cells are drawn over the pixels that they cover.
+        place = (0, seen.shape[1], seen.shape[0], 0)
+        grey = np.repeat(seen.mean(-1, keepdims=True) / 255, 3, axis=-1)
         above.set_title(title, fontsize=8)
         shown = cells.numpy()
         above.imshow(shown, extent=place, interpolation="nearest", **scale)
@@ -89,7 +94,7 @@ def map_sheet(
 
 
 def point_sheet(
-    picture: np.ndarray,
+    picture: np.ndarray | Sequence[np.ndarray],
     locations: torch.Tensor,
     weights: torch.Tensor,
     *,
@@ -101,7 +106,7 @@ def point_sheet(
     """Draw where some cells of the query map read each value map, over the picture, as PNG; large points weigh more.
 
     Args:
-        picture: (height, width, 3) uint8, as the model sees it.
+        picture: (height, width, 3) uint8, as the model sees it; or one for each value map.
         locations: (N, M, L, K, 2) sampling points as (x, y) in [0, 1] of the picture.
         weights: (N, M, L, K) of the points.
         grid: (H, W) of the query map.
@@ -113,7 +118,8 @@ def point_sheet(
         ValueError: if a cell lies outside of the grid.
         ModuleNotFoundError: if matplotlib is not installed.
     """
-    height, width = picture.shape[:2]
+    pictures = _one_each(picture, len(titles))
+    height, width = pictures[0].shape[:2]
     if outside := [cell for cell in cells if not (0 <= cell[0] < grid[0] and 0 <= cell[1] < grid[1])]:
         raise InputError(f"cells {outside} lie outside of the grid {grid[0]}x{grid[1]}; give (row, column) from 0.")
     figure = new_figure(1.5 * _PANEL * len(titles), 1.5 * _PANEL * height / width + 0.25)
@@ -121,7 +127,8 @@ def point_sheet(
     for level, (axes, title) in enumerate(zip(figure.subplots(1, len(titles), squeeze=False)[0], titles, strict=True)):
         axes.set_axis_off()
         axes.set_title(title, fontsize=8)
-        axes.imshow(picture, extent=(0, width, height, 0), alpha=0.7)
+        height, width = pictures[level].shape[:2]
+        axes.imshow(pictures[level], extent=(0, width, height, 0), alpha=0.7)
         for number, (row, column) in enumerate(cells):
             points = locations[row * grid[1] + column, :, level].reshape(-1, 2).float().numpy()
             sizes = weights[row * grid[1] + column, :, level].reshape(-1).float().numpy() / largest
@@ -133,3 +140,15 @@ def point_sheet(
         axes.set_xlim(0, width)
         axes.set_ylim(height, 0)
     return png_of_figure(figure, dpi=dpi)
+
+
+def _one_each(picture: np.ndarray | Sequence[np.ndarray], count: int) -> Sequence[np.ndarray]:
+    """Return one picture for each of several maps.
+
+    Raises:
+        ValueError: if there are several, but not one for each.
+    """
+    pictures = [picture] * count if isinstance(picture, np.ndarray) else list(picture)
+    if len(pictures) != count:
+        raise InputError(f"{len(pictures)} pictures were given for {count} maps; give one, or one for each map.")
+    return pictures

@@ -17,6 +17,7 @@ _COMMANDS = {
     "inspect": ("layerfuse.cli.inspect", "depth, width, grid of a backbone, and what fusers cost on it"),
     "similarity": ("layerfuse.cli.similarity", "how alike layers are, of one backbone or of two"),
     "maps": ("layerfuse.cli.maps", "maps of layers and fusers, beside and over pictures"),
+    "contributions": ("layerfuse.cli.contributions", "what each layer contributes to the tokens of a trained encoder"),
     "probe": ("layerfuse.cli.probe", "what each layer tells about the pictures of a folder"),
     "suggest": ("layerfuse.cli.suggest", "which layers to tap for the pictures of a folder, and how sure that is"),
     "extract": ("layerfuse.cli.extract", "feature maps of a folder of pictures, into a store on disk"),
@@ -28,7 +29,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="layerfuse",
         description="Look at backbones and their layers.",
-        epilog="commands:\n" + "\n".join(f"  {name:<12}{what}" for name, (_, what) in _COMMANDS.items()),
+        epilog="commands:\n" + "\n".join(f"  {name:<15}{what}" for name, (_, what) in _COMMANDS.items()),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("command", choices=_COMMANDS, metavar="command", help="one of those below; each knows --help")

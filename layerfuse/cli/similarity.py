@@ -6,11 +6,14 @@ import argparse
 from collections.abc import Sequence
 
 from layerfuse.analysis import heat_map, layer_similarity
+from layerfuse.backbones import AnyBackbone
 from layerfuse.features import FeatureMaps
 
+from ._encoders import tapped_backbone
 from ._looking import (
     add_looking_arguments,
-    backbone_with_layers,
+    finest,
+    on_finest_grid,
     prepare_output,
     some_tokens,
     write_results,
@@ -32,7 +35,10 @@ def main(argv: Sequence[str]) -> None:
         epilog="example: layerfuse similarity timm:vit_base_patch14_dinov2.lvd142m photos --output similarity",
     )
     add = parser.add_argument
-    add("model", help="family:name, as in `layerfuse models`; or transformers:FOLDER")
+    add(
+        "model",
+        help="family:name, as in `layerfuse models`, or transformers:FOLDER; or the folder of a trained encoder",
+    )
     add("images", nargs="+", help="pictures, and folders of them")
     add("--with", dest="second", metavar="MODEL2", help="compare with the layers of this backbone")
     add_looking_arguments(parser, "similarity")
@@ -40,14 +46,16 @@ def main(argv: Sequence[str]) -> None:
     pictures = Pictures(picture_files(arguments.images), arguments)
     prepare_output(arguments)
     share = max(1, _TOKENS // len(pictures))
-    first = backbone_with_layers(arguments.model, arguments)
-    grid = first.grids()[0]
-    features = FeatureMaps.cat([some_tokens(batch.features, share)[0] for batch in pictures.batches(first)])
-    others, names = None, features.layers
+    first = tapped_backbone(arguments.model, arguments)
+    grid = finest(first.grids())
+    features = FeatureMaps.cat(
+        [some_tokens(on_finest_grid(batch.features), share)[0] for batch in pictures.batches(first)]
+    )
+    others, names = None, _numbered(first)
     notes = []
     if arguments.second:
-        second = backbone_with_layers(arguments.second, arguments)
-        if (first.preprocessing.mode, first.image_size) != (second.preprocessing.mode, second.image_size):
+        second = tapped_backbone(arguments.second, arguments)
+        if len({*_cuts(first), *_cuts(second)}) > 1:
             notes.append(
                 "The two see pictures of other sizes or cuts, so that cells lie over one another only roughly: "
                 "--image-size brings both to one size."
@@ -56,14 +64,14 @@ def main(argv: Sequence[str]) -> None:
         others = FeatureMaps.cat(
             [some_tokens(batch.features.resample(grid), share)[0] for batch in pictures.batches(second)]
         )
-        names = others.layers
+        names = _numbered(second)
     titles = {"cosine": "cosine of tokens", "cka": "linear CKA"}
-    measures = ("cosine", "cka") if others is None else ("cka",)
+    measures = ("cosine", "cka") if others is None and len(set(features.channels)) == 1 else ("cka",)
     matrices = {measure: layer_similarity(features, others, measure=measure) for measure in measures}
     labels = (_axis(arguments.model), _axis(arguments.second or arguments.model))
     drawn = heat_map(
         {titles[measure]: matrix for measure, matrix in matrices.items()},
-        rows=features.layers,
+        rows=_numbered(first),
         columns=names,
         labels=labels,
     )
@@ -79,10 +87,22 @@ def main(argv: Sequence[str]) -> None:
         arguments,
         title,
         [about, *notes, ("How alike every two layers are: 1 is the same.", drawn)],
-        {"rows": list(features.layers), "columns": list(names), "tokens": num_tokens, "notes": notes, **numbers},
+        {"rows": _numbered(first), "columns": names, "tokens": num_tokens, "notes": notes, **numbers},
         {"similarity.png": drawn},
         left_out=pictures.left_out,
     )
+
+
+def _numbered(backbone: AnyBackbone) -> list[int] | list[str]:
+    """Return the layers' numbers; of several backbones with the number of the backbone, from 1, before them."""
+    if len(backbone.members) == 1:
+        return list(backbone.layers)
+    return [f"{source + 1}: {layer}" for source, layer in backbone.taps]
+
+
+def _cuts(backbone: AnyBackbone) -> set[tuple[str, tuple[int, int]]]:
+    """Return what says which part of a picture the backbones see."""
+    return {(member.preprocessing.mode, member.image_size) for member in backbone.members}
 
 
 def _axis(model: str) -> str:

@@ -30,6 +30,10 @@ class Average(Fuser):
         """Return the mean map: (B, N, C)."""
         return torch.stack(features.maps).mean(0)
 
+    def layer_shares(self, features: FeatureMaps, *, condition: torch.Tensor | None = None) -> torch.Tensor:
+        """Return one share for all, (B, L)."""
+        return torch.full((features.batch_size, self.num_layers), 1 / self.num_layers)
+
     def extra_flops(self, grids: Sequence[Grid]) -> int:
         """Count one multiply-add for each number of the maps."""
         return 2 * self.num_layers * self.num_tokens(grids) * self.out_channels

@@ -97,6 +97,24 @@ class Concat(Fuser):
         fused: torch.Tensor = self.proj(self.norm(joined))
         return fused
 
+    def layer_shares(self, features: FeatureMaps, *, condition: torch.Tensor | None = None) -> torch.Tensor | None:
+        """Return the norm of each map's columns in the final linear layer, with the factors of a layer norm.
+
+        Returns:
+            (B, L), which sum to one over L; None without a linear layer, where every map is passed on as it is.
+        """
+        if not isinstance(self.proj, nn.Linear):
+            return None
+        weight = self.proj.weight.detach()
+        if isinstance(self.norm, nn.LayerNorm):
+            weight = weight * self.norm.weight.detach()
+        if self.order == "interleaved":
+            columns = weight.unflatten(1, (-1, self.num_layers)).unbind(2)
+        else:
+            columns = weight.split(self.in_channels, dim=1)
+        sizes = torch.stack([own.norm() for own in columns])
+        return (sizes / sizes.sum().clamp_min(1e-12)).expand(features.batch_size, -1)
+
     def out_grid(self, grids: Sequence[Grid]) -> Grid:
         """Return the grid that the maps are resized to: ``grid``, or that of the last map."""
         return self.grid or grids[-1]

@@ -122,6 +122,26 @@ class DepthAttention(Fuser):
         weights = self._weights(features.to(self.key_bias.dtype).maps)
         return weights.permute(0, 3, 2, 1).unflatten(-1, features.grids[0])
 
+    def layer_shares(self, features: FeatureMaps, *, condition: torch.Tensor | None = None) -> torch.Tensor:
+        """Return what each layer's channels are multiplied with, softmax times scale, in the mean over channels.
+
+        The query map counts once more where the sum is added to it (``start="query_layer"``).
+
+        Returns:
+            (B, L, H, W); sizes without sign, which sum to one over L.
+
+        Raises:
+            ValueError: if number, widths or grids of the maps are not what the fuser was built for.
+        """
+        with torch.no_grad():
+            weights = self.layer_weights(features)  # (B, M, L, H, W)
+            scales = self.value_scale.unflatten(-1, (self.num_heads, -1)).permute(1, 0, 2)  # (M, L, C/M)
+            factors = torch.einsum("bmlhw,mlc->bmclhw", weights, scales)
+            if self.start == "query_layer":
+                factors[:, :, :, self.query_index] += 1
+            sizes = factors.abs().mean((1, 2))
+            return sizes / sizes.sum(1, keepdim=True).clamp_min(1e-12)
+
     def extra_flops(self, grids: Sequence[Grid]) -> int:
         """Count one multiply-add for each number of the maps, and as many where each layer gives its own logits."""
         sums = 2 if self.logits == "own" else 1

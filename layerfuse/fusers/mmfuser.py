@@ -123,6 +123,24 @@ class MMFuser(Fuser):
         with torch.no_grad():
             return self.cross_attn.sampling_points(self.query_norm(query), features.grids[self.query_index], grids)
 
+    def layer_shares(self, features: FeatureMaps, *, condition: torch.Tensor | None = None) -> torch.Tensor:
+        """Return the query map's 1 and, for the others, the mean size of g1 times their attention, made shares.
+
+        As if all maps had tokens of one length, and the projections kept it.
+
+        Returns:
+            (B, L, H, W) on the query map's grid; they sum to one over L.
+
+        Raises:
+            ValueError: if number or widths of the maps are not what the fuser was built for.
+        """
+        _, weights = self.sampling_points(features)
+        scale = self.output_scale.scale.detach().abs().mean()
+        levels = weights.sum(-1).mean(2).transpose(1, 2) * scale  # (B, L - 1, N)
+        before, behind = levels[:, : self.query_index], levels[:, self.query_index :]
+        sizes = torch.cat([before, torch.ones_like(levels[:, :1]), behind], dim=1)
+        return (sizes / sizes.sum(1, keepdim=True)).unflatten(-1, features.grids[self.query_index])
+
     def out_grid(self, grids: Sequence[Grid]) -> Grid:
         """Return the query map's grid."""
         return grids[self.query_index]

@@ -92,6 +92,11 @@ class ScalarMix(Fuser):
         factors = weights.to(features.maps[0].dtype)
         return (torch.stack(features.maps) * factors[:, None, None, None]).sum(0)
 
+    def layer_shares(self, features: FeatureMaps, *, condition: torch.Tensor | None = None) -> torch.Tensor:
+        """Return the size of each layer's weight, of the sum of all sizes: (B, L)."""
+        sizes = self.layer_weights.detach().abs()
+        return (sizes / sizes.sum().clamp_min(1e-12)).expand(features.batch_size, -1)
+
     def extra_flops(self, grids: Sequence[Grid]) -> int:
         """Count one multiply-add for each number of the maps."""
         return 2 * self.num_layers * self.num_tokens(grids) * self.out_channels

@@ -38,6 +38,12 @@ class Select(Fuser):
         """Return the penultimate layer, whatever the depth."""
         return (depth - 1,)
 
+    def layer_shares(self, features: FeatureMaps, *, condition: torch.Tensor | None = None) -> torch.Tensor:
+        """Return 1 for the map that is selected, (B, L)."""
+        shares = torch.zeros(features.batch_size, self.num_layers)
+        shares[:, self.index] = 1
+        return shares
+
     def fuse(self, features: FeatureMaps, *, condition: torch.Tensor | None = None) -> torch.Tensor:
         """Return the chosen map: (B, N, C)."""
         return features.maps[self.index]

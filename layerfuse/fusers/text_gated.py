@@ -160,6 +160,28 @@ class TextGated(Fuser):
         self._check_condition(condition, features.batch_size)
         return self._weights(features, self._group_means(features.maps), condition)
 
+    def layer_shares(self, features: FeatureMaps, *, condition: torch.Tensor | None = None) -> torch.Tensor:
+        """Return a half for the base map, and of the other half each group's weight, shared out among its maps.
+
+        Args:
+            features: L maps, each (B, N, C).
+            condition: (B, D_c).
+
+        Returns:
+            (B, L), which sum to one over L.
+
+        Raises:
+            ValueError: if maps or condition are not what the fuser was built for.
+        """
+        self._check_condition(condition, features.batch_size)
+        assert condition is not None
+        with torch.no_grad():
+            weights = self.group_weights(features, condition)
+        sizes = torch.tensor(self.group_sizes, device=weights.device)
+        shares = (weights / sizes / 2).repeat_interleave(sizes, dim=1)
+        shares[:, self.base_index] += 0.5
+        return shares
+
     def extra_flops(self, grids: Sequence[Grid]) -> int:
         """Count the means over the layers of each group, and the weighted sum of the groups."""
         terms = self.num_layers + len(self.group_sizes)

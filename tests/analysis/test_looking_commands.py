@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 import layerfuse
 from layerfuse.cli import main
+from layerfuse.cli._encoders import pictures_as_seen
 from tests.analysis.looking_support import BACKBONE, write_pictures
 
 
@@ -133,15 +137,104 @@ def test_a_trained_encoder_keeps_its_layers_and_size(tmp_path: Path, capsys: pyt
     assert "leave --pretrained false out" in capsys.readouterr().err
 
 
-def test_maps_of_several_backbones_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    pair = layerfuse.create_encoder([BACKBONE, BACKBONE], layers=[(1,), (2,)], fuser="average", resample="bilinear")
+@pytest.mark.parametrize(
+    ("fuser", "resample", "kinds"),
+    [("average", "bilinear", {"maps"}), ("mmfuser", None, {"maps", "points"}), ("depth_attention", "nearest", None)],
+)
+def test_maps_of_several_backbones_are_drawn_over_what_each_of_them_sees(
+    fuser: str, resample: str | None, kinds: set[str] | None, tmp_path: Path
+) -> None:
+    pair = layerfuse.create_encoder(
+        [BACKBONE, BACKBONE], layers=[(1, 3), (2,)], image_size=[96, 64], fuser=fuser, resample=resample
+    )
     pair.save_pretrained(tmp_path / "encoder")
     folder = write_pictures(tmp_path / "photos", 1)
-    assert main(["maps", str(tmp_path / "encoder"), str(folder), "--output", str(tmp_path / "out")]) == 2
-    assert "has several backbones" in capsys.readouterr().err
+    assert main(["maps", str(tmp_path / "encoder"), str(folder), "--output", str(tmp_path / "out")]) == 0
+    drawn = {path.stem.split("-")[-1] for path in (tmp_path / "out").glob("*.png")}
+    assert drawn == (kinds or {"maps", "depth"})
+    told = json.loads((tmp_path / "out" / "numbers.json").read_text())
+    assert (told["layers"], told["sources"]) == ([1, 3, 2], [0, 0, 1])
+    assert told["grids"] == [[12, 12], [12, 12], [12, 12] if resample else [8, 8]]
+    page = (tmp_path / "out" / "index.html").read_text()
+    assert "Backbone 2, a CLIPVisionModel: Layers 2 on a grid of" in page
 
 
-@pytest.mark.parametrize("command", ["similarity", "maps", "probe", "suggest"])
+def test_layers_of_an_encoders_backbones_are_compared(tmp_path: Path) -> None:
+    pair = layerfuse.create_encoder(
+        [BACKBONE, BACKBONE], layers=[(1, 3), (3,)], image_size=[64, 32], fuser="mmfuser", resample=None
+    )
+    pair.save_pretrained(tmp_path / "encoder")
+    folder = write_pictures(tmp_path / "photos", 2)
+    assert main(["similarity", str(tmp_path / "encoder"), str(folder), "--output", str(tmp_path / "out")]) == 0
+    told = json.loads((tmp_path / "out" / "numbers.json").read_text())
+    assert told["rows"] == told["columns"] == ["1: 1", "1: 3", "2: 3"]
+    assert told["tokens"] == 2 * 64
+    assert 0.2 < told["cka"][1][2] < 0.99 and told["cosine"][2][2] == pytest.approx(1)
+
+
+def test_each_backbone_of_several_has_its_own_picture(tmp_path: Path) -> None:
+    pair = layerfuse.create_encoder([BACKBONE, BACKBONE], layers=[(1,), (2,)], image_size=[96, 64], fuser="average")
+    with Image.open(write_pictures(tmp_path, 1) / "0.png") as picture:
+        large, small = pictures_as_seen(pair.prepare(picture), pair.backbone)[0]
+        shown = np.asarray(picture.convert("RGB")).astype(int)
+    assert (large.shape, small.shape) == ((96, 96, 3), (64, 64, 3))
+    assert abs(small.astype(int) - shown).max() <= 1
+    assert abs(large.reshape(32, 3, 32, 3, 3).mean((1, 3)) - shown.reshape(32, 2, 32, 2, 3).mean((1, 3))).mean() < 3
+
+
+@pytest.mark.parametrize("command", ["maps", "contributions"])
+@pytest.mark.parametrize("config", [None, "{", "[]", '{"model_type": "llava"}'])
+def test_a_folder_that_holds_no_encoder_says_what_to_give(
+    command: str, config: str | None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder, model = write_pictures(tmp_path / "photos", 1), tmp_path / "model"
+    model.mkdir()
+    if config is not None:
+        (model / "config.json").write_text(config)
+    assert main([command, str(model), str(folder), "--output", str(tmp_path / "out")]) == 2
+    assert "holds no encoder that save_pretrained wrote (config.json with 'backbone'" in capsys.readouterr().err
+
+
+def test_contributions_are_printed_drawn_and_written(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    encoder = layerfuse.create_encoder(BACKBONE, layers=(1, 3, -1), fuser="depth_attention")
+    with torch.no_grad():
+        encoder.fuser.key_bias[1] = 100.0  # type: ignore[index, operator]
+    encoder.save_pretrained(tmp_path / "encoder")
+    folder = write_pictures(tmp_path / "photos", 3)
+    arguments = ("contributions", str(tmp_path / "encoder"), str(folder), "--batch-size", "2")
+    assert main([*arguments, "--output", str(tmp_path / "out")]) == 0
+    assert re.search(r"layer 3 +100.0% +100.0%", capsys.readouterr().out)
+    told = json.loads((tmp_path / "out" / "numbers.json").read_text())
+    assert told["moved"] == pytest.approx([0, 1, 0], abs=1e-6)
+    assert told["own_shares"] == pytest.approx([0, 1, 0], abs=1e-6)
+    assert (told["layers"], told["fuser"], told["replaced_with"]) == ([1, 3, 6], "depth_attention", "mean")
+    assert len(list((tmp_path / "out").glob("00?-*-moved.png"))) == len(list((tmp_path / "out").glob("*-own.png"))) == 3
+    page = (tmp_path / "out" / "index.html").read_text()
+    assert "as it was trained" in page and "replaced by its mean" in page
+
+
+def test_contributions_of_a_fuser_without_weights_of_its_own_and_without_a_grid(tmp_path: Path) -> None:
+    folder = write_pictures(tmp_path / "photos", 2)
+    arguments = ("contributions", BACKBONE, str(folder), "--layers", "1", "-1", "--replace-with", "zeros")
+    assert main([*arguments, "--fuser", "token_concat", "--output", str(tmp_path / "out")]) == 0
+    told = json.loads((tmp_path / "out" / "numbers.json").read_text())
+    assert told["own_shares"] is None
+    assert sum(share**2 for share in told["moved"]) == pytest.approx(1)  # tokens beside each other
+
+
+@pytest.mark.parametrize(
+    ("rest", "says"),
+    [((), "is a backbone alone; give the folder of a trained encoder"), (("--fuser", "text_gated"), "condition")],
+)
+def test_what_contributions_cannot_measure_is_told(
+    rest: tuple[str, ...], says: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = write_pictures(tmp_path / "photos", 1)
+    assert main(["contributions", BACKBONE, str(folder), *rest, "--output", str(tmp_path / "out")]) == 2
+    assert says in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", ["similarity", "maps", "contributions", "probe", "suggest"])
 def test_an_output_that_is_a_file_is_told_before_the_work(
     command: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -168,15 +261,17 @@ def _damage(picture: Path) -> None:
     picture.write_bytes(picture.read_bytes()[:60])
 
 
-@pytest.mark.parametrize("command", ["similarity", "maps", "probe", "suggest"])
+@pytest.mark.parametrize("command", ["similarity", "maps", "contributions", "probe", "suggest"])
 def test_an_unreadable_picture_is_left_out_and_named_or_ends_the_command(
     command: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    folder = write_pictures(tmp_path / "photos", 7)
+    total = 7 if command in ("probe", "suggest") else 3  # probes need some to learn from and some to test on
+    folder = write_pictures(tmp_path / "photos", total)
     _damage(folder / "2.png")
     arguments = (command, BACKBONE, str(folder), "--batch-size", "2", "--output", str(tmp_path / "out"))
+    arguments += ("--fuser", "average") if command == "contributions" else ()
     assert main(arguments) == 0
-    assert f"1 of 7 pictures cannot be read and were left out: {folder / '2.png'}" in capsys.readouterr().err
+    assert f"1 of {total} pictures cannot be read and were left out: {folder / '2.png'}" in capsys.readouterr().err
     told = json.loads((tmp_path / "out" / "numbers.json").read_text())
     assert list(told["left_out"]) == [str(folder / "2.png")]
     assert "cannot be read: " in (tmp_path / "out" / "index.html").read_text()
