@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from layerfuse.analysis import heat_map, layer_similarity
 from layerfuse.backbones import AnyBackbone
@@ -45,12 +45,9 @@ def main(argv: Sequence[str]) -> None:
     arguments = parser.parse_args(argv)
     pictures = Pictures(picture_files(arguments.images), arguments)
     prepare_output(arguments)
-    share = max(1, _TOKENS // len(pictures))
     first = tapped_backbone(arguments.model, arguments)
     grid = finest(first.grids())
-    features = FeatureMaps.cat(
-        [some_tokens(on_finest_grid(batch.features), share)[0] for batch in pictures.batches(first)]
-    )
+    features = _tokens(pictures, first, on_finest_grid)
     others, names = None, _numbered(first)
     notes = []
     if arguments.second:
@@ -61,9 +58,7 @@ def main(argv: Sequence[str]) -> None:
                 "--image-size brings both to one size."
             )
             say(notes[-1])
-        others = FeatureMaps.cat(
-            [some_tokens(batch.features.resample(grid), share)[0] for batch in pictures.batches(second)]
-        )
+        others = _tokens(pictures, second, lambda maps: maps.resample(grid))
         names = _numbered(second)
     titles = {"cosine": "cosine of tokens", "cka": "linear CKA"}
     measures = ("cosine", "cka") if others is None and len(set(features.channels)) == 1 else ("cka",)
@@ -91,6 +86,14 @@ def main(argv: Sequence[str]) -> None:
         {"similarity.png": drawn},
         left_out=pictures.left_out,
     )
+
+
+def _tokens(
+    pictures: Pictures, backbone: AnyBackbone, on_one_grid: Callable[[FeatureMaps], FeatureMaps]
+) -> FeatureMaps:
+    """Return some tokens of all pictures; of two backbones those of the same cells, if they are brought to one grid."""
+    share = max(1, _TOKENS // len(pictures))
+    return FeatureMaps.cat([some_tokens(on_one_grid(batch.features), share)[0] for batch in pictures.batches(backbone)])
 
 
 def _numbered(backbone: AnyBackbone) -> list[int] | list[str]:
