@@ -42,7 +42,7 @@ def tapped_model(arguments: argparse.Namespace) -> tuple[AnyBackbone, Fuser | No
         backbone = backbone_with_layers(arguments.model, arguments, arguments.layers or spread_at_most(_USUAL))
         if arguments.fuser is None:
             return backbone, None
-        fuser = create_fuser(arguments.fuser, in_channels=backbone.embed_dim, num_layers=len(backbone.layers))
+        fuser = create_fuser(arguments.fuser, in_channels=backbone.fuser_channels, num_layers=len(backbone.layers))
         return backbone, fuser.eval().requires_grad_(False)
     given = [name for name in ("layers", "fuser", "image_size") if getattr(arguments, name) is not None]
     if given or arguments.pretrained == "false":
