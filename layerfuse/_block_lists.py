@@ -19,6 +19,7 @@ from layerfuse.errors import InputError
 
 __all__ = [
     "BlockList",
+    "block_entries",
     "count_blocks",
     "cut_blocks",
     "cut_submodules",
@@ -32,6 +33,8 @@ __all__ = [
 
 BlockList = nn.ModuleList | nn.Sequential
 
+# Where FSDP, checkpoint wrappers and torch.compile hold the module that they wrap.
+_WRAPPED = ("_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_orig_mod")
 # Stands on a list that was cut, so that whoever counts it later counts what the model had.
 _DEPTH_MARK = "_layerfuse_num_blocks"
 
@@ -53,8 +56,13 @@ def get_blocks(model: nn.Module, path: str) -> BlockList:
             f"{type(model).__name__} has no block list at {path!r}; expected the path of an nn.ModuleList or "
             f"nn.Sequential of blocks. Found: {found}."
         )
-    _refuse_what_is_no_block(path, list(blocks))
+    _refuse_what_is_no_block(path, block_entries(blocks))
     return blocks
+
+
+def block_entries(blocks: BlockList) -> list[nn.Module]:
+    """Return the entries of a list by their number: a list with LayerDrop leaves some out where it is iterated."""
+    return [blocks[index] for index in range(len(blocks))]
 
 
 def find_blocks(model: nn.Module) -> str:
@@ -201,14 +209,32 @@ def _refuse_what_is_no_block(path: str, entries: Sequence[nn.Module | None]) -> 
             raise InputError(
                 f"entry {number} of the block list {path!r} is a {type(entry).__name__} of several equal blocks, so "
                 "layers would be counted in chunks rather than in blocks. Build the model with one flat list "
-                f"(DINOv2: block_chunks=0), or tap inside one chunk, for example blocks='{path}.{number - 1}'."
+                "(DINOv2: block_chunks=0, and weights whose keys lose the number of the chunk, blocks.1.3.… becoming "
+                f"blocks.3.…), or tap inside one chunk, for example blocks='{path}.{number - 1}'."
             )
+    fillers = next((index for index, entry in enumerate(entries) if not isinstance(entry, nn.Identity)), 0)
+    place = path.rpartition(".")[2]
+    if fillers and place.isdigit() and place != "0":
+        raise InputError(
+            f"the first {fillers} entries of {path!r} stand for blocks of earlier chunks (nn.Identity, as in DINOv2 "
+            "with block_chunks), so layers would be counted with blocks that are not in it. Tap inside the first "
+            "chunk, or build the model with one flat list (DINOv2: block_chunks=0)."
+        )
 
 
 def _is_chunk(entry: nn.Module) -> bool:
     """Tell a stretch of equal blocks from a block whose parts are attention and MLP: these have other shapes."""
+    for name in _WRAPPED:
+        entry = getattr(entry, name, entry)
     if not isinstance(entry, (nn.ModuleList, nn.Sequential)):
         return False
-    shapes = [[(name, tuple(weight.shape)) for name, weight in part.named_parameters()] for part in entry]
-    weighted = [part for part in shapes if part]
-    return len(weighted) > 1 and all(part == weighted[0] for part in weighted)
+    # Names tell, too: FSDP takes the parameters of what it wraps out of it.
+    forms = [
+        (
+            [name for name, _ in part.named_modules()],
+            [(name, tuple(weight.shape)) for name, weight in part.named_parameters()],
+        )
+        for part in block_entries(entry)
+    ]
+    parts = [form for form in forms if form != ([""], [])]
+    return len(parts) > 1 and all(form == parts[0] for form in parts)

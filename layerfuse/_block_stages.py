@@ -11,7 +11,15 @@ from typing import Any
 
 from torch import nn
 
-from layerfuse._block_lists import BlockList, count_blocks, cut_blocks, get_blocks, is_left, refuse_lost_depth
+from layerfuse._block_lists import (
+    BlockList,
+    block_entries,
+    count_blocks,
+    cut_blocks,
+    get_blocks,
+    is_left,
+    refuse_lost_depth,
+)
 from layerfuse.errors import InputError
 
 __all__ = ["Blocks"]
@@ -54,7 +62,7 @@ class Blocks:
     @property
     def modules(self) -> list[nn.Module]:
         """The blocks that are left, in order."""
-        return [block for each in self.lists for block in each]
+        return [block for each in self.lists for block in block_entries(each)]
 
     @property
     def borders(self) -> frozenset[int]:
@@ -86,7 +94,7 @@ class Blocks:
                 before[number + (number in seen)][name] = weight
         found = [{**outside, **before[0]}]
         for number, blocks in enumerate(self.lists):
-            own = [dict(block.state_dict()) for block in blocks]
+            own = [dict(block.state_dict()) for block in block_entries(blocks)]
             if number:
                 own[0].update(before[number])
             found += own

@@ -15,6 +15,13 @@ from layerfuse.features import Grid
 __all__ = ["check_images", "check_tokens", "find_patch_embedding"]
 
 
+_DROPPED = (
+    "tokens were dropped on the way, so what is left lies on no grid: by patch dropout, which eval mode or a rate of 0 "
+    "turns off (timm: patch_drop_rate, open_clip: patch_dropout), by the masks of masked pretraining (MAE: load the "
+    "weights into a plain Vision Transformer), or by merging or pruning."
+)
+
+
 def find_patch_embedding(model: nn.Module, blocks: Blocks, patch_size: tuple[int, int]) -> tuple[str, int | None]:
     """Return the path of the module that the images meet first, and the image channels that it takes.
 
@@ -91,11 +98,10 @@ def _explain(shape: tuple[int, ...], expected: tuple[int, ...], num_patches: int
     if shape[1] == num_patches:
         return (
             "These are the patches alone: the class token joins later (as in CaiT, XCiT, and ConViT until its last "
-            "blocks). Tap such layers as ModuleBackbone(model, num_prefix_tokens=0, ...)."
+            f"blocks). Tap such layers as ModuleBackbone(model, num_prefix_tokens=0, ...). Or {_DROPPED}"
         )
     if shape[1] < num_patches:
-        return (
-            "Tokens were dropped on the way, so what is left lies on no grid: by patch dropout, which eval mode or "
-            "patch_drop_rate=0 turns off, or by merging or pruning."
-        )
+        return _DROPPED[0].upper() + _DROPPED[1:]
+    if shape[1] < num_tokens:
+        return f"Check num_prefix_tokens. Or {_DROPPED}"
     return "Check num_prefix_tokens and patch_size."

@@ -77,6 +77,12 @@ def transformers_facts(model: nn.Module) -> BackboneFacts:
     """
     config: Any = getattr(model, "config", None)
     kind = getattr(config, "model_type", type(model).__name__)
+    if kind == "vit_mae":
+        raise InputError(
+            "transformers' ViT-MAE shuffles its patches and drops most of them in every call, in eval mode and with "
+            "mask_ratio=0 too, so its maps have no grid. Its weights load into a plain Vision Transformer: hand over "
+            "transformers.ViTModel.from_pretrained(name), or take timm's 'vit_base_patch16_224.mae'."
+        )
     if kind not in CLASS_TOKENS:
         raise InputError(
             f"transformers model type {kind!r} is unknown to layerfuse; known: {', '.join(sorted(CLASS_TOKENS))}. Tap "

@@ -211,14 +211,6 @@ def test_layers_before_the_class_token_joins_are_refused_here_and_tapped_as_a_mo
     assert module(images).grids == ((2, 2),) * 2
 
 
-def test_patch_dropout_is_refused_in_training_and_off_in_evaluation() -> None:
-    backbone = tiny(patch_drop_rate=0.5, img_size=56)
-    images = random_images(size=56)
-    assert backbone(images).grids == ((4, 4),) * 2
-    with pytest.raises(ValueError, match="Tokens were dropped on the way.*patch dropout, which eval mode"):
-        backbone.train()(images)
-
-
 def test_the_patch_size_is_told_by_the_embedding_where_the_image_leaves_a_rest() -> None:
     """120 pixels are eight patches of 14 and a rest, not eight of 15."""
     backbone = tiny("vit_so400m_patch14_siglip_384", img_size=120)
