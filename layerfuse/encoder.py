@@ -10,12 +10,13 @@ import warnings
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, overload
 
 import torch
 from huggingface_hub import ModelHubMixin
 from torch import nn
 
+from layerfuse._each_picture import fuse_each
 from layerfuse._encoder_files import CONFIG_FILE, WEIGHTS_FILE, fetch_encoder, read_encoder_config
 from layerfuse.backbones import AnyBackbone, backbone_from_config, create_backbone, create_backbone_group
 from layerfuse.backbones._creation import as_device, as_dtype, named_once
@@ -25,7 +26,7 @@ from layerfuse.files import atomic_folder
 from layerfuse.fusers import Fuser, FuserCost, create_fuser, fuser_from_config, source_layers
 from layerfuse.fusers.creation import fuser_class_for
 from layerfuse.layers import LayerChoice
-from layerfuse.preprocessing import AnyPreprocessing, Images
+from layerfuse.preprocessing import AnyPreprocessing, Images, PatchBatch, holds_patches
 from layerfuse.weights import fitting_weights, load_weights, save_weights
 
 __all__ = ["FusedEncoder", "check_fuser_fits", "create_encoder"]
@@ -58,18 +59,32 @@ class FusedEncoder(
         self.backbone = backbone
         self.fuser = fuser
 
-    def forward(self, images: torch.Tensor, condition: torch.Tensor | None = None) -> torch.Tensor:
-        """Encode images as fused visual tokens (B, N, C_out).
+    @overload
+    def forward(self, images: torch.Tensor, condition: torch.Tensor | None = None) -> torch.Tensor: ...
+
+    @overload
+    def forward(
+        self, images: PatchBatch | Mapping[str, Any], condition: torch.Tensor | None = None
+    ) -> list[torch.Tensor]: ...
+
+    def forward(
+        self, images: torch.Tensor | PatchBatch | Mapping[str, Any], condition: torch.Tensor | None = None
+    ) -> torch.Tensor | list[torch.Tensor]:
+        """Encode images as fused visual tokens (B, N, C_out); pictures of several grids as a list of (N_i, C_out).
 
         Args:
             images: (B, 3, height, width) in pixels, normalised as `prepare` does it; of several backbones
-                (B, 3 * backbones, height, width), see `BackboneGroup`.
+                (B, 3 * backbones, height, width), see `BackboneGroup`. Or patches with their grids, as
+                `prepare_patches` or a library's processor makes them, see `Backbone.forward`.
             condition: (B, D_c), such as an embedding of each image's question, for a fuser with ``condition_channels``.
 
         Raises:
             ValueError: if the backbone cannot take the image size, or the fuser the condition.
         """
-        tokens: torch.Tensor = self.fuser(self.backbone(images), condition)
+        features = self.backbone(images)
+        if isinstance(features, list):
+            return fuse_each(self.fuser, features, condition)
+        tokens: torch.Tensor = self.fuser(features, condition)
         return tokens
 
     def maps(self, images: torch.Tensor, condition: torch.Tensor | None = None) -> torch.Tensor:
@@ -80,6 +95,10 @@ class FusedEncoder(
         Raises:
             ValueError: if the fused tokens lie on no grid; else as `forward`.
         """
+        if holds_patches(images):
+            raise InputError(
+                "a map is of images of one size; of patches, encoder(patches) gives each picture's tokens."
+            )
         if self.grid() is None:
             raise InputError(
                 f"the tokens of fuser {self.fuser.name!r} lie on no grid, so they make no map; take a fuser that "
@@ -114,6 +133,10 @@ class FusedEncoder(
     def prepare(self, images: Images) -> torch.Tensor:
         """Return the encoder's input, (B, channels, height, width), from pictures; see `Backbone.prepare`."""
         return self.backbone.prepare(images)
+
+    def prepare_patches(self, images: Images, *, max_num_patches: int | None = None) -> PatchBatch:
+        """Return pictures as patches, each in its own aspect ratio; see `Backbone.prepare_patches`."""
+        return self.backbone.prepare_patches(images, max_num_patches=max_num_patches)
 
     def freeze_backbone(self) -> FusedEncoder:
         """Turn gradients off for the backbone, which stays in evaluation mode whatever ``train()`` is called later.

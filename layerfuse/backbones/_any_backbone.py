@@ -10,8 +10,9 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
+from layerfuse.errors import InputError
 from layerfuse.features import Grid
-from layerfuse.preprocessing import AnyPreprocessing, Images
+from layerfuse.preprocessing import AnyPreprocessing, Images, PatchBatch, holds_patches, patch_batch
 
 __all__ = ["AnyBackbone"]
 
@@ -74,7 +75,15 @@ class AnyBackbone(nn.Module, abc.ABC):
         return tuple((source, layer) for source, member in enumerate(self.members) for layer in member.layers)
 
     def maps(self, images: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """Return the L tapped maps of images with their grids unfolded, each (B, C_l, H_l, W_l); see `forward`."""
+        """Return the L tapped maps of images with their grids unfolded, each (B, C_l, H_l, W_l); see `forward`.
+
+        Raises:
+            ValueError: as `forward`, and of patches, whose pictures have grids of their own.
+        """
+        if holds_patches(images):
+            raise InputError(
+                "maps are of images of one size; of patches unfold each: [f.nchw(0) for f in backbone(…)]."
+            )
         features = self(images)
         return tuple([features.nchw(index) for index in range(len(features))])
 
@@ -86,6 +95,30 @@ class AnyBackbone(nn.Module, abc.ABC):
             ValueError: if there is none, or one has values or a shape that cannot be.
         """
         return self.preprocessing.batch(images).to(self.device, self.dtype)
+
+    def prepare_patches(self, images: Images, *, max_num_patches: int | None = None) -> PatchBatch:
+        """Return pictures as patches, each in its own aspect ratio, on the device and in the dtype; for NaFlex models.
+
+        They are scaled as SigLIP 2's processor does it: to the largest grid of the picture's aspect ratio that holds at
+        most ``max_num_patches``, those of the native size if None; and padded to that number.
+
+        Raises:
+            TypeError: if one is no picture, see `Preprocessing.batch`.
+            ValueError: if there is none, one has values that cannot be, or the model takes no patches.
+        """
+        first = self.members[0]
+        if len(self.members) > 1 or first.patch_layout is None:
+            what = "several backbones take" if len(self.members) > 1 else f"{type(first.model).__name__} takes"
+            raise InputError(f"{what} images of one size and no patches; make them with prepare(pictures).")
+        rows, columns = first.grid(*first.image_size)
+        batch = patch_batch(
+            first.preprocessing,
+            images,
+            patch_size=first.patch_size,
+            layout=first.patch_layout,
+            max_num_patches=rows * columns if max_num_patches is None else max_num_patches,
+        )
+        return batch.to(self.device, self.dtype)
 
     @property
     def dtype(self) -> torch.dtype:

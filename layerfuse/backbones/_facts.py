@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from layerfuse.backbones._stages import Stage
 from layerfuse.errors import InputError
 from layerfuse.features import Grid
-from layerfuse.preprocessing import Preprocessing
+from layerfuse.preprocessing import PatchLayout, Preprocessing
 
 __all__ = ["BackboneFacts", "as_pair", "checked_multiple", "grid_of"]
 
@@ -27,6 +27,8 @@ class BackboneFacts:
         any_size: whether every multiple of ``size_step`` can be taken, not only the native size.
         preprocessing: of the pretrained model.
         in_channels: of the images; if None, those of the patch embedding where it is a convolution, else 3.
+        patch_layout: of the values in a patch, where the model also takes pictures as patches, each on its own grid
+            (NaFlex); see `Backbone.run_patches`. None if it takes images alone.
         tail: paths of modules after the blocks (final norm, head) that become ``nn.Identity``: no cost, no parameter;
             ``*`` stands for the last stage that is left.
         stages: where layers have several widths or grids, or other tokens than (B, P + N, C); empty for one stage.
@@ -44,6 +46,7 @@ class BackboneFacts:
     any_size: bool
     preprocessing: Preprocessing
     in_channels: int | None = None
+    patch_layout: PatchLayout | None = None
     tail: tuple[str, ...] = ()
     stages: tuple[Stage, ...] = ()
     size_step: tuple[int, int] | None = None

@@ -11,6 +11,7 @@ from layerfuse._block_stages import Blocks
 from layerfuse.backbones._stages import Stage
 from layerfuse.errors import InputError, InvalidTypeError, TapError
 from layerfuse.features import Grid
+from layerfuse.preprocessing import holds_patches
 
 __all__ = ["check_images", "check_tokens", "find_patch_embedding"]
 
@@ -38,10 +39,14 @@ def find_patch_embedding(model: nn.Module, blocks: Blocks, patch_size: tuple[int
     return next((path for path, module in outside if isinstance(module, nn.Linear)), ""), None
 
 
-def check_images(images: object, in_channels: int) -> None:
+def check_images(images: object, in_channels: int, *, takes_patches: bool = False) -> None:
     """Raise InvalidTypeError or InputError unless images are one floating tensor (B, in_channels, height, width)."""
     expected = f"expected (B, {in_channels}, height, width)"
     if not isinstance(images, torch.Tensor):
+        if holds_patches(images):
+            raise InvalidTypeError(
+                f"images are patches; {expected} as one tensor: patches are for one backbone that takes them (NaFlex)."
+            )
         advice = "prepare pictures with backbone.prepare(pictures)"
         if isinstance(images, Mapping):
             names = ", ".join(map(repr, images)) or "nothing"
@@ -50,6 +55,11 @@ def check_images(images: object, in_channels: int) -> None:
             advice = "join tensors of one size with torch.stack(images)"
         raise InvalidTypeError(f"images are a {type(images).__name__}; {expected} as one tensor: {advice}.")
     shape = tuple(images.shape)
+    if len(shape) == 3 and takes_patches and shape[0] != in_channels:
+        raise InputError(
+            f"images have shape {shape}: patches without their grids; give the whole output of the processor, not its "
+            "pixel values alone."
+        )
     if len(shape) == 3:
         raise InputError(f"images have shape {shape}; {expected}: give one image as images[None], a batch of one.")
     if len(shape) != 4 or shape[1] != in_channels:

@@ -11,7 +11,7 @@ from torch import nn
 from layerfuse.backbones._timm_stages import STAGED, stage_facts
 from layerfuse.backbones.base import BackboneFacts, as_pair, checked_multiple
 from layerfuse.errors import InputError
-from layerfuse.preprocessing import Mode, Preprocessing, interpolation_name
+from layerfuse.preprocessing import Mode, PatchLayout, Preprocessing, interpolation_name
 
 __all__ = ["cut_timm_tail", "preprocessing_of", "resize_timm_model", "timm_facts"]
 
@@ -55,6 +55,7 @@ def timm_facts(model: Any, *, path: str = "") -> BackboneFacts:
         preprocessing=preprocessing_of(resolve_model_data_config(model), image_size),
         # NaFlexVit's embedding is a linear layer over flat patches.
         in_channels=getattr(getattr(model, "embeds", None), "in_chans", None),
+        patch_layout=None if path else _patch_layout(model),
     )
 
 
@@ -99,6 +100,13 @@ def _geometry(model: Any) -> tuple[tuple[int, int], tuple[int, int], bool]:
     ratio = getattr(model.patch_embed, "feat_ratio", None)
     patch_size = (height // rows, width // columns) if ratio is None else as_pair(ratio(as_scalar=False))
     return patch_size, (height, width), bool(getattr(model, "dynamic_img_size", False))
+
+
+def _patch_layout(model: Any) -> PatchLayout | None:
+    embeds: Any = getattr(model, "embeds", None)
+    if not getattr(embeds, "is_linear", False):  # a convolution takes images alone
+        return None
+    return "height width channels" if embeds.channels_last else "channels height width"
 
 
 def preprocessing_of(config: Mapping[str, Any], size: tuple[int, int]) -> Preprocessing:

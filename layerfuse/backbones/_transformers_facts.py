@@ -105,6 +105,7 @@ def transformers_facts(model: nn.Module) -> BackboneFacts:
         any_size=kind in _RESIZE_THEMSELVES or takes(model, "interpolate_pos_encoding") or native_aimv2,
         preprocessing=read_preprocessing({}, kind=kind, size=image_size),
         in_channels=getattr(config, "num_channels", None),
+        patch_layout="height width channels" if takes(model, "spatial_shapes") else None,
     )
 
 

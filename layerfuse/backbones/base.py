@@ -12,7 +12,7 @@ import abc
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar
+from typing import Any, ClassVar, overload
 
 import torch
 from torch import nn
@@ -22,11 +22,12 @@ from layerfuse._block_stages import Blocks
 from layerfuse.backbones._any_backbone import AnyBackbone
 from layerfuse.backbones._facts import BackboneFacts, as_pair, checked_multiple, grid_of
 from layerfuse.backbones._image_checks import check_images, check_tokens, find_patch_embedding
+from layerfuse.backbones._naflex import as_patches, each_picture
 from layerfuse.backbones._stages import Stage, stages_of_layers
 from layerfuse.errors import InputError, InvalidTypeError
 from layerfuse.features import FeatureMaps, Grid
 from layerfuse.layers import LayerChoice, resolve_layers
-from layerfuse.preprocessing import Preprocessing
+from layerfuse.preprocessing import PatchBatch, Preprocessing, holds_patches
 from layerfuse.registry import Registry
 from layerfuse.taps import BlockTaps, as_features
 
@@ -57,7 +58,8 @@ class Backbone(AnyBackbone):
         layers: resolved layer numbers (>= 0), in the order asked.
         num_blocks: number of blocks before shortening.
         embed_dim: C, of the first stage; this and ``patch_size``, ``num_prefix_tokens``, ``image_size``, ``any_size``,
-            ``in_channels`` and ``preprocessing`` (which may be replaced) are those of `BackboneFacts`.
+            ``in_channels``, ``patch_layout`` and ``preprocessing`` (which may be replaced) are those of
+            `BackboneFacts`.
         copy_maps: copy each tensor when it is tapped, for a model that changes its hidden states in place; without it
             such a change is an error. May be set.
 
@@ -90,6 +92,7 @@ class Backbone(AnyBackbone):
         self.image_size = facts.image_size
         self.any_size = facts.any_size
         self._size_step = facts.size_step or facts.patch_size
+        self.patch_layout = facts.patch_layout
         self.preprocessing: Preprocessing = facts.preprocessing
         self._recipe = None if recipe is None else dict(recipe)
         self._blocks = facts.blocks
@@ -168,6 +171,10 @@ class Backbone(AnyBackbone):
         """Call the model once on (B, in_channels, height, width) images of its dtype; hooks store the hidden states."""
         self.model(images)
 
+    def run_patches(self, batch: PatchBatch) -> None:
+        """Call the model once on patches (B, N, values); only of a family whose facts name a ``patch_layout``."""
+        raise NotImplementedError
+
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> Backbone:
         """Build the architecture of another backbone's ``config``, with random weights; nothing is downloaded.
@@ -230,24 +237,45 @@ class Backbone(AnyBackbone):
             ) from error
         return plain
 
-    def forward(self, images: torch.Tensor) -> FeatureMaps:
+    @overload
+    def forward(self, images: torch.Tensor) -> FeatureMaps: ...
+
+    @overload
+    def forward(self, images: PatchBatch | Mapping[str, Any]) -> list[FeatureMaps]: ...
+
+    def forward(self, images: torch.Tensor | PatchBatch | Mapping[str, Any]) -> FeatureMaps | list[FeatureMaps]:
         """Encode images as the feature maps of the tapped layers.
 
         Args:
-            images: (B, in_channels, height, width), prepared as ``preprocessing`` does it.
+            images: (B, in_channels, height, width), prepared as ``preprocessing`` does it. Or pictures as patches, each
+                on a grid of its own, for a model that takes them (NaFlex): what `prepare_patches`, SigLIP 2's processor
+                or timm's NaFlex loader makes, see `layerfuse.preprocessing.PatchBatch`.
 
         Returns:
-            L maps, each (B, N, C), with prefix tokens (B, P, C) split off, in the order asked.
+            L maps, each (B, N, C), with prefix tokens (B, P, C) split off, in the order asked. Of patches a list of
+            these, one for each picture in order, with maps (1, N_i, C) on its own grid.
 
         Raises:
             ValueError: if the images have a shape or size that the backbone cannot take; TypeError if they are no
                 tensor.
             TapError: (a ValueError) if what the layers put out cannot be told for certain.
         """
-        check_images(images, self.in_channels)
+        if holds_patches(images):
+            return self._each_picture(images)
+        check_images(images, self.in_channels, takes_patches=self.patch_layout is not None)
+        assert isinstance(images, torch.Tensor)
         grids = self.grids(images.shape[2:])
         hidden = self._hidden_states(images.to(self.dtype), grids)
         return as_features(hidden, self.layers, grids=grids, num_prefix_tokens=self.num_prefix_tokens)
+
+    def _each_picture(self, images: Any) -> list[FeatureMaps]:
+        values = (self.in_channels, *self.patch_size)
+        batch = as_patches(images, values=values, model=self.model, takes_patches=self.patch_layout is not None)
+        hidden = self._taps.run(self.run_patches, batch.to(self.dtype), copy_maps=self.copy_maps)
+        tokens: dict[str, Any] = {"num_prefix_tokens": self.num_prefix_tokens, "grid": (1, batch.patches.shape[1])}
+        for layer, states, stage in zip(self.layers, hidden, self._stages, strict=True):
+            check_tokens(layer, states, stage, num_images=len(batch), **tokens)
+        return each_picture(hidden, batch, self.layers, self.num_prefix_tokens)
 
     def _hidden_states(self, images: torch.Tensor, grids: Sequence[Grid]) -> Sequence[torch.Tensor]:
         num_images, prefix = images.shape[0], self.num_prefix_tokens

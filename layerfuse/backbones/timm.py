@@ -14,7 +14,7 @@ from layerfuse.backbones._timm_stages import STAGED
 from layerfuse.backbones.base import BACKBONES, Backbone, as_pair
 from layerfuse.errors import InputError
 from layerfuse.layers import LayerChoice
-from layerfuse.preprocessing import Preprocessing
+from layerfuse.preprocessing import PatchBatch, Preprocessing
 
 __all__ = ["TimmBackbone"]
 
@@ -105,6 +105,10 @@ class TimmBackbone(Backbone):
     def cut_tail(self, model: nn.Module) -> None:
         """Remove final norm, pooling and head from the model."""
         cut_timm_tail(model)
+
+    def run_patches(self, batch: PatchBatch) -> None:
+        """Call the model with patches, where each lies in its picture, and the mask of the padding."""
+        self.model(batch.patches, patch_coord=batch.coordinates, patch_valid=batch.mask)
 
 
 def _create(name: str, *, pretrained: bool, options: Mapping[str, Any]) -> nn.Module:

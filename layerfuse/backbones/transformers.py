@@ -24,7 +24,7 @@ from layerfuse.backbones._transformers_facts import (
 from layerfuse.backbones.base import BACKBONES, Backbone, as_pair, checked_multiple
 from layerfuse.errors import InputError, MissingPackageError
 from layerfuse.layers import LayerChoice
-from layerfuse.preprocessing import Preprocessing
+from layerfuse.preprocessing import PatchBatch, Preprocessing
 from layerfuse.registry import unknown_name_message
 
 __all__ = ["TransformersBackbone"]
@@ -204,6 +204,10 @@ class TransformersBackbone(Backbone):
             self.model(images, interpolate_pos_encoding=True)
         else:
             self.model(images)
+
+    def run_patches(self, batch: PatchBatch) -> None:
+        """Call the model with patches, the grids of their pictures, and the mask of the padding."""
+        self.model(batch.patches, pixel_attention_mask=batch.mask.long(), spatial_shapes=batch.spatial_shapes)
 
     def set_gradient_checkpointing(self, enable: bool = True) -> None:
         """Recompute block activations in the backward pass instead of keeping them; works in training mode only."""

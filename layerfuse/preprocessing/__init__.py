@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from layerfuse.preprocessing.naflex import PatchBatch, PatchLayout, holds_patches, patch_batch
 from layerfuse.preprocessing.pixels import Images
 from layerfuse.preprocessing.preprocessing import (
     CLIP_MEAN,
@@ -29,9 +30,13 @@ __all__ = [
     "Images",
     "Interpolation",
     "Mode",
+    "PatchBatch",
+    "PatchLayout",
     "Preprocessing",
     "StackedPreprocessing",
+    "holds_patches",
     "interpolation_name",
+    "patch_batch",
     "prepare_tiles",
     "preprocessing_from_dict",
     "tile_pixels",
