@@ -94,7 +94,17 @@ class AnyBackbone(nn.Module, abc.ABC):
             TypeError: if one is no picture, see `Preprocessing.batch`.
             ValueError: if there is none, or one has values or a shape that cannot be.
         """
+        self._check_channels()
         return self.preprocessing.batch(images).to(self.device, self.dtype)
+
+    def _check_channels(self) -> None:
+        if self.preprocessing.channels != self.in_channels:
+            raise InputError(
+                f"this backbone takes images of {self.in_channels} channels, and its preprocessing is of "
+                f"{self.preprocessing.channels}. Say theirs: backbone.preprocessing = dataclasses.replace(backbone."
+                f"preprocessing, mean=…, std=…), {self.in_channels} numbers each, for values in [0, 1]; then give "
+                f"uint8 arrays (height, width, {self.in_channels}). Or normalise tensors yourself."
+            )
 
     def prepare_patches(self, images: Images, *, max_num_patches: int | None = None) -> PatchBatch:
         """Return pictures as patches, each in its own aspect ratio, on the device and in the dtype; for NaFlex models.
@@ -110,6 +120,7 @@ class AnyBackbone(nn.Module, abc.ABC):
         if len(self.members) > 1 or first.patch_layout is None:
             what = "several backbones take" if len(self.members) > 1 else f"{type(first.model).__name__} takes"
             raise InputError(f"{what} images of one size and no patches; make them with prepare(pictures).")
+        self._check_channels()
         rows, columns = first.grid(*first.image_size)
         batch = patch_batch(
             first.preprocessing,

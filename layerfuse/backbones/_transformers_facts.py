@@ -50,7 +50,10 @@ CLASS_TOKENS = {
     "siglip_vision_model": 0,
 }
 # These resize position embeddings (or have rotary ones) without being told.
-_RESIZE_THEMSELVES = ("dinov2", "dinov2_with_registers", "dinov3_vit", "internvl_vision", "siglip2_vision_model")
+_RESIZE_THEMSELVES = (
+    *("dinov2", "dinov2_with_registers", "dinov3_vit", "internvl_vision", "siglip2_vision_model"),
+    *("mlcd", "mlcd_vision_model"),
+)
 # Statistics and resize for a checkpoint without preprocessor_config.json, as the released models have them.
 _CLIP_LIKE: tuple[Any, ...] = (CLIP_MEAN, CLIP_STD, "bicubic", "crop", 1.0)
 _DEFAULTS: dict[str, tuple[Any, ...]] = {

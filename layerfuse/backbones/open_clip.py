@@ -105,6 +105,7 @@ class OpenClipBackbone(Backbone):
             preprocessing = _of_tag(open_clip, base, tag)
         recipe = _recipe(config, given, size)
         if pretrained:
+            _check_resampled(recipe["vision_cfg"], config["vision_cfg"])
             model = _load(open_clip, base, tag, recipe, size=size, cache_dir=given.get("cache_dir"))
         else:
             model = _build(open_clip, recipe)
@@ -245,6 +246,20 @@ def _recipe(config: Mapping[str, Any], given: Mapping[str, Any], size: tuple[int
         "embed_dim": given.get("embed_dim", config["embed_dim"]),
         "quick_gelu": given.get("quick_gelu", config.get("quick_gelu", False)),
     }
+
+
+def _check_resampled(wanted: Mapping[str, Any], given: Mapping[str, Any]) -> None:
+    """Refuse a size whose weights open_clip would take as they are, since there are as many patches as it looks for."""
+    if "timm_model_name" in wanted or not {"patch_size", "image_size"} <= set(given):
+        return
+    patch = as_pair(wanted["patch_size"])
+    sizes = (as_pair(vision["image_size"]) for vision in (given, wanted))
+    own, other = ((height // patch[0], width // patch[1]) for height, width in sizes)
+    if own != other and own[0] * own[1] == other[0] * other[1]:
+        raise InputError(
+            f"open_clip resamples no position embeddings from a grid of {own[0]}x{own[1]} patches to "
+            f"{other[0]}x{other[1]}, which has as many; take another image_size, or pretrained=False."
+        )
 
 
 def _build(open_clip: ModuleType, recipe: Mapping[str, Any]) -> nn.Module:

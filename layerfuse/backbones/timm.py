@@ -130,6 +130,14 @@ def _create(name: str, *, pretrained: bool, options: Mapping[str, Any]) -> nn.Mo
             f"timm cannot load {name!r}: {why_not_fetched(error)}. Check the name (`layerfuse models` lists some), "
             f"fill the cache where there is a network, or give a folder (timm:local-dir:FOLDER){without}."
         ) from error
+    except RuntimeError as error:  # weights of other shapes; of a file, timm resamples none
+        if "checkpoint_path" not in options:
+            raise
+        raise InputError(
+            f"the weights of {options['checkpoint_path']} do not fit {name!r} with the options {dict(options)}. If "
+            "they are of another image size, say theirs in the options (img_size) and the one that is wanted as "
+            f"image_size=…, which resamples them. timm says: {error}"
+        ) from error
 
 
 def _check_name(name: str) -> None:

@@ -12,13 +12,14 @@ from typing import Any, Literal
 
 import torch
 from einops import rearrange
+from PIL import Image
 from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils import _pytree as pytree
 
 from layerfuse.errors import InputError, InvalidTypeError
 from layerfuse.features import Grid, as_grid
-from layerfuse.preprocessing.pixels import Images, as_pictures, image_size
+from layerfuse.preprocessing.pixels import Images, image_size
 from layerfuse.preprocessing.preprocessing import Preprocessing
 
 __all__ = ["PatchBatch", "PatchLayout", "holds_patches", "patch_batch", "size_for_patches"]
@@ -176,8 +177,12 @@ def patch_batch(
         ValueError: if there is none, one has values that cannot be, or ``max_num_patches`` is below 1.
     """
     sequences, grids = [], []
-    for picture in as_pictures(images):
-        size = size_for_patches(image_size(picture, upright=preprocessing.upright), patch_size, max_num_patches)
+    for picture in preprocessing.pictures(images):
+        if isinstance(picture, Image.Image):
+            own = image_size(picture, upright=preprocessing.upright)
+        else:
+            own = (picture.shape[0], picture.shape[1])
+        size = size_for_patches(own, patch_size, max_num_patches)
         fitted = replace(preprocessing, size=size, mode="squash", crop_pct=1.0)(picture)
         height, width = patch_size
         grids.append((size[0] // height, size[1] // width))

@@ -18,6 +18,7 @@ from layerfuse.errors import InputError, InvalidTypeError
 __all__ = [
     "MAX_EDGE",
     "Images",
+    "Picture",
     "as_pictures",
     "check_picture",
     "image_size",

@@ -9,7 +9,7 @@ pad-to-square of LLaVA-1.5 (arXiv:2310.03744): nothing is cropped, the border ha
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, Literal, cast, get_args
 
@@ -18,7 +18,8 @@ import torch
 from PIL import Image
 
 from layerfuse.errors import InputError, InvalidTypeError
-from layerfuse.preprocessing.pixels import Images, as_pictures, to_rgb, upright
+from layerfuse.preprocessing.channels import as_channel_arrays, threes
+from layerfuse.preprocessing.pixels import Images, Picture, as_pictures, to_rgb, upright
 from layerfuse.registry import unknown_name_message
 
 __all__ = [
@@ -58,8 +59,9 @@ class Preprocessing:
 
     Args:
         size: (height, width) of the result, in pixels.
-        mean: of each RGB channel, for values in [0, 1].
-        std: of each RGB channel, for values in [0, 1].
+        mean: of each channel, for values in [0, 1]: red, green and blue, or as many as the images have, see
+            `layerfuse.preprocessing.channels`.
+        std: of each channel, for values in [0, 1].
         interpolation: Pillow's resampling filter.
         mode: ``"crop"`` scales until the image covers the size, then crops the centre; ``"squash"`` changes the aspect
             ratio; ``"pad"`` first extends the shorter edge with the colour ``int(mean * 255)``, the image centred;
@@ -68,7 +70,7 @@ class Preprocessing:
             geometry for ``"squash"`` and ``"border"``.
         geometry: who decides on half pixels: ``"transformers"`` rounds them down, ``"torchvision"`` (timm and open_clip
             stand on it) to the even neighbour.
-        fill: (red, green, blue) of mode ``"border"``, 0 to 255; the mean colour if None.
+        fill: of each channel, for mode ``"border"``, 0 to 255; the mean colour if None.
         upright: turn images as their Exif data say. The published pipelines do not; `False` reads pixels as stored.
 
     Raises:
@@ -76,18 +78,20 @@ class Preprocessing:
     """
 
     size: tuple[int, int]
-    mean: Triple
-    std: Triple
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
     interpolation: Interpolation = "bicubic"
     mode: Mode = "crop"
     crop_pct: float = 1.0
     geometry: Geometry = "transformers"
-    fill: tuple[int, int, int] | None = None
+    fill: tuple[int, ...] | None = None
     upright: bool = False
 
     def __post_init__(self) -> None:
         """Check the fields, and make lists (as JSON has them) tuples."""
-        lengths = {"size": 2, "mean": 3, "std": 3} | ({} if self.fill is None else {"fill": 3})
+        channels = len(tuple(self.mean))
+        lengths = {"size": 2, "mean": max(1, channels), "std": channels}
+        lengths |= {} if self.fill is None else {"fill": channels}
         for name, length in lengths.items():
             values = tuple(getattr(self, name))
             if len(values) != length:
@@ -109,10 +113,11 @@ class Preprocessing:
             if value not in known:
                 raise InputError(unknown_name_message(f"Preprocessing {name}", value, known))
 
-    def __call__(self, image: Image.Image) -> torch.Tensor:
-        """Return the input tensor of a backbone, (3, height, width) float32, made from one image.
+    def __call__(self, image: Picture) -> torch.Tensor:
+        """Return the input tensor of a backbone, (channels, height, width) float32, made from one image.
 
-        It is converted to RGB first: alpha is dropped, grey is tripled, 16 bits are scaled to 8.
+        With three channels it is a PIL image and converted to RGB first: alpha is dropped, grey is tripled, 16 bits are
+        scaled to 8. With others it is an array (height, width, channels) of uint8.
 
         Raises:
             TypeError: if this is no PIL image.
@@ -120,16 +125,19 @@ class Preprocessing:
         """
         return self.normalize(self.pixels(image))
 
-    def pixels(self, image: Image.Image) -> torch.Tensor:
-        """Return an image's pixels, (3, height, width) uint8: a quarter of the bytes of what `normalize` makes of them.
+    def pixels(self, image: Picture) -> torch.Tensor:
+        """Return an image's pixels, (channels, height, width) uint8: a quarter of the bytes of `normalize`'s result.
 
         Raises as `__call__`.
         """
-        fitted = torch.from_numpy(np.array(self.fit(image), dtype=np.uint8))
+        if self.channels != 3:
+            (array,) = as_channel_arrays(image, self.channels)
+            return torch.cat([self._of(three).pixels(part) for part, three in threes(array)])[: self.channels]
+        fitted = torch.from_numpy(np.array(self.fit(cast(Image.Image, image)), dtype=np.uint8))
         return fitted.permute(2, 0, 1).contiguous()
 
     def normalize(self, pixels: torch.Tensor) -> torch.Tensor:
-        """Bring uint8 `pixels` (..., 3, height, width) to the backbone's range, in float32, on their device.
+        """Bring uint8 `pixels` (..., channels, height, width) to the backbone's range, in float32, on their device.
 
         Every device gives the same values to the last bit, and the host does not wait for it.
 
@@ -146,17 +154,22 @@ class Preprocessing:
         return pixels.to(torch.float32).div_(white).sub_(mean).div_(std)
 
     def batch(self, images: Images) -> torch.Tensor:
-        """Return a batch (B, 3, height, width), float32, made of one image or several.
+        """Return a batch (B, channels, height, width), float32, made of one image or several.
 
         Args:
-            images: a PIL image, an array (height, width) or (height, width, 3), a tensor (3, height, width) or (1,
-                height, width), both of uint8; several of them in any iterable, or stacked along a first dimension.
+            images: with three channels a PIL image, an array (height, width) or (height, width, 3), a tensor (3,
+                height, width) or (1, height, width), both of uint8; with others an array (height, width, channels) or
+                a tensor (channels, height, width). Several of them in any iterable, or stacked along a first dimension.
 
         Raises:
             TypeError: if one is no picture.
             ValueError: if there is no image, or one has values or a shape that cannot be.
         """
-        return stack_pictures(self, images)
+        return stack_pictures(self, self.pictures(images))
+
+    def pictures(self, images: Images) -> Sequence[Picture]:
+        """Return images of any kind that `batch` takes one by one, as `__call__` takes them; raises as `batch`."""
+        return as_pictures(images) if self.channels == 3 else as_channel_arrays(images, self.channels)
 
     def fit(self, image: Image.Image) -> Image.Image:
         """Return an RGB image of ``size``, before it is rescaled and normalised; raises as `__call__`."""
@@ -187,8 +200,14 @@ class Preprocessing:
 
     @property
     def channels(self) -> int:
-        """Channels of the result."""
-        return 3
+        """Channels of the images, and of the result."""
+        return len(self.mean)
+
+    def _of(self, numbers: Sequence[int]) -> Preprocessing:
+        """Return the preprocessing of some of the channels, by their numbers."""
+        fields = {"mean": self.mean, "std": self.std} | ({} if self.fill is None else {"fill": self.fill})
+        taken: dict[str, Any] = {name: tuple(values[each] for each in numbers) for name, values in fields.items()}
+        return replace(self, **taken)
 
     def changed(
         self, *, mode: Mode | None = None, crop_pct: float | None = None, upright: bool | None = None
@@ -310,9 +329,9 @@ def check_pixels(pixels: torch.Tensor, channels: int) -> None:
         )
 
 
-def stack_pictures(prepare: Callable[[Image.Image], torch.Tensor], images: Images) -> torch.Tensor:
-    """Return a batch (B, C, height, width) of images of any kind, each prepared as said; errors as `as_pictures`."""
-    prepared = [prepare(image) for image in as_pictures(images)]
+def stack_pictures(prepare: Callable[[Any], torch.Tensor], pictures: Iterable[Picture]) -> torch.Tensor:
+    """Return a batch (B, C, height, width) of pictures, each prepared as said; a ValueError if there are none."""
+    prepared = [prepare(picture) for picture in pictures]
     if not prepared:
         raise InputError("Preprocessing.batch got no images; give at least one.")
     return torch.stack(prepared)

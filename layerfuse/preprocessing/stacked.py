@@ -11,7 +11,7 @@ from PIL import Image
 from torch.nn import functional as F
 
 from layerfuse.errors import InputError
-from layerfuse.preprocessing.pixels import Images
+from layerfuse.preprocessing.pixels import Images, as_pictures
 from layerfuse.preprocessing.preprocessing import Mode, Preprocessing, check_pixels, stack_pictures
 
 __all__ = ["AnyPreprocessing", "StackedPreprocessing", "preprocessing_from_dict"]
@@ -97,7 +97,7 @@ class StackedPreprocessing:
 
     def batch(self, images: Images) -> torch.Tensor:
         """Return a batch (B, channels, height, width), float32; images and errors are `Preprocessing.batch`'s."""
-        return stack_pictures(self, images)
+        return stack_pictures(self, as_pictures(images))
 
     def changed(
         self, *, mode: Mode | None = None, crop_pct: float | None = None, upright: bool | None = None
