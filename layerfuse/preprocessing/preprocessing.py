@@ -90,8 +90,12 @@ class Preprocessing:
     def __post_init__(self) -> None:
         """Check the fields, and make lists (as JSON has them) tuples."""
         channels = len(tuple(self.mean))
-        lengths = {"size": 2, "mean": max(1, channels), "std": channels}
-        lengths |= {} if self.fill is None else {"fill": channels}
+        if channels < 1 or len(tuple(self.std)) != channels:
+            raise InputError(
+                f"Preprocessing mean={tuple(self.mean)} has {channels} entries, std={tuple(self.std)} has "
+                f"{len(tuple(self.std))}; give one of each for every channel."
+            )
+        lengths = {"size": 2, "mean": channels, "std": channels} | ({} if self.fill is None else {"fill": channels})
         for name, length in lengths.items():
             values = tuple(getattr(self, name))
             if len(values) != length:

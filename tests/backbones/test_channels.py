@@ -123,8 +123,8 @@ def test_what_has_other_channels_is_refused(images: Any, error: type[Exception],
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"mean": (), "std": ()}, r"Preprocessing mean=\(\) has 0 entries; expected 1"),
-        ({"mean": (0.5,) * 4, "std": HALF}, r"Preprocessing std=.* has 3 entries; expected 4"),
+        ({"mean": (), "std": ()}, r"Preprocessing mean=\(\) has 0 entries, std=\(\) has 0; give one of each"),
+        ({"mean": (0.5,) * 4, "std": HALF}, r"mean=.* has 4 entries, std=.* has 3; give one of each"),
         (
             {"mean": (0.5,) * 4, "std": (0.5,) * 4, "fill": (0, 0, 0)},
             r"Preprocessing fill=.* has 3 entries; expected 4",
