@@ -97,6 +97,9 @@ def _parser() -> argparse.ArgumentParser:
         help="encode an image once for all runs, and keep its feature maps on disk (default: off; the folder features "
         "in the output)",
     )
+    add(
+        "--redraw", action="store_true", help="draw the report of a finished study anew, with today's code; no training"
+    )
     number("--pretrain-steps", "optimizer steps of the first stage")
     number("--finetune-steps", "optimizer steps of the second stage")
     number("--batch-size", "samples a step in both stages")

@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from integrations.llava.checkpoints import load_model
+from integrations.llava.config import STAGES, Recipe
 from integrations.llava.data import read_image, read_samples
 from integrations.llava.evaluation import blind_answers, read_questions, score_answers, summarise
 from integrations.llava.inference import load_predictor
@@ -18,16 +19,17 @@ from layerfuse.files import write_text
 
 from .fingerprint import code_digest, finished, mark_finished
 from .grid import REPORT_FILE, RESULTS_FILE, DemoSettings, check_settings, run_recipe
-from .origin import describe_origin, describe_sizes
-from .probes import all_layers_backbone, probe_text
-from .report import draw_examples, draw_feature_maps, render_report, thumbnail
-from .results import DemoResults, FuserRun, PhotoAnswer
-from .runs import finish_run
+from .origin import describe_origin, describe_redrawing, describe_sizes
+from .probes import Models, Readings, all_layers_backbone, probe_text
+from .report import draw_examples, draw_layers, draw_points, draw_readings, draw_shares, render_report, thumbnail
+from .results import DemoResults, Figure, FuserRun, PhotoAnswer
+from .runs import finish_run, read_run
 
 __all__ = ["run_demo"]
 
 _LOG = logging.getLogger(__name__)
-_NUM_FIGURES = 4
+_NUM_ENLARGED = 2
+_CELLS = 32
 
 
 def run_demo(settings: DemoSettings, *, command: str | None = None) -> tuple[DemoResults, Path]:
@@ -41,23 +43,27 @@ def run_demo(settings: DemoSettings, *, command: str | None = None) -> tuple[Dem
         The results, and the path of ``report.html``.
 
     Raises:
-        UserError: as `check_settings`, before anything is trained.
+        UserError: as `check_settings`, before anything is trained; or if there is nothing to redraw.
     """
     check_settings(settings)
+    rows_file, report = settings.output / RESULTS_FILE, settings.output / REPORT_FILE
+    command = command or f"run_demo({settings})"
+    origin = describe_redrawing(rows_file) if settings.redraw else describe_origin(command)
+    finish = read_run if settings.redraw else finish_run
     seconds: dict[str, float] = {}
     with _timed("making data", seconds):
-        data = _make_data(settings)
+        data = settings.output / "data" if settings.redraw else _make_data(settings)
     recipes = {(f, seed): run_recipe(settings, f, seed, data) for f in settings.fusers for seed in settings.seeds}
     runs = []
     for number, ((fuser, seed), recipe) in enumerate(recipes.items(), start=1):
         _LOG.info("run %d of %d: %s, seed %d", number, len(recipes), fuser, seed)
-        runs.append(finish_run(recipe, settings.output / "runs" / f"{fuser}-seed{seed}", data))
+        runs.append(finish(recipe, settings.output / "runs" / f"{fuser}-seed{seed}", data))
     firsts = runs[:: len(settings.seeds)]
     models = {run.fuser: load_model(run.folder) for run in firsts}
     recipe = recipes[settings.fusers[0], settings.seeds[0]]
     examples = draw_examples(firsts, data / "images", count=settings.num_examples)
     with _timed("probing layers", seconds):
-        probes = probe_text(
+        probes, readings = probe_text(
             all_layers_backbone(recipe.model),
             models,
             seed=settings.data_seed,
@@ -65,8 +71,7 @@ def run_demo(settings: DemoSettings, *, command: str | None = None) -> tuple[Dem
             num_test=max(1, settings.num_probe_images // 3),
         )
     with _timed("drawing feature maps", seconds):
-        names = [example.name for example in examples[:_NUM_FIGURES]]
-        figures = draw_feature_maps(models, names, data / "images")
+        figures = _draw_maps(recipe, models, readings)
     results = DemoResults(
         runs=runs,
         chance=_chance(data),
@@ -74,15 +79,24 @@ def run_demo(settings: DemoSettings, *, command: str | None = None) -> tuple[Dem
         figures=figures,
         examples=examples,
         facts=describe_sizes(settings, recipe, runs[0], models[settings.fusers[0]]),
-        origin=describe_origin(command or f"run_demo({settings})"),
+        origin=origin,
         seconds={part: taken for part, taken in seconds.items() if taken >= 0.05},
         photo=_answer_photo(settings, runs),
     )
-    rows = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in results.rows())
-    write_text(settings.output / RESULTS_FILE, rows)
-    report = settings.output / REPORT_FILE
+    if not settings.redraw:
+        write_text(rows_file, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in results.rows()))
     write_text(report, render_report(results))
     return results, report
+
+
+def _draw_maps(recipe: Recipe, models: Models, readings: Readings) -> list[Figure]:
+    scenes = readings.scenes
+    figures = [draw_readings(readings), *draw_shares(models, scenes), *draw_points(models, scenes[0])]
+    # A backbone that was trained is none that can be built anew for larger pictures.
+    if all("backbone" not in recipe.stage(stage).trainable for stage in STAGES):
+        enlarged = all_layers_backbone(recipe.model, num_cells=_CELLS)
+        figures += draw_layers(models, enlarged, scenes[:_NUM_ENLARGED])
+    return figures
 
 
 def _make_data(settings: DemoSettings) -> Path:

@@ -64,10 +64,10 @@ def code_digest(part: str) -> str:
     return digest({**state, **{name: metadata.version(name) for name in ("torch", "transformers")}})
 
 
-def finished(folder: Path, part: str, fingerprint: str) -> dict[str, Any] | None:
-    """Return the notes of a part of a run that finished; None if it did not, or had another fingerprint."""
+def finished(folder: Path, part: str, fingerprint: str | None) -> dict[str, Any] | None:
+    """Return the notes of a part of a run that finished; None if it did not, or had another fingerprint (None: any)."""
     entry = (_marks(folder) or {}).get(part)
-    return entry["notes"] if entry is not None and entry["fingerprint"] == fingerprint else None
+    return entry["notes"] if entry is not None and fingerprint in (None, entry["fingerprint"]) else None
 
 
 def mark_finished(folder: Path, part: str, fingerprint: str, notes: Mapping[str, Any]) -> None:

@@ -40,6 +40,7 @@ class DemoSettings:
             themselves may leave it out.
         image: a photograph of the user's.
         prompt: a question about it.
+        redraw: draw the report of a finished study anew, whatever code trained it; nothing is trained or answered.
     """
 
     fusers: tuple[str, ...] = ("select", "mmfuser")
@@ -57,6 +58,7 @@ class DemoSettings:
     feature_cache: Path | None = None
     image: Path | None = None
     prompt: str | None = None
+    redraw: bool = False
 
 
 def check_settings(settings: DemoSettings) -> None:

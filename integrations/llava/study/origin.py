@@ -6,18 +6,21 @@ import os
 import platform
 import subprocess
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 
+from integrations.llava._files import json_lines
 from integrations.llava.config import STAGES, Recipe
 from integrations.llava.modeling import FusedLlavaForConditionalGeneration
 from layerfuse import __version__
+from layerfuse.errors import MissingFileError
 
 from .grid import DemoSettings
 from .results import FuserRun
 
-__all__ = ["describe_origin", "describe_sizes"]
+__all__ = ["describe_origin", "describe_redrawing", "describe_sizes"]
 
 
 def describe_sizes(
@@ -33,8 +36,14 @@ def describe_sizes(
         "batch": f"{recipe.pretrain.batch_size} / {recipe.finetune.batch_size} images",
         "backbone": f"{backbone.num_blocks} blocks, width {backbone.embed_dim}, frozen",
         "whole model": f"{model.num_parameters() / 1e6:.1f} M parameters",
-        "seeds": ", ".join(map(str, settings.seeds)),
+        "runs of each fuser": _seeds(settings.seeds),
     }
+
+
+def _seeds(seeds: Sequence[int]) -> str:
+    if len(seeds) == 1:
+        return f"one seed: {seeds[0]}"
+    return f"{len(seeds)} seeds: {', '.join(map(str, seeds))}"
 
 
 def describe_origin(command: str) -> dict[str, str]:
@@ -51,6 +60,19 @@ def describe_origin(command: str) -> dict[str, str]:
         "versions": f"layerfuse {__version__}, torch {torch.__version__}, Python {platform.python_version()}",
         "date": time.strftime("%Y-%m-%d"),
     }
+
+
+def describe_redrawing(results: Path) -> dict[str, str]:
+    """Origin of the numbers in an earlier ``results.jsonl``, and when and with which code they are drawn anew.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+    """
+    if not results.is_file():
+        raise MissingFileError(f"there is no {results}, so no finished study to draw anew; leave --redraw out.")
+    drawn = describe_origin("")
+    row = next(row for _, row in json_lines(results))
+    return {**{key: row[key] for key in drawn}, "drawn anew": f"commit {drawn['commit']}, {drawn['date']}"}
 
 
 def _cpu() -> str:

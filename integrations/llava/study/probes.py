@@ -3,23 +3,44 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 
 from integrations.llava.config import ModelConfig
 from integrations.llava.modeling import FusedLlavaForConditionalGeneration, blank_condition
 from integrations.llava.synthetic import CHARACTERS, COLORS, GRID, SHAPES, Scene, draw_scene, scene_at
-from layerfuse.analysis import probe_layers
+from layerfuse.analysis import fit_probe
 from layerfuse.backbones import Backbone, create_backbone
-from layerfuse.features import FeatureMaps
+from layerfuse.errors import InputError
 
 from .results import Probe
 
-__all__ = ["CellLabels", "all_layers_backbone", "cell_labels", "probe_text"]
+__all__ = ["NOTHING", "CellLabels", "Models", "Readings", "all_layers_backbone", "cell_labels", "probe_text"]
 
-_NOTHING = -1
+NOTHING = -1
+"""Label of a cell that shows none of the classes."""
+
+Models = Mapping[str, FusedLlavaForConditionalGeneration]
+"""Fuser -> trained model."""
+
 _BATCH = 64
+# Scenes whose cells are kept for the pictures.
+_NUM_SHOWN = 16
+
+
+@dataclass(frozen=True)
+class Readings:
+    """Which cells of the first test scenes linear probes name rightly.
+
+    Attributes:
+        scenes: B of them.
+        right: "layer 3" or "output of mmfuser" -> (B, H, W): 1 where character or shape is named rightly, 0 where
+            wrongly, `NOTHING` where a cell shows neither.
+    """
+
+    scenes: Sequence[Scene]
+    right: Mapping[str, torch.Tensor]
 
 
 @dataclass(frozen=True)
@@ -39,18 +60,18 @@ class CellLabels:
     @property
     def chance(self) -> float:
         """Share of the commonest class among the labelled cells."""
-        labelled = self.labels[self.labels != _NOTHING]
+        labelled = self.labels[self.labels != NOTHING]
         return labelled.bincount().max().item() / labelled.numel()
 
     @property
     def num_cells(self) -> int:
         """Number of labelled cells."""
-        return int((self.labels != _NOTHING).sum())
+        return int((self.labels != NOTHING).sum())
 
 
 def cell_labels(scenes: Sequence[Scene]) -> list[CellLabels]:
     """Label every cell of scenes by its character, its shape and its colour; an object counts in all of its cells."""
-    characters, shapes, colors = (torch.full((len(scenes), GRID, GRID), _NOTHING) for _ in range(3))
+    characters, shapes, colors = (torch.full((len(scenes), GRID, GRID), NOTHING) for _ in range(3))
     for index, scene in enumerate(scenes):
         for offset, character in enumerate(scene.text.string):
             characters[index, scene.text.row, scene.text.column + offset] = CHARACTERS.index(character)
@@ -65,26 +86,43 @@ def cell_labels(scenes: Sequence[Scene]) -> list[CellLabels]:
     ]
 
 
-def all_layers_backbone(config: ModelConfig) -> Backbone:
-    """Build a recipe's backbone with every layer tapped, 0 = embeddings to the last block."""
+def all_layers_backbone(config: ModelConfig, *, num_cells: int = 1) -> Backbone:
+    """Build a recipe's backbone with every layer tapped, 0 = embeddings to the last block.
+
+    Args:
+        config: of the recipe's model, with one backbone.
+        num_cells: a map gets so many cells along its shorter side at least, if the backbone takes larger pictures.
+    """
     (own,) = config.backbones
-    return create_backbone(
-        own.name,
-        layers=lambda depth: range(depth + 1),
-        pretrained=config.backbone_pretrained,
-        image_size=own.image_size,
-        options=own.options,
-    ).eval()
+
+    def build(size: int | tuple[int, int] | None) -> Backbone:
+        return create_backbone(
+            own.name,
+            layers=lambda depth: range(depth + 1),
+            pretrained=config.backbone_pretrained,
+            image_size=size,
+            options=own.options,
+        ).eval()
+
+    backbone = build(own.image_size)
+    factor = -(-num_cells // min(backbone.grids()[0]))
+    if factor == 1:
+        return backbone
+    height, width = backbone.image_size
+    try:
+        return build((height * factor, width * factor))
+    except InputError:  # this backbone takes its own size only
+        return backbone
 
 
 def probe_text(
     backbone: Backbone,
-    models: Mapping[str, FusedLlavaForConditionalGeneration],
+    models: Models,
     *,
     seed: int,
     num_train: int,
     num_test: int,
-) -> list[Probe]:
+) -> tuple[list[Probe], Readings]:
     """Measure what every layer and every trained fuser's output still shows of a cell.
 
     Args:
@@ -95,37 +133,64 @@ def probe_text(
         num_test: images to score on.
 
     Returns:
-        A probe for characters, one for shapes and one for colours.
+        A probe for characters, one for shapes, one for colours; and what the first two read in the first test scenes.
     """
-    labels, maps = [], []
-    for split, count in (("train", num_train), ("test", num_test)):
-        scenes = [scene_at(seed, split, index) for index in range(count)]
-        images = backbone.preprocessing.batch([draw_scene(scene) for scene in scenes])
-        labels.append(cell_labels(scenes))
-        maps.append([_features(backbone, images), *(_fused(model, images) for model in models.values())])
-    probes = []
-    for train, test in zip(*labels, strict=True):
-        layers, *outputs = (
-            probe_layers(fit, train.labels, held, test.labels, num_classes=len(train.classes))
-            for fit, held in zip(*maps, strict=True)
-        )
-        fusers = {name: output[0] for name, output in zip(models, outputs, strict=True)}
+    fit, held = (
+        _Tokens.of(backbone, models, [scene_at(seed, split, index) for index in range(count)])
+        for split, count in (("train", num_train), ("test", num_test))
+    )
+    probes: list[Probe] = []
+    right = {name: torch.full_like(held.labels[0].labels, NOTHING) for name in held.maps}
+    for train, test in zip(fit.labels, held.labels, strict=True):
+        shown = test.labels != NOTHING
+        accuracies = {}
+        for name, tokens in held.maps.items():
+            chosen = train.labels != NOTHING
+            probe = fit_probe(fit.maps[name][chosen], train.labels[chosen], num_classes=len(train.classes))
+            named = probe.predict(tokens[shown]) == test.labels[shown]
+            accuracies[name] = named.double().mean().item()
+            if train.classes != COLORS:
+                right[name][shown] = named.long()
+        layers = {layer: accuracies[_layer(layer)] for layer in backbone.layers}
+        fusers = {fuser: accuracies[_output(fuser)] for fuser in models}
         probes.append(Probe(train.title, test.num_cells, test.chance, layers, fusers))
-    return probes
+    grids = {name: cells[:_NUM_SHOWN].unflatten(1, (GRID, GRID)) for name, cells in right.items()}
+    return probes, Readings(held.scenes[:_NUM_SHOWN], grids)
+
+
+@dataclass(frozen=True)
+class _Tokens:
+    """Scenes, the labels of their cells, and their tokens (B, N, C) in each layer and each fuser's output."""
+
+    scenes: Sequence[Scene]
+    labels: Sequence[CellLabels]
+    maps: Mapping[str, torch.Tensor]
+
+    @classmethod
+    def of(cls, backbone: Backbone, models: Models, scenes: list[Scene]) -> _Tokens:
+        images = backbone.preprocessing.batch([draw_scene(scene) for scene in scenes])
+        maps = {
+            _layer(layer): tokens for layer, tokens in zip(backbone.layers, _features(backbone, images), strict=True)
+        }
+        maps |= {_output(name): _fused(model, images) for name, model in models.items()}
+        return cls(scenes, cell_labels(scenes), maps)
+
+
+def _layer(layer: int) -> str:
+    return f"layer {layer}"
+
+
+def _output(fuser: str) -> str:
+    return f"output of {fuser}"
 
 
 @torch.inference_mode()
-def _features(backbone: Backbone, images: torch.Tensor) -> FeatureMaps:
-    batches = [backbone(batch) for batch in images.split(_BATCH)]
-    return replace(batches[0], maps=tuple(map(torch.cat, zip(*batches, strict=True))), prefix=())
+def _features(backbone: Backbone, images: torch.Tensor) -> list[torch.Tensor]:
+    batches = [backbone(batch).maps for batch in images.split(_BATCH)]
+    return [torch.cat(layer) for layer in zip(*batches, strict=True)]
 
 
 @torch.inference_mode()
-def _fused(model: FusedLlavaForConditionalGeneration, images: torch.Tensor) -> FeatureMaps:
-    """Fuser output as if it were a layer of its own."""
+def _fused(model: FusedLlavaForConditionalGeneration, images: torch.Tensor) -> torch.Tensor:
     tower, fuser = model.model.vision_tower, model.model.fuser
-    batches = images.split(_BATCH)
-    tokens = torch.cat([fuser(tower(batch), blank_condition(fuser, len(batch), batch)) for batch in batches])
-    grid = fuser.out_grid(tower.backbone.grids())
-    assert grid is not None  # as of all the demo's fusers
-    return FeatureMaps(maps=(tokens,), layers=(0,), grids=(grid,))
+    return torch.cat([fuser(tower(batch), blank_condition(fuser, len(batch), batch)) for batch in images.split(_BATCH)])

@@ -8,7 +8,7 @@ from typing import Any
 
 from integrations.llava.evaluation import KindScores, ScoredAnswer
 
-__all__ = ["DemoResults", "Example", "Figure", "FuserRun", "PhotoAnswer", "Probe"]
+__all__ = ["DemoResults", "Example", "Figure", "FuserRun", "Panel", "PhotoAnswer", "Probe"]
 
 
 @dataclass(frozen=True)
@@ -61,12 +61,27 @@ class Probe:
 
 
 @dataclass(frozen=True)
-class Figure:
-    """PNGs of one image and of its feature maps, by caption and all on one colour scale."""
+class Panel:
+    """A picture with its title; ``under`` is one that it is also laid over, half transparent. Both are PNG."""
 
-    name: str
-    image: bytes
-    maps: Mapping[str, bytes]
+    title: str
+    picture: bytes
+    under: bytes | None = None
+
+
+@dataclass(frozen=True)
+class Figure:
+    """Pictures beside each other.
+
+    Attributes:
+        kind: what they show: ``layers``, ``readings``, ``shares`` or ``points``.
+        note: of which images, of which fuser.
+        panels: in order; the first of most kinds is what the model saw.
+    """
+
+    kind: str
+    note: str
+    panels: Sequence[Panel]
 
 
 @dataclass(frozen=True)
@@ -96,7 +111,7 @@ class DemoResults:
         runs: by fuser and seed, both in the order of the settings.
         chance: question kind -> accuracy without seeing the image.
         probes: the first is the legibility of text.
-        figures: feature maps of the first test images.
+        figures: maps of the first test images, figures of one kind after another.
         examples: the first test images.
         facts: label -> value: data, steps, sizes.
         origin: command, commit, hardware, versions, date.

@@ -17,11 +17,12 @@ from integrations.llava.config import STAGES, Recipe
 from integrations.llava.evaluation import evaluate, read_predictions, read_questions, score_answers, summarise
 from integrations.llava.synthetic import KINDS
 from integrations.llava.training import RunFolder, train
+from layerfuse.errors import MissingFileError
 
 from .fingerprint import begin, code_digest, digest, file_digest, finished, folder_digest, mark_finished
 from .results import FuserRun
 
-__all__ = ["finish_run"]
+__all__ = ["finish_run", "read_run"]
 
 _LOG = logging.getLogger(__name__)
 # Parts that are noted: training has begun to write, training is finished, all questions are answered.
@@ -35,18 +36,31 @@ def finish_run(recipe: Recipe, folder: Path, data: Path) -> FuserRun:
         FileExistsError: if the folder holds files that no demo wrote.
     """
     training = _train(recipe, folder, data)
-    seconds = dict(finished(folder, _TRAINING, training) or {})
     questions_file = data / "test.jsonl"
     parts = {"training": training, "code": code_digest("evaluation"), "questions": file_digest(questions_file)}
     evaluation = digest(parts)
-    noted = finished(folder, _EVALUATION, evaluation)
-    if noted is None:
+    if finished(folder, _EVALUATION, evaluation) is None:
         started = time.perf_counter()
         evaluate(folder, questions_file, data / "images", output=folder / _EVALUATION, overwrite=True)
-        noted = {"evaluation": time.perf_counter() - started}
-        mark_finished(folder, _EVALUATION, evaluation, noted)
+        mark_finished(folder, _EVALUATION, evaluation, {"evaluation": time.perf_counter() - started})
     else:
         _LOG.info("%s: answers are there already", folder.name)
+    return read_run(recipe, folder, data)
+
+
+def read_run(recipe: Recipe, folder: Path, data: Path) -> FuserRun:
+    """Read what a finished run answered, whatever code trained it.
+
+    Raises:
+        FileNotFoundError: if the folder holds no finished run.
+    """
+    noted = [finished(folder, part, None) for part in (_TRAINING, _EVALUATION)]
+    if None in noted:
+        raise MissingFileError(
+            f"{folder} holds no finished run of a demo, so there is nothing to draw; give the fusers, seeds and output "
+            "of one that is finished, or leave --redraw out, which trains."
+        )
+    questions_file = data / "test.jsonl"
     predictions = read_predictions(folder / _EVALUATION / "predictions.jsonl")
     answers = score_answers(read_questions(questions_file), predictions)
     kinds = summarise(answers)
@@ -65,7 +79,7 @@ def finish_run(recipe: Recipe, folder: Path, data: Path) -> FuserRun:
         kinds={kind: kinds[kind] for kind in sorted(kinds, key=KINDS.index)},
         answers=answers,
         losses=losses,
-        seconds={**seconds, **noted},
+        seconds={part: taken for notes in noted for part, taken in (notes or {}).items()},
         cost=asdict(model.fuser.cost(model.fuser_grids)),
     )
 

@@ -11,10 +11,11 @@ from pathlib import Path
 from .dataset import make_dataset, scene_at
 from .questions import KINDS
 from .rendering import draw_scene
-from .scene import CHARACTERS, COLORS, GRID, SHAPES, Scene
+from .scene import CELL, CHARACTERS, COLORS, GRID, SHAPES, Scene
 
 __all__ = [
     "BACKBONE_FOLDER",
+    "CELL",
     "CHARACTERS",
     "COLORS",
     "GRID",

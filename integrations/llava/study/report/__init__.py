@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
-from .document import render_report
+from .document import render_maps, render_report
 from .losses import RunLosses, draw_losses, read_losses, render_losses
-from .pictures import draw_examples, draw_feature_maps, thumbnail
+from .maps import draw_layers, draw_points, draw_readings, draw_shares
+from .pictures import draw_examples, thumbnail
 
 __all__ = [
     "RunLosses",
     "draw_examples",
-    "draw_feature_maps",
+    "draw_layers",
     "draw_losses",
+    "draw_points",
+    "draw_readings",
+    "draw_shares",
     "read_losses",
     "render_losses",
+    "render_maps",
     "render_report",
     "thumbnail",
 ]

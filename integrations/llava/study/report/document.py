@@ -1,4 +1,4 @@
-"""The report: one HTML file that needs nothing beside it."""
+"""The report: one HTML file that needs nothing beside it; and its part about maps alone."""
 
 from __future__ import annotations
 
@@ -14,41 +14,82 @@ from markupsafe import Markup
 from integrations.llava.evaluation import TASKS, ScoredAnswer
 from integrations.llava.evaluation.metrics import parse_box
 
-from ..results import DemoResults, Example, Probe
-from ..statistics import AVERAGE, baseline, conclude, differences, estimate
+from ..results import DemoResults, Example, Figure, Probe
+from ..statistics import AVERAGE, baseline, conclude, differences, estimate, explain_layer_zero
 from .charts import Column, Interval, Series, interval_chart, line_chart, marker, smoothed, thinned
 
-__all__ = ["render_report"]
+__all__ = ["render_maps", "render_report"]
 
 _PAGE = Path(__file__).parent / "page"
+
+# Kind of figure -> heading, and what it is.
+_MAPS = {
+    "readings": (
+        "Which characters and shapes can still be read",
+        "A linear probe names the character or the shape that a cell shows, from the token of that cell alone: blue "
+        "where it is right, orange where it is wrong.",
+    ),
+    "layers": (
+        "What layers and fusers see",
+        "The first three principal components of each map as red, green and blue: cells of one colour have like "
+        "tokens; colours of two maps cannot be compared. Below each map, the same over the scene.",
+    ),
+    "shares": (
+        "What depth_attention takes of each layer",
+        "The share of each layer in each cell, on one scale from dark to bright; the layers of a cell add up to one.",
+    ),
+    "points": ("Where mmfuser looks", "A cross is a cell of the query; points of its colour are where it reads."),
+}
 
 
 def render_report(results: DemoResults) -> str:
     """Draw the report as one HTML page: styles, charts and pictures are inside."""
-    environment = Environment(
-        loader=FileSystemLoader(_PAGE), autoescape=True, undefined=StrictUndefined, trim_blocks=False
-    )
-    environment.filters["data_uri"] = _data_uri
     slots = {fuser: number for number, fuser in enumerate(results.fusers)}
     time_parts = list(dict.fromkeys(part for run in results.runs for part in run.seconds))
-    return environment.get_template("report.html.j2").render(
-        results=results,
-        style=Markup((_PAGE / "report.css").read_text(encoding="utf-8")),
-        markers={fuser: marker(0, 0, slot, fuser) for fuser, slot in slots.items()},
-        kinds=[(TASKS.get(kind), scores.num_questions) for kind, scores in results.runs[0].kinds.items()],
-        table=_table(results, slots),
-        sentences=conclude(results),
-        secondary=_secondary(results),
-        baseline=baseline(results),
-        difference_chart=_difference_chart(results, slots),
-        examples=[_example(example, slots) for example in results.examples],
-        probe_charts=[_probe(probe, slots, wide=number == 0) for number, probe in enumerate(results.probes)],
-        probe_sentence=_probe_sentence(results.probes),
-        loss_charts=_loss_charts(results, slots),
-        time_parts=time_parts,
-        total_seconds=sum(sum(run.seconds.values()) for run in results.runs),
-        costs=_costs(results, time_parts),
+    return (
+        _environment()
+        .get_template("report.html.j2")
+        .render(
+            results=results,
+            style=Markup((_PAGE / "report.css").read_text(encoding="utf-8")),
+            markers={fuser: marker(0, 0, slot, fuser) for fuser, slot in slots.items()},
+            kinds=[(TASKS.get(kind), scores.num_questions) for kind, scores in results.runs[0].kinds.items()],
+            table=_table(results, slots),
+            sentences=conclude(results),
+            secondary=_secondary(results),
+            baseline=baseline(results),
+            difference_chart=_difference_chart(results, slots),
+            examples=[_example(example, slots) for example in results.examples],
+            probe_charts=[_probe(probe, slots, wide=number == 0) for number, probe in enumerate(results.probes)],
+            probe_sentence=_probe_sentence(results.probes),
+            layer_zero=explain_layer_zero(results),
+            loss_charts=_loss_charts(results, slots),
+            time_parts=time_parts,
+            total_seconds=sum(sum(run.seconds.values()) for run in results.runs),
+            costs=_costs(results, time_parts),
+            map_groups=_map_groups(results.figures),
+        )
     )
+
+
+def render_maps(figures: Sequence[Figure]) -> str:
+    """Draw the report's part about maps alone, a section of HTML that the report's style fits."""
+    return _environment().get_template("maps.html.j2").render(map_groups=_map_groups(figures))
+
+
+def _environment() -> Environment:
+    environment = Environment(loader=FileSystemLoader(_PAGE), autoescape=True, undefined=StrictUndefined)
+    environment.filters["data_uri"] = _data_uri
+    return environment
+
+
+def _map_groups(figures: Sequence[Figure]) -> list[tuple[str, str, list[Figure]]]:
+    """Heading, explanation and figures of each kind that there is."""
+    groups = []
+    for kind, (heading, text) in _MAPS.items():
+        if shown := [figure for figure in figures if figure.kind == kind]:
+            groups.append((heading, text, shown))
+    return groups
 
 
 def _table(results: DemoResults, slots: Mapping[str, int]) -> list[dict[str, Any]]:

@@ -8,7 +8,7 @@ import random
 import numpy as np
 
 from integrations.llava.evaluation import Question, ScoredAnswer, score_answers, summarise
-from integrations.llava.study.results import DemoResults, Example, Figure, FuserRun, PhotoAnswer, Probe
+from integrations.llava.study.results import DemoResults, Example, Figure, FuserRun, Panel, PhotoAnswer, Probe
 from layerfuse.analysis import png_bytes
 
 KINDS = ("ocr", "counting", "color", "shape", "box")
@@ -91,8 +91,10 @@ def make_results(
             Probe("colour in the cell", 310, 0.2, {layer: 0.5 + 0.05 * layer for layer in range(7)}),
         ],
         figures=[
-            Figure(f"test_{index}.png", picture, {"key/value average": picture, "query": picture, "output": picture})
-            for index in range(2)
+            Figure(
+                kind, f"{kind} of test images", [Panel("the scene", picture), Panel("layer 1", picture, under=picture)]
+            )
+            for kind in ("layers", "layers", "readings", "shares", "points")
         ],
         examples=[
             Example(

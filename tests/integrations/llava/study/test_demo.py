@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -42,6 +43,15 @@ def test_report_has_both_fusers_all_kinds_and_every_part(output: Path) -> None:
     for part in ("results", "examples", "photo", "probe", "maps", "losses", "cost", "origin"):
         assert f'<section id="{part}">' in report
     assert "What is &lt;this&gt;?" in report
+    assert "<dt>runs of each fuser</dt><dd>one seed: 0</dd>" in report
+    assert "32×32 cells" in report
+    for heading in (
+        "Which characters and shapes can still be read",
+        "What layers and fusers see",
+        "Where mmfuser looks",
+    ):
+        assert f"<h3>{heading}</h3>" in report
+    assert "What depth_attention takes" not in report  # no such run
 
 
 def test_report_needs_nothing_beside_it(output: Path) -> None:
@@ -88,6 +98,39 @@ def test_second_run_trains_and_answers_nothing_anew(
     monkeypatch.setattr(runs, "evaluate", lambda *_, **__: pytest.fail("evaluated again"))
     assert main(arguments) == 0
     assert {path: path.stat().st_mtime_ns for path in (output / "runs").rglob("*") if path.is_file()} == before
+
+
+def test_a_report_is_drawn_anew_from_a_finished_study_whatever_code_trained_it(
+    output: Path, arguments: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from integrations.llava.study import runs
+
+    report, rows = output / "report.html", output / "results.jsonl"
+    before = rows.read_bytes()
+    origin = json.loads(before.splitlines()[0])
+    rows.write_bytes(before.replace(origin["commit"].encode(), b"an-older-commit"))
+    report.unlink()
+    monkeypatch.setattr(runs, "code_digest", lambda part: "of other code")
+    monkeypatch.setattr(runs, "train", lambda *_, **__: pytest.fail("trained again"))
+    monkeypatch.setattr(runs, "evaluate", lambda *_, **__: pytest.fail("evaluated again"))
+    assert main([*arguments, "--redraw"]) == 0
+    page = report.read_text()
+    assert "<dd>an-older-commit</dd>" in page
+    assert re.search(rf"<dt>drawn anew</dt><dd>commit {re.escape(origin['commit'])}, \d{{4}}-", page)
+    assert b"drawn anew" not in rows.read_bytes()
+    rows.write_bytes(before)
+
+
+def test_what_is_not_finished_cannot_be_drawn_anew(
+    output: Path, arguments: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for given, message in (
+        (["--output", str(tmp_path / "new")], "so no finished study to draw anew"),
+        (["--fusers", "average"], "average-seed0 holds no finished run of a demo"),
+    ):
+        with pytest.raises(SystemExit):
+            main([*arguments, *given, "--redraw"])
+        assert message in " ".join(capsys.readouterr().err.split())
 
 
 @pytest.mark.parametrize("folder", [(), ("features",)], ids=["its own folder", "a named one"])

@@ -1,9 +1,11 @@
 from __future__ import annotations
 
+import pytest
 import torch
 
 from integrations.llava.config.schema import ModelConfig
-from integrations.llava.study.probes import all_layers_backbone, cell_labels, probe_text
+from integrations.llava.config.yaml_io import load_recipe
+from integrations.llava.study.probes import NOTHING, all_layers_backbone, cell_labels, probe_text
 from integrations.llava.synthetic.dataset import scene_at
 from integrations.llava.synthetic.scene import CHARACTERS, COLORS, GRID, SHAPES
 
@@ -34,14 +36,28 @@ def test_chance_is_the_share_of_the_commonest_class() -> None:
 
 
 def test_probe_covers_every_layer_from_the_embeddings_on(tiny_recipe: object) -> None:
-    from integrations.llava.config.yaml_io import load_recipe
-
     config: ModelConfig = load_recipe(str(tiny_recipe)).model
     backbone = all_layers_backbone(config)
-    probes = probe_text(backbone, {}, seed=0, num_train=12, num_test=6)
+    probes, readings = probe_text(backbone, {}, seed=0, num_train=12, num_test=6)
     assert [probe.title.split()[0] for probe in probes] == ["Character", "Shape", "Colour"]
     for probe in probes:
         assert list(probe.layers) == [0, 1, 2, 3]
         assert all(0 <= accuracy <= 1 for accuracy in probe.layers.values())
         assert probe.fusers == {}
     assert probes[0].num_cells == 18
+    assert list(readings.right) == [f"layer {layer}" for layer in range(4)]
+    assert readings.scenes == [scene_at(0, "test", index) for index in range(6)]
+    characters, shapes, _ = cell_labels(readings.scenes)
+    for layer, right in zip(range(4), readings.right.values(), strict=True):
+        assert torch.equal(right.flatten(1) != NOTHING, (characters.labels != NOTHING) | (shapes.labels != NOTHING))
+        for probe, own in zip(probes, (characters, shapes), strict=False):
+            read = right.flatten(1)[own.labels != NOTHING]
+            assert read.double().mean().item() == pytest.approx(probe.layers[layer])
+
+
+def test_maps_are_enlarged_to_the_cells_asked_for(tiny_recipe: object) -> None:
+    config = load_recipe(str(tiny_recipe)).model
+    own, enlarged = (all_layers_backbone(config, num_cells=number) for number in (1, 24))
+    (first, *_), (second, *_) = own.grids(), enlarged.grids()
+    assert first[0] < 24 <= second[0] < 24 + first[0]
+    assert own.layers == enlarged.layers

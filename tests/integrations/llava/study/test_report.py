@@ -9,9 +9,9 @@ import pytest
 
 from integrations.llava.cli.demo import table
 from integrations.llava.evaluation import score_answers, summarise
-from integrations.llava.study.report import render_report
+from integrations.llava.study.report import render_maps, render_report
 from integrations.llava.study.results import DemoResults
-from integrations.llava.study.statistics import AVERAGE, baseline, conclude, differences, estimate
+from integrations.llava.study.statistics import AVERAGE, baseline, conclude, differences, estimate, explain_layer_zero
 from tests.integrations.llava.study.made_up import KINDS, make_questions, make_results, make_run
 
 VOID = {"meta", "img", "input", "br", "hr", "link"}
@@ -74,9 +74,42 @@ def test_tables_make_room_for_the_longest_fuser() -> None:
     page = render_report(make_results({"select": 0.5, "depth_attention": 0.6}))
     assert 'style="--letters:15"' in page
     results = make_results()
-    maps = dict.fromkeys(["output of depth_attention"], results.figures[0].image)
-    page = render_report(replace(results, figures=[replace(results.figures[0], maps=maps)]))
-    assert '<th scope="col">output of depth_<wbr>attention</th>' in page
+    panel = replace(results.figures[0].panels[0], title="output of depth_attention")
+    page = render_report(replace(results, figures=[replace(results.figures[0], panels=[panel])]))
+    assert "<figcaption>output of depth_<wbr>attention</figcaption>" in page
+
+
+def test_maps_of_a_kind_stand_under_one_heading_and_alone_as_in_the_report() -> None:
+    results = make_results()
+    section = render_maps(results.figures)
+    assert section in render_report(results)
+    assert re.findall("<h3>(.*)</h3>", section) == [
+        "Which characters and shapes can still be read",
+        "What layers and fusers see",
+        "What depth_attention takes of each layer",
+        "Where mmfuser looks",
+    ]
+    assert section.count('class="panels layers"') == 2
+    assert section.count('class="over"') == 5  # the second panel of each figure lies over a picture, too
+
+
+def test_what_is_said_of_layer_0_follows_from_the_probes() -> None:
+    results = make_results()
+    probe, other = results.probes
+    best = [probe, replace(other, layers={layer: 0.981 - 0.1 * layer for layer in range(7)})]
+    said = " ".join(explain_layer_zero(replace(results, probes=best)))
+    assert said.startswith(
+        "What a probe reads of layer 0, the embeddings, and of layer 1 in brackets: character 90 % (88 %), colour "
+        "98 % (88 %). "
+        "No fuser taps it all the same. An embedding is linear in the pixels of its own patch"
+    )
+    assert said.endswith("depth_attention answered 76.3 % right with layer 0 as a sixth layer and 73.6 % without it.")
+    assert said in render_report(replace(results, probes=best)).replace("&#39;", "'")
+    # The colour is read better later on, so that there is nothing to wonder about.
+    assert "all the same" not in " ".join(explain_layer_zero(results))
+    tapping = [replace(run, layers=(0, 1)) if run.fuser == "mmfuser" else run for run in results.runs]
+    assert explain_layer_zero(replace(results, runs=tapping))[-1] == "Layer 0 is tapped by mmfuser."
+    assert explain_layer_zero(make_results(complete=False)) == []
 
 
 def test_text_from_outside_is_escaped() -> None:
