@@ -94,7 +94,7 @@ def _measure(part: str, folder: Path) -> object:
     if part == "llm":
         return {kind: round(share, 3) for kind, share in answer_accuracy(folder).items()}
     backbone = create_backbone(f"transformers:{folder}", layers=lambda depth: range(depth + 1)).float().eval()
-    probes = probe_text(backbone, {}, seed=3000, num_train=1200, num_test=400)
+    probes, _ = probe_text(backbone, {}, seed=3000, num_train=1200, num_test=400)
     named = list(zip(("character", "shape", "color"), probes, strict=True))
     return [{name: round(probe.layers[layer], 3) for name, probe in named} for layer in backbone.layers]
 

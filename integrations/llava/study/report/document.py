@@ -27,7 +27,8 @@ _MAPS = {
     "readings": (
         "Which characters and shapes can still be read",
         "A linear probe names the character or the shape that a cell shows, from the token of that cell alone: blue "
-        "where it is right, orange where it is wrong.",
+        "where it is right, orange where it is wrong. What is blue behind a fuser and orange in the last layer that it "
+        "taps, it has from an earlier one.",
     ),
     "layers": (
         "What layers and fusers see",
@@ -36,9 +37,16 @@ _MAPS = {
     ),
     "shares": (
         "What depth_attention takes of each layer",
-        "The share of each layer in each cell, on one scale from dark to bright; the layers of a cell add up to one.",
+        "The share of each layer in each cell, on one scale from dark to bright; the layers of a cell add up to one. "
+        "Where text or objects stand out, the fuser has learned which layer knows them.",
     ),
-    "points": ("Where mmfuser looks", "A cross is a cell of the query; points of its colour are where it reads."),
+    "points": (
+        "Where mmfuser looks",
+        (
+            "A cross is a cell of the query, points of its colour are where it reads; large ones weigh more. Large "
+            "points that gather at their cross or on one thing were learned; points all over the scene were not yet."
+        ),
+    ),
 }
 
 

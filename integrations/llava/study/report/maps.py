@@ -109,7 +109,7 @@ def draw_points(models: Models, scene: Scene) -> Iterator[Figure]:
         titles = [f"layer {layer}" for at, layer in enumerate(features.layers) if at != fuser.query_index]
         grid = features.grids[fuser.query_index]
         sheet = point_sheet(picture, locations[0], weights[0], grid=grid, cells=cells, titles=titles)
-        note = f"{name}: where {len(cells)} cells of the query read the other layers; large points weigh more."
+        note = f"{name}: where {len(cells)} cells of the query read the other layers."
         yield Figure("points", note, [Panel("", sheet)])
 
 
