@@ -12,7 +12,7 @@ import torch
 
 from layerfuse.backbones import AnyBackbone, Backbone
 from layerfuse.encoder import FusedEncoder
-from layerfuse.errors import InputError
+from layerfuse.errors import InputError, MissingFileError
 from layerfuse.features import FeatureMaps
 from layerfuse.fusers import Fuser, create_fuser
 
@@ -124,6 +124,11 @@ def _is_encoder(model: str) -> bool:
     """Say whether a model is the folder of an encoder; one of something else, without a family, is refused."""
     folder = Path(model)
     if not folder.is_dir():
+        if ":" not in model:
+            raise MissingFileError(
+                f"there is no folder {model}; give that of a trained encoder, or a backbone by family and name, "
+                f"such as timm:{model} or transformers:{model}."
+            )
         return False
     try:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))

@@ -195,6 +195,15 @@ def test_a_folder_that_holds_no_encoder_says_what_to_give(
     assert "holds no encoder that save_pretrained wrote (config.json with 'backbone'" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("command", ["maps", "contributions", "similarity"])
+def test_a_folder_that_is_not_there_is_said_to_be_missing(
+    command: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = write_pictures(tmp_path / "photos", 1)
+    assert main([command, "encodr", str(folder), "--output", str(tmp_path / "out")]) == 2
+    assert "there is no folder encodr; give that of a trained encoder, or a backbone" in capsys.readouterr().err
+
+
 def test_contributions_are_printed_drawn_and_written(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     encoder = layerfuse.create_encoder(BACKBONE, layers=(1, 3, -1), fuser="depth_attention")
     with torch.no_grad():
@@ -274,7 +283,9 @@ def test_an_unreadable_picture_is_left_out_and_named_or_ends_the_command(
     assert f"1 of {total} pictures cannot be read and were left out: {folder / '2.png'}" in capsys.readouterr().err
     told = json.loads((tmp_path / "out" / "numbers.json").read_text())
     assert list(told["left_out"]) == [str(folder / "2.png")]
-    assert "cannot be read: " in (tmp_path / "out" / "index.html").read_text()
+    page = (tmp_path / "out" / "index.html").read_text()
+    assert "cannot be read: " in page
+    assert command in ("maps", "contributions") or f"{total - 1} pictures" in page
     assert main([*arguments, "--bad-images", "fail"]) == 2
     assert "2.png cannot be read (" in capsys.readouterr().err
 
