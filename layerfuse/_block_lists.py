@@ -85,15 +85,15 @@ def count_blocks(blocks: BlockList) -> int:
     return int(getattr(blocks, _DEPTH_MARK, len(blocks)))
 
 
-def cut_blocks(blocks: BlockList, depth: int) -> None:
+def cut_blocks(blocks: BlockList, depth: int, *, tuples: bool = False) -> None:
     """Remove the blocks behind a depth from the list, in place: the parent may hold it under several names.
 
-    Of depth 0, a block that does nothing stays for a place where layer 0 is tapped.
+    Of depth 0, a block that does nothing stays for a place where layer 0 is tapped; ``tuples``: blocks return pairs.
     """
     setattr(blocks, _DEPTH_MARK, count_blocks(blocks))
     del blocks[max(depth, 1) :]
     if depth == 0 and is_left(blocks):
-        blocks[0] = _NoBlock(first_parameter(blocks[0]))
+        blocks[0] = _NoBlock(first_parameter(blocks[0]), tuples=tuples)
 
 
 def cut_submodules(model: nn.Module, paths: Sequence[str]) -> None:
@@ -149,13 +149,14 @@ def first_argument(args: tuple[Any, ...], kwargs: Mapping[str, Any], keyword: st
 class _NoBlock(nn.Module):
     """A block that does nothing, in the place of block 1 where only layer 0 is tapped: the hook stands before it."""
 
-    def __init__(self, keyword: str | None) -> None:
+    def __init__(self, keyword: str | None, *, tuples: bool) -> None:
         super().__init__()
+        self.tuples = tuples
         self.register_forward_pre_hook(partial(_pass_first_alone, keyword), with_kwargs=True)
 
     def forward(self, hidden_states: Any) -> Any:
-        """Return the input."""
-        return hidden_states
+        """Return the input, with a second value beside it where the model takes a block's output apart."""
+        return (hidden_states, None) if self.tuples else hidden_states
 
 
 def _pass_first_alone(

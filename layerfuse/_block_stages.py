@@ -110,8 +110,10 @@ class Blocks:
         if depth > left:
             refuse_lost_depth(depth, left, len(self))
 
-    def cut(self, depth: int) -> None:
+    def cut(self, depth: int, *, tuples: bool = False) -> None:
         """Remove the blocks behind a depth, and the stages behind its own; the lists change in place.
+
+        ``tuples``: the model takes what a block returns for a pair that begins with the hidden states.
 
         Raises:
             ValueError: as `check_depth`.
@@ -122,7 +124,7 @@ class Blocks:
             setattr(self._stages, _DEPTHS_MARK, self.depths)
             del self._stages[stage + 1 :]
             del self.lists[stage + 1 :], self.paths[stage + 1 :]
-        cut_blocks(self.lists[stage], depth - sum(self.depths[:stage]))
+        cut_blocks(self.lists[stage], depth - sum(self.depths[:stage]), tuples=tuples)
 
     def _stage_of(self, depth: int) -> int:
         return next(number for number, end in enumerate(accumulate(self.depths)) if depth <= end)

@@ -32,6 +32,7 @@ class BackboneFacts:
         tail: paths of modules after the blocks (final norm, head) that become ``nn.Identity``: no cost, no parameter;
             ``*`` stands for the last stage that is left.
         stages: where layers have several widths or grids, or other tokens than (B, P + N, C); empty for one stage.
+        returns_pairs: whether the model takes what a block returns for a pair that begins with the hidden states.
         size_step: (height, width) in pixels of which sizes must be multiples; the patch size if None.
 
     Raises:
@@ -50,6 +51,7 @@ class BackboneFacts:
     tail: tuple[str, ...] = ()
     stages: tuple[Stage, ...] = ()
     size_step: tuple[int, int] | None = None
+    returns_pairs: bool = False
 
     def __post_init__(self) -> None:
         first = self.stages[0] if self.stages else None

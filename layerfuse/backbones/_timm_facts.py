@@ -28,10 +28,9 @@ def timm_facts(model: Any, *, path: str = "") -> BackboneFacts:
     """
     from timm.data import resolve_model_data_config
 
-    layout = STAGED.get(type(model).__module__.rpartition(".")[2])
-    if layout is not None:
-        facts = stage_facts(model, layout)
-        facts["blocks"], facts["tail"] = path + facts["blocks"], tuple(path + name for name in facts["tail"])
+    kind = type(model).__module__.rpartition(".")[2]
+    if kind in STAGED:
+        facts = stage_facts(model, kind, path)
         preprocessing = preprocessing_of(resolve_model_data_config(model), facts["image_size"])
         return BackboneFacts(preprocessing=preprocessing, **facts)
     blocks = getattr(model, "blocks", None)

@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import nn
 
+from layerfuse.backbones._transformers_stages import STAGED, stage_facts
 from layerfuse.backbones.base import BackboneFacts, as_pair
 from layerfuse.errors import InputError
 from layerfuse.preprocessing import (
@@ -23,7 +24,7 @@ from layerfuse.preprocessing import (
 from layerfuse.taps import find_blocks
 
 __all__ = [
-    "CLASS_TOKENS",
+    "known_types",
     "read_preprocessing",
     "takes",
     "transformers_facts",
@@ -68,6 +69,10 @@ _DEFAULTS: dict[str, tuple[Any, ...]] = {
     "ijepa": (HALF, HALF, "bilinear", "squash", 1.0),
     "dinov3_vit": (IMAGENET_MEAN, IMAGENET_STD, "bilinear", "squash", 1.0),
     "internvl_vision": (IMAGENET_MEAN, IMAGENET_STD, "bicubic", "squash", 1.0),
+    "sam_vision_model": (IMAGENET_MEAN, IMAGENET_STD, "bilinear", "pad", 1.0),
+    "sam2_hiera_det_model": (IMAGENET_MEAN, IMAGENET_STD, "bilinear", "squash", 1.0),
+    "swin": (IMAGENET_MEAN, IMAGENET_STD, "bicubic", "squash", 1.0),
+    "swinv2": (IMAGENET_MEAN, IMAGENET_STD, "bicubic", "squash", 1.0),
 }
 _DEFAULT: tuple[Any, ...] = (IMAGENET_MEAN, IMAGENET_STD, "bicubic", "crop", 224 / 256)
 
@@ -86,9 +91,13 @@ def transformers_facts(model: nn.Module) -> BackboneFacts:
             "mask_ratio=0 too, so its maps have no grid. Its weights load into a plain Vision Transformer: hand over "
             "transformers.ViTModel.from_pretrained(name), or take timm's 'vit_base_patch16_224.mae'."
         )
+    if kind in STAGED:
+        facts = stage_facts(config)
+        preprocessing = read_preprocessing({}, kind=kind, size=facts["image_size"])
+        return BackboneFacts(preprocessing=preprocessing, in_channels=getattr(config, "num_channels", None), **facts)
     if kind not in CLASS_TOKENS:
         raise InputError(
-            f"transformers model type {kind!r} is unknown to layerfuse; known: {', '.join(sorted(CLASS_TOKENS))}. Tap "
+            f"transformers model type {kind!r} is unknown to layerfuse; known: {', '.join(known_types())}. Tap "
             "another one as ModuleBackbone(model, ...), which is told the number of prefix tokens and the patch size."
         )
     patch_size = as_pair(config.patch_size)
@@ -112,6 +121,11 @@ def transformers_facts(model: nn.Module) -> BackboneFacts:
     )
 
 
+def known_types() -> list[str]:
+    """Return the model types that are known, such as ``"clip_vision_model"``."""
+    return sorted((*CLASS_TOKENS, *STAGED))
+
+
 def vision_part(model: nn.Module) -> nn.Module:
     """Return the vision model in one that holds it (CLIPModel, SiglipModel, an image classifier, LLaVA).
 
@@ -119,9 +133,10 @@ def vision_part(model: nn.Module) -> nn.Module:
     """
     from transformers import MODEL_MAPPING
 
-    inner = getattr(model, "vision_model", None)
-    if isinstance(inner, nn.Module) and hasattr(inner, "config"):
-        return inner
+    for name in ("vision_model", "vision_encoder"):  # the second is SAM's
+        inner = getattr(model, name, None)
+        if isinstance(inner, nn.Module) and hasattr(inner, "config"):
+            return inner
     config: Any = getattr(model, "config", None)
     built: Any = MODEL_MAPPING.get(type(getattr(config, "vision_config", config)), nn.Module)
     return next((module for module in model.modules() if isinstance(module, built)), model)

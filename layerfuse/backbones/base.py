@@ -100,7 +100,7 @@ class Backbone(AnyBackbone):
         deepest = max(self.layers)
         blocks.check_depth(deepest)
         cut_submodules(model, [blocks.in_last_stage(path, deepest) for path in facts.tail])
-        blocks.cut(deepest)
+        blocks.cut(deepest, tuples=facts.returns_pairs)
         self.cut_tail(model)
         self._patch_embedding, channels = find_patch_embedding(model, blocks, facts.patch_size)
         self.in_channels = facts.in_channels or channels or 3

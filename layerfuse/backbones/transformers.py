@@ -1,4 +1,4 @@
-"""Backbones from transformers: CLIP, SigLIP, SigLIP2, DINOv2, DINOv3, AIMv2, ViT, DeiT, BEiT, InternViT, MLCD."""
+"""Backbones from transformers: CLIP, SigLIP, DINOv2, DINOv3, AIMv2, ViT, DeiT, BEiT, InternViT, Swin, Hiera, SAM, …."""
 
 from __future__ import annotations
 
@@ -15,12 +15,13 @@ from torch import nn
 
 from layerfuse._hub import FETCH_ERRORS, why_not_fetched
 from layerfuse.backbones._transformers_facts import (
-    CLASS_TOKENS,
+    known_types,
     read_preprocessing,
     takes,
     transformers_facts,
     vision_part,
 )
+from layerfuse.backbones._transformers_stages import reset_windows
 from layerfuse.backbones.base import BACKBONES, Backbone, as_pair, checked_multiple
 from layerfuse.errors import InputError, MissingPackageError
 from layerfuse.layers import LayerChoice
@@ -76,7 +77,7 @@ class TransformersBackbone(Backbone):
         self._position_flag = takes(model, "interpolate_pos_encoding")  # is asked to resize position embeddings
         self._patches = takes(model, "spatial_shapes")  # takes patches with their grid (SigLIP2 NaFlex), not images
         if image_size is not None and as_pair(image_size) != facts.image_size:
-            if not facts.any_size:
+            if not facts.any_size and not self._position_flag:
                 raise InputError(
                     f"{type(model).__name__} takes only {facts.image_size[0]}x{facts.image_size[1]} pixels, so "
                     f"image_size={image_size} is not possible; leave image_size out."
@@ -88,6 +89,8 @@ class TransformersBackbone(Backbone):
         fields = {key: value for key, value in config.to_dict().items() if key not in _NO_ARCHITECTURE}
         recipe = {"config": fields, "image_size": list(facts.image_size)}
         super().__init__(model, layers=layers, facts=facts, recipe=recipe)
+        if config.model_type == "swin":
+            reset_windows(model, facts.image_size)
 
     @classmethod
     def from_name(
@@ -160,7 +163,7 @@ class TransformersBackbone(Backbone):
     @classmethod
     def list_names(cls) -> list[str]:
         """Return the known model types, such as ``"clip_vision_model"``; the hub's models of these types fit."""
-        return sorted(CLASS_TOKENS)
+        return known_types()
 
     @property
     def config(self) -> dict[str, Any]:
@@ -173,7 +176,7 @@ class TransformersBackbone(Backbone):
     def cut_tail(self, model: nn.Module) -> None:
         """Remove final norm, pooling head and the mask token of masked pretraining from the model."""
         cut: Any = model
-        for name in ("post_layernorm", "layernorm", "norm", "rms_norm"):
+        for name in ("post_layernorm", "layernorm", "norm", "rms_norm", "neck"):
             if isinstance(getattr(cut, name, None), nn.Module):
                 setattr(cut, name, nn.Identity())
         if isinstance(getattr(cut, "pooler", None), nn.Module):
@@ -181,6 +184,10 @@ class TransformersBackbone(Backbone):
         if isinstance(getattr(cut, "head", None), nn.Module):
             cut.head = None
             cut.use_head = False
+        # What merges patches stands at the end of Swin's stages.
+        stages: Any = getattr(getattr(cut, "encoder", None), "layers", ())
+        if len(stages) and hasattr(stages[-1], "downsample"):
+            stages[-1].downsample = None
         # Used only with bool_masked_pos; without it the parameter would never get a gradient.
         embeddings: Any = getattr(cut, "embeddings", None)
         if getattr(embeddings, "mask_token", None) is not None:
@@ -210,8 +217,17 @@ class TransformersBackbone(Backbone):
         self.model(batch.patches, pixel_attention_mask=batch.mask.long(), spatial_shapes=batch.spatial_shapes)
 
     def set_gradient_checkpointing(self, enable: bool = True) -> None:
-        """Recompute block activations in the backward pass instead of keeping them; works in training mode only."""
+        """Recompute block activations in the backward pass instead of keeping them; works in training mode only.
+
+        Raises:
+            ValueError: if the model has no such switch.
+        """
         model: Any = self.model
+        if not model.supports_gradient_checkpointing:
+            raise InputError(
+                f"transformers has no gradient checkpointing for {type(model).__name__}; leave it off, or take the "
+                "model from another library."
+            )
         # Renamed in 5.23; 5.17 has the older names only.
         prefix = "activation" if hasattr(model, "activation_checkpointing_enable") else "gradient"
         if enable:

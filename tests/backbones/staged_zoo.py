@@ -40,7 +40,7 @@ class StagedCase:
     def backbone(self, model: nn.Module | None = None, layers: Any = lambda depth: range(depth + 1)) -> Backbone:
         return create_backbone(self.model() if model is None else model, layers=layers)
 
-    def images(self, batch_size: int = 2) -> torch.Tensor:
+    def images(self, batch_size: int = 3) -> torch.Tensor:
         return random_images(batch_size, size=self.size)
 
     @property
@@ -149,4 +149,113 @@ TIMM_CASES = (
         (4, 8, 16, 32),
     ),
 )
-CASES = TIMM_CASES
+
+
+def hugging_face(kind: str, **options: Any) -> Callable[[], nn.Module]:
+    def build() -> nn.Module:
+        from transformers import AutoConfig, AutoModel
+
+        return AutoModel.from_config(AutoConfig.for_model(kind, **options))
+
+    return build
+
+
+def swin_maps(model: Any, images: torch.Tensor) -> Maps:
+    # The model's own hidden states are those behind the merging of patches; the encoder gives those before it, too.
+    embedded, grid = model.embeddings(images)
+    before: Any = {"output_hidden_states": True, "output_hidden_states_before_downsampling": True}
+    found = model.encoder(embedded, grid, **before).reshaped_hidden_states
+    return dict(zip((0, *accumulate(model.config.depths)), found, strict=True))
+
+
+def hiera_maps(model: Any, images: torch.Tensor) -> Maps:
+    found = model(images, output_hidden_states=True).reshaped_hidden_states
+    ends = (0, *accumulate(model.config.depths))
+    return {layer: state.permute(0, 3, 1, 2) for layer, state in zip(ends, found, strict=True)}
+
+
+def sam_maps(model: Any, images: torch.Tensor) -> Maps:
+    # The last of these is the neck's; a hook has what went into it.
+    kept: list[torch.Tensor] = []
+    hook = model.vision_encoder.neck.register_forward_pre_hook(lambda module, args: kept.append(args[0]))
+    found = model(images, output_hidden_states=True).hidden_states
+    hook.remove()
+    states = [*found[: model.config.num_hidden_layers], *kept]
+    return {layer: state.permute(0, 3, 1, 2) for layer, state in enumerate(states)}
+
+
+def sam2_hiera_maps(model: Any, images: torch.Tensor) -> Maps:
+    found = model(images).intermediate_hidden_states
+    ends = accumulate(model.config.blocks_per_stage)
+    return {layer: state.permute(0, 3, 1, 2) for layer, state in zip(ends, found, strict=True)}
+
+
+def vitdet_maps(model: Any, images: torch.Tensor) -> Maps:
+    return dict(enumerate(model(images, output_hidden_states=True).hidden_states))
+
+
+HF_SWIN = {"image_size": 64, "embed_dim": 16, "depths": [2, 2, 2], "num_heads": [2, 2, 4], "window_size": 4}
+FOUR = ((1, 2, 2, 1), (16, 32, 64, 128), (4, 8, 16, 32))
+
+TRANSFORMERS_CASES = (
+    StagedCase("transformers-swin", hugging_face("swin", **HF_SWIN), swin_maps, (2, 2, 2), (16, 32, 64), (4, 8, 16)),
+    StagedCase(
+        "transformers-swinv2", hugging_face("swinv2", **HF_SWIN), swin_maps, (2, 2, 2), (16, 32, 64), (4, 8, 16)
+    ),
+    StagedCase(
+        "transformers-hiera",
+        hugging_face("hiera", image_size=[64, 64], embed_dim=16, depths=[1, 2, 2, 1], num_heads=[1, 2, 4, 8]),
+        hiera_maps,
+        *FOUR,
+    ),
+    StagedCase(
+        "transformers-sam",
+        hugging_face(
+            "sam_vision_model",
+            image_size=64,
+            hidden_size=32,
+            num_hidden_layers=3,
+            num_attention_heads=2,
+            window_size=3,
+            global_attn_indexes=[1],
+            mlp_dim=64,
+        ),
+        sam_maps,
+        (3,),
+        (32,),
+        (16,),
+    ),
+    StagedCase(
+        "transformers-sam2_hiera",
+        hugging_face(
+            "sam2_hiera_det_model",
+            image_size=[64, 64],
+            hidden_size=16,
+            blocks_per_stage=[1, 2, 2, 1],
+            embed_dim_per_stage=[16, 32, 64, 128],
+            num_attention_heads_per_stage=[1, 2, 4, 8],
+            global_attention_blocks=[4],
+        ),
+        sam2_hiera_maps,
+        *FOUR,
+    ),
+    StagedCase(
+        "transformers-vitdet",
+        hugging_face(
+            "vitdet",
+            image_size=64,
+            pretrain_image_size=64,
+            hidden_size=32,
+            num_hidden_layers=3,
+            num_attention_heads=2,
+            window_size=3,
+            window_block_indices=[0],
+            use_relative_position_embeddings=True,
+        ),
+        vitdet_maps,
+        (3,),
+        (32,),
+        (16,),
+    ),
+)
+CASES = TIMM_CASES + TRANSFORMERS_CASES
