@@ -96,18 +96,18 @@ class ViTEncoder(nn.Module):
         backbone: taps as many layers as the decoder has stages, four as published (arXiv:2103.13413).
 
     Raises:
-        ValueError: if patches are not square, since the decoder knows one stride.
+        ValueError: if cells are not square, since the decoder knows one stride for both edges.
     """
 
     def __init__(self, backbone: Backbone) -> None:
         super().__init__()
-        height, width = backbone.patch_size
-        if height != width:
-            raise InputError(f"patches are {height}x{width} pixels, and DPT's decoder knows square ones only.")
+        for height, width in backbone.strides:
+            if height != width:
+                raise InputError(f"patches are {height}x{width} pixels, and DPT's decoder knows square ones only.")
         self.backbone = backbone
         self.out_channels = list(backbone.map_channels)
-        self.output_strides = [height] * len(self.out_channels)
-        self.output_stride = height
+        self.output_strides = [height for height, _ in backbone.strides]
+        self.output_stride = max(self.output_strides)
         self.has_prefix_tokens = backbone.num_prefix_tokens > 0
 
     def forward(self, images: torch.Tensor) -> tuple[list[torch.Tensor], Sequence[torch.Tensor | None]]:

@@ -1,4 +1,4 @@
-"""Feature pyramids: maps of a Vision Transformer, which all have one stride, brought to strides 4, 8, 16 and 32.
+"""Feature pyramids: maps of a Vision Transformer, of one stride or of several, brought to strides 4, 8, 16 and 32.
 
 `FeaturePyramid` is ViTDet's simple feature pyramid (arXiv:2203.16527, section 3), `resample_pyramid` does it without
 parameters, and `PyramidEncoder` puts either behind a backbone or an encoder.
@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import nn
@@ -42,11 +43,12 @@ class FeaturePyramid(nn.Module):
     Args:
         in_channels: of the map, or one number for each level if each has a map of its own.
         out_channels: of every level; ViTDet has 256.
-        patch_size: pixels of a cell of the maps: one edge, or (height, width).
+        patch_size: pixels of a cell of the maps: one edge, or (height, width); or such a pair for each level, as
+            `AnyBackbone.strides` gives them, where each level has a map of its own.
         strides: of the levels, in pixels, from fine to coarse.
 
     Raises:
-        ValueError: if strides or channels are not possible.
+        ValueError: if strides, channels or patch sizes are not possible.
     """
 
     def __init__(
@@ -54,7 +56,7 @@ class FeaturePyramid(nn.Module):
         in_channels: int | Sequence[int],
         out_channels: int = 256,
         *,
-        patch_size: int | Sequence[int] = 16,
+        patch_size: int | Sequence[int] | Sequence[Sequence[int]] = 16,
         strides: Sequence[int] = STRIDES,
     ) -> None:
         super().__init__()
@@ -66,8 +68,8 @@ class FeaturePyramid(nn.Module):
                 f"in_channels are {len(widths)} numbers for {len(self.strides)} strides {self.strides}; give one "
                 "number, or one for each level."
             )
-        edge = math.sqrt(math.prod(as_pair(patch_size)))
-        doublings = [round(math.log2(edge / stride)) for stride in self.strides]
+        edges = [math.sqrt(math.prod(cell)) for cell in _each_cell(patch_size, self.strides)]
+        doublings = [round(math.log2(edge / stride)) for edge, stride in zip(edges, self.strides, strict=True)]
         self.scale = nn.ModuleList(_scaling(width, count) for width, count in zip(widths, doublings, strict=True))
         scaled = [max(1, width >> max(0, count)) for width, count in zip(widths, doublings, strict=True)]
         self.project = nn.ModuleList(_projection(width, out_channels) for width in scaled)
@@ -135,7 +137,7 @@ class PyramidEncoder(nn.Module):
     ) -> None:
         super().__init__()
         self.strides = _as_strides(strides)
-        widths, grid, size = _facts(encoder)
+        widths, cells = _facts(encoder)
         if len(widths) not in (1, len(self.strides)):
             raise InputError(
                 f"the backbone taps {len(widths)} layers for {len(self.strides)} strides {self.strides}; tap one layer "
@@ -144,12 +146,11 @@ class PyramidEncoder(nn.Module):
         self.encoder = encoder
         widths = widths * len(self.strides) if len(widths) == 1 else widths
         self.channels = widths if out_channels is None else (out_channels,) * len(self.strides)
-        # Pixels a cell in fact: a map may have been resampled, and a rest of the image may lie in no patch.
-        patch = (max(1, round(size[0] / grid[0])), max(1, round(size[1] / grid[1])))
+        cells = cells * len(self.strides) if len(cells) == 1 else cells
         self.pyramid = (
             None
             if out_channels is None
-            else FeaturePyramid(widths, out_channels, patch_size=patch, strides=self.strides)
+            else FeaturePyramid(widths, out_channels, patch_size=cells, strides=self.strides)
         )
 
     @property
@@ -178,10 +179,10 @@ def _backbone(encoder: AnyBackbone | FusedEncoder) -> AnyBackbone:
     return encoder.backbone if isinstance(encoder, FusedEncoder) else encoder
 
 
-def _facts(encoder: AnyBackbone | FusedEncoder) -> tuple[tuple[int, ...], Grid, tuple[int, int]]:
-    """Return the widths of the maps, the grid of the last one, and the size of the images."""
+def _facts(encoder: AnyBackbone | FusedEncoder) -> tuple[tuple[int, ...], tuple[tuple[int, int], ...]]:
+    """Return the width of each map, and the pixels (height, width) of its cells."""
     if isinstance(encoder, AnyBackbone):
-        return encoder.map_channels, encoder.grids()[-1], encoder.image_size
+        return encoder.map_channels, encoder.strides
     if not isinstance(encoder, FusedEncoder):
         raise InvalidTypeError(
             f"encoder is a {type(encoder).__name__}; give a backbone (create_backbone) or a FusedEncoder "
@@ -193,7 +194,21 @@ def _facts(encoder: AnyBackbone | FusedEncoder) -> tuple[tuple[int, ...], Grid, 
             f"the tokens of fuser {encoder.fuser.name!r} lie on no grid, so they make no pyramid; take a fuser that "
             "keeps the grid, such as 'mmfuser' or 'concat', or give encoder.backbone."
         )
-    return (encoder.out_channels,), grid, encoder.backbone.image_size
+    # Pixels a cell in fact: the fuser may have chosen any grid, and a rest of the image may lie in no patch.
+    height, width = encoder.backbone.image_size
+    return (encoder.out_channels,), ((max(1, round(height / grid[0])), max(1, round(width / grid[1]))),)
+
+
+def _each_cell(patch_size: Any, strides: tuple[int, ...]) -> list[tuple[int, int]]:
+    """Return the (height, width) of a cell of each level's map, in pixels."""
+    if isinstance(patch_size, int) or all(isinstance(edge, int) for edge in patch_size):
+        return [as_pair(patch_size)] * len(strides)
+    if len(patch_size) != len(strides):
+        raise InputError(
+            f"patch_size has {len(patch_size)} pairs for {len(strides)} strides {strides}; give one edge, one (height, "
+            "width), or such a pair for each level."
+        )
+    return [as_pair(cell) for cell in patch_size]
 
 
 def _as_strides(strides: Sequence[int]) -> tuple[int, ...]:

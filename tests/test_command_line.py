@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -63,6 +64,17 @@ def test_a_wrong_word_is_answered_in_one_line(
 ) -> None:
     assert main(arguments) == 2
     assert says in capsys.readouterr().err
+
+
+def test_inspect_tells_the_stages_of_a_hierarchical_backbone(capsys: pytest.CaptureFixture[str]) -> None:
+    text = shown(capsys, "inspect", "timm:swin_tiny_patch4_window7_224")
+    assert re.search(r"width +96, 192, 384, 768 channels", text)
+    assert re.search(r"layers 5 … 10 +14×14, 196 patch tokens, 384 channels, stride 16×16 pixels", text)
+    assert "mmfuser: fuser 'mmfuser' got maps of widths" in text
+    arguments = ("inspect", "timm:swin_tiny_patch4_window7_224", "--layers", "6", "8", "10", "--json")
+    told = json.loads(shown(capsys, *arguments))
+    assert told["stages"][1] == {"layers": [3, 4], "width": 192, "stride": [8, 8], "grid": [28, 28]}
+    assert told["fusers"][0]["num_tokens"] == 14 * 14
 
 
 def test_models_lists_names_that_inspect_takes(capsys: pytest.CaptureFixture[str]) -> None:

@@ -90,7 +90,7 @@ def test_the_decoder_of_dpt_reads_tapped_maps_and_their_prefix_tokens(readout: s
 
 def test_dpt_takes_square_patches_only(monkeypatch: pytest.MonkeyPatch) -> None:
     odd = backbone()
-    monkeypatch.setattr(odd, "patch_size", (16, 8))
+    monkeypatch.setattr(type(odd), "strides", ((16, 8),) * len(odd.layers))
     with pytest.raises(ValueError, match="patches are 16x8 pixels, and DPT's decoder knows square ones only"):
         ViTEncoder(odd)
 

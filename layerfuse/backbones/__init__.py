@@ -10,7 +10,7 @@ from layerfuse.backbones._creation import backbone_from_config, create_backbone,
 from layerfuse.backbones._group import BackboneGroup
 from layerfuse.backbones._group_creation import create_backbone_group
 from layerfuse.backbones._prismatic import load_prismatic_weights
-from layerfuse.backbones.base import BACKBONES, Backbone, BackboneFacts
+from layerfuse.backbones.base import BACKBONES, Backbone, BackboneFacts, Stage
 from layerfuse.backbones.module import MODULES, ModuleBackbone
 from layerfuse.backbones.open_clip import OpenClipBackbone
 from layerfuse.backbones.timm import TimmBackbone
@@ -25,6 +25,7 @@ __all__ = [
     "BackboneGroup",
     "ModuleBackbone",
     "OpenClipBackbone",
+    "Stage",
     "TimmBackbone",
     "TransformersBackbone",
     "backbone_from_config",

@@ -22,6 +22,7 @@ __all__ = ["main"]
 _EVERY = "every"
 # Layers that are tapped where neither user nor source says which.
 _USUAL = 5
+_USUAL_FUSER = "mmfuser"
 
 
 def main(argv: Sequence[str]) -> None:
@@ -35,7 +36,7 @@ def main(argv: Sequence[str]) -> None:
     add = parser.add_argument
     add("model", help="family:name, as in `layerfuse models`; or transformers:FOLDER")
     add("--layers", nargs="+", type=int, help="tapped layers (default: those that the fuser's source taps, else five)")
-    add("--fuser", default="mmfuser", help=f"name of a fuser, or {_EVERY!r} (default: mmfuser)")
+    add("--fuser", help=f"name of a fuser, or {_EVERY!r} (default: {_USUAL_FUSER})")
     add("--image-size", nargs="+", type=int, metavar="PIXELS", help="edge, or height and width, if not its own")
     add("--json", action="store_true", help="print JSON")
     arguments = parser.parse_args(argv)
@@ -43,13 +44,16 @@ def main(argv: Sequence[str]) -> None:
     print(json.dumps(told, indent=2) if arguments.json else _written(told))
 
 
-def _facts(model: str, fuser: str, layers: Sequence[int] | None, size: tuple[int, int] | None) -> dict[str, Any]:
+def _facts(model: str, fuser: str | None, layers: Sequence[int] | None, size: tuple[int, int] | None) -> dict[str, Any]:
     """Return everything that is told, as JSON has it."""
-    if fuser != _EVERY:
+    if fuser not in (None, _EVERY):
         FUSERS.get(fuser)  # before the backbone, which may have to ask the hub
+    names = list_fusers() if fuser == _EVERY else [fuser or _USUAL_FUSER]
     with torch.device("meta"):
-        backbone = create_backbone(model, layers=-1, pretrained=False, image_size=size)
-        costs = [_cost(name, backbone, layers, alone=fuser != _EVERY) for name in _names(fuser)]
+        # Every layer, so that of each the width and the grid are known.
+        backbone = create_backbone(model, layers=lambda depth: range(depth + 1), pretrained=False, image_size=size)
+        layers = None if layers is None else resolve_layers(layers, backbone.num_blocks)
+        costs = [_cost(name, backbone, layers, alone=fuser not in (None, _EVERY)) for name in names]
     return {
         "model": model,
         "depth": backbone.num_blocks,
@@ -59,6 +63,7 @@ def _facts(model: str, fuser: str, layers: Sequence[int] | None, size: tuple[int
         "other_sizes": backbone.any_size,
         "channels": backbone.in_channels,
         "grid": list(backbone.grid(*backbone.image_size)),
+        "stages": _stages(backbone),
         "prefix_tokens": backbone.num_prefix_tokens,
         "parameters": sum(parameter.numel() for parameter in backbone.parameters()),
         "preprocessing": backbone.preprocessing.to_dict(),
@@ -66,8 +71,17 @@ def _facts(model: str, fuser: str, layers: Sequence[int] | None, size: tuple[int
     }
 
 
-def _names(fuser: str) -> list[str]:
-    return list_fusers() if fuser == _EVERY else [fuser]
+def _stages(backbone: Backbone) -> list[dict[str, Any]]:
+    """Return the runs of layers whose maps have one width, stride and grid."""
+    found: list[dict[str, Any]] = []
+    each = zip(backbone.layers, backbone.map_channels, backbone.strides, backbone.grids(), strict=True)
+    for layer, width, stride, grid in each:
+        told = {"width": width, "stride": list(stride), "grid": list(grid)}
+        if found and found[-1].items() >= told.items():
+            found[-1]["layers"][1] = layer
+        else:
+            found.append({"layers": [layer, layer], **told})
+    return found
 
 
 def _cost(name: str, backbone: Backbone, layers: Sequence[int] | None, *, alone: bool) -> dict[str, Any]:
@@ -75,8 +89,10 @@ def _cost(name: str, backbone: Backbone, layers: Sequence[int] | None, *, alone:
     try:
         wanted = layers or source_layers(FUSERS.get(name), backbone.num_blocks) or spread_at_most(_USUAL)
         resolved = resolve_layers(wanted, backbone.num_blocks)
-        fuser = create_fuser(name, in_channels=backbone.embed_dim, num_layers=len(resolved))
-        cost = fuser.cost((backbone.grid(*backbone.image_size),) * len(resolved))
+        widths = [backbone.map_channels[layer] for layer in resolved]
+        channels = widths[0] if len(set(widths)) == 1 else widths
+        fuser = create_fuser(name, in_channels=channels, num_layers=len(resolved))
+        cost = fuser.cost(tuple(backbone.grids()[layer] for layer in resolved))
     except UserError as error:
         if alone:
             raise
@@ -86,14 +102,15 @@ def _cost(name: str, backbone: Backbone, layers: Sequence[int] | None, *, alone:
 
 def _written(told: dict[str, Any]) -> str:
     """Write the facts for people."""
-    (height, width), (rows, columns) = told["image_size"], told["grid"]
+    (height, width), stages = told["image_size"], told["stages"]
+    one = len(stages) == 1
     facts = {
         "depth": f"{told['depth']} blocks: layers 0 (embeddings), 1 … {told['depth']}",
-        "width": f"{told['width']:,} channels",
+        "width": ", ".join(f"{stage['width']:,}" for stage in stages) + " channels",
         "images": f"{height}×{width} pixels, {told['channels']} channels; "
         + ("other sizes, too" if told["other_sizes"] else "no other size, unless it is built for it (--image-size)"),
         "patches": "{}×{} pixels".format(*told["patch_size"]),
-        "grid": f"{rows}×{columns}, {rows * columns:,} patch tokens",
+        **{"grid" if one else "layers {} … {}".format(*stage["layers"]): _of_stage(stage, one) for stage in stages},
         "prefix tokens": str(told["prefix_tokens"]),
         "parameters": f"{told['parameters']:,}",
         "preprocessing": ", ".join(f"{key} {_short(value)}" for key, value in told["preprocessing"].items()),
@@ -110,6 +127,13 @@ def _written(told: dict[str, Any]) -> str:
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in table]
     left_out = [f"{cost['name']}: {cost['why_not']}" for cost in told["fusers"] if "why_not" in cost]
     return "\n".join([*head, *(lines if len(lines) > 1 else ()), *left_out])
+
+
+def _of_stage(stage: dict[str, Any], one: bool) -> str:
+    """Write the maps of a stage; its width and stride only where there are several."""
+    rows, columns = stage["grid"]
+    grid = f"{rows}×{columns}, {rows * columns:,} patch tokens"
+    return grid if one else "{}, {:,} channels, stride {}×{} pixels".format(grid, stage["width"], *stage["stride"])
 
 
 def _short(value: Any) -> str:
