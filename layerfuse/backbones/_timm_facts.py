@@ -41,7 +41,8 @@ def timm_facts(model: Any, *, path: str = "") -> BackboneFacts:
         raise InputError(
             f"{type(model).__name__} is no Vision Transformer with one list of blocks over (B, P + N, C) tokens, so "
             "layerfuse cannot tap it as a timm backbone; use a VisionTransformer, Eva, Beit or NaFlexVit model (CLIP, "
-            "SigLIP, EVA02, DINOv2, DINOv3, AIMv2, PE, BEiT), or the 'module' family if its blocks do return tokens."
+            "SigLIP, EVA02, DINOv2, DINOv3, AIMv2, PE, BEiT), a windowed or hierarchical one (Swin, Hiera, SAM, MViTv2, "
+            "PVTv2), or the 'module' family if its blocks do return tokens."
         )
     patch_size, image_size, any_size = _geometry(model)
     return BackboneFacts(
@@ -73,7 +74,8 @@ def resize_timm_model(model: nn.Module, facts: BackboneFacts, image_size: tuple[
     elif not facts.any_size:
         raise InputError(
             f"{type(model).__name__} takes only {facts.image_size[0]}x{facts.image_size[1]} pixels and has no "
-            f"set_input_size, so image_size={image_size} is not possible; leave image_size out."
+            f"set_input_size, so image_size={image_size} is not possible; leave image_size out, or build the "
+            "model for that size: its constructor's img_size, of a name options={'img_size': …}."
         )
     return replace(facts, image_size=image_size, preprocessing=replace(facts.preprocessing, size=image_size))
 
