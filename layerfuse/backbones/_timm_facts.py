@@ -41,8 +41,8 @@ def timm_facts(model: Any, *, path: str = "") -> BackboneFacts:
         raise InputError(
             f"{type(model).__name__} is no Vision Transformer with one list of blocks over (B, P + N, C) tokens, so "
             "layerfuse cannot tap it as a timm backbone; use a VisionTransformer, Eva, Beit or NaFlexVit model (CLIP, "
-            "SigLIP, EVA02, DINOv2, DINOv3, AIMv2, PE, BEiT), a windowed or hierarchical one (Swin, Hiera, SAM, MViTv2, "
-            "PVTv2), or the 'module' family if its blocks do return tokens."
+            "SigLIP, EVA02, DINOv2, DINOv3, AIMv2, PE, BEiT), a windowed or hierarchical one (Swin, Hiera, SAM, "
+            "MViT V2, PVT V2), or the 'module' family if its blocks do return tokens."
         )
     patch_size, image_size, any_size = _geometry(model)
     return BackboneFacts(
