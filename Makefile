@@ -8,6 +8,7 @@
 #   make demo FEATURE_CACHE=runs/features              feature maps on disk, which all runs share
 #   make test | test-slow | check | assets | build
 #   make eval-fixtures                                 made-up data of all benchmarks and two tiny checkpoints to try tables with
+#   make models                                        try every backbone and fuser anew, and write docs/models.md
 #   make test-latest                                   the tests with the newest versions that pyproject.toml allows
 #   make test-oldest PYTHON=python3.10                 the tests with the lowest ones
 #   make test-lmms                                     the tests of and against lmms-eval, in an environment of its own
@@ -30,7 +31,7 @@ override FEATURE_CACHE := $(value FEATURE_CACHE)
 export FUSERS SEEDS IMAGE PROMPT FEATURE_CACHE
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow eval-fixtures test-latest test-oldest test-lmms versions check assets build clean
+.PHONY: help demo test test-slow eval-fixtures models test-latest test-oldest test-lmms versions check assets build clean
 
 help:
 	@sed -n 's/^#   //p' Makefile
@@ -73,6 +74,9 @@ test-slow: $(INSTALLED)
 eval-fixtures: $(INSTALLED)
 	$(BIN)/python -m tests.integrations.llava.evaluation.make_fixtures $(EVAL_FIXTURES)
 
+models: $(INSTALLED)
+	OMP_NUM_THREADS=1 $(BIN)/python -m tools.model_table
+
 test-latest test-oldest: test-%: .venv-%/.installed
 	OMP_NUM_THREADS=1 .venv-$*/bin/python -m pytest -n $(JOBS) --dist worksteal -m "not slow" tests
 
@@ -101,6 +105,7 @@ check: $(INSTALLED)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/python -m pytest tests/test_architecture.py tests/test_form.py
+	$(BIN)/python -m tools.model_table --check
 
 assets: $(INSTALLED)
 	$(BIN)/python -m tools.make_demo_assets

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any
@@ -13,6 +12,7 @@ from torch import nn
 
 from layerfuse.backbones import Backbone, create_backbone
 from layerfuse.testing import random_images, randomise_parameters
+from tools.model_table.hidden_states import maps_before_the_norm, stage_maps
 
 Maps = dict[int, torch.Tensor]
 
@@ -64,46 +64,19 @@ def timm_model(name: str, **options: Any) -> Callable[[], nn.Module]:
     return build
 
 
-def timm_maps(model: Any, images: torch.Tensor) -> Maps:
-    of_blocks: Mapping[str, Any] = {}
-    if "coarse" in inspect.signature(model.forward_intermediates).parameters:
-        of_blocks = {"coarse": False}
-    found = model.forward_intermediates(images, intermediates_only=True, **of_blocks)
-    stages = getattr(model, "layers", getattr(model, "stages", None))
-    ends = range(1, len(found) + 1) if stages is None else accumulate(len(stage.blocks) for stage in stages)
-    return dict(zip(ends, found, strict=True))
-
-
-def maps_before_the_norm(model: Any, images: torch.Tensor) -> Maps:
-    # PVT normalises each map behind the blocks of its stage, and gives no other.
-    found: Maps = {}
-    ends = list(accumulate(len(stage.blocks) for stage in model.stages))
-    edges = [images.shape[2] // info["reduction"] for info in model.feature_info]
-
-    def keep(end: int, edge: int) -> Callable[..., None]:
-        return lambda module, args: found.update({end: args[0].transpose(1, 2).unflatten(2, (edge, edge))})
-
-    hooks = [
-        stage.norm.register_forward_pre_hook(keep(end, edge))
-        for stage, end, edge in zip(model.stages, ends, edges, strict=True)
-    ]
-    model(images)
-    for hook in hooks:
-        hook.remove()
-    return found
-
-
 SWIN = {"img_size": 64, "embed_dim": 16, "depths": (2, 2, 2), "num_heads": (2, 2, 4), "window_size": 4}
 
 TIMM_CASES = (
     StagedCase(
-        "swin", timm_model("swin_tiny_patch4_window7_224", **SWIN), timm_maps, (2, 2, 2), (16, 32, 64), (4, 8, 16)
+        "swin", timm_model("swin_tiny_patch4_window7_224", **SWIN), stage_maps, (2, 2, 2), (16, 32, 64), (4, 8, 16)
     ),
-    StagedCase("swinv2", timm_model("swinv2_tiny_window8_256", **SWIN), timm_maps, (2, 2, 2), (16, 32, 64), (4, 8, 16)),
+    StagedCase(
+        "swinv2", timm_model("swinv2_tiny_window8_256", **SWIN), stage_maps, (2, 2, 2), (16, 32, 64), (4, 8, 16)
+    ),
     StagedCase(
         "hiera",
         timm_model("hiera_tiny_224", img_size=64, embed_dim=16, num_heads=1, stages=(1, 2, 2, 1)),
-        timm_maps,
+        stage_maps,
         (1, 2, 2, 1),
         (16, 32, 64, 128),
         (4, 8, 16, 32),
@@ -119,7 +92,7 @@ TIMM_CASES = (
             window_size=3,
             global_attn_indexes=(1,),
         ),
-        timm_maps,
+        stage_maps,
         (3,),
         (32,),
         (16,),
@@ -127,7 +100,7 @@ TIMM_CASES = (
     StagedCase(
         "sam2_hiera",
         timm_model("sam2_hiera_tiny", embed_dim=16, num_heads=1, stages=(1, 2, 2, 1), global_att_blocks=(4,)),
-        timm_maps,
+        stage_maps,
         (1, 2, 2, 1),
         (16, 32, 64, 128),
         (4, 8, 16, 32),
@@ -135,7 +108,7 @@ TIMM_CASES = (
     StagedCase(
         "mvitv2",
         timm_model("mvitv2_tiny", img_size=64),
-        timm_maps,
+        stage_maps,
         (1, 2, 5, 2),
         (96, 192, 384, 768),
         (4, 8, 16, 32),

@@ -1,11 +1,14 @@
 """Each library's own way of giving the hidden states of all layers, which taps are held against.
 
 A function takes a whole model and images, and gives the layers 0, 1, … to the last block, each (B, P + N, C), before
-any final norm.
+any final norm; of a model with stages, maps (B, C, H, W) of those layers that the library has a way to.
 """
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Callable, Mapping
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -13,9 +16,11 @@ import torch
 __all__ = [
     "beit_hidden_states",
     "hugging_face_hidden_states",
+    "maps_before_the_norm",
     "naflex_hidden_states",
     "open_clip_hidden_states",
     "siglip2_hidden_states",
+    "stage_maps",
     "timm_hidden_states",
 ]
 
@@ -77,3 +82,34 @@ def siglip2_hidden_states(model: Any, images: torch.Tensor) -> list[torch.Tensor
         output_hidden_states=True,
     )
     return list(outputs.hidden_states)
+
+
+def stage_maps(model: Any, images: torch.Tensor) -> dict[int, torch.Tensor]:
+    """Return the maps of timm's windowed and hierarchical models."""
+    of_blocks: Mapping[str, Any] = {}
+    if "coarse" in inspect.signature(model.forward_intermediates).parameters:
+        of_blocks = {"coarse": False}
+    found = model.forward_intermediates(images, intermediates_only=True, **of_blocks)
+    stages = getattr(model, "layers", getattr(model, "stages", None))
+    ends = range(1, len(found) + 1) if stages is None else accumulate(len(stage.blocks) for stage in stages)
+    return dict(zip(ends, found, strict=True))
+
+
+def maps_before_the_norm(model: Any, images: torch.Tensor) -> dict[int, torch.Tensor]:
+    """Return the maps of timm's PVT v2."""
+    # PVT normalises each map behind the blocks of its stage, and gives no other.
+    found: dict[int, torch.Tensor] = {}
+    ends = list(accumulate(len(stage.blocks) for stage in model.stages))
+    edges = [images.shape[2] // info["reduction"] for info in model.feature_info]
+
+    def keep(end: int, edge: int) -> Callable[..., None]:
+        return lambda module, args: found.update({end: args[0].transpose(1, 2).unflatten(2, (edge, edge))})
+
+    hooks = [
+        stage.norm.register_forward_pre_hook(keep(end, edge))
+        for stage, end, edge in zip(model.stages, ends, edges, strict=True)
+    ]
+    model(images)
+    for hook in hooks:
+        hook.remove()
+    return found
