@@ -29,8 +29,8 @@ EACH_SMALL = pytest.mark.parametrize(
 
 
 def compiles(case: StagedCase) -> list[pytest.MarkDecorator]:
-    """One model of each layout is compiled in every run."""
-    return [] if case.name in ("hiera", "sam", "transformers-vitdet") else [pytest.mark.slow]
+    """One model is compiled in every run."""
+    return [] if case.name == "hiera" else [pytest.mark.slow]
 
 
 @EACH
