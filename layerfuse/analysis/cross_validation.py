@@ -31,7 +31,7 @@ class LayerScores:
     Attributes:
         layers: L layer numbers.
         per_image: (L, B) share of each image's cells, or of its one label, that is right.
-        chance: share of the commonest class among the labels.
+        chance: score of whoever names the same class always, the best one: a mean over images, as the accuracy.
         shuffled: (R,) score of the best layer after the labels were dealt out to other images, each time anew.
         num_labels: labels that were used, of cells or of images.
     """
@@ -102,8 +102,8 @@ class LayerProbes:
         # Rows of one image stand together; images are counted anew, since some may have no label.
         self._images = images.unique_consecutive(return_inverse=True)[1]
         self._num_classes = int(self._labels.max()) + 1
-        counts = self._labels.bincount()
-        self.chance = counts.max().item() / len(self._labels)
+        chosen = torch.nn.functional.one_hot(self._labels, self._num_classes).double()
+        self.chance = self._means_of_images(chosen.T).mean(1).max().item()
         self._check()
         self.folds = self._dealt()[self._images]
         self.rows = [table[images, cells].double() for table in tables]
@@ -188,9 +188,12 @@ class LayerProbes:
         """Return the share of right cells in each image, (R, B), for R labellings (R, S)."""
         targets = torch.nn.functional.one_hot(labels, self._num_classes).to(reader.dtype)
         predicted = torch.einsum("st,rtk->rsk", reader, targets).argmax(-1)
-        sizes = self._images.bincount().to(reader.dtype)
-        right = torch.zeros(len(labels), len(sizes), dtype=reader.dtype)
-        return right.index_add_(1, self._images, (predicted == labels).to(reader.dtype)) / sizes
+        return self._means_of_images((predicted == labels).to(reader.dtype))
+
+    def _means_of_images(self, values: torch.Tensor) -> torch.Tensor:
+        """Return the means (R, B) over each image's labels of values (R, S)."""
+        sizes = self._images.bincount().to(values.dtype)
+        return values.new_zeros(len(values), len(sizes)).index_add_(1, self._images, values) / sizes
 
 
 def cross_validate_layers(

@@ -49,7 +49,7 @@ def patch_labels(label_image: Image.Image, preprocessing: Preprocessing, grid: G
     grey = Image.fromarray(np.asarray(label_image, dtype=np.uint8))
     grey.info = info  # how the picture is turned
     beyond = (IGNORED_CLASS,) * 3
-    geometry = replace(preprocessing, interpolation="nearest", mean=(1.0, 1.0, 1.0), fill=beyond)
+    geometry = replace(preprocessing, interpolation="nearest", mean=(1.0,) * 3, std=(1.0,) * 3, fill=beyond)
     numbers: npt.NDArray[np.int64] = np.asarray(geometry.fit(grey))[..., 0].astype(np.int64)
     (height, width), (rows, columns) = numbers.shape, grid
     cells = (np.arange(height) * rows // height)[:, None] * columns + np.arange(width) * columns // width

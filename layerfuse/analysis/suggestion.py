@@ -107,7 +107,8 @@ def _doubt(scores: LayerScores, seed: int) -> str:
     if scores.p_value > _LEVEL:
         return (
             f"No layer predicts the labels better than shuffled ones: the best has {max(scores.accuracy):.1%}, and "
-            f"with shuffled labels the best has as much in {scores.p_value:.0%} of cases. More images, or other labels."
+            f"with shuffled labels the best has as much in {scores.p_value:.1%} of cases, and {_LEVEL:.0%} is allowed. "
+            "More images, or other labels."
         )
     # If layers did not differ, each image's scores could as well change places among them.
     random = torch.Generator().manual_seed(seed)

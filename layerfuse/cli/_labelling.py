@@ -67,6 +67,10 @@ class Labelling(abc.ABC):
     def read(self, backbone: Backbone) -> Labelled:
         """Run all pictures through the backbone and return what is probed."""
 
+    def _share(self) -> int:
+        """Return how many tokens of each picture are probed; asked once, since pictures that are bad go on the way."""
+        return max(1, _TOKENS // len(self.pictures))
+
     def _place(self, name: str) -> Path:
         return self.pictures.files[name].relative_to(self.folder)
 
@@ -143,9 +147,10 @@ class _Edges(Labelling):
 
     def read(self, backbone: Backbone) -> Labelled:
         parts, strengths = [], []
+        share = self._share()
         for batch in self.pictures.batches(backbone):
             features = on_finest_grid(batch.features)
-            some, cells = some_tokens(features, max(1, _TOKENS // len(self.pictures)))
+            some, cells = some_tokens(features, share)
             parts.append(some)
             strengths.append(edge_strength(batch.images, features.grids[0])[:, cells])
         about = "Whether a patch shows more edge than half of all patches, read off its token."
@@ -181,8 +186,8 @@ class _LabelImages(Labelling):
             numbers[:] = [self._numbers(name, picture, backbone, grid) for name, picture in pictures.items()]
             return backbone.prepare(pictures.values())
 
+        share = self._share()
         for batch in self.pictures.batches(backbone, prepare):
-            share = max(1, _TOKENS // len(self.pictures))
             cells = torch.stack([_labelled_first(each, random)[:share] for each in numbers])
             parts.append(take_cells(on_finest_grid(batch.features), cells))
             labels.append(torch.stack(numbers).gather(1, cells))

@@ -28,6 +28,7 @@ _MEANING = (
     "Moved: how far the fused tokens move when this layer alone is replaced by {}, as a share of how far they move "
     "when all are. Shares need not sum to 100%: below, layers stand in for one another."
 )
+_STANDS_FOR_IT = {"mean": "its mean", "zeros": "zeros"}
 _KINDS = {
     "moved": "where the fused tokens move without each layer",
     "own": "how much the fuser's own weights give each layer",
@@ -46,7 +47,7 @@ def main(argv: Sequence[str]) -> None:
     add_encoder_arguments(parser)
     parser.add_argument(
         "--replace-with",
-        choices=("mean", "zeros"),
+        choices=tuple(_STANDS_FOR_IT),
         default="mean",
         help="what stands for a layer that is taken away (default: its mean token)",
     )
@@ -70,7 +71,7 @@ def main(argv: Sequence[str]) -> None:
     titles = layer_titles(backbone)
     _print(found, titles)
     bars = contribution_plot(found, titles)
-    about = [*about_model(arguments, backbone, fuser), _MEANING.format(f"its {arguments.replace_with}")]
+    about = [*about_model(arguments, backbone, fuser), _MEANING.format(_STANDS_FOR_IT[arguments.replace_with])]
     parts: list[str | tuple[str, bytes]] = [
         "\n".join([*about, *([] if found.own is None else [_OWN])]),
         ("What each layer contributes.", bars),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 from layerfuse.analysis import heat_map, layer_similarity
 from layerfuse.backbones import AnyBackbone
@@ -47,7 +48,8 @@ def main(argv: Sequence[str]) -> None:
     prepare_output(arguments)
     first = tapped_backbone(arguments.model, arguments)
     grid = finest(first.grids())
-    features = _tokens(pictures, first, on_finest_grid)
+    share = max(1, _TOKENS // len(pictures))  # for both backbones: the second no longer sees pictures that are bad
+    features = _tokens(pictures, first, on_finest_grid, share)
     others, names = None, _numbered(first)
     notes = []
     if arguments.second:
@@ -58,7 +60,7 @@ def main(argv: Sequence[str]) -> None:
                 "--image-size brings both to one size."
             )
             say(notes[-1])
-        others = _tokens(pictures, second, lambda maps: maps.resample(grid))
+        others = _tokens(pictures, second, lambda maps: maps.resample(grid), share)
         names = _numbered(second)
     titles = {"cosine": "cosine of tokens", "cka": "linear CKA"}
     measures = ("cosine", "cka") if others is None and len(set(features.channels)) == 1 else ("cka",)
@@ -89,10 +91,9 @@ def main(argv: Sequence[str]) -> None:
 
 
 def _tokens(
-    pictures: Pictures, backbone: AnyBackbone, on_one_grid: Callable[[FeatureMaps], FeatureMaps]
+    pictures: Pictures, backbone: AnyBackbone, on_one_grid: Callable[[FeatureMaps], FeatureMaps], share: int
 ) -> FeatureMaps:
-    """Return some tokens of all pictures; of two backbones those of the same cells, if they are brought to one grid."""
-    share = max(1, _TOKENS // len(pictures))
+    """Return so many tokens of each picture; of two backbones on one grid those of the same cells."""
     return FeatureMaps.cat([some_tokens(on_one_grid(batch.features), share)[0] for batch in pictures.batches(backbone)])
 
 
@@ -109,6 +110,6 @@ def _cuts(backbone: AnyBackbone) -> set[tuple[str, tuple[int, int]]]:
 
 
 def _axis(model: str) -> str:
-    """Return the end of a model's name, for an axis."""
-    short = model.rstrip("/").rpartition("/")[2].partition(":")
-    return f"layer of {short[2] or short[0]}"
+    """Return a model's name without its family, of a folder the last part, for an axis."""
+    name = model.partition(":")[2] or model
+    return f"layer of {Path(name).name if Path(name).is_dir() else name}"

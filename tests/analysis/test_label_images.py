@@ -59,6 +59,14 @@ def test_labels_follow_the_picture_that_the_backbone_sees() -> None:
             assert (cell == labels[row, column]).sum() == max((cell == number).sum() for number in range(4))
 
 
+@pytest.mark.parametrize("channels", [1, 5])
+@pytest.mark.parametrize("mode", ["crop", "squash", "pad", "border"])
+def test_labels_go_with_pictures_of_any_number_of_channels(channels: int, mode: str) -> None:
+    wide, grid = _drawn([[1, 2, 3, 4]], 8), (4, 4)
+    many = Preprocessing(size=(32, 32), mean=(0.5,) * channels, std=(0.5,) * channels, mode=mode)  # type: ignore[arg-type]
+    assert torch.equal(patch_labels(wide, many, grid), patch_labels(wide, _preprocessing((32, 32), mode=mode), grid))
+
+
 def test_a_label_image_with_colours_is_refused() -> None:
     with pytest.raises(ValueError, match=r"mode 'RGB'; class numbers are grey levels or palette indices"):
         patch_labels(Image.new("RGB", (8, 8)), _preprocessing((8, 8)), (1, 1))

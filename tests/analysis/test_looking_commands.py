@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 
 import layerfuse
-from layerfuse.cli import main
+from layerfuse.cli import _labelling, main, similarity
 from layerfuse.cli._encoders import pictures_as_seen
 from tests.analysis.looking_support import BACKBONE, write_pictures
 
@@ -159,6 +159,19 @@ def test_maps_of_several_backbones_are_drawn_over_what_each_of_them_sees(
     assert "Backbone 2, a CLIPVisionModel: Layers 2 on a grid of" in page
 
 
+@pytest.mark.parametrize(
+    ("model", "shown"),
+    [
+        (BACKBONE, "layer of backbone"),
+        ("timm:vit_tiny_patch16_224", "layer of vit_tiny_patch16_224"),
+        ("open_clip:ViT-B-16/openai", "layer of ViT-B-16/openai"),  # whose end says nothing
+        ("transformers:google/siglip-base-patch16-224", "layer of google/siglip-base-patch16-224"),
+    ],
+)
+def test_an_axis_names_the_model(model: str, shown: str) -> None:
+    assert similarity._axis(model) == shown
+
+
 def test_layers_of_an_encoders_backbones_are_compared(tmp_path: Path) -> None:
     pair = layerfuse.create_encoder(
         [BACKBONE, BACKBONE], layers=[(1, 3), (3,)], image_size=[64, 32], fuser="mmfuser", resample=None
@@ -227,6 +240,7 @@ def test_contributions_of_a_fuser_without_weights_of_its_own_and_without_a_grid(
     arguments = ("contributions", BACKBONE, str(folder), "--layers", "1", "-1", "--replace-with", "zeros")
     assert main([*arguments, "--fuser", "token_concat", "--output", str(tmp_path / "out")]) == 0
     told = json.loads((tmp_path / "out" / "numbers.json").read_text())
+    assert "alone is replaced by zeros, as a share" in (tmp_path / "out" / "index.html").read_text()
     assert told["own_shares"] is None
     assert sum(share**2 for share in told["moved"]) == pytest.approx(1)  # tokens beside each other
 
@@ -299,6 +313,30 @@ def test_labels_stay_with_their_pictures_where_some_are_left_out(tmp_path: Path)
     assert main(["probe", *arguments, "--batch-size", "3"]) == 0
     told = json.loads((tmp_path / "out" / "numbers.json").read_text())
     assert min(told["accuracy"].values()) > 0.9 and told["chance"] == pytest.approx(8 / 14)
+
+
+@pytest.mark.parametrize("command", ["probe", "probe --patch-labels", "suggest", "similarity"])
+def test_a_picture_that_is_left_out_late_does_not_change_how_many_cells_of_the_others_are_taken(
+    command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for module in (_labelling, similarity):
+        monkeypatch.setattr(module, "_TOKENS", 60)
+    folder, masks = write_pictures(tmp_path / "photos", 7), tmp_path / "masks"
+    masks.mkdir()
+    for name in range(7):
+        Image.fromarray(np.kron(np.arange(4, dtype=np.uint8).reshape(2, 2), np.ones((32, 32), np.uint8))).save(
+            masks / f"{name}.png"
+        )
+    _damage(folder / "4.png")
+    arguments = [BACKBONE, str(folder), "--batch-size", "2", "--output", str(tmp_path / "out")]
+    arguments += ["--patch-labels", str(masks)] if command.endswith("--patch-labels") else []
+    arguments += ["--with", BACKBONE] if command == "similarity" else []
+    assert main([command.split()[0], *arguments]) == 0
+    told = json.loads((tmp_path / "out" / "numbers.json").read_text())
+    assert len(told["left_out"]) == 1
+    if command == "similarity":
+        assert told["tokens"] == 6 * (60 // 7)
+        assert [row[i] for i, row in enumerate(told["cka"])] == pytest.approx([1] * 7)
 
 
 def test_nothing_but_unreadable_pictures_is_an_error(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

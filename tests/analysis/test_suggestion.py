@@ -113,6 +113,17 @@ def test_scores_are_of_unseen_images() -> None:
     assert scores.p_value > 0.05
 
 
+def test_chance_is_what_naming_one_class_always_scores() -> None:
+    """Five images of 30 cells are of class 0, five with one labelled cell each of class 1: accuracy is by image."""
+    labels = torch.zeros(10, 30, dtype=torch.long)
+    labels[5:] = -1
+    labels[5:, 0] = 1
+    features = FeatureMaps((torch.zeros(10, 30, 4),), (0,), ((5, 6),))
+    scores = cross_validate_layers(features, labels)
+    assert scores.chance == 0.5
+    assert scores.accuracy[0] <= 0.5 + 1e-9  # the maps tell nothing
+
+
 def test_edges_are_where_brightness_changes() -> None:
     images = torch.zeros(1, 3, 8, 8)
     images[..., 6:] = 1.0
