@@ -57,6 +57,7 @@ def test_inspect_compares_every_fuser_and_says_why_one_is_left_out(capsys: pytes
         (("inspect", "timm:vit_tiny_patch16_224", "--layers", "3", "13"), "layer 13 is outside this backbone"),
         (("inspect", "timm:vit_tiny_patch16_224", "--image-size", "1", "2", "3"), "give one edge, or height and width"),
         (("models", "tim:*"), "did you mean 'timm'"),
+        (("models", "timm:vit_nano"), "no name is like 'timm:vit_nano'; write * for what may come before and behind"),
     ],
 )
 def test_a_wrong_word_is_answered_in_one_line(

@@ -17,9 +17,10 @@ import torch
 from layerfuse.errors import InputError
 from layerfuse.features import FeatureMaps
 
-__all__ = ["LayerProbes", "LayerScores", "bootstrap_means", "cross_validate_layers"]
+__all__ = ["NUM_FOLDS", "LayerProbes", "LayerScores", "bootstrap_means", "cross_validate_layers"]
 
-_FOLDS = 5
+NUM_FOLDS = 5
+"""Parts that images are dealt into, each of which is tested once; there have to be as many images."""
 _SHUFFLES = 200
 _RESAMPLES = 2000
 
@@ -145,10 +146,10 @@ class LayerProbes:
         groups = [self._labels[self._images == image].unique() for image in self._images.unique()]
         holders = torch.cat(groups).bincount()
         present = (holders > 0).nonzero().flatten().tolist()
-        if len(groups) < _FOLDS or len(present) < 2:
+        if len(groups) < NUM_FOLDS or len(present) < 2:
             raise InputError(
                 f"{len(groups)} images with labels of {len(present)} classes are too few to learn from some and test "
-                f"on others; give at least {_FOLDS} images and two classes."
+                f"on others; give at least {NUM_FOLDS} images and two classes."
             )
         if alone := [number for number in present if holders[number] < 2]:
             raise InputError(
@@ -162,7 +163,7 @@ class LayerProbes:
         order = torch.randperm(len(first), generator=self._random)
         order = order[first[order].argsort(stable=True)]
         folds = torch.empty(len(first), dtype=torch.long)
-        folds[order] = torch.arange(len(first)) % _FOLDS
+        folds[order] = torch.arange(len(first)) % NUM_FOLDS
         return folds
 
     def _shuffle(self) -> torch.Tensor:
@@ -174,7 +175,7 @@ class LayerProbes:
     def _reader(self, kernel: torch.Tensor) -> torch.Tensor:
         """Return what makes predictions out of targets, (S, S): each row's weights are of other folds' samples."""
         reader = torch.zeros_like(kernel)
-        for fold in range(_FOLDS):
+        for fold in range(NUM_FOLDS):
             held, fit = (self.folds == fold).nonzero().flatten(), (self.folds != fold).nonzero().flatten()
             regular = kernel[fit][:, fit]
             regular.diagonal().add_(self.penalty)

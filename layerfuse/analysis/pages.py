@@ -107,7 +107,8 @@ def score_plot(scores: LayerScores, *, chosen: Sequence[int] = ()) -> bytes:
     axes.set_xlabel("layer")
     axes.set_ylabel("right")
     axes.yaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
-    axes.legend(fontsize=8)
+    # Above the axes: inside it would lie over points, wherever they are.
+    figure.legend(fontsize=8, loc="outside upper center", ncols=2)
     return png_of_figure(figure)
 
 
@@ -132,7 +133,8 @@ def contribution_plot(found: LayerContributions, titles: Sequence[str]) -> bytes
     axes.set_xticks(range(len(titles)), short)
     axes.set_xlabel("layer" if short == [title.removeprefix("layer ") for title in titles] else "backbone: layer")
     axes.yaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
-    axes.legend(fontsize=8)
+    # Above the axes: inside it would lie over points, wherever they are.
+    figure.legend(fontsize=8, loc="outside upper center", ncols=2)
     return png_of_figure(figure)
 
 

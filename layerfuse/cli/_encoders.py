@@ -13,7 +13,7 @@ import torch
 from layerfuse.backbones import AnyBackbone, Backbone
 from layerfuse.encoder import FusedEncoder
 from layerfuse.errors import InputError, MissingFileError
-from layerfuse.features import FeatureMaps
+from layerfuse.features import FeatureMaps, Grid
 from layerfuse.fusers import Fuser, create_fuser
 
 from ._looking import backbone_with_layers, device_of, layer_choice, spread_at_most
@@ -68,11 +68,12 @@ def about_model(arguments: argparse.Namespace, backbone: AnyBackbone, fuser: Fus
     lines = []
     for source, member in enumerate(backbone.members):
         own = [place for place, (which, _) in enumerate(backbone.taps) if which == source]
-        grids = sorted({backbone.grids()[place] for place in own}, reverse=True)
-        shown = ", ".join(f"{height}×{width}" for height, width in grids)
+        layers: dict[Grid, list[str]] = {}
+        for place in own:
+            layers.setdefault(backbone.grids()[place], []).append(str(backbone.taps[place][1]))
+        shown = "; ".join(f"{', '.join(those)} on a grid of {grid[0]}×{grid[1]}" for grid, those in layers.items())
         name = "" if len(backbone.members) == 1 else f"Backbone {source + 1}, a {type(member.model).__name__}: "
-        layers = ", ".join(str(backbone.taps[place][1]) for place in own)
-        lines.append(f"{name}Layers {layers} on a grid of {shown}.")
+        lines.append(f"{name}Layers {shown}.")
     if arguments.fuser is not None:
         lines.append(f"The fuser {arguments.fuser} is new: what it makes of the maps was not learned.")
     elif fuser is not None:

@@ -14,13 +14,14 @@ import torch
 from PIL import Image
 
 from layerfuse.analysis import LETTERS, Lettering, edge_labels, edge_strength, patch_labels, write_letters
+from layerfuse.analysis.cross_validation import NUM_FOLDS
 from layerfuse.backbones import Backbone
 from layerfuse.errors import InputError, MissingFileError
 from layerfuse.features import FeatureMaps, Grid
 from layerfuse.pictures import PICTURE_ERRORS
 
 from ._looking import finest, on_finest_grid, some_tokens, take_cells
-from ._reading import Pictures, picture_files, say
+from ._reading import Pictures, Progress, picture_files, say
 
 __all__: list[str] = []
 
@@ -108,11 +109,18 @@ def labelling(arguments: argparse.Namespace) -> Labelling:
     """
     if arguments.letter_heights and not arguments.text:
         raise InputError("--letter-heights are those of letters that are written with --text; give that, too.")
+    kind: type[Labelling] = _Letters if arguments.text else _Edges
     if arguments.labels:
-        return _Folders(arguments)
-    if arguments.patch_labels is not None:
-        return _LabelImages(arguments)
-    return _Letters(arguments) if arguments.text else _Edges(arguments)
+        kind = _Folders
+    elif arguments.patch_labels is not None:
+        kind = _LabelImages
+    found = kind(arguments)
+    if len(found.pictures) < NUM_FOLDS:
+        raise InputError(
+            f"{arguments.folder} holds {len(found.pictures)} pictures; probes learn from some and are tested on "
+            f"others, so give at least {NUM_FOLDS}."
+        )
+    return found
 
 
 class _Folders(Labelling):
@@ -271,11 +279,11 @@ class _Letters(Labelling):
 
     def _of_height(self, height: int, share: int, backbone: Backbone) -> tuple[FeatureMaps, torch.Tensor]:
         """Return tokens and labels of ``share`` letters of a height for each picture, in as many rounds as it takes."""
-        say(f"letters of {height} pixels:")
+        report = Progress(f"letters of {height} pixels")
         random = torch.Generator().manual_seed(height)
         tokens, labels, there = [], [], 0
         while there < share:
-            part = self._round(height, share - there, backbone, random)
+            part = self._round(height, share, there, backbone, random, report)
             tokens.append(part[0])
             labels.append(part[1])
             there += part[1].shape[1]
@@ -283,21 +291,25 @@ class _Letters(Labelling):
         return replace(tokens[0], maps=joined, grids=((1, there),) * len(joined)), torch.cat(labels, dim=1)
 
     def _round(
-        self, height: int, count: int, backbone: Backbone, random: torch.Generator
+        self, height: int, share: int, there: int, backbone: Backbone, random: torch.Generator, report: Progress
     ) -> tuple[FeatureMaps, torch.Tensor]:
+        """Return what one look at each picture adds to the ``there`` letters that it has, of ``share``."""
         cells, letters = list[torch.Tensor](), list[torch.Tensor]()
 
         def prepare(pictures: Mapping[str, Image.Image]) -> torch.Tensor:
             fitted = (backbone.preprocessing.fit(picture) for picture in pictures.values())
-            written = [_written(picture, height, count, backbone, random) for picture in fitted]
+            written = [_written(picture, height, share - there, backbone, random) for picture in fitted]
             cells[:] = [each.cells for each in written]
             letters.extend(each.letters for each in written)
             pixels = torch.stack([torch.from_numpy(np.array(each.picture)).permute(2, 0, 1) for each in written])
             return backbone.preprocessing.normalize(pixels)
 
+        def tell(done: int, total: int) -> None:
+            report(there * len(self.pictures) + sum(map(len, letters)), share * len(self.pictures))
+
         parts = [
             take_cells(on_finest_grid(batch.features), torch.stack(cells))
-            for batch in self.pictures.batches(backbone, prepare)
+            for batch in self.pictures.batches(backbone, prepare, tell)
         ]
         return FeatureMaps.cat(parts), torch.stack(letters)
 

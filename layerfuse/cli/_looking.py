@@ -6,6 +6,8 @@ import argparse
 import errno
 import json
 import math
+import re
+import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -29,7 +31,12 @@ RANDOM = "WEIGHTS ARE RANDOM (--pretrained false): what is shown says nothing ab
 
 def layer_choice(text: str) -> int | float:
     """Read a layer as `create_backbone` takes it: a number, or with a point a share of the depth."""
-    return float(text) if "." in text else int(text)
+    try:
+        return float(text) if "." in text else int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is no layer; give numbers (-2 = last but one), or shares such as 0.5"
+        ) from None
 
 
 def spread_at_most(count: int) -> Callable[[int], Sequence[int]]:
@@ -56,6 +63,7 @@ def prepare_output(arguments: argparse.Namespace) -> None:
 
     Raises:
         FileExistsError: if a file has its name.
+        ValueError: if nothing can be written there.
         ModuleNotFoundError: if matplotlib is not installed.
     """
     new_figure(1, 1)
@@ -64,7 +72,12 @@ def prepare_output(arguments: argparse.Namespace) -> None:
         raise ExistingFileError(
             errno.EEXIST, f"--output {folder} is a file; give a folder, or a name that is not taken"
         )
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise InputError(f"--output {folder} takes no files ({error.strerror}); give another folder.") from error
 
 
 def image_size_of(arguments: argparse.Namespace) -> tuple[int, int] | None:
@@ -98,7 +111,14 @@ def backbone_with_layers(
 
 
 def device_of(arguments: argparse.Namespace) -> str | None:
-    """Return where the model goes."""
+    """Return where the model goes.
+
+    Raises:
+        ValueError: if it is a GPU that torch does not find.
+    """
+    named = re.fullmatch(r"cuda(?::(\d+))?", arguments.device or "")
+    if named and int(named[1] or 0) >= (count := torch.cuda.device_count()):
+        raise InputError(f"--device {arguments.device}: torch finds {count} GPUs of CUDA here; name one, or 'cpu'.")
     return arguments.device or ("cuda" if torch.cuda.is_available() else None)
 
 

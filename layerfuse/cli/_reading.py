@@ -24,6 +24,7 @@ _PATIENCE = 10.0
 # Names in a line.
 _SHOWN = 10
 
+Report = Callable[[int, int], None]
 Prepare = Callable[[Mapping[str, Image.Image]], torch.Tensor]
 
 
@@ -33,9 +34,10 @@ def say(text: str, end: str = "\n") -> None:
 
 
 class Progress:
-    """One line that is written over on a terminal; elsewhere a line now and then."""
+    """One line that is written over on a terminal; elsewhere a line now and then. ``what`` is counted."""
 
-    def __init__(self) -> None:
+    def __init__(self, what: str = "pictures") -> None:
+        self._what = what
         self._started = self._shown = time.monotonic()
         self._before: int | None = None
 
@@ -49,7 +51,9 @@ class Progress:
         self._shown = now
         speed = (done - self._before) / (now - self._started)
         left = f", {(total - done) / speed:,.0f} s left" if speed and not last else ""
-        say(f"{chr(13) * terminal}{done:,} of {total:,} pictures{left}   ", end="\n" if last or not terminal else "")
+        say(
+            f"{chr(13) * terminal}{done:,} of {total:,} {self._what}{left}   ", end="\n" if last or not terminal else ""
+        )
 
 
 class Batch(NamedTuple):
@@ -89,15 +93,18 @@ class Pictures:
     def __len__(self) -> int:
         return len(self.files)
 
-    def batches(self, backbone: AnyBackbone, prepare: Prepare | None = None) -> Iterator[Batch]:
+    def batches(
+        self, backbone: AnyBackbone, prepare: Prepare | None = None, report: Report | None = None
+    ) -> Iterator[Batch]:
         """Give batch after batch, with progress; at the end it is said which pictures were left out.
 
-        ``prepare`` makes the backbone's input of pictures by name, if not `Backbone.prepare`.
+        ``prepare`` makes the backbone's input of pictures by name, if not `Backbone.prepare`; ``report`` is told how
+        many pictures are done, of how many, if not a `Progress`.
 
         Raises:
             ValueError: if a picture cannot be read and the command is to fail then, or if none can be read.
         """
-        names, report = list(self.files), Progress()
+        names, report = list(self.files), report or Progress()
         report(0, len(names))
         for start in range(0, len(names), self._batch_size):
             some = names[start : start + self._batch_size]

@@ -6,6 +6,7 @@ import argparse
 from collections.abc import Sequence
 
 from layerfuse.backbones import BACKBONES, list_backbones
+from layerfuse.errors import InputError
 
 __all__ = ["main"]
 
@@ -26,4 +27,10 @@ def main(argv: Sequence[str]) -> None:
     )
     pattern = parser.parse_args(argv).pattern
     family, _, name = pattern.partition(":") if ":" in pattern else (None, "", pattern)
-    print("\n".join(list_backbones(family, name)))
+    found = list_backbones(family, name)
+    if not found:
+        raise InputError(
+            f"no name is like {pattern!r}; write * for what may come before and behind, in quotes, such as "
+            f"'*{name.strip('*')}*', or less of the name."
+        )
+    print("\n".join(found))

@@ -268,6 +268,27 @@ def test_an_output_that_is_a_file_is_told_before_the_work(
     assert (tmp_path / "out").read_text() == "mine"
 
 
+@pytest.mark.parametrize("command", ["similarity", "maps", "contributions", "probe", "suggest"])
+def test_an_output_that_takes_no_files_is_told_before_the_work(
+    command: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = write_pictures(tmp_path / "photos", 1)
+    assert main([command, "timm:none", str(folder), "--output", str(folder / "0.png" / "out")]) == 2
+    assert "takes no files (Not a directory); give another folder" in capsys.readouterr().err
+
+
+def test_a_layer_that_is_no_number_and_a_gpu_that_is_not_there_are_told(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ("maps", BACKBONE, str(write_pictures(tmp_path / "photos", 1)), "--output", str(tmp_path / "out"))
+    with pytest.raises(SystemExit):
+        main([*arguments, "--layers", "last"])
+    assert "'last' is no layer; give numbers" in capsys.readouterr().err
+    gpu = f"cuda:{torch.cuda.device_count()}"
+    assert main([*arguments, "--device", gpu]) == 2
+    assert f"--device {gpu}: torch finds {torch.cuda.device_count()} GPUs" in capsys.readouterr().err
+
+
 def test_a_model_without_weights_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder, model = write_pictures(tmp_path / "photos", 1), tmp_path / "model"
     model.mkdir()
@@ -345,6 +366,14 @@ def test_nothing_but_unreadable_pictures_is_an_error(tmp_path: Path, capsys: pyt
         _damage(path)
     assert main(["maps", BACKBONE, str(folder), "--output", str(tmp_path / "out")]) == 2
     assert "none of 2 pictures can be read. The first: picture " in capsys.readouterr().err
+
+
+def test_a_page_says_which_layers_lie_on_which_grid(tmp_path: Path) -> None:
+    folder, out = write_pictures(tmp_path / "photos", 1), tmp_path / "out"
+    arguments = ("--pretrained", "false", "--layers", "1", "6", "7", "-1", "--output", str(out))
+    assert main(["maps", "timm:swin_tiny_patch4_window7_224", str(folder), *arguments]) == 0
+    shown = "Layers 1 on a grid of 56×56; 6, 7 on a grid of 14×14; 12 on a grid of 7×7."
+    assert shown in (out / "index.html").read_text()
 
 
 def test_maps_of_a_shallow_backbone_are_of_the_layers_that_it_has(tmp_path: Path) -> None:

@@ -119,6 +119,28 @@ def test_letters_of_each_height_are_probed(
         assert "50 letters of each height" in capsys.readouterr().out
 
 
+def test_progress_counts_letters_over_all_rounds(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(_labelling, "_LETTERS", 60)
+    folder = write_pictures(tmp_path / "photos", 6)
+    (folder / "5.png").write_bytes(b"")
+    arguments = ("--text", "--letter-heights", "12", "--batch-size", "2", "--output", str(tmp_path / "out"))
+    assert main(["probe", BACKBONE, str(folder), *arguments]) == 0
+    told = [line.strip() for line in capsys.readouterr().err.splitlines() if "letters" in line or "of 6" in line]
+    assert told[0].startswith("1 of 6 pictures cannot be read")
+    assert told[1:] == ["50 of 50 letters of 12 pixels"]
+
+
+@pytest.mark.parametrize("kind", [(), ("--text",)])
+def test_too_few_pictures_are_told_before_the_model_is_built(
+    kind: tuple[str, ...], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = write_pictures(tmp_path / "photos", 4)
+    assert main(["suggest", "timm:none", str(folder), *kind, "--output", str(tmp_path / "out")]) == 2
+    assert "holds 4 pictures; probes learn from some" in capsys.readouterr().err
+
+
 def test_heights_without_letters_and_letters_without_room_are_refused(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
