@@ -277,9 +277,10 @@ def check_fuser_fits(backbone: AnyBackbone, fuser: Fuser) -> None:
         )
     grids = backbone.grids()
     if fuser.equal_grids and len(set(grids)) > 1:
+        given = ", ".join(f"{height}x{width}" for height, width in grids)
         raise InputError(
-            f"fuser {fuser.name!r} needs one grid for all maps, and the backbones give the grids "
-            f"{', '.join(f'{height}x{width}' for height, width in grids)}; bring them to one with resample='bilinear'."
+            f"fuser {fuser.name!r} needs one grid for all maps, and layers {backbone.layers} have {given}; tap layers "
+            "of one grid, or bring them to one with resample='bilinear', which models take that are given in a list."
         )
 
 

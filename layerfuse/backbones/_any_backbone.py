@@ -116,10 +116,10 @@ class AnyBackbone(nn.Module, abc.ABC):
             TypeError: if one is no picture, see `Preprocessing.batch`.
             ValueError: if there is none, one has values that cannot be, or the model takes no patches.
         """
-        first = self.members[0]
-        if len(self.members) > 1 or first.patch_layout is None:
-            what = "several backbones take" if len(self.members) > 1 else f"{type(first.model).__name__} takes"
-            raise InputError(f"{what} images of one size and no patches; make them with prepare(pictures).")
+        first, alone = self.members[0], self.members[0] is self
+        if not alone or first.patch_layout is None:
+            what = type(first.model).__name__ if alone else "a group of backbones"
+            raise InputError(f"{what} takes images of one size and no patches; make them with prepare(pictures).")
         self._check_channels()
         rows, columns = first.grid(*first.image_size)
         batch = patch_batch(

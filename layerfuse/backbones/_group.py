@@ -183,6 +183,8 @@ class BackboneGroup(AnyBackbone):
                     f"images are {len(images)} tensors for {len(self.members)} backbones; give one for each, or one "
                     "tensor with the channels of all, as prepare makes it."
                 )
+            for own, member in zip(images, self.members, strict=True):
+                check_images(own, member.in_channels)
             return images
         check_images(images, self.in_channels)
         assert isinstance(images, torch.Tensor)

@@ -28,8 +28,9 @@ def timm_facts(model: Any, *, path: str = "") -> BackboneFacts:
     """
     from timm.data import resolve_model_data_config
 
-    kind = type(model).__module__.rpartition(".")[2]
-    if kind in STAGED:
+    modules = (each.__module__.rpartition(".") for each in type(model).__mro__)
+    kind = next((name for package, _, name in modules if package == "timm.models" and name in STAGED), None)
+    if kind is not None:
         facts = stage_facts(model, kind, path)
         preprocessing = preprocessing_of(resolve_model_data_config(model), facts["image_size"])
         return BackboneFacts(preprocessing=preprocessing, **facts)
@@ -82,7 +83,12 @@ def resize_timm_model(model: nn.Module, facts: BackboneFacts, image_size: tuple[
 
 def cut_timm_tail(model: Any) -> None:
     """Cut final norm, pooling and classifier off a model, so that its ``forward`` ends with the last block's tokens."""
-    model.reset_classifier(0, "")
+    try:
+        model.reset_classifier(0, "")
+    except AttributeError:
+        # Some heads hold the pooling; nn.Identity in their place (an earlier backbone's, or the user's) pools nothing.
+        if not isinstance(getattr(model, "head", None), nn.Identity):
+            raise
     # Some heads have a norm of their own; SAM's neck makes one map of another width.
     whole = next(model.head.parameters(), None) is not None if hasattr(model, "head") else False
     for name in ("norm", "fc_norm", "head_drop", "neck", *(("head",) if whole else ())):

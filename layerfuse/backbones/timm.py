@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from torch import nn
@@ -12,7 +13,7 @@ from layerfuse._hub import FETCH_ERRORS, why_not_fetched
 from layerfuse.backbones._timm_facts import cut_timm_tail, resize_timm_model, timm_facts
 from layerfuse.backbones._timm_stages import STAGED
 from layerfuse.backbones.base import BACKBONES, Backbone, as_pair
-from layerfuse.errors import InputError
+from layerfuse.errors import InputError, MissingFileError
 from layerfuse.layers import LayerChoice
 from layerfuse.preprocessing import PatchBatch, Preprocessing
 
@@ -116,6 +117,9 @@ def _create(name: str, *, pretrained: bool, options: Mapping[str, Any]) -> nn.Mo
 
     if ":" not in name:
         _check_name(name)
+    weights = options.get("checkpoint_path")
+    if weights and not Path(weights).is_file():
+        raise MissingFileError(f"{weights} is no file, so {name!r} has no weights; give the path of a file of weights.")
     try:
         return timm.create_model(name, pretrained=pretrained, **{"num_classes": 0, **options})
     except TypeError as error:

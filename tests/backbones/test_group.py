@@ -214,7 +214,7 @@ def test_what_does_not_fit_is_refused(twins: BackboneGroup, pictures: list[Image
     with pytest.raises(ValueError, match="keys backbones, grid, order, resample; this one has backbones"):
         backbone_from_config({"backbones": []})
     wide = group_of(resample=None)
-    with pytest.raises(ValueError, match="needs one grid.*4x4, 4x4, 6x6; bring them to one with resample='bilinear'"):
+    with pytest.raises(ValueError, match="needs one grid.*4x4, 4x4, 6x6; tap layers of one grid, or bring them to one"):
         FusedEncoder(wide, create_fuser("concat", in_channels=wide.fuser_channels, num_layers=3))
     with pytest.raises(ValueError, match="needs one width for all maps. Tap layers of one width, or use 'concat'"):
         create_fuser("average", in_channels=wide.fuser_channels, num_layers=3)

@@ -143,13 +143,15 @@ def test_models_that_take_no_patches_refuse_them(batch: Any) -> None:
             encoder.prepare_patches(pictures())
 
 
-def test_several_backbones_take_no_patches() -> None:
-    group = layerfuse.create_backbone_group([build("timm"), build("transformers")], layers=1)
-    with pytest.raises(ValueError, match="several backbones take images of one size and no patches"):
+@pytest.mark.parametrize("libraries", [("timm", "transformers"), ("timm",)])
+def test_a_group_of_backbones_takes_no_patches(libraries: tuple[str, ...]) -> None:
+    group = layerfuse.create_backbone_group([build(library) for library in libraries], layers=1)
+    with pytest.raises(ValueError, match="a group of backbones takes images of one size and no patches"):
         group.prepare_patches(pictures())
     for batch in (siglip2_mapping(), PatchBatch(torch.zeros(1, 6, 768), ((2, 3),))):
-        with pytest.raises(TypeError, match="patches are for one backbone that takes them"):
-            group(batch)
+        for images in (batch, (batch,) * len(libraries)):
+            with pytest.raises(TypeError, match="patches are for one backbone that takes them"):
+                group(images)
 
 
 def test_maps_of_images_are_not_to_be_had_of_patches() -> None:

@@ -137,6 +137,12 @@ def test_a_config_chooses_no_files(tmp_path: Path) -> None:
     backbone_from_config(config)
 
 
+def test_a_file_of_weights_that_is_not_there_is_named(tmp_path: Path) -> None:
+    options = {**TINY, "checkpoint_path": str(tmp_path / "no.pth")}
+    with pytest.raises(FileNotFoundError, match=r"no\.pth is no file, so 'vit_tiny_patch16_224' has no weights"):
+        create_backbone("timm:vit_tiny_patch16_224", layers=1, pretrained=False, options=options)
+
+
 def test_the_weights_of_the_tag_are_asked_of_timm(monkeypatch: pytest.MonkeyPatch) -> None:
     asked: dict[str, Any] = {}
     create_model = timm.create_model
