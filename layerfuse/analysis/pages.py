@@ -66,7 +66,7 @@ def heat_map(
         ModuleNotFoundError: if matplotlib is not installed.
     """
     cell = 0.42 if len(columns) <= 16 else 0.24
-    figure = new_figure((1.7 + cell * len(columns)) * len(matrices), 1.1 + cell * len(rows))
+    figure = new_figure((1.7 + cell * len(columns)) * len(matrices), max(2.3, 1.1 + cell * len(rows)))
     for axes, (title, matrix) in zip(
         figure.subplots(1, len(matrices), squeeze=False)[0], matrices.items(), strict=True
     ):

@@ -7,6 +7,7 @@ import logging
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 from integrations.llava.checkpoints import load_model
@@ -14,7 +15,7 @@ from integrations.llava.config import STAGES, Recipe
 from integrations.llava.data import read_image, read_samples
 from integrations.llava.evaluation import blind_answers, read_questions, score_answers, summarise
 from integrations.llava.inference import load_predictor
-from integrations.llava.synthetic import make_dataset
+from integrations.llava.synthetic import made_from, make_dataset
 from layerfuse.files import write_text
 
 from .fingerprint import code_digest, finished, mark_finished
@@ -50,6 +51,8 @@ def run_demo(settings: DemoSettings, *, command: str | None = None) -> tuple[Dem
     command = command or f"run_demo({settings})"
     origin = describe_redrawing(rows_file) if settings.redraw else describe_origin(command)
     finish = read_run if settings.redraw else finish_run
+    if settings.redraw:
+        settings = _as_made(settings)
     seconds: dict[str, float] = {}
     with _timed("making data", seconds):
         data = settings.output / "data" if settings.redraw else _make_data(settings)
@@ -97,6 +100,12 @@ def _draw_maps(recipe: Recipe, models: Models, readings: Readings) -> list[Figur
         enlarged = all_layers_backbone(recipe.model, num_cells=_CELLS)
         figures += draw_layers(models, enlarged, scenes[:_NUM_ENLARGED])
     return figures
+
+
+def _as_made(settings: DemoSettings) -> DemoSettings:
+    """Return the settings with the seed and the numbers of images that the study's data were made from."""
+    made = made_from(settings.output / "data")
+    return replace(settings, data_seed=made["seed"], num_train=made["num_train"], num_test=made["num_test"])
 
 
 def _make_data(settings: DemoSettings) -> Path:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from .dataset import make_dataset, scene_at
+from .dataset import made_from, make_dataset, scene_at
 from .questions import KINDS
 from .rendering import draw_scene
 from .scene import CELL, CHARACTERS, COLORS, GRID, SHAPES, Scene
@@ -24,6 +24,7 @@ __all__ = [
     "SHAPES",
     "Scene",
     "draw_scene",
+    "made_from",
     "make_dataset",
     "scene_at",
 ]

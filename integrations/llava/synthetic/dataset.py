@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 from tqdm.auto import tqdm
 
-from layerfuse.errors import ExistingFileError, InputError
+from layerfuse.errors import ExistingFileError, InputError, MissingFileError
 from layerfuse.files import atomic_folder
 
 from .captions import DENSE_CAPTION_PROMPT, dense_caption
@@ -28,7 +28,7 @@ from .questions import KINDS, conversation, questions_of_kind
 from .rendering import draw_scene
 from .scene import Scene, sample_scene
 
-__all__ = ["make_dataset", "scene_at"]
+__all__ = ["made_from", "make_dataset", "scene_at"]
 
 # Raised whenever the same seed starts to mean other pictures or words.
 _VERSION = 3
@@ -84,6 +84,18 @@ def make_dataset(
         if path.name not in images and _IMAGE.fullmatch(path.name):
             path.unlink()
     return folder
+
+
+def made_from(folder: str | Path) -> dict[str, int]:
+    """Return what a data set was made from: ``seed``, ``num_train``, ``num_val`` and ``num_test``.
+
+    Raises:
+        FileNotFoundError: if the folder holds no data set of `make_dataset` whose scenes `scene_at` still draws.
+    """
+    noted = _read_settings(Path(folder) / _SETTINGS)
+    if noted is None or noted.pop("version") != _VERSION:
+        raise MissingFileError(f"{folder} holds no data set that this version makes; make one with make_dataset.")
+    return noted
 
 
 def _is_whole(folder: Path, images: set[str]) -> bool:

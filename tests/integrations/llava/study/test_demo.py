@@ -109,12 +109,16 @@ def test_a_report_is_drawn_anew_from_a_finished_study_whatever_code_trained_it(
     before = rows.read_bytes()
     origin = json.loads(before.splitlines()[0])
     rows.write_bytes(before.replace(origin["commit"].encode(), b"an-older-commit"))
+    shown = report.read_text().partition('<section id="maps">')[2].partition("</section>")[0]
     report.unlink()
     monkeypatch.setattr(runs, "code_digest", lambda part: "of other code")
     monkeypatch.setattr(runs, "train", lambda *_, **__: pytest.fail("trained again"))
     monkeypatch.setattr(runs, "evaluate", lambda *_, **__: pytest.fail("evaluated again"))
-    assert main([*arguments, "--redraw"]) == 0
+    # Whoever gives other flags gets the scenes and the numbers of images that were made all the same.
+    assert main([*arguments, "--num-train", "2000", "--num-test", "9", "--data-seed", "7", "--redraw"]) == 0
     page = report.read_text()
+    assert "<dt>training images</dt><dd>4</dd>" in page and "<dt>test images</dt><dd>3 (" in page
+    assert page.partition('<section id="maps">')[2].partition("</section>")[0] == shown
     assert "<dd>an-older-commit</dd>" in page
     assert re.search(rf"<dt>drawn anew</dt><dd>commit {re.escape(origin['commit'])}, \d{{4}}-", page)
     assert b"drawn anew" not in rows.read_bytes()

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from integrations.llava.synthetic import dataset, make_dataset
+from integrations.llava.synthetic import dataset, made_from, make_dataset
 from integrations.llava.synthetic.captions import DENSE_CAPTION_PROMPT, dense_caption
 from integrations.llava.synthetic.dataset import scene_at
 from integrations.llava.synthetic.questions import KINDS
@@ -194,3 +194,13 @@ def test_a_folder_with_other_things_is_not_overwritten(tmp_path: Path) -> None:
     with pytest.raises(FileExistsError, match=r"thesis.tex is a file; give a folder"):
         make_dataset(tmp_path / "thesis.tex")
     assert (tmp_path / "thesis.tex").exists()
+
+
+def test_what_a_data_set_was_made_from_is_read_unless_other_scenes_are_drawn_now(tmp_path: Path) -> None:
+    folder = make_dataset(tmp_path / "data", seed=5, num_train=2, num_val=1, num_test=1)
+    assert made_from(folder) == {"seed": 5, "num_train": 2, "num_val": 1, "num_test": 1}
+    noted = folder / "settings.json"
+    noted.write_text(noted.read_text().replace('"version": ', '"version": 1'))
+    for place in (folder, tmp_path):
+        with pytest.raises(FileNotFoundError, match="holds no data set that this version makes"):
+            made_from(place)
