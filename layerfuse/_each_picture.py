@@ -6,7 +6,6 @@ from collections.abc import Sequence
 
 import torch
 
-from layerfuse.errors import InputError
 from layerfuse.features import FeatureMaps, Grid
 from layerfuse.fusers import Fuser
 
@@ -22,10 +21,9 @@ def fuse_each(fuser: Fuser, pictures: Sequence[FeatureMaps], condition: torch.Te
         condition: (B, D_c), one vector for each picture, if the fuser takes one.
 
     Raises:
-        ValueError: if there are not as many conditions as pictures, or the fuser cannot take a grid or a condition.
+        ValueError: as `Fuser.check_condition` for all pictures, or if the fuser cannot take a grid.
     """
-    if condition is not None and condition.shape[0] != len(pictures):
-        raise InputError(f"{len(condition)} conditions were given for {len(pictures)} pictures; give each its own.")
+    fuser.check_condition(condition, len(pictures))
     places: dict[tuple[Grid, ...], list[int]] = {}
     for place, picture in enumerate(pictures):
         places.setdefault(picture.grids, []).append(place)

@@ -334,7 +334,8 @@ def tap(
         model: any module with a list of blocks.
         layers: layer numbers or shares of the depth, see `resolve_layers`.
         blocks: dotted path of the block list, found by structure if there is just one; of the lists of several
-            stages with ``*`` for the number of a stage, ``"layers.*.blocks"``.
+            stages with ``*`` for the number of a stage, ``"layers.*.blocks"``. Left out, a list of stages counts as
+            the blocks.
         stop_early: do not run what comes after the deepest tapped block; this also leaves the ``with`` block there,
             so make the model's call the last line in it.
         copy_maps: copy each tensor when it is tapped, for a model that changes its hidden states in place; without it

@@ -176,7 +176,7 @@ class Fuser(nn.Module, abc.ABC):
             ValueError: if number, widths or grids of the maps, or the condition, are not what the fuser was built for.
         """
         self._check_maps(features)
-        self._check_condition(condition, features.batch_size)
+        self.check_condition(condition, features.batch_size)
         precision, given = self._dtype, features.maps[0].dtype
         mixed = precision != given or (condition is not None and condition.dtype != precision)
         # Under autocast, torch chooses the precision of each operation.
@@ -336,7 +336,8 @@ class Fuser(nn.Module, abc.ABC):
                 f"{option} of fuser {self.name!r} is {number}; give a finite number above 0, such as 1e-6."
             )
 
-    def _check_condition(self, condition: torch.Tensor | None, batch_size: int) -> None:
+    def check_condition(self, condition: torch.Tensor | None, batch_size: int) -> None:
+        """Raise InputError or InvalidTypeError unless a condition is what the fuser reads for a batch of that size."""
         channels = self.condition_channels
         if channels is None:
             if condition is not None:

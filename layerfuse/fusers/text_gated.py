@@ -157,7 +157,7 @@ class TextGated(Fuser):
             (B, K).
         """
         self._check_maps(features)
-        self._check_condition(condition, features.batch_size)
+        self.check_condition(condition, features.batch_size)
         return self._weights(features, self._group_means(features.maps), condition)
 
     def layer_shares(self, features: FeatureMaps, *, condition: torch.Tensor | None = None) -> torch.Tensor:
@@ -173,7 +173,7 @@ class TextGated(Fuser):
         Raises:
             ValueError: if maps or condition are not what the fuser was built for.
         """
-        self._check_condition(condition, features.batch_size)
+        self.check_condition(condition, features.batch_size)
         assert condition is not None
         with torch.no_grad():
             weights = self.group_weights(features, condition)

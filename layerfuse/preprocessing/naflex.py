@@ -204,12 +204,12 @@ def size_for_patches(size: tuple[int, int], patch_size: tuple[int, int], max_num
     A multiple of the patch size, and as near to the picture's aspect ratio as SigLIP 2's processor and timm come.
 
     Raises:
-        ValueError: if ``max_num_patches`` is below 1.
+        ValueError: if ``max_num_patches`` is no whole number from 1 on.
     """
     from timm.data.naflex_transforms import get_image_size_for_seq
 
-    if max_num_patches < 1:
-        raise InputError(f"max_num_patches={max_num_patches} holds no picture; give 1 or more, such as 256.")
+    if type(max_num_patches) is not int or max_num_patches < 1:
+        raise InputError(f"max_num_patches={max_num_patches!r} holds no picture; give 1 or more, such as 256.")
     found: tuple[int, int] = get_image_size_for_seq(size, patch_size, max_num_patches)[1]
     return found
 

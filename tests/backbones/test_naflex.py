@@ -174,8 +174,15 @@ def test_pictures_of_one_grid_are_fused_in_one_call() -> None:
 def test_as_many_conditions_as_pictures_are_needed() -> None:
     options = FUSER_OPTIONS["text_gated"]
     encoder = layerfuse.create_encoder(build("timm"), layers=LAYERS, fuser="text_gated", fuser_options=options)
-    with pytest.raises(ValueError, match="4 conditions were given for 5 pictures; give each its own"):
-        encoder(encoder.prepare_patches(pictures(), max_num_patches=NUM_PATCHES), torch.randn(4, 8))
+    batch = encoder.prepare_patches(pictures(), max_num_patches=NUM_PATCHES)
+    for condition, shown in (
+        (torch.randn(4, 8), r"of shape \(4, 8\); it was built for \(B=5, D_c=8\)"),
+        (torch.tensor(3.0), r"of shape \(\); it was built for \(B=5, D_c=8\)"),
+        ([[0.0] * 8] * 5, "of type list"),
+        (None, r"needs a condition, \(B=5, D_c=8\)"),
+    ):
+        with pytest.raises(ValueError, match=shown):
+            encoder(batch, condition)
 
 
 def test_extract_features_takes_a_processors_output() -> None:

@@ -117,8 +117,9 @@ def test_batches_that_cannot_be_are_refused(patches: torch.Tensor, grids: Any, m
 
 def test_pictures_that_cannot_be_prepared_are_refused() -> None:
     backbone = tapped("timm")
-    with pytest.raises(ValueError, match="max_num_patches=0 holds no picture; give 1 or more"):
-        backbone.prepare_patches(pictures(), max_num_patches=0)
+    for number in (0, 2.5, "9"):
+        with pytest.raises(ValueError, match=f"max_num_patches={number!r} holds no picture; give 1 or more"):
+            backbone.prepare_patches(pictures(), max_num_patches=number)
     with pytest.raises(ValueError, match="asked for of no pictures"):
         backbone.prepare_patches([])
 
