@@ -9,7 +9,7 @@ and images are drawn anew with replacement (the bootstrap, Efron 1979).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -69,7 +69,7 @@ class LayerProbes:
         features: L maps of B images.
         labels: (B,) classes of images, read off the mean of their tokens; or (B, N) of cells, -1 where there is none.
         penalty: of the squared parameters; 1 is the mean eigenvalue of a kernel.
-        max_samples: labels that are used; more are left out at random.
+        max_samples: labels that are used; more are left out at random, but each class keeps two images.
         seed: of folds, shuffles and what is left out.
 
     Attributes:
@@ -140,7 +140,10 @@ class LayerProbes:
             there = (labels[image] >= 0).nonzero().flatten()
             some = there[torch.randperm(len(there), generator=self._random)[:share]]
             places.append(torch.stack([torch.full_like(some, image), some]))
-        return tuple(torch.cat(places, dim=1))  # type: ignore[return-value]
+        chosen = torch.cat(places, dim=1)
+        if rare := list(_lost(labels, chosen)):
+            chosen = torch.cat([chosen, *rare], dim=1).unique(dim=1)
+        return chosen[0], chosen[1]
 
     def _check(self) -> None:
         groups = [self._labels[self._images == image].unique() for image in self._images.unique()]
@@ -195,6 +198,15 @@ class LayerProbes:
         """Return the means (R, B) over each image's labels of values (R, S)."""
         sizes = self._images.bincount().to(values.dtype)
         return values.new_zeros(len(values), len(sizes)).index_add_(1, self._images, values) / sizes
+
+
+def _lost(labels: torch.Tensor, chosen: torch.Tensor) -> Iterator[torch.Tensor]:
+    """Yield an image and a cell, (2, 1), for each class of which the choice has one image or none, until it has two."""
+    for number in labels[labels >= 0].unique().tolist():
+        held = chosen[0][labels[chosen[0], chosen[1]] == number].unique()
+        holders = (labels == number).any(1).nonzero().flatten()
+        for image in holders[~torch.isin(holders, held)][: max(0, 2 - len(held))].tolist():
+            yield torch.tensor([[image], [int((labels[image] == number).nonzero()[0])]])
 
 
 def cross_validate_layers(

@@ -33,12 +33,15 @@ def edge_strength(images: torch.Tensor, grid: Grid) -> torch.Tensor:
 def edge_labels(strength: torch.Tensor, num_classes: int = 2) -> torch.Tensor:
     """Return classes 0 (no edge) to ``num_classes - 1`` of strengths, of any shape; each class has as many cells.
 
+    A strength that is NaN, as of a cell beyond the picture, has the class -1: none.
+
     Raises:
-        ValueError: if ``num_classes`` is below 2.
+        ValueError: if ``num_classes`` is below 2, or no cell has a strength.
     """
     if num_classes < 2:
         raise InputError(f"num_classes is {num_classes}; give at least 2.")
-    shares = torch.linspace(0, 1, num_classes + 1)[1:-1].tolist()
-    ordered = strength.flatten().sort().values
-    bounds = ordered[[int(share * len(ordered)) for share in shares]]
-    return torch.bucketize(strength.contiguous(), bounds, right=True)
+    ordered = strength[~strength.isnan()].sort().values
+    if not len(ordered):
+        raise InputError("no cell has a strength: all are NaN, or there are none.")
+    bounds = ordered[[len(ordered) * number // num_classes for number in range(1, num_classes)]]
+    return torch.bucketize(strength.contiguous(), bounds, right=True).masked_fill(strength.isnan(), -1)

@@ -68,7 +68,7 @@ def suggest_layers(
         max_layers: as many layers at most.
         redundant: linear CKA with a chosen layer from which on a layer is left out, in (0, 1].
         penalty: see `LayerProbes`.
-        max_samples: labels that are used; more are left out at random.
+        max_samples: labels that are used; more are left out at random, but each class keeps two images.
         seed: of folds, shuffles and what is left out.
 
     Raises:

@@ -154,13 +154,18 @@ class _Edges(Labelling):
     """Whether a patch shows more edge than half of all patches."""
 
     def read(self, backbone: Backbone) -> Labelled:
-        parts, strengths = [], []
-        share = self._share()
-        for batch in self.pictures.batches(backbone):
-            features = on_finest_grid(batch.features)
-            some, cells = some_tokens(features, share)
+        parts, strengths, inside = [], [], list[torch.Tensor]()
+        share, grid = self._share(), finest(backbone.grids())
+
+        def prepare(pictures: Mapping[str, Image.Image]) -> torch.Tensor:
+            inside[:] = [_inside(picture, backbone, grid) for picture in pictures.values()]
+            return backbone.prepare(pictures.values())
+
+        for batch in self.pictures.batches(backbone, prepare):
+            some, cells = some_tokens(on_finest_grid(batch.features), share)
             parts.append(some)
-            strengths.append(edge_strength(batch.images, features.grids[0])[:, cells])
+            strength = edge_strength(batch.images, grid).where(torch.stack(inside), torch.nan)
+            strengths.append(strength[:, cells])
         about = "Whether a patch shows more edge than half of all patches, read off its token."
         return Labelled(FeatureMaps.cat(parts), edge_labels(torch.cat(strengths), len(_EDGES)), _EDGES, about)
 
@@ -216,10 +221,8 @@ class _LabelImages(Labelling):
                 f"the label image {path} has {held} pixels, and its picture {name} has {wanted}; give one with a class "
                 "for each pixel of the picture."
             )
-        # Labels are turned as the picture is.
-        mask.info = {key: value for key, value in picture.info.items() if key != "transparency"}
         try:
-            return patch_labels(mask, backbone.preprocessing, grid)
+            return _cells(mask, picture, backbone, grid)
         except InputError as error:
             raise InputError(f"{path}: {error}") from error
 
@@ -312,6 +315,17 @@ class _Letters(Labelling):
             for batch in self.pictures.batches(backbone, prepare, tell)
         ]
         return FeatureMaps.cat(parts), torch.stack(letters)
+
+
+def _cells(mask: Image.Image, picture: Image.Image, backbone: Backbone, grid: Grid) -> torch.Tensor:
+    """Return `patch_labels` of a label image, which is turned as its picture is."""
+    mask.info = {key: value for key, value in picture.info.items() if key != "transparency"}
+    return patch_labels(mask, backbone.preprocessing, grid)
+
+
+def _inside(picture: Image.Image, backbone: Backbone, grid: Grid) -> torch.Tensor:
+    """Tell of each cell whether it shows the picture, and not what was padded."""
+    return _cells(Image.new("L", picture.size), picture, backbone, grid) >= 0
 
 
 def _written(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import re
 from pathlib import Path
@@ -10,6 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from layerfuse import create_backbone
 from layerfuse.cli import _labelling, main
 from tests.analysis.looking_support import BACKBONE, write_pictures
 
@@ -150,3 +152,16 @@ def test_heights_without_letters_and_letters_without_room_are_refused(
     assert "written with --text; give that, too" in capsys.readouterr().err
     assert main([*arguments, "--text"]) == 2
     assert "a word of letters of 80 pixels has no room" in capsys.readouterr().err
+
+
+def test_cells_beyond_a_padded_picture_have_no_edge_label(tmp_path: Path) -> None:
+    noise = np.random.default_rng(0)
+    for number in range(5):
+        Image.fromarray(noise.integers(0, 256, (32, 64, 3), dtype=np.uint8)).save(tmp_path / f"{number}.png")
+    backbone = create_backbone("timm:vit_tiny_patch16_224", layers=(0, 1), pretrained=False, image_size=64)
+    backbone.preprocessing = backbone.preprocessing.changed(mode="pad")
+    given = {"labels": False, "patch_labels": None, "text": False, "letter_heights": None}
+    arguments = argparse.Namespace(folder=str(tmp_path), batch_size=2, bad_images="skip", **given)
+    read = _labelling.labelling(arguments).read(backbone)
+    assert (read.labels.view(5, 4, 4)[:, [0, 3]] == -1).all()
+    assert set(read.labels.view(5, 4, 4)[:, 1:3].flatten().tolist()) == {0, 1}

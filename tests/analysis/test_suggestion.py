@@ -124,12 +124,29 @@ def test_chance_is_what_naming_one_class_always_scores() -> None:
     assert scores.accuracy[0] <= 0.5 + 1e-9  # the maps tell nothing
 
 
+@pytest.mark.parametrize("of_cells", [False, True])
+def test_a_rare_class_keeps_two_images_when_labels_are_left_out(of_cells: bool) -> None:
+    if of_cells:
+        labels = torch.zeros(8, 50, dtype=torch.long)
+        labels[:, :25], labels[3, 40], labels[6, 41] = 1, 2, 2
+        maps, grid = torch.randn(8, 50, 4), (5, 10)
+    else:
+        labels = torch.arange(300) % 2
+        labels[[100, 200]] = 2
+        maps, grid = torch.randn(300, 1, 4), (1, 1)
+    probes = LayerProbes(FeatureMaps((maps,), (0,), (grid,)), labels, max_samples=40)
+    assert (probes._labels == 2).sum() == 2
+    assert 40 <= probes.num_labels <= 42
+    assert_close(probes.rows[0][probes._labels == 2].float(), maps[labels == 2] if of_cells else maps[labels == 2, 0])
+
+
 def test_edges_are_where_brightness_changes() -> None:
     images = torch.zeros(1, 3, 8, 8)
     images[..., 6:] = 1.0
     strength = edge_strength(images, (2, 2))
     assert_close(strength, torch.tensor([[0.0, 0.25, 0.0, 0.25]]))
     assert edge_labels(torch.tensor([[0.0, 3.0], [1.0, 2.0]]), 4).tolist() == [[0, 3], [1, 2]]
+    assert edge_labels(torch.tensor([[0.0, torch.nan], [1.0, 2.0]]), 3).tolist() == [[0, -1], [1, 2]]
 
 
 @pytest.mark.parametrize(
@@ -154,3 +171,5 @@ def test_edges_of_no_images_are_refused() -> None:
         edge_strength(torch.zeros(3, 8, 8), (2, 2))
     with pytest.raises(ValueError, match="num_classes is 1"):
         edge_labels(torch.zeros(4), 1)
+    with pytest.raises(ValueError, match="no cell has a strength"):
+        edge_labels(torch.full((4,), torch.nan))
