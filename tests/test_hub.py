@@ -47,7 +47,7 @@ def test_what_the_hub_does_not_give_is_told_in_one_line(name: str) -> None:
 @pytest.mark.usefixtures("offline")
 @pytest.mark.parametrize("command", ["maps", "contributions", "similarity", "probe", "suggest", "extract", "inspect"])
 def test_every_command_ends_with_that_line(command: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    folder, out = str(write_pictures(tmp_path / "photos", 1)), str(tmp_path / "out")
+    folder, out = str(write_pictures(tmp_path / "photos", 5)), str(tmp_path / "out")
     model = "timm:hf-hub:nobody/nothing"
     rest = {
         "extract": (folder, "--model", model, "--layers", "-1", "--out", out),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 
 import pytest
@@ -51,6 +52,7 @@ def test_numbers_that_are_off_or_not_finite_are_a_difference() -> None:
 
 def test_cells_of_a_fuser_are_tried() -> None:
     row = try_row("fusers", "average", ["maps", "grids", "widths", "text"])
+    assert logging.root.manager.disable == logging.NOTSET  # silenced for the trial alone
     assert {column: cell.value for column, cell in row.cells.items()} == {
         "maps": "any",
         "grids": "no",

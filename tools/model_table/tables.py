@@ -47,7 +47,6 @@ def all_keys() -> list[tuple[str, str]]:
 
 def try_row(name: str, key: str, columns: Iterable[str] | None = None) -> TriedRow:
     """Try the cells of one row, all of them unless ``columns`` are named."""
-    logging.disable(logging.WARNING)
     table = TABLES[name]
     trial = table.trial(table.rows[key])
     cells, seconds, built = {}, {}, dict[str, float]()
@@ -61,8 +60,12 @@ def try_row(name: str, key: str, columns: Iterable[str] | None = None) -> TriedR
 
 
 def _seconds(trial: Callable[[], Any]) -> tuple[float, Any]:
-    started = time.process_time()
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        cell = attempt(trial)
+    started, before = time.process_time(), logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            cell = attempt(trial)
+    finally:
+        logging.disable(before)
     return time.process_time() - started, cell
