@@ -33,6 +33,16 @@ def _registered() -> Iterator[None]:
 
 
 every_form = pytest.mark.parametrize(("name", "options"), ALL_FORMS, ids=IDS)
+_names = [name for name, _ in ALL_FORMS]
+# What takes long is tried with the first form of each fuser, and with the others in slow runs.
+first_forms = pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        pytest.param(*form, marks=[pytest.mark.slow] if form[0] in _names[:place] else [])
+        for place, form in enumerate(ALL_FORMS)
+    ],
+    ids=IDS,
+)
 
 grids = st.tuples(st.integers(1, 5), st.integers(1, 5))
 # Widths that 1, 2 and 4 heads divide.
@@ -122,7 +132,7 @@ def test_samples_of_a_batch_do_not_see_one_another(
     assert all(gradient is None or not gradient[1:].any() for gradient in gradients)
 
 
-@every_form
+@first_forms
 def test_compiles_without_graph_breaks_on_changing_shapes(name: str, options: dict[str, Any]) -> None:
     torch._dynamo.reset()
     fuser = _build(name, options)

@@ -17,11 +17,11 @@ REGISTERED = "print(transformers.AutoConfig.for_model('layerfuse_llava').model_t
     "names",
     [
         "integrations.llava, peft",
-        "peft, integrations.llava",
+        pytest.param("peft, integrations.llava", marks=pytest.mark.slow),
         "integrations.llava, open_clip",
         "open_clip, integrations.llava",
         "integrations.llava, accelerate",
-        "accelerate, integrations.llava",
+        pytest.param("accelerate, integrations.llava", marks=pytest.mark.slow),
     ],
 )
 def test_libraries_that_the_models_import_may_come_first_or_last(names: str) -> None:
