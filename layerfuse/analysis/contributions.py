@@ -69,7 +69,7 @@ class LayerContributions:
     @property
     def own_shares(self) -> torch.Tensor | None:
         """What the fuser says of itself, mean over images and cells: (L,), sums to one."""
-        return None if self.own is None else self.own.flatten(2).mean((0, 2)) if self.own.ndim > 2 else self.own.mean(0)
+        return None if self.own is None else self.own.reshape(*self.own.shape[:2], -1).mean((0, 2))
 
     @classmethod
     def cat(cls, parts: Sequence[LayerContributions]) -> LayerContributions:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import abc
 import argparse
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -21,7 +21,7 @@ from layerfuse.features import FeatureMaps, Grid
 from layerfuse.pictures import PICTURE_ERRORS
 
 from ._looking import finest, on_finest_grid, some_tokens, take_cells
-from ._reading import Pictures, Progress, picture_files, say
+from ._reading import Pictures, Progress, picture_files, say, some_names
 
 __all__: list[str] = []
 
@@ -185,9 +185,9 @@ class _LabelImages(Labelling):
             if found:
                 self._masks[name] = found[0]
         if missing := [str(self._place(name)) for name in self.pictures.files if name not in self._masks]:
-            shown = ", ".join(missing[:_SHOWN]) + (", …" if len(missing) > _SHOWN else "")
             raise MissingFileError(
-                f"{len(missing)} of {len(self.pictures)} pictures have no label image in {masks}: {shown}. Give one of "
+                f"{len(missing)} of {len(self.pictures)} pictures have no label image in {masks}: "
+                f"{some_names(missing, _SHOWN)}. Give one of "
                 f"the same name for each ({masks / Path(missing[0]).with_suffix('.png')}), or take these pictures out."
             )
 
@@ -259,11 +259,8 @@ class _Letters(Labelling):
             f"Which of the letters {LETTERS} stands in a patch, read off its token: the middle one of three that are "
             f"written into the pictures, {', '.join(map(str, heights))} pixels high."
         )
-        joined = tuple(torch.cat(maps, dim=1) for maps in zip(*(each.maps for each in features), strict=True))
-        count = len(heights) * share
-        whole = replace(features[0], maps=joined, grids=((1, count),) * len(joined))
         tall = tuple(height for height in heights for _ in range(share))
-        return Labelled(whole, torch.cat(labels, dim=1), tuple(LETTERS), about, tall)
+        return Labelled(_in_a_row(features), torch.cat(labels, dim=1), tuple(LETTERS), about, tall)
 
     def _fitting(self, backbone: Backbone) -> tuple[int, ...]:
         """Return the heights for which pictures have room; those that a user named are all tried."""
@@ -290,8 +287,7 @@ class _Letters(Labelling):
             tokens.append(part[0])
             labels.append(part[1])
             there += part[1].shape[1]
-        joined = tuple(torch.cat(maps, dim=1) for maps in zip(*(each.maps for each in tokens), strict=True))
-        return replace(tokens[0], maps=joined, grids=((1, there),) * len(joined)), torch.cat(labels, dim=1)
+        return _in_a_row(tokens), torch.cat(labels, dim=1)
 
     def _round(
         self, height: int, share: int, there: int, backbone: Backbone, random: torch.Generator, report: Progress
@@ -317,9 +313,15 @@ class _Letters(Labelling):
         return FeatureMaps.cat(parts), torch.stack(letters)
 
 
+def _in_a_row(parts: Sequence[FeatureMaps]) -> FeatureMaps:
+    """Return the tokens of several maps of the same B pictures side by side, as maps of one row."""
+    joined = tuple(torch.cat(maps, dim=1) for maps in zip(*(part.maps for part in parts), strict=True))
+    return replace(parts[0], maps=joined, grids=((1, joined[0].shape[1]),) * len(joined))
+
+
 def _cells(mask: Image.Image, picture: Image.Image, backbone: Backbone, grid: Grid) -> torch.Tensor:
     """Return `patch_labels` of a label image, which is turned as its picture is."""
-    mask.info = {key: value for key, value in picture.info.items() if key != "transparency"}
+    mask.info = dict(picture.info)
     return patch_labels(mask, backbone.preprocessing, grid)
 
 

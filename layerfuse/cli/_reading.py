@@ -155,10 +155,12 @@ def tell_left_out(left_out: Mapping[str, str], total: int) -> None:
         return
     if len(left_out) == total:
         raise InputError(f"none of {total} pictures can be read. The first: {next(iter(left_out.values()))}")
-    more = ", …" if len(left_out) > _SHOWN else ""
-    say(
-        f"{len(left_out)} of {total} pictures cannot be read and were left out: {', '.join([*left_out][:_SHOWN])}{more}"
-    )
+    say(f"{len(left_out)} of {total} pictures cannot be read and were left out: {some_names([*left_out])}")
+
+
+def some_names(names: Sequence[str], count: int = _SHOWN) -> str:
+    """Return the first names in a line, and that there are more if so."""
+    return ", ".join(names[:count]) + (", …" if len(names) > count else "")
 
 
 def picture_files(given: Sequence[str]) -> dict[str, Path]:

@@ -12,7 +12,7 @@ from layerfuse.pictures import picture_names
 from layerfuse.store import FeatureStore, extract_folder
 
 from ._looking import backbone_with_layers, layer_choice
-from ._reading import Progress, add_reading_arguments, tell_left_out
+from ._reading import Progress, add_reading_arguments, some_names, tell_left_out
 
 __all__ = ["main"]
 
@@ -64,9 +64,8 @@ def main(argv: Sequence[str]) -> None:
     )
     print(f"{len(FeatureStore(arguments.out)):,} pictures in {arguments.out}, layers {backbone.layers}")
     if bad and arguments.bad_images == "fail":
-        shown = ", ".join(list(bad)[:10]) + (", …" if len(bad) > 10 else "")
         raise InputError(
-            f"{len(bad)} of {total} pictures could not be read: {shown}. The others are in the store; mend or remove "
-            "these, then start the same command again."
+            f"{len(bad)} of {total} pictures could not be read: {some_names([*bad])}. The others are in the store; "
+            "mend or remove these, then start the same command again."
         )
     tell_left_out(bad, total)

@@ -90,8 +90,7 @@ def _cost(name: str, backbone: Backbone, layers: Sequence[int] | None, *, alone:
         wanted = layers or source_layers(FUSERS.get(name), backbone.num_blocks) or spread_at_most(_USUAL)
         resolved = resolve_layers(wanted, backbone.num_blocks)
         widths = [backbone.map_channels[layer] for layer in resolved]
-        channels = widths[0] if len(set(widths)) == 1 else widths
-        fuser = create_fuser(name, in_channels=channels, num_layers=len(resolved))
+        fuser = create_fuser(name, in_channels=widths, num_layers=len(resolved))
         cost = fuser.cost(tuple(backbone.grids()[layer] for layer in resolved))
     except UserError as error:
         if alone:
